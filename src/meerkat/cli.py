@@ -1,0 +1,225 @@
+"""The command line. Flags of `simulate` are the settings of config.py, nothing else."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from meerkat import __version__
+from meerkat.config import RunConfig, make_config, read_toml
+from meerkat.errors import MeerkatError, RunFailed
+
+MASK_SETTINGS = (
+    "model",
+    "text",
+    "density",
+    "mask_scope",
+    "exclude",
+    "text_sequences",
+    "text_length",
+    "device",
+    "threads",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    for name in names:
+        field = RunConfig.model_fields[name]
+        about = field.description or ""
+        choices = [str(choice) for choice in get_args(field.annotation)] if isinstance(field.default, str) else []
+        if field.default not in ("", ()):
+            about += f" [default: {field.default}]"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar="|".join(choices) or name.upper().split("_")[-1],
+            help=about,
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="meerkat", description="Sparse zeroth-order federated fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=f"meerkat {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, run: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        made.set_defaults(run=run)
+        made.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
+        )
+        return made
+
+    simulate = command("simulate", "Fine-tune a model in a federation simulated on this machine.", _simulate)
+    simulate.add_argument("config", nargs="?", metavar="CONFIG.toml", help="settings; flags override them")
+    simulate.add_argument(
+        "--out", metavar="RUN", help="folder for the run; new or empty [default: a new one under runs/]"
+    )
+    _add_settings(simulate, list(RunConfig.model_fields))
+
+    mask = command("mask", "Choose the most sensitive parameters of a model from pre-training text.", _mask)
+    mask.add_argument("--out", required=True, metavar="FILE", help="mask file to write (.safetensors)")
+    _add_settings(mask, MASK_SETTINGS)
+
+    for name, about, run in (
+        ("resume", "Go on with an interrupted run.", _resume),
+        ("verify", "Replay a run from its log alone and compare every digest.", _verify),
+        ("evaluate", "Judge a run's model, overall and per class.", _evaluate),
+        ("export", "Write a run's model as a Hugging Face folder or as a sparse delta.", _export),
+    ):
+        made = command(name, about, run)
+        made.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
+        if name == "evaluate":
+            made.add_argument(
+                "--split",
+                default="validation",
+                choices=["train", "validation", "test"],
+                help="rows to judge on [default: validation]",
+            )
+        if name == "export":
+            made.add_argument("--to", required=True, metavar="DIR", type=Path, help="folder to write; new or empty")
+            made.add_argument(
+                "--form",
+                default="merged",
+                choices=["merged", "delta"],
+                help="a whole model, or mask and values alone [default: merged]",
+            )
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name in RunConfig.model_fields}
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    given = read_toml(Path(arguments.config)) if arguments.config else {}
+    config = make_config(given | _settings(arguments))
+    from meerkat.experiment import simulate
+
+    out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}")
+    _finish(simulate(config, out), out, arguments.json)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    from meerkat.experiment import resume
+
+    _finish(resume(arguments.folder), arguments.folder, arguments.json)
+
+
+def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from meerkat.report import curves, in_words
+
+    pictures = curves([folder], folder)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print(in_words(summary, folder, pictures[0]))
+
+
+def _mask(arguments: argparse.Namespace) -> None:
+    config = make_config(_settings(arguments))
+    out = Path(arguments.out)
+    from meerkat.runfolder import write_whole
+    from meerkat.workplace import make_mask, open_model, resolve_model
+
+    if out.exists():
+        raise MeerkatError(f"'{out}': exists already; give another --out, or remove it first")
+    if not out.parent.is_dir():
+        raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
+    config = resolve_model(config)
+    mask = make_mask(config, *open_model(config))
+    write_whole(out, mask.save)
+    by_tensor = dict(mask.counts())
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "mask": str(out),
+                    "params_total": mask.total,
+                    "params_masked": len(mask),
+                    "by_tensor": by_tensor,
+                    **mask.facts,
+                }
+            )
+        )
+    else:
+        print(
+            f"{len(mask):,} of {mask.total:,} parameters ({len(mask) / mask.total:.2%}) in {len(by_tensor)} tensors -> {out}"
+        )
+        for name, count in sorted(by_tensor.items(), key=lambda item: -item[1])[:5]:
+            print(f"  {count / len(mask):6.1%}  {name}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from meerkat.audit import verify
+
+    run = verify(arguments.folder)
+    from meerkat.path import digest
+
+    theta_digest = digest(run.theta)
+    if arguments.json:
+        print(json.dumps({"rounds": run.rounds, "finished": run.finished, "theta_digest": theta_digest}))
+    else:
+        state = "finished" if run.finished else f"not finished: {run.rounds} of {run.config.rounds} rounds"
+        print(f"{arguments.folder}: sound, {state}; {run.rounds} rounds replayed, theta {theta_digest[:16]}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from meerkat.audit import evaluate
+
+    found = evaluate(arguments.folder, arguments.split)
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "split": arguments.split,
+                    "rows": len(found.predictions),
+                    "accuracy": found.accuracy,
+                    "loss": found.loss,
+                    "per_class": found.per_class,
+                }
+            )
+        )
+    else:
+        print(f"{arguments.split}, {len(found.predictions)} rows: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}")
+        for label, accuracy in found.per_class.items():
+            print(f"  {accuracy:.3f}  {label}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from meerkat.export import export
+
+    written = export(arguments.folder, arguments.to, arguments.form)
+    print(json.dumps({"written": str(written)}) if arguments.json else f"written: {written}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0, 1 for a run that failed, 2 for bad arguments."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except RunFailed as error:
+        print(f"meerkat: {error}", file=sys.stderr)
+        return 1
+    except MeerkatError as error:
+        print(f"meerkat: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("meerkat: interrupted; what was logged is safe: 'meerkat resume' goes on with the run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

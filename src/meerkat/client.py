@@ -1,0 +1,48 @@
+"""The client's whole life: local steps along shared directions (method, sections 3 and 4).
+
+It knows no transport, no prompt and no other client: it is given theta, the round's plan and the
+losses of its own batches, and answers with one float32 a direction a step.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from meerkat.directions import Directions
+from meerkat.path import descend_
+from meerkat.rounds import Reply, RoundPlan
+from meerkat.zeroth_order import Loss, MaskedModel, projected_gradient
+
+
+def local_steps(
+    model: MaskedModel,
+    theta: Tensor,
+    plan: RoundPlan,
+    client: int,
+    batch_loss: Callable[[int], Loss],
+    directions: Directions,
+) -> tuple[Reply, Tensor]:
+    """Client k's steps of one round.
+
+    Args:
+        theta: the global theta that the round starts from, float32 [n]; not changed.
+        batch_loss: local step t = 0, 1, ... -> the loss on that step's batch.
+
+    Returns:
+        The reply, with g_k float32 [T_k, P], and the client's own theta afterwards, float32 [n].
+    """
+    steps = plan.steps[client]
+    scalars = np.zeros((steps, plan.directions), dtype=np.float32)
+    losses = np.zeros((steps, plan.directions))
+    for t in range(steps):
+        loss = batch_loss(t)
+        moved = theta.clone()
+        for p in range(plan.directions):
+            z = directions(plan.place(t, p))
+            directions.prepare(plan.place(t, p + 1) if p + 1 < plan.directions else plan.place(t + 1, 0))
+            g, level = projected_gradient(model, theta, z, plan.eps, loss)
+            scalars[t, p], losses[t, p] = g, level
+            descend_(moved, plan.rate, scalars[t, p], z)
+        theta = moved
+    return Reply(client, scalars, float(losses.mean())), theta

@@ -1,0 +1,173 @@
+"""One model of a run's settings: the source of TOML keys, flags, their help and their validation."""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from meerkat.errors import MeerkatError
+from meerkat.mask import Exclusion, Scope
+from meerkat.models import Objective
+from meerkat.server import Schedule
+
+Method = Literal["meerkat", "full-fedzo", "weight-magnitude", "random-mask"]
+
+METHODS: dict[Method, str] = {
+    "meerkat": "sensitivity",
+    "full-fedzo": "full",
+    "weight-magnitude": "magnitude",
+    "random-mask": "random",
+}
+"""Method -> the kind of mask that makes it."""
+
+EMBEDDED = "embedded"
+
+
+def _split_commas(value: Any) -> Any:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+class RunConfig(BaseModel):
+    """Settings of one run. Left out, a setting takes the default that its help names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        EMBEDDED, description="pre-trained causal LM: a local folder or a hub name [default: the embedded demo model]"
+    )
+    task: str = Field(
+        "",
+        description="sst2, ag_news, yelp_polarity, boolq, rte, wsc, wic, or a TOML file of your own; "
+        "with the embedded model topics [its default] or reviews",
+    )
+    data: str = Field(
+        "",
+        description="folder with train.jsonl and validation.jsonl, or a hub data set (NAME or NAME:CONFIGURATION) "
+        "[default: the embedded task's]",
+    )
+    text: str = Field(
+        "",
+        description="pre-training text for the sensitivity mask: .jsonl with 'text' fields, or plain text "
+        "[default: the embedded model's]",
+    )
+    mask: str = Field("", description="a mask made before with 'meerkat mask', in place of making one")
+    method: Method = Field(
+        "meerkat", description="what moves: the most sensitive parameters, all, the largest, or random ones"
+    )
+
+    density: float = Field(1e-3, gt=0, le=1, description="u: share of all parameters that moves")
+    mask_scope: Scope = Field(
+        "global", description="the most sensitive of all parameters, or the same share of each tensor"
+    )
+    exclude: Annotated[tuple[Exclusion, ...], BeforeValidator(_split_commas)] = Field(
+        (), description="parameters that never move: embeddings, norms, or both with a comma"
+    )
+    text_sequences: int = Field(256, ge=1, description="sequences of pre-training text that the mask is made from")
+    text_length: int = Field(256, ge=2, description="tokens of a pre-training sequence, at most")
+
+    clients: int = Field(10, ge=1, description="K: clients in the federation")
+    clients_per_round: int = Field(
+        0, ge=0, description="clients that take part in a round, drawn anew each time; 0 for all"
+    )
+    partition: str = Field(
+        "dirichlet:0.5", description="who holds which rows: iid, dirichlet:A, single-label, mixed:N, column:NAME"
+    )
+    weights: Literal["examples", "equal"] = Field(
+        "examples", description="p_k: clients count by their number of rows, or equally"
+    )
+
+    rounds: int = Field(200, ge=1, description="R: rounds")
+    local_steps: int = Field(1, ge=1, description="T: local steps a round")
+    directions: int = Field(1, ge=1, description="P: directions a step, averaged")
+    lr: float = Field(0, ge=0, description="eta: learning rate; 0 takes one that fits the number of moving parameters")
+    lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
+    eps: float = Field(1e-3, gt=0, description="perturbation size")
+    batch_size: int = Field(16, ge=1, description="rows of a local step's batch")
+    micro_batch: int = Field(
+        0, ge=0, description="sequences in one forward pass, at most; 0 for a size that suits the device"
+    )
+    objective: Objective = Field(
+        "classification", description="cross-entropy over the label strings' scores, or over the whole vocabulary"
+    )
+    max_length: int = Field(2048, ge=2, description="tokens of a prompt with its label, at most; cut on the left")
+
+    eval_every: int = Field(20, ge=0, description="rounds between evaluations; 0 for the first and last only")
+    held_back: float = Field(
+        0,
+        ge=0,
+        lt=1,
+        description="share of the training rows held back and evaluated on in place of the validation set, "
+        "to choose settings with",
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:N, or auto for the GPU where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of the weights; theta is float32 always"
+    )
+    batching: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto sends all clients' rows through the model together, sorted by length; "
+        "off takes client by client",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the forward passes; 0 for torch's choice")
+    seed: int = Field(0, ge=0, description="seed of the split, the batches, the sampling and the directions")
+
+    @model_validator(mode="after")
+    def _together(self) -> "RunConfig":
+        if self.clients_per_round > self.clients:
+            raise ValueError(
+                f"clients_per_round {self.clients_per_round}: must be at most clients, {self.clients}; 0 takes all"
+            )
+        if self.mask and self.method != "meerkat":
+            raise ValueError(f"method {self.method}: makes its own mask, so --mask cannot be given with it")
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of all settings."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The settings as TOML."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def make_config(given: dict[str, Any], spell: str = "--") -> RunConfig:
+    """Validate settings.
+
+    Args:
+        spell: what stands before a setting's name in a message: "--" for flags.
+
+    Raises:
+        MeerkatError: an unknown setting, or a value out of range; the first one, in one line.
+    """
+    try:
+        return RunConfig(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise MeerkatError(str(first["msg"]).removeprefix("Value error, ")) from None
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise MeerkatError(
+                f"setting '{name}': unknown; must be one of {', '.join(RunConfig.model_fields)}"
+            ) from None
+        flag = spell + (name.replace("_", "-") if spell == "--" else name)
+        said = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+        raise MeerkatError(f"{flag} {first['input']}: must be {said}; see 'meerkat simulate --help'") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, not validated yet.
+
+    Raises:
+        MeerkatError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MeerkatError(f"config '{path}': {error.strerror}; give a TOML file with settings") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MeerkatError(f"config '{path}': not valid TOML ({error})") from None

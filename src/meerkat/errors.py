@@ -1,0 +1,9 @@
+"""The two ways a run can end badly, each told in one line."""
+
+
+class MeerkatError(Exception):
+    """Something asked for cannot be done: what was received, what is allowed, what to do. Exit status 2."""
+
+
+class RunFailed(MeerkatError):
+    """A run that was rightly asked for went wrong on the way, or its record is damaged. Exit status 1."""

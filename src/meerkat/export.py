@@ -1,0 +1,96 @@
+"""Taking a run's model away: merged into a Hugging Face folder, or as a sparse delta beside the base model."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meerkat.audit import load_run
+from meerkat.errors import MeerkatError
+from meerkat.mask import SparseMask
+from meerkat.runfolder import told_plainly
+from meerkat.zeroth_order import MaskedModel
+
+Form = Literal["merged", "delta"]
+DELTA_FILE = "delta.safetensors"
+DELTA_VERSION = 1
+
+
+def export(root: Path, to: Path, form: Form = "merged") -> Path:
+    """Write a run's model to a new or empty folder.
+
+    Args:
+        form: "merged" is a whole model that `AutoModelForCausalLM.from_pretrained` loads, tokenizer
+            included; "delta" is one safetensors file with the moving entries and their values, for
+            `apply_delta`.
+
+    Returns:
+        What was written: the folder, or the file in it.
+
+    Raises:
+        MeerkatError: the folder is taken; RunFailed: the run is damaged, or the disk full.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise MeerkatError(f"'{to}': is not empty; give a new or empty folder as --to")
+    run, workplace = load_run(root)
+    part = to.with_name(to.name + ".part")
+    with told_plainly(to):
+        part.mkdir(parents=True, exist_ok=True)
+        if form == "merged":
+            save_pretrained: Callable[[Path], None] = workplace.model.save_pretrained
+            save_pretrained(part)
+            workplace.tokenizer.save_pretrained(part)
+        else:
+            _save_delta(part / DELTA_FILE, run.mask, run.theta)
+        if to.exists():
+            to.rmdir()
+        part.rename(to)
+    return to if form == "merged" else to / DELTA_FILE
+
+
+def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:
+    tensors = {f"indices/{name}": at for name, at in mask.entries.items() if at is not None}
+    values = dict(zip(mask.entries, theta.split([count for _, count in mask.counts()]), strict=True))
+    tensors |= {f"values/{name}": held.clone() for name, held in values.items()}
+    metadata = {
+        "format": "meerkat-delta",
+        "format_version": str(DELTA_VERSION),
+        "model_fingerprint": mask.fingerprint,
+        "parameters_total": str(mask.total),
+        "shapes": json.dumps({name: list(shape) for name, shape in mask.shapes.items()}),
+    }
+    save_file(tensors, path, metadata=metadata)
+
+
+def apply_delta(model: nn.Module, path: Path) -> nn.Module:
+    """Set a base model's weights to those of the run that a sparse delta was exported from, in place.
+
+    Raises:
+        MeerkatError: the file is no delta, or one of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != "meerkat-delta" or meta["format_version"] != str(DELTA_VERSION):
+                raise MeerkatError(
+                    f"'{path}': not a delta of this version; make one with 'meerkat export --form delta'"
+                )
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise MeerkatError(f"'{path}': cannot be read as a delta ({error})") from None
+    shapes = {name: tuple(shape) for name, shape in json.loads(meta["shapes"]).items()}
+    mask = SparseMask(
+        entries={name: held.get(f"indices/{name}") for name in shapes},
+        shapes=shapes,
+        fingerprint=meta["model_fingerprint"],
+        total=int(meta["parameters_total"]),
+    )
+    mask.check_fits(model)
+    target = MaskedModel(model, mask)
+    with torch.no_grad():
+        target.write_(torch.cat([held[f"values/{name}"] for name in shapes]).to(target.device))
+    return model

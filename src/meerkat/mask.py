@@ -1,0 +1,456 @@
+"""The static sparse mask: which entries of which tensors move (method, section 2).
+
+`sensitivity_mask` ranks every parameter by its mean squared gradient on pre-training text, the
+empirical Fisher diagonal, and keeps the n = ceil(u d) largest. The other masks are the baselines it
+is compared with. A mask is chosen once and never changes.
+
+Nothing here holds a second copy of the model or sorts all d scores: gradients are consumed tensor by
+tensor while backpropagation runs, and the n-th largest score is found by counting bit patterns.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meerkat import seeds
+from meerkat.errors import MeerkatError
+
+FORMAT_VERSION = 1
+_CHUNK = 1 << 22
+"""Entries looked at together where a whole tensor would need too much memory beside it."""
+
+Kind = Literal["sensitivity", "magnitude", "random", "full"]
+Scope = Literal["global", "per-tensor"]
+Exclusion = Literal["embeddings", "norms"]
+
+
+@dataclass(frozen=True)
+class SparseMask:
+    """Which entries move. `theta` is their values, float32 [n], tensor by tensor in this order.
+
+    `entries` maps a parameter's name to its moving flat indices (int64, ascending), or to None where
+    the whole tensor moves. `fingerprint` names the model whose weights the mask was chosen on.
+    """
+
+    entries: Mapping[str, Tensor | None]
+    shapes: Mapping[str, tuple[int, ...]]
+    fingerprint: str
+    total: int
+    """d: the model's parameters, tied ones counted once."""
+    kind: str = "sensitivity"
+    density: float = 1.0
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """How it was made, for a reader: text source, number of sequences, scope, exclusions."""
+    pretraining_gradient: Tensor | None = None
+    """grad_p: mean gradient of the pre-training loss at the moving entries, float32 [n]."""
+    theta_0: Tensor | None = None
+    """The moving entries' pre-trained values, float32 [n]: with a log, all that replay needs."""
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.counts())
+
+    def counts(self) -> Iterator[tuple[str, int]]:
+        """(parameter name, number of its moving entries), in theta's order."""
+        for name, indices in self.entries.items():
+            yield name, math.prod(self.shapes[name]) if indices is None else len(indices)
+
+    def digest(self) -> str:
+        """SHA-256 of the moving entries: equal for masks that move the same ones."""
+        sha = hashlib.sha256()
+        for name, indices in self.entries.items():
+            sha.update(json.dumps([name, list(self.shapes[name]), indices is None]).encode())
+            if indices is not None:
+                sha.update(indices.numpy().astype("<i8", copy=False).tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the mask, its gradient and its base values to one safetensors file.
+
+        Indices are stored as int32 where the tensor allows. Metadata are strings; `entries` among
+        them lists the tensors in order, with their shapes and whether the whole of each moves.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, indices in self.entries.items():
+            if indices is not None:
+                narrow = math.prod(self.shapes[name]) < 2**31
+                tensors[f"indices/{name}"] = indices.to(torch.int32 if narrow else torch.int64)
+        for name in ("pretraining_gradient", "theta_0"):
+            if (values := getattr(self, name)) is not None:
+                tensors[name] = values
+        metadata = {
+            "format": "meerkat-mask",
+            "format_version": str(FORMAT_VERSION),
+            "kind": self.kind,
+            "density": repr(self.density),
+            "model_fingerprint": self.fingerprint,
+            "parameters_total": str(self.total),
+            "parameters_masked": str(len(self)),
+            "entries": json.dumps([[n, list(self.shapes[n]), i is None] for n, i in self.entries.items()]),
+            "facts": json.dumps(dict(self.facts)),
+        }
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "SparseMask":
+        """Read a mask.
+
+        Raises:
+            MeerkatError: there is no such file, or it holds no mask of a version this program reads.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MeerkatError(f"mask '{path}': no such file; make one with 'meerkat mask'")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != "meerkat-mask":
+                    raise MeerkatError(f"mask '{path}': not a mask file; make one with 'meerkat mask'")
+                if meta["format_version"] != str(FORMAT_VERSION):
+                    raise MeerkatError(
+                        f"mask '{path}': format version {meta['format_version']}, this program reads "
+                        f"{FORMAT_VERSION}; make it again with 'meerkat mask'"
+                    )
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise MeerkatError(f"mask '{path}': damaged or no safetensors file ({error}); make it again") from None
+        listed = json.loads(meta["entries"])
+        return cls(
+            entries={name: None if whole else held[f"indices/{name}"].long() for name, _, whole in listed},
+            shapes={name: tuple(shape) for name, shape, _ in listed},
+            fingerprint=meta["model_fingerprint"],
+            total=int(meta["parameters_total"]),
+            kind=meta["kind"],
+            density=float(meta["density"]),
+            facts=json.loads(meta["facts"]),
+            pretraining_gradient=held.get("pretraining_gradient"),
+            theta_0=held.get("theta_0"),
+        )
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise MeerkatError unless this mask was made for exactly this model."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        total = sum(math.prod(shape) for shape in shapes.values())
+        strangers = [name for name, shape in self.shapes.items() if shapes.get(name) != shape]
+        if strangers or total != self.total:
+            raise MeerkatError(
+                f"the mask is of a model with {self.total:,} parameters, this one has {total:,}"
+                + (f" and differs at '{strangers[0]}'" if strangers else "")
+                + "; make a mask for this model with 'meerkat mask'"
+            )
+        if (found := fingerprint(model)) != self.fingerprint:
+            raise MeerkatError(
+                f"the mask is of the same architecture with other weights (fingerprint {self.fingerprint[:12]}, "
+                f"this model's is {found[:12]}); make a mask for this model with 'meerkat mask'"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's parameter names, shapes and float32 values, tied weights once."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(json.dumps([name, list(parameter.shape)]).encode())
+        for chunk in parameter.detach().reshape(-1).split(_CHUNK):
+            sha.update(chunk.float().cpu().numpy().astype("<f4", copy=False))
+    return sha.hexdigest()
+
+
+# --- which scores are the n largest --------------------------------------------------------------
+
+
+def check_density(density: float) -> None:
+    """Raise MeerkatError unless 0 < density <= 1."""
+    if not 0 < density <= 1:
+        raise MeerkatError(f"density {density:g}: must be above 0 and at most 1; the paper's is 1e-3")
+
+
+def top_entries(
+    tensors: Mapping[str, Tensor], n: int, score: Callable[[Tensor], Tensor] = torch.abs
+) -> dict[str, Tensor]:
+    """The n entries with the largest scores: flat indices (int64, ascending) for each tensor that has any.
+
+    `score` turns entries into non-negative scores, a few million at a time. Ties go to the earlier
+    entry. Non-negative floats order as their bit patterns do, so the n-th largest is found exactly by
+    counting the patterns' upper, then their lower 16 bits.
+
+    Raises:
+        MeerkatError: a score is negative or not finite.
+    """
+
+    def patterns(name: str) -> Iterator[Tensor]:
+        for chunk in tensors[name].detach().reshape(-1).split(_CHUNK):
+            # + 0.0 turns a negative zero, whose pattern is negative, into zero
+            bits = (score(chunk).float() + 0.0).view(torch.int32)
+            if bits.numel() and (bits.min() < 0 or bits.max() >= 0x7F800000):
+                raise MeerkatError(f"the scores of '{name}' are not all finite and non-negative: is the model sound?")
+            yield bits
+
+    def counted(select: Callable[[Tensor], Tensor]) -> Tensor:
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for name in tensors:
+            for bits in patterns(name):
+                counts += torch.bincount(select(bits), minlength=1 << 16).cpu()
+        return counts
+
+    def cut(counts: Tensor, wanted: int) -> tuple[int, int]:
+        """The bin that the wanted-th largest falls in, and how many are wanted from it."""
+        above = counts.flip(0).cumsum(0).flip(0)
+        chosen = int((above >= wanted).nonzero().max())
+        return chosen, wanted - int(above[chosen] - counts[chosen])
+
+    upper, wanted = cut(counted(lambda bits: bits >> 16), n)
+    lower, ties = cut(counted(lambda bits: bits[bits >> 16 == upper] & 0xFFFF), wanted)
+    threshold = upper << 16 | lower
+
+    chosen: dict[str, Tensor] = {}
+    for name in tensors:
+        found, offset = [], 0
+        for bits in patterns(name):
+            keep = bits > threshold
+            equal = (bits == threshold).nonzero().reshape(-1)[:ties]
+            keep[equal] = True
+            ties -= len(equal)
+            found.append(keep.nonzero().reshape(-1).cpu() + offset)
+            offset += len(bits)
+        if len(indices := torch.cat(found)):
+            chosen[name] = indices
+    return chosen
+
+
+def eligible_parameters(model: nn.Module, exclude: Collection[Exclusion] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that may move, by name, tied ones once.
+
+    "embeddings" are the weights of every nn.Embedding and of the output head; "norms" those of every
+    module whose class name has "Norm" in it.
+    """
+    barred: set[int] = set()
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    for module in model.modules():
+        is_embedding = isinstance(module, nn.Embedding) or module is head
+        is_norm = "norm" in type(module).__name__.lower()
+        if (is_embedding and "embeddings" in exclude) or (is_norm and "norms" in exclude):
+            barred.update(id(p) for p in module.parameters(recurse=False))
+    left = {name: p for name, p in model.named_parameters() if id(p) not in barred}
+    if not left:
+        raise MeerkatError(f"excluding {' and '.join(exclude)} leaves no parameter; exclude less")
+    return left
+
+
+def _chosen(
+    model: nn.Module,
+    scored: Mapping[str, Tensor],
+    density: float,
+    scope: Scope,
+    kind: Kind,
+    facts: Mapping[str, str],
+) -> SparseMask:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    if scope == "global":
+        most = sum(math.prod(shapes[name]) for name in scored)
+        entries = top_entries(scored, min(math.ceil(density * total), most))
+    else:
+        entries = {}
+        for name, tensor in scored.items():
+            entries |= top_entries({name: tensor}, math.ceil(density * math.prod(shapes[name])))
+    return SparseMask(
+        entries=entries,
+        shapes={name: shapes[name] for name in entries},
+        fingerprint=fingerprint(model),
+        total=total,
+        kind=kind,
+        density=density,
+        facts={"scope": scope, **facts},
+    )
+
+
+# --- the masks ------------------------------------------------------------------------------------
+
+SequenceLoss = Callable[[Tensor], Tensor]
+"""Token ids [length] -> the causal-LM loss of that one sequence, a scalar that can be differentiated."""
+
+
+@contextmanager
+def _gradients_to(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, a backward pass hands each parameter's gradient to `consume` and frees it at once."""
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            consume(name, parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    handles = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+
+
+def _backward(loss: SequenceLoss, sequences: Iterable[Tensor]) -> int:
+    count = 0
+    for tokens in sequences:
+        with torch.enable_grad():
+            value = loss(tokens)
+        if not torch.isfinite(value):
+            raise MeerkatError(f"the loss of pre-training sequence {count} is {value.item()}; is the model sound?")
+        value.backward()
+        count += 1
+    if count == 0:
+        raise MeerkatError("no pre-training sequence was given; a sensitivity mask needs at least one")
+    return count
+
+
+def sensitivity_mask(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    loss: SequenceLoss,
+    density: float = 1e-3,
+    *,
+    scope: Scope = "global",
+    exclude: Collection[Exclusion] = (),
+    facts: Mapping[str, str] | None = None,
+    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda sequences, _: sequences,
+) -> SparseMask:
+    """The n = ceil(u d) parameters with the largest mean squared gradient (method, section 2).
+
+    Args:
+        model: in evaluation mode; its weights are only read.
+        sequences: token ids, each [length], gone through twice: once for the scores, once for the
+            gradient at the chosen entries, which GradIP needs.
+        loss: the pre-training loss of one sequence.
+        density: u, the share of all d parameters that moves; 0 < u <= 1.
+        scope: the n largest of all, or the u largest share of each tensor.
+        exclude: kinds of parameters that never move.
+        track: wraps the sequences of each pass, for a progress bar.
+
+    Memory: the weights, one float32 accumulator of their size and the gradients of the tensor at hand
+    (two of a tied embedding: autograd sums its two uses), beside one sequence's activations.
+
+    Raises:
+        MeerkatError: a density out of range, no sequence, or a loss that is not finite.
+    """
+    check_density(density)
+    parameters = eligible_parameters(model, exclude)
+    squares = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+
+    def add_square(name: str, gradient: Tensor) -> None:
+        gradient = gradient.float()
+        squares[name].addcmul_(gradient, gradient)
+
+    with _gradients_to(parameters, add_square):
+        count = _backward(loss, track(sequences, "sensitivity"))
+    noted = {"sequences": str(count), "excluded": ",".join(exclude), **(facts or {})}
+    # summed, not averaged: dividing all by the same count ranks them the same
+    mask = _chosen(model, squares, density, scope, "sensitivity", noted)
+    squares.clear()
+    gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
+    return replace(mask, pretraining_gradient=gradient)
+
+
+def pretraining_gradient(
+    model: nn.Module,
+    mask: SparseMask,
+    sequences: Sequence[Tensor],
+    loss: SequenceLoss,
+    *,
+    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda sequences, _: sequences,
+) -> Tensor:
+    """grad_p: the mean over sequences of the loss' gradient at the moving entries, float32 [n], on the CPU."""
+    parameters = {name: p for name, p in model.named_parameters() if name in mask.entries}
+    sums = {name: torch.zeros(count, device=parameters[name].device) for name, count in mask.counts()}
+    places = {
+        name: None if indices is None else indices.to(parameters[name].device) for name, indices in mask.entries.items()
+    }
+
+    def add(name: str, gradient: Tensor) -> None:
+        flat, at = gradient.reshape(-1), places[name]
+        sums[name] += flat if at is None else flat[at]
+
+    with _gradients_to(parameters, add):
+        count = _backward(loss, track(sequences, "pre-training gradient"))
+    return torch.cat([sums[name].cpu() for name in mask.entries]) / count
+
+
+def magnitude_mask(
+    model: nn.Module, density: float = 1e-3, *, scope: Scope = "global", exclude: Collection[Exclusion] = ()
+) -> SparseMask:
+    """The n = ceil(u d) parameters with the largest absolute value (baseline "weight magnitude")."""
+    check_density(density)
+    scored = eligible_parameters(model, exclude)
+    return _chosen(model, scored, density, scope, "magnitude", {"excluded": ",".join(exclude)})
+
+
+def random_mask(
+    model: nn.Module,
+    density: float = 1e-3,
+    seed: int = 0,
+    *,
+    scope: Scope = "global",
+    exclude: Collection[Exclusion] = (),
+) -> SparseMask:
+    """n = ceil(u d) parameters drawn at random without replacement (baseline "random mask")."""
+    check_density(density)
+    names = list(eligible_parameters(model, exclude))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    sizes = {name: math.prod(shapes[name]) for name in names}
+
+    def draw(purpose_index: int, wanted: int, among: int) -> np.ndarray:
+        rng = seeds.generator(seed, "random mask", purpose_index)
+        return np.sort(rng.choice(among, min(wanted, among), replace=False, shuffle=False))
+
+    entries: dict[str, Tensor] = {}
+    if scope == "global":
+        drawn = draw(0, math.ceil(density * total), sum(sizes.values()))
+        ends = np.cumsum([0, *sizes.values()])
+        for name, first, last in zip(names, ends[:-1], ends[1:], strict=True):
+            inside = drawn[np.searchsorted(drawn, first) : np.searchsorted(drawn, last)] - first
+            if len(inside):
+                entries[name] = torch.from_numpy(inside)
+    else:
+        for index, name in enumerate(names):
+            entries[name] = torch.from_numpy(draw(1 + index, math.ceil(density * sizes[name]), sizes[name]))
+    return SparseMask(
+        entries=entries,
+        shapes={name: shapes[name] for name in entries},
+        fingerprint=fingerprint(model),
+        total=total,
+        kind="random",
+        density=density,
+        facts={"scope": scope, "excluded": ",".join(exclude), "seed": str(seed)},
+    )
+
+
+def full_mask(model: nn.Module, *, exclude: Collection[Exclusion] = ()) -> SparseMask:
+    """Every parameter moves (baseline "full-FedZO"): no index is stored."""
+    parameters = eligible_parameters(model, exclude)
+    return SparseMask(
+        entries=dict.fromkeys(parameters),
+        shapes={name: tuple(p.shape) for name, p in parameters.items()},
+        fingerprint=fingerprint(model),
+        total=sum(p.numel() for p in model.parameters()),
+        kind="full",
+        facts={"excluded": ",".join(exclude)},
+    )

@@ -1,0 +1,57 @@
+"""Paths: scalars and shared directions -> theta (method, section 5).
+
+One arithmetic serves client, server, auditor and late joiner, and gives each the same bits (numeric
+contract 2): c = float32(eta / P) * G; step = c * z; theta -= step, every operation rounded by
+itself, steps then directions ascending.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meerkat.directions import Directions
+from meerkat.rounds import RoundPlan, RoundRecord
+
+
+def descend_(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor) -> Tensor:
+    """theta -= (rate g) z in place; theta and z are float32 [n]."""
+    # no `alpha=` and no addcmul: they may fuse the product into the difference and round once
+    return theta.sub_(z * float(rate * g))
+
+
+def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Directions) -> Iterator[Tensor]:
+    """theta after each local step that the scalars (float32 [T, P]) describe. Yields one tensor, updated."""
+    theta = theta.clone()
+    for step, row in enumerate(scalars):
+        for p, g in enumerate(row):
+            descend_(theta, plan.rate, g, directions(plan.place(step, p)))
+        yield theta
+
+
+def advance(theta: Tensor, record: RoundRecord, directions: Directions) -> Tensor:
+    """The global theta after a round: theta_{r+1} = theta_r - (eta / P) sum_{t,p} G z."""
+    *_, end = walk(theta, record.plan, record.aggregate, directions)
+    return end
+
+
+def client_path(theta: Tensor, record: RoundRecord, client: int, directions: Directions) -> Iterator[Tensor]:
+    """One client's virtual path: its theta after each local step of a round that began at theta.
+
+    Equal to what the client had, to the bit. Each tensor yielded is the same one, updated: clone what
+    you keep.
+
+    Raises:
+        KeyError: the client took no part in the round.
+    """
+    return walk(theta, record.plan, record.scalars[client], directions)
+
+
+def digest(theta: Tensor) -> str:
+    """SHA-256 of theta's float32 values, little-endian."""
+    values = theta.detach().cpu().contiguous()
+    if values.dtype != torch.float32:
+        raise TypeError(f"theta is {values.dtype}, not float32")
+    return hashlib.sha256(values.numpy().astype("<f4", copy=False).data).hexdigest()

@@ -1,0 +1,100 @@
+"""What one round is: the plan the server opens it with, a client's reply, the record that stays."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from meerkat.directions import Phase, Place
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Everything a participant needs to know to make its steps: round r of the method's section 4."""
+
+    round: int
+    lr: float
+    """eta in this round: the schedule is the server's, and travels here."""
+    eps: float
+    directions: int
+    """P: directions a step."""
+    steps: Mapping[int, int]
+    """T_k: local steps of each participant, by client id, ascending."""
+    phase: Phase = "training"
+
+    def place(self, step: int, direction: int) -> Place:
+        """Where direction p of local step t stands in the run."""
+        return Place(self.phase, self.round, step, direction)
+
+    @property
+    def rate(self) -> np.float32:
+        """float32(eta / P): what every update is multiplied with."""
+        return np.float32(self.lr / self.directions)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What client k sends: its projected gradients, four bytes each."""
+
+    client: int
+    scalars: np.ndarray
+    """g_k^{r,t,p}: float32 [T_k, P]"""
+    loss: float = float("nan")
+    """Mean training loss, known in a simulation only: it is never sent."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A closed round: with theta_0 and the run key, enough to rebuild theta and every client's path."""
+
+    plan: RoundPlan
+    weights: Mapping[int, float]
+    """p_k: renormalised over the replies that counted, by client id, ascending; float64."""
+    scalars: Mapping[int, np.ndarray]
+    """g_k: float32 [T_k, P] by client id."""
+    aggregate: np.ndarray
+    """G_r: float32 [T, P]"""
+    theta_digest: str
+    """SHA-256 of theta after the round."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values; float32 arrays as base64 of their little-endian bytes."""
+        plan = self.plan
+        return {
+            "phase": plan.phase,
+            "round": plan.round,
+            "lr": plan.lr,
+            "eps": plan.eps,
+            "directions": plan.directions,
+            "clients": list(plan.steps),
+            "steps": list(plan.steps.values()),
+            "weights": list(self.weights.values()),
+            "scalars": _pack(np.concatenate([g.reshape(-1) for g in self.scalars.values()])),
+            "aggregate": _pack(self.aggregate.reshape(-1)),
+            "theta": self.theta_digest,
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> "RoundRecord":
+        """The record that `to_json` wrote, to the bit."""
+        clients, width = held["clients"], held["directions"]
+        steps = dict(zip(clients, held["steps"], strict=True))
+        ends = np.cumsum([count * width for count in steps.values()])
+        parts = np.split(_unpack(held["scalars"]), ends[:-1])
+        return cls(
+            plan=RoundPlan(held["round"], held["lr"], held["eps"], width, steps, held["phase"]),
+            weights=dict(zip(clients, held["weights"], strict=True)),
+            scalars={k: part.reshape(-1, width) for k, part in zip(clients, parts, strict=True)},
+            aggregate=_unpack(held["aggregate"]).reshape(-1, width),
+            theta_digest=held["theta"],
+        )
+
+
+def _pack(values: np.ndarray) -> str:
+    return base64.b64encode(values.astype("<f4", copy=False).tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)

@@ -1,0 +1,134 @@
+"""A run's folder: what is in it, and writing it so that nothing is ever half there.
+
+config.toml        all settings, resolved          mask.safetensors   what moves, and its base values
+rounds.log         the record (runlog.py)          metrics.jsonl      losses, accuracies, times
+summary.json       the outcome                     curves.png/.svg    the picture
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from meerkat.config import RunConfig, make_config, read_toml
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.mask import SparseMask
+
+Metric = Mapping[str, Any]
+
+
+class RunFolder:
+    """The files of one run, by name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_path = root / "config.toml"
+        self.mask_path = root / "mask.safetensors"
+        self.log_path = root / "rounds.log"
+        self.metrics_path = root / "metrics.jsonl"
+        self.summary_path = root / "summary.json"
+
+    @classmethod
+    def create(cls, root: Path, config: RunConfig) -> "RunFolder":
+        """Take a folder that does not exist or is empty, and settle the run's settings in it.
+
+        Raises:
+            MeerkatError: the folder holds something, or cannot be made.
+        """
+        folder = cls(root)
+        if folder.config_path.exists():
+            raise MeerkatError(
+                f"run folder '{root}': has a run in it; 'meerkat resume {root}' goes on with it, or give another --out"
+            )
+        if root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir()):
+            raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MeerkatError(f"run folder '{root}': {error.strerror}; give another --out") from None
+        write_whole(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
+        return folder
+
+    @classmethod
+    def open(cls, root: Path) -> "RunFolder":
+        """A folder that a run was started in.
+
+        Raises:
+            MeerkatError: there is no run in it.
+        """
+        folder = cls(root)
+        if not folder.config_path.is_file():
+            raise MeerkatError(
+                f"run folder '{root}': no run in it (no config.toml); start one with 'meerkat simulate --out {root}'"
+            )
+        return folder
+
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return make_config(read_toml(self.config_path), spell=f"{self.config_path}: ")
+
+    def mask(self) -> SparseMask:
+        """The run's mask, with its base values."""
+        return SparseMask.load(self.mask_path)
+
+    def note(self, metric: Metric) -> None:
+        """Add one line to the metrics."""
+        with told_plainly(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+            end = file.tell()
+            try:
+                file.write(json.dumps(metric) + "\n")
+                file.flush()
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
+
+    def metrics(self) -> list[Metric]:
+        """All metrics, a torn last line left out."""
+        if not self.metrics_path.exists():
+            return []
+        text = self.metrics_path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def keep_metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
+        """Drop the metrics that are not wanted, and return the others."""
+        kept = [metric for metric in self.metrics() if wanted(metric)]
+        lines = "".join(json.dumps(metric) + "\n" for metric in kept)
+        write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"))
+        return kept
+
+    def summary(self) -> dict[str, Any] | None:
+        """The outcome, if the run has ended."""
+        if not self.summary_path.exists():
+            return None
+        held: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        return held
+
+
+def write_whole(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all: `fill` writes a part file, which then takes its name."""
+    part = path.with_name(path.name + ".part")
+    with told_plainly(path):
+        try:
+            fill(part)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def told_plainly(path: Path) -> Iterator[None]:
+    """Turn a disk's refusal into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        cure = "make room" if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None) else "mend that"
+        raise RunFailed(f"{path}: {reason}; {cure}, then 'meerkat resume {path.parent}'") from None

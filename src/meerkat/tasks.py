@@ -1,0 +1,238 @@
+"""Tasks: rows of data -> prompts, label words and token ids (method, section 9).
+
+A classification task is a template that ends in `{label}` and one label string a class. Prompt and
+label are tokenised as one string, and a label may be several tokens.
+"""
+
+import string
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meerkat.errors import MeerkatError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a row is put to the model."""
+
+    name: str
+    template: str
+    """Prompt with the row's fields in braces; ends in `{label}`."""
+    labels: tuple[str, ...]
+    """Label strings; a row's `label` is an index into them."""
+    prepare: Callable[[Row], Row] = lambda row: row
+    """Row -> the template's fields, where they are not the row's own."""
+    needs: tuple[str, ...] = ()
+    """Fields that a row must have beside `label`."""
+
+    def prompt(self, row: Row) -> str:
+        """Everything before the label."""
+        return self.template.removesuffix("{label}").format_map(dict(self.prepare(row)))
+
+
+def _boolq(row: Row) -> Row:
+    question = row["question"].strip()
+    return {"passage": row["passage"], "question": question[:1].upper() + question[1:].removesuffix("?")}
+
+
+def _wsc(row: Row) -> Row:
+    return {"text": row["text"], "span1": row["span1_text"], "span2": row["span2_text"].lower()}
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("sst2", "{sentence} It was {label}", ("terrible", "great"), needs=("sentence",)),
+        Task(
+            "ag_news",
+            "{text}\nWhat label best describes this news article? {label}",
+            ("World politics", "Sports", "Business", "Science and technology"),
+            needs=("text",),
+        ),
+        Task("yelp_polarity", "{text} It was {label}", ("terrible", "great"), needs=("text",)),
+        Task("boolq", "{passage} {question}?\n{label}", ("No", "Yes"), _boolq, needs=("question", "passage")),
+        Task(
+            "rte",
+            '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{label}',
+            ("Yes", "No"),
+            needs=("premise", "hypothesis"),
+        ),
+        Task(
+            "wsc",
+            '{text}\nIn the previous sentence, does the pronoun "{span2}" refer to {span1}? Yes or No?\n{label}',
+            ("No", "Yes"),
+            _wsc,
+            needs=("text", "span1_text", "span2_text"),
+        ),
+        Task(
+            "wic",
+            'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
+            "{sentence1}\n{sentence2}\n{label}",
+            ("No", "Yes"),
+            needs=("word", "sentence1", "sentence2"),
+        ),
+    )
+}
+
+
+def load_task(name: str) -> Task:
+    """A built-in task by name, or one's own from a TOML file with `template` and `labels`.
+
+    Raises:
+        MeerkatError: no such task, or a file that does not describe one.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise MeerkatError(f"task '{name}': must be one of {', '.join(TASKS)}, or a .toml file of your own")
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MeerkatError(f"task file '{name}': {error.strerror}; give the path of a task file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MeerkatError(f"task file '{name}': not valid TOML ({error})") from None
+    template, labels = held.get("template"), held.get("labels")
+    if not isinstance(template, str) or not template.endswith("{label}") or template.count("{label}") != 1:
+        raise MeerkatError(f"task file '{name}': needs template = \"... {{label}}\", with {{label}} once, at its end")
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
+        raise MeerkatError(f"task file '{name}': needs labels = [...] with at least two strings")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise MeerkatError(f"task file '{name}': the template's braces do not match ({error})") from None
+    if odd := [field for field in fields if not field.isidentifier()]:
+        raise MeerkatError(f"task file '{name}': '{{{odd[0]}}}' in the template is no field name")
+    needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
+    return Task(str(held.get("name", path.stem)), template, tuple(labels), needs=needs)
+
+
+def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
+    """Raise MeerkatError unless every row has the task's fields and a label within range."""
+    if not rows:
+        raise MeerkatError(f"{source}: no rows; give data with at least one row")
+    for number, row in enumerate(rows, 1):
+        if missing := [field for field in (*task.needs, "label") if row.get(field) is None]:
+            raise MeerkatError(
+                f"{source}, row {number}: no field '{missing[0]}' (it has {', '.join(row)}); "
+                f"task '{task.name}' needs {', '.join((*task.needs, 'label'))}"
+            )
+        label = row["label"]
+        if isinstance(label, float) or not isinstance(label, int) or not 0 <= label < len(task.labels):
+            raise MeerkatError(
+                f"{source}, row {number}: label {label!r} is out of range; task '{task.name}' has labels "
+                f"0 to {len(task.labels) - 1} ({', '.join(task.labels)})"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Where one label string's log-probability is read: in which of the example's sequences, and at which tokens."""
+
+    sequence: int
+    start: int
+    """Index of the position whose logits predict the label's first token."""
+    targets: np.ndarray
+    """The label's token ids, int64 [number of its tokens]."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it.
+
+    Candidates whose inputs agree share a forward pass: with one-token labels there is one sequence, the
+    prompt, whatever the number of classes.
+    """
+
+    sequences: tuple[np.ndarray, ...]
+    """Token ids, int64 [length] each."""
+    candidates: tuple[Candidate, ...]
+    label: int
+
+
+def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
+    """Tokenise rows: each prompt with each label string as one text, cut from the left to max_length.
+
+    `tokenizer` is a Hugging Face one that reports offsets; the tokens that it puts in front (BOS) are
+    kept when the text is cut.
+
+    Raises:
+        MeerkatError: the tokenizer reports no offsets, or max_length leaves no room for a prompt.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise MeerkatError(
+            f"tokenizer {type(tokenizer).__name__} reports no offsets; use the model's fast tokenizer (tokenizer.json)"
+        )
+    prompts = [task.prompt(row) for row in rows]
+    texts = [prompt + label for prompt in prompts for label in task.labels]
+    tokenised = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    examples = []
+    width = len(task.labels)
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        pieces = [
+            _label_span(ids, offsets, len(prompt))
+            for ids, offsets in zip(
+                tokenised["input_ids"][i * width : (i + 1) * width],
+                tokenised["offset_mapping"][i * width : (i + 1) * width],
+                strict=True,
+            )
+        ]
+        examples.append(_share_prefixes(_cut_left(pieces, max_length, task), row["label"]))
+    return examples
+
+
+@dataclass(frozen=True)
+class _Piece:
+    ids: list[int]
+    special: int
+    """Special tokens in front."""
+    label_at: int
+    """Index of the label's first token; the label runs to the end."""
+
+
+def _label_span(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> _Piece:
+    """Split one tokenised text: a token is the label's if it covers any character after the boundary."""
+    special = next((i for i, (start, end) in enumerate(offsets) if end > start), 0)
+    of_label = [i for i, (_, end) in enumerate(offsets) if end > boundary]
+    return _Piece(ids[: of_label[-1] + 1], special, of_label[0])
+
+
+def _cut_left(pieces: list[_Piece], max_length: int, task: Task) -> list[_Piece]:
+    """Cut the same number of prompt tokens from all candidates, so that they keep one prompt."""
+    excess = max(0, max(len(piece.ids) for piece in pieces) - max_length)
+    cut = [_Piece(p.ids[: p.special] + p.ids[p.special + excess :], p.special, p.label_at - excess) for p in pieces]
+    if any(p.label_at <= p.special and excess for p in cut) or any(p.label_at < 1 for p in cut):
+        raise MeerkatError(
+            f"max_length {max_length} leaves no prompt before the labels of task '{task.name}'; use a larger one"
+        )
+    return cut
+
+
+def _share_prefixes(pieces: list[_Piece], label: int) -> Example:
+    """Keep one sequence for all candidates whose inputs are prefixes of it: a causal model reads them all there."""
+    sequences: list[list[int]] = []
+    home = [0] * len(pieces)
+    for c in sorted(range(len(pieces)), key=lambda c: -len(pieces[c].ids)):
+        given = pieces[c].ids[:-1]  # the last token is only predicted
+        for s, sequence in enumerate(sequences):
+            if sequence[: len(given)] == given:
+                home[c] = s
+                break
+        else:
+            home[c] = len(sequences)
+            sequences.append(given)
+    return Example(
+        sequences=tuple(np.array(sequence, dtype=np.int64) for sequence in sequences),
+        candidates=tuple(
+            Candidate(home[c], piece.label_at - 1, np.array(piece.ids[piece.label_at :], dtype=np.int64))
+            for c, piece in enumerate(pieces)
+        ),
+        label=label,
+    )

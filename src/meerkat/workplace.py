@@ -1,0 +1,181 @@
+"""What a run stands on: its settings resolved, the model and task, the rows and who holds them, the mask."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from meerkat import demo, models, seeds
+from meerkat.config import EMBEDDED, METHODS, RunConfig
+from meerkat.data import load_rows
+from meerkat.errors import MeerkatError
+from meerkat.mask import SparseMask, full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.partition import Partition, partition
+from meerkat.progress import say, track
+from meerkat.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The model on its device and the task's rows as it sees them."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    device: torch.device
+    max_length: int
+    tokens_per_pass: int
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Rows, tokenised."""
+        return encode(self.task, rows, self.tokenizer, self.max_length)
+
+    def evaluation_batch(self, rows: Sequence[Row], micro_batch: int = 0) -> models.Batch:
+        """Rows laid out for evaluation."""
+        return models.collate(
+            self.examples(rows), self.device, sequences_per_pass=micro_batch, tokens_per_pass=self.tokens_per_pass
+        )
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what the settings leave to us, and make local paths absolute, so that a run can be resumed anywhere.
+
+    Raises:
+        MeerkatError: something is needed that was not given.
+    """
+    task = config.task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
+    if not task:
+        raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
+    if not config.data and task not in demo.TASKS:
+        raise MeerkatError(
+            f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
+        )
+    return resolve_model(
+        config.model_copy(update={"task": task, "clients_per_round": config.clients_per_round or config.clients})
+    )
+
+
+def resolve_model(config: RunConfig) -> RunConfig:
+    """The part of `resolve` that a mask alone needs."""
+    if METHODS[config.method] == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
+        raise MeerkatError(
+            "--text: needed for a sensitivity mask (pre-training text); or give one made before as --mask"
+        )
+    filled: dict[str, Any] = {
+        "device": ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device,
+        "threads": config.threads or torch.get_num_threads(),
+    }
+    for name in ("model", "task", "data", "text", "mask"):
+        value = getattr(config, name)
+        if value and Path(value).exists() and value not in (EMBEDDED, *TASKS, *demo.TASKS):
+            filled[name] = str(Path(value).resolve())
+    return config.model_copy(update=filled)
+
+
+def open_model(config: RunConfig) -> tuple[nn.Module, Any]:
+    """Load the model and its tokenizer. Global state of torch is touched here alone: the number of threads."""
+    torch.set_num_threads(config.threads)
+    if config.dtype != "float32":
+        say(f"note: with {config.dtype} weights small perturbations are rounded away; float32 is what was measured")
+    return models.load_model(str(demo.MODEL) if config.model == EMBEDDED else config.model, config.device, config.dtype)
+
+
+def open_workplace(config: RunConfig) -> Workplace:
+    """Load the task, the model and its tokenizer."""
+    task = demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
+    model, tokenizer = open_model(config)
+    device = next(model.parameters()).device
+    return Workplace(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        device=device,
+        max_length=models.longest_input(model, config.max_length),
+        tokens_per_pass=models.TOKENS_PER_PASS.get(device.type, models.TOKENS_PER_PASS["cuda"]),
+    )
+
+
+def load_split(config: RunConfig, task: Task, split: str) -> list[Row]:
+    """One split of the run's data, checked against the task."""
+    source = config.data or str(demo.TASKS[config.task])
+    rows = load_rows(source, split)
+    check_rows(task, rows, f"data '{source}', {split}")
+    return rows
+
+
+def training_and_evaluation_rows(config: RunConfig, task: Task) -> tuple[list[Row], list[Row]]:
+    """The rows that clients hold, and those that the model is judged on."""
+    training = load_split(config, task, "train")
+    if not config.held_back:
+        return training, load_split(config, task, "validation")
+    order = seeds.permutation(len(training), config.seed, "held back")
+    count = round(config.held_back * len(training))
+    if not 0 < count < len(training):
+        raise MeerkatError(
+            f"--held-back {config.held_back:g}: leaves no rows on one side of {len(training)}; choose another share"
+        )
+    return [training[i] for i in sorted(order[count:])], [training[i] for i in sorted(order[:count])]
+
+
+def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask:
+    """The mask that the method calls for, on the model at hand."""
+    scope, exclude = config.mask_scope, config.exclude
+    kind = METHODS[config.method]
+    if config.mask:
+        mask = SparseMask.load(Path(config.mask))
+        mask.check_fits(model)
+        return mask
+    if kind == "full":
+        return full_mask(model, exclude=exclude)
+    if kind == "magnitude":
+        return magnitude_mask(model, config.density, scope=scope, exclude=exclude)
+    if kind == "random":
+        return random_mask(model, config.density, config.seed, scope=scope, exclude=exclude)
+    text = config.text or str(demo.TEXT)
+    length = models.longest_input(model, config.text_length)
+    sequences = models.load_text(text, tokenizer, config.text_sequences, length)
+    return sensitivity_mask(
+        model,
+        sequences,
+        models.language_modelling_loss(model),
+        config.density,
+        scope=scope,
+        exclude=exclude,
+        facts={"text": Path(text).name, "text_length": str(length)},
+        track=track,
+    )
+
+
+def default_lr(moving: int) -> float:
+    """A learning rate for so many moving parameters, to two digits: see docs/log.md for its measurement."""
+    return float(f"{17 / moving:.1e}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training rows, who holds which, and what to judge on."""
+
+    examples: list[Example]
+    partition: Partition
+    evaluation: models.Batch
+    digest: str
+    """SHA-256 of the rows and of who holds which: a run goes on with nothing else."""
+
+    @classmethod
+    def of(cls, config: RunConfig, workplace: Workplace) -> "Split":
+        """Read, split and tokenise the run's data."""
+        training, judged = training_and_evaluation_rows(config, workplace.task)
+        held = partition(config.partition, training, config.clients, config.seed)
+        sha = hashlib.sha256()
+        for row in (*training, *judged):
+            sha.update(json.dumps(row, sort_keys=True, default=str).encode())
+        for rows in held.rows:
+            sha.update(rows.astype("<i8").tobytes())
+        return cls(
+            workplace.examples(training), held, workplace.evaluation_batch(judged, config.micro_batch), sha.hexdigest()
+        )
