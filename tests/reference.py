@@ -42,10 +42,7 @@ def _gradient(model: nn.Module, ids: Tensor) -> Tensor:
     assert all(p.requires_grad for p in model.parameters()), "frozen parameters"
     model.zero_grad()
     (-_token_log_probabilities(model, ids).mean()).backward()  # type: ignore[no-untyped-call]
-    grads = [
-        torch.zeros_like(p) if p.grad is None else p.grad
-        for _, p in model.named_parameters()
-    ]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in model.named_parameters()]
     dense = torch.cat([g.double().flatten() for g in grads])
     model.zero_grad()
     return dense

@@ -37,7 +37,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        EMBEDDED, description="pre-trained causal LM: a local folder or a hub name [default: the embedded demo model]"
+        EMBEDDED, description="pre-trained causal LM: a local folder or a hub name; embedded is the demo model"
     )
     task: str = Field(
         "",

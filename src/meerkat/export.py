@@ -41,8 +41,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     with told_plainly(to):
         part.mkdir(parents=True, exist_ok=True)
         if form == "merged":
-            save_pretrained: Callable[[Path], None] = workplace.model.save_pretrained
-            save_pretrained(part)
+            workplace.model.save_pretrained(part)
             workplace.tokenizer.save_pretrained(part)
         else:
             _save_delta(part / DELTA_FILE, run.mask, run.theta)

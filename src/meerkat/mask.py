@@ -282,8 +282,11 @@ SequenceLoss = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def _gradients_to(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, a backward pass hands each parameter's gradient to `consume` and frees it at once."""
+def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, a backward pass hands the named parameters' gradients to `consume` and frees each at once.
+
+    No other parameter gets a gradient.
+    """
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -293,19 +296,19 @@ def _gradients_to(parameters: Mapping[str, nn.Parameter], consume: Callable[[str
 
         return hook
 
-    before = {name: p.requires_grad for name, p in parameters.items()}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = []
     try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+            if name in names:
+                handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
-            parameter.grad = None
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def _backward(loss: SequenceLoss, sequences: Iterable[Tensor]) -> int:
@@ -359,7 +362,7 @@ def sensitivity_mask(
         gradient = gradient.float()
         squares[name].addcmul_(gradient, gradient)
 
-    with _gradients_to(parameters, add_square):
+    with _gradients_to(model, squares, add_square):
         count = _backward(loss, track(sequences, "sensitivity"))
     noted = {"sequences": str(count), "excluded": ",".join(exclude), **(facts or {})}
     # summed, not averaged: dividing all by the same count ranks them the same
@@ -388,7 +391,7 @@ def pretraining_gradient(
         flat, at = gradient.reshape(-1), places[name]
         sums[name] += flat if at is None else flat[at]
 
-    with _gradients_to(parameters, add):
+    with _gradients_to(model, sums, add):
         count = _backward(loss, track(sequences, "pre-training gradient"))
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 

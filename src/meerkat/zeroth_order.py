@@ -57,6 +57,7 @@ class ProjectedGradient(NamedTuple):
     """(l+ + l-) / 2, for the record of training only: it is never sent."""
 
 
+@torch.no_grad()
 def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float, loss: Loss) -> ProjectedGradient:
     """The loss' slope along z at theta, from two forward passes on the same batch.
 

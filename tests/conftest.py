@@ -1,0 +1,130 @@
+"""Tiny random models, a tokenizer of our own, and a federation small enough to run in a second."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Real data and models, where a checkout has them beside it. Never copied into the project."""
+
+VOCABULARY = 384
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, Any] = {
+    "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**_SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**_SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, tie_word_embeddings=True),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    ),
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    ),
+}
+
+
+def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
+    """A random causal LM of some 30,000 parameters, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture], dtype=torch.float32)
+        for parameter in model.parameters():  # larger than the usual initialisation, so that losses differ visibly
+            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE with few merges: words are several tokens, and BOS stands in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(
+        ["it was great", "it was terrible", "yes or no, yes or no", "the film the plot"] * 5, trainer
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture
+def random_sequences() -> list[torch.Tensor]:
+    """Five sequences of token ids of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in (5, 12, 9, 3, 16)]
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a tiny model, text, a task of two multi-token labels, and its data."""
+    root = tmp_path_factory.mktemp("federation")
+    tiny_model().save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "data").mkdir()
+    good, bad = ["fine", "lovely", "the best"], ["dull", "sad", "the worst"]
+    for split, count in (("train", 48), ("validation", 12)):
+        rows = [
+            {
+                "sentence": f"film {i} is {(bad, good)[i % 2][i % 3]}" + " indeed" * (i % 5),
+                "label": i % 2,
+                "site": i % 4,
+            }
+            for i in range(count)
+        ]
+        (root / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["the film it was great", "the plot it was terrible", "yes or no", "it was the film"]
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return root
+
+
+@pytest.fixture
+def simulate_arguments(federation: Path) -> list[str]:
+    """The command line of a run over the tiny federation, but for --out."""
+    return [
+        *("simulate", "--model", str(federation / "model"), "--task", "sst2", "--data", str(federation / "data")),
+        *("--text", str(federation / "text.jsonl"), "--density", "0.01", "--clients", "3", "--partition", "iid"),
+        *("--rounds", "6", "--batch-size", "4", "--eval-every", "2", "--lr", "0.01", "--threads", "1"),
+    ]

@@ -1,0 +1,70 @@
+"""Imports point one way: commands -> experiment -> engines -> server and client -> paths -> mask."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import meerkat
+
+SOURCE = Path(meerkat.__file__).parent
+
+# Lower layers never import higher ones, nor does a module import its neighbours' layer except downwards.
+LAYERS = [
+    {"errors", "seeds"},
+    {"mask", "directions", "tasks", "progress"},
+    {"zeroth_order", "rounds", "partition", "models", "data"},
+    {"path", "demo"},
+    {"client", "server", "runlog"},
+    {"engines.local", "config"},
+    {"runfolder"},
+    {"workplace", "report"},
+    {"experiment", "audit"},
+    {"export"},
+    {"cli"},
+]
+ALGORITHM = {"mask", "directions", "zeroth_order", "rounds", "path", "client", "server"}
+EDGE = {"tasks", "partition", "models", "data", "demo"}
+
+
+def _modules() -> dict[str, Path]:
+    paths = {p.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): p for p in SOURCE.rglob("*.py")}
+    return {
+        name.removesuffix(".__init__"): p for name, p in paths.items() if name not in ("__init__", "engines.__init__")
+    }
+
+
+def _imports(path: Path) -> set[str]:
+    """The package's modules that a file imports, anywhere in it."""
+    known, found = set(_modules()), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "meerkat":
+            inside = node.module.removeprefix("meerkat").removeprefix(".")
+            named = {".".join(filter(None, (inside, alias.name))) for alias in node.names}
+            found |= (named | {inside}) & known
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("meerkat.") for alias in node.names} & known
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set().union(*LAYERS) == set(_modules())
+
+
+def test_no_import_runs_back_up() -> None:
+    height = {name: level for level, names in enumerate(LAYERS) for name in names}
+    up = [(m, i) for m, path in _modules().items() for i in _imports(path) if height[i] >= height[m]]
+    assert not up
+
+
+def test_the_algorithm_and_the_edge_do_not_know_each_other() -> None:
+    modules = _modules()
+    for name in ALGORITHM:
+        assert not _imports(modules[name]) & (EDGE | {"runfolder", "runlog", "config"}), name
+    for name in EDGE:
+        assert not _imports(modules[name]) & ALGORITHM, name
+
+
+def test_the_core_loads_without_transformers_and_the_help_without_torch() -> None:
+    core = "import sys, meerkat.server, meerkat.client, meerkat.engines.local; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", core], check=True)

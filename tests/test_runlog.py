@@ -1,0 +1,134 @@
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meerkat import runlog
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.runlog import RunLog
+
+RECORDS = [{"kind": "open", "n": 3}, {"kind": "round", "lr": 0.1}, {"kind": "round", "text": "ü\n"}, {"kind": "close"}]
+
+
+def write(path: Path, records: list[dict[str, object]] = RECORDS) -> bytes:
+    log = RunLog(path, runlog.read(path))
+    for record in records:
+        log.append(record)
+    log.close()
+    return path.read_bytes()
+
+
+def test_what_was_appended_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert runlog.read(path).records == []
+    write(path)
+    write(path, [{"kind": "more"}])
+    found = runlog.read(path)
+    assert found.records == [*RECORDS, {"kind": "more"}]
+    assert not found.damage
+    assert path.read_bytes().count(b"\n") == 5
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_changed_byte_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "log"
+    path.unlink(missing_ok=True)
+    whole = bytearray(write(path))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(whole)
+    found = runlog.read(path)
+    assert found.damage
+    assert found.records == RECORDS[: len(found.records)]
+    assert len(found.records) == bytes(write_lengths(path, at)).count(1)
+
+
+def write_lengths(path: Path, at: int) -> list[int]:
+    """1 for each record that ends before byte `at` of an undamaged log."""
+    whole = path.with_name("whole")
+    whole.unlink(missing_ok=True)
+    ends, total = [], 0
+    for line in write(whole).splitlines(keepends=True):
+        total += len(line)
+        ends.append(int(total <= at))
+    return ends
+
+
+@pytest.mark.parametrize("change", ["swap", "drop", "repeat"])
+def test_lines_cannot_be_moved(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "log"
+    lines = write(path).splitlines(keepends=True)
+    lines = {
+        "swap": [lines[0], lines[2], lines[1], lines[3]],
+        "drop": [lines[0], *lines[2:]],
+        "repeat": [lines[0], *lines],
+    }[change]
+    path.write_bytes(b"".join(lines))
+    found = runlog.read(path)
+    assert found.damage == "line 2 is damaged"
+    assert not found.torn
+    with pytest.raises(RunFailed, match="line 2 is damaged, with records after it"):
+        RunLog(path, found)
+
+
+def test_every_cut_of_the_last_record_is_torn_and_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    whole = write(path)
+    last = len(whole) - len(whole.splitlines(keepends=True)[-1])
+    for end in range(last + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        found = runlog.read(path)
+        assert found.torn
+        assert found.records == RECORDS[:3]
+        log = RunLog(path, found)
+        log.append(RECORDS[3])
+        log.close()
+        assert path.read_bytes() == whole
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = RunLog(path, runlog.read(path))
+    with pytest.raises(MeerkatError, match="another process"):
+        RunLog(path, runlog.read(path))
+    log.close()
+    RunLog(path, runlog.read(path)).close()
+
+
+def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    write(path)
+    code = f"""
+import resource, sys
+from pathlib import Path
+from meerkat import runlog
+from meerkat.errors import RunFailed
+path = Path({str(path)!r})
+log = runlog.RunLog(path, runlog.read(path))
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, {resource.RLIM_INFINITY}))
+try:
+    log.append({{"kind": "round", "padding": "x" * 1000}})
+except RunFailed as error:
+    print(error)
+"""
+    before = path.read_bytes()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "every record before is safe" in ran.stdout
+    assert path.read_bytes() == before
+
+
+def test_a_record_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    before = write(path)
+    log = RunLog(path, runlog.read(path))
+    with pytest.raises(ValueError, match="JSON"):
+        log.append({"lr": float("nan")})
+    log.close()
+    assert path.read_bytes() == before
+    assert json.loads(before.splitlines()[0][65:]) == RECORDS[0]
