@@ -83,9 +83,14 @@ class RunConfig(BaseModel):
     rounds: int = Field(200, ge=1, description="R: rounds")
     local_steps: int = Field(1, ge=1, description="T: local steps a round")
     directions: int = Field(1, ge=1, description="P: directions a step, averaged")
-    lr: float = Field(0, ge=0, description="eta: learning rate; 0 takes one that fits the number of moving parameters")
+    lr: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="eta: learning rate; 0 takes one that fits the number of moving parameters",
+    )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
-    eps: float = Field(1e-3, gt=0, description="perturbation size")
+    eps: float = Field(1e-3, gt=0, allow_inf_nan=False, description="perturbation size")
     batch_size: int = Field(16, ge=1, description="rows of a local step's batch")
     micro_batch: int = Field(
         0, ge=0, description="sequences in one forward pass, at most; 0 for a size that suits the device"

@@ -40,10 +40,15 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     Raises:
         MeerkatError: the settings cannot be met; RunFailed: the run went wrong on the way.
     """
+    RunFolder.check_free(out)
     config = resolve(config)
     workplace = open_workplace(config)
     split = Split.of(config, workplace)
-    return _carry_on(RunFolder.create(out, config), config, workplace, split)
+    mask = make_mask(config, workplace.model, workplace.tokenizer)
+    # nothing is written before everything that was asked for is known to be possible
+    folder = RunFolder.create(out, config)
+    _store_mask(folder, mask, workplace)
+    return _carry_on(folder, config, workplace, split)
 
 
 def resume(root: Path) -> dict[str, Any]:
@@ -100,15 +105,18 @@ def _losses_of(
     return losses_of
 
 
+def _store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
+    """Put the mask into the run's folder, with the moving entries' base values."""
+    theta_0 = MaskedModel(workplace.model, mask).read().cpu()
+    write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save)
+
+
 def _settled_mask(folder: RunFolder, config: RunConfig, workplace: Workplace) -> SparseMask:
-    """The mask in the run's folder, made and stored there with its base values if it is not there yet."""
-    if folder.mask_path.exists():
-        mask = folder.mask()
-        mask.check_fits(workplace.model)
-        return mask
-    mask = make_mask(config, workplace.model, workplace.tokenizer)
-    mask = replace(mask, theta_0=MaskedModel(workplace.model, mask).read().cpu())
-    write_whole(folder.mask_path, mask.save)
+    """The mask in the run's folder; a run that was killed before it was there makes it again."""
+    if not folder.mask_path.exists():
+        _store_mask(folder, make_mask(config, workplace.model, workplace.tokenizer), workplace)
+    mask = folder.mask()
+    mask.check_fits(workplace.model)
     return mask
 
 

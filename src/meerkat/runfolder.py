@@ -34,23 +34,30 @@ class RunFolder:
         self.summary_path = root / "summary.json"
 
     @classmethod
+    def check_free(cls, root: Path) -> None:
+        """Raise MeerkatError unless the folder does not exist or is empty, so that a run can be put there."""
+        if (root / "config.toml").exists():
+            raise MeerkatError(
+                f"run folder '{root}': has a run in it; 'meerkat resume {root}' goes on with it, or give another --out"
+            )
+        if root.exists() and not root.is_dir():
+            raise MeerkatError(f"run folder '{root}': is a file; give another --out")
+        if root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir()):
+            raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+
+    @classmethod
     def create(cls, root: Path, config: RunConfig) -> "RunFolder":
-        """Take a folder that does not exist or is empty, and settle the run's settings in it.
+        """Take a free folder and settle the run's settings in it.
 
         Raises:
             MeerkatError: the folder holds something, or cannot be made.
         """
-        folder = cls(root)
-        if folder.config_path.exists():
-            raise MeerkatError(
-                f"run folder '{root}': has a run in it; 'meerkat resume {root}' goes on with it, or give another --out"
-            )
-        if root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir()):
-            raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+        cls.check_free(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MeerkatError(f"run folder '{root}': {error.strerror}; give another --out") from None
+        folder = cls(root)
         write_whole(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
         return folder
 

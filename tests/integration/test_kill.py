@@ -1,0 +1,74 @@
+"""Killed with SIGKILL at any instant and resumed, a run ends as one never touched."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from meerkat.runfolder import RunFolder
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "meerkat.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+
+
+def killed_and_resumed(arguments: list[str], out: Path, kills: int, seed: int) -> int:
+    """Start the run, kill it at random instants, resume it each time; how many kills met a living process."""
+    rng = random.Random(seed)
+    began = time.monotonic()
+    assert start([*arguments, "--out", str(out.with_name("untouched"))]).wait() == 0
+    duration = time.monotonic() - began
+    met = 0
+    for _ in range(kills):
+        resuming = (out / "config.toml").exists()
+        process = start(["resume", str(out)] if resuming else [*arguments, "--out", str(out)])
+        # half of the kills anywhere, half while rounds are being written
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, duration))
+        else:
+            before = _size(out)
+            while process.poll() is None and _size(out) <= before:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            met += 1
+        process.wait()
+    while RunFolder(out).summary() is None:
+        resuming = (out / "config.toml").exists()
+        assert start(["resume", str(out)] if resuming else [*arguments, "--out", str(out)]).wait() == 0
+    return met
+
+
+def _size(out: Path) -> int:
+    log = out / "rounds.log"
+    return log.stat().st_size if log.exists() else 0
+
+
+def same_run(arguments: list[str], tmp_path: Path, kills: int) -> int:
+    out = tmp_path / "killed"
+    met = killed_and_resumed(arguments, out, kills, seed=0)
+    untouched, killed = (RunFolder(tmp_path / name).summary() for name in ("untouched", "killed"))
+    assert untouched is not None
+    assert killed is not None
+    assert killed["theta_digest"] == untouched["theta_digest"]
+    assert (out / "rounds.log").read_bytes() == (tmp_path / "untouched" / "rounds.log").read_bytes()
+    assert start(["verify", str(out)]).wait() == 0
+    return met
+
+
+def test_a_few_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
+    assert same_run([*simulate_arguments, "--rounds", "300", "--eval-every", "7"], tmp_path, kills=3) >= 2
+
+
+@pytest.mark.slow
+def test_many_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
+    met = same_run([*simulate_arguments, "--rounds", "2000", "--eval-every", "50"], tmp_path, kills=30)
+    print(f"{met} of 30 kills met a living process")
+    assert met >= 20

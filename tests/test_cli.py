@@ -1,0 +1,199 @@
+"""What a person meets: help, errors in one line, exit statuses, JSON alone on standard output."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+from meerkat import config
+from meerkat.cli import main
+from meerkat.config import RunConfig, make_config
+from meerkat.errors import MeerkatError
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, status: int = 2) -> None:
+    """The command exits with one line on standard error that says all of this."""
+    capsys.readouterr()
+    try:
+        found = main(arguments)
+    except SystemExit as end:
+        found = int(end.code or 0)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.strip().splitlines() if line]
+    assert found == status, err
+    assert not out
+    assert len(lines) == 1, err
+    for text in said:
+        assert text in lines[0]
+
+
+def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
+    return [*arguments, flag, value]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--model", "/no/such/model", "no such folder"),
+        ("--model", "./nowhere", "no such folder"),
+        ("--task", "sst3", "must be one of sst2"),
+        ("--task", "boolq", "no field 'question'"),
+        ("--data", "/no/such/data", "no such folder"),
+        ("--text", "/no/such/text.jsonl", "No such file"),
+        ("--mask", "/no/such/mask.safetensors", "no such file"),
+        ("--density", "0", "--density 0: must be greater than 0"),
+        ("--density", "1.5", "--density 1.5: must be less than or equal to 1"),
+        ("--density", "many", "must be a valid number"),
+        ("--eps", "0", "--eps 0: must be greater than 0"),
+        ("--eps", "nan", "--eps nan"),
+        ("--lr", "inf", "--lr inf"),
+        ("--lr", "-1", "--lr -1"),
+        ("--clients", "49", "at most the number of training rows, 48"),
+        ("--clients", "0", "--clients 0"),
+        ("--clients-per-round", "4", "must be at most clients, 3"),
+        ("--partition", "dirichlet", "must be one of iid, dirichlet:A"),
+        ("--partition", "mixed:9", "1 to the number of clients, 3"),
+        ("--method", "sgd", "must be 'meerkat', 'full-fedzo'"),
+        ("--rounds", "2.5", "must be a valid integer"),
+        ("--exclude", "heads", "must be 'embeddings' or 'norms'"),
+        ("--device", "tpu", "device 'tpu'"),
+        ("--max-length", "3", "leaves no prompt"),
+        ("--held-back", "0.001", "leaves no rows on one side"),
+        ("--batch", "3", "unrecognized arguments: --batch"),
+    ],
+)
+def test_bad_values_are_told_in_one_line_and_nothing_is_written(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str
+) -> None:
+    out = tmp_path / "run"
+    fails([*simulate_arguments, flag, value, "--out", str(out)], capsys, said)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("", "no rows"),
+        ('{"sentence": "a", "label": 2}\n', "label 2 is out of range; task 'sst2' has labels 0 to 1"),
+        ('{"sentence": "a", "label": "great"}\n', "label 'great' is out of range"),
+        ('{"text": "a", "label": 1}\n', "no field 'sentence' (it has text, label)"),
+        ("sentence\tlabel\n", "line 1: not JSON"),
+    ],
+)
+def test_bad_data_is_told_in_one_line(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, said: str
+) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    fails([*simulate_arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")], capsys, said, "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_tokenizer(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    fails([*simulate_arguments, "--model", str(tmp_path / "model")], capsys, "has no tokenizer", "save_pretrained")
+
+
+def test_a_mask_of_another_model(
+    simulate_arguments: list[str],
+    federation: Path,
+    tmp_path: Path,
+    tokenizer: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+    made = str(tmp_path / "mask.safetensors")
+    text = str(federation / "text.jsonl")
+    assert main(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", made]) == 0
+    arguments = [*simulate_arguments, "--model", str(tmp_path / "two"), "--mask", made, "--out", str(tmp_path / "run")]
+    fails(arguments, capsys, "other weights", "meerkat mask")
+    fails(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", made], capsys, "exists already")
+    fails(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", "/no/folder/m"], capsys, "no folder")
+
+
+def test_out_with_a_run_or_anything_else_in_it_is_refused(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([*simulate_arguments, "--out", str(out)]) == 0
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    fails([*simulate_arguments, "--out", str(out)], capsys, "has a run in it", f"meerkat resume {out}")
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    fails([*simulate_arguments, "--out", str(tmp_path / "mine")], capsys, "is not empty")
+    (tmp_path / "file").write_text("x")
+    fails([*simulate_arguments, "--out", str(tmp_path / "file")], capsys, "run folder")
+
+
+@pytest.mark.parametrize("command", ["resume", "verify", "evaluate", "export"])
+def test_commands_on_a_run_need_one(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--to", str(tmp_path / "to")] if command == "export" else []
+    fails([command, str(tmp_path / "nothing"), *more], capsys, "no run in it")
+
+
+@pytest.mark.parametrize("missing", ["--task", "--data", "--text"])
+def test_what_a_model_of_ones_own_needs(missing: str, federation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--model": str(federation / "model"), "--task": "sst2", "--data": "x", "--text": "y"}
+    del given[missing]
+    fails(["simulate", *(part for pair in given.items() for part in pair)], capsys, f"{missing}: needed")
+
+
+def test_json_stands_alone_on_standard_output(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*simulate_arguments, "--json", "--out", str(tmp_path / "run")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert main(["verify", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["theta_digest"] == printed["theta_digest"]
+
+
+def test_a_config_file_gives_settings_and_flags_override_them(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('rounds = 2\nlr = 0.5\nexclude = ["norms"]\n')
+    at = simulate_arguments.index("--lr")
+    arguments = ["simulate", str(file), *simulate_arguments[1:at], *simulate_arguments[at + 2 :]]
+    assert main([*arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
+    from meerkat.runfolder import RunFolder
+
+    held = RunFolder(tmp_path / "run").config()
+    assert (held.rounds, held.lr, held.exclude) == (1, 0.5, ("norms",))
+    file.write_text("round = 2\n")
+    fails(arguments, capsys, "setting 'round': unknown; must be one of model, task")
+    file.write_text("rounds = \n")
+    fails(arguments, capsys, "not valid TOML")
+    fails(["simulate", str(tmp_path / "none.toml")], capsys, "No such file")
+
+
+def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["simulate", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name, field in RunConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in shown
+        assert field.description
+
+
+def test_settings_survive_toml(tmp_path: Path) -> None:
+    made = make_config({"lr": 1e-5, "exclude": "embeddings,norms", "text": 'a "b" \\ c\nü'})
+    (tmp_path / "c.toml").write_text(made.to_toml())
+    assert make_config(config.read_toml(tmp_path / "c.toml")) == made
+    with pytest.raises(MeerkatError, match="makes its own mask"):
+        make_config({"method": "random-mask", "mask": "m"})
+
+
+def test_no_command_no_traceback() -> None:
+    ran = subprocess.run([sys.executable, "-m", "meerkat.cli"], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1

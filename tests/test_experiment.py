@@ -1,0 +1,311 @@
+"""A whole run over a tiny federation: its record, going on with it, replaying it, and bad input."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meerkat import audit, experiment, models, path, runlog
+from meerkat.cli import main
+from meerkat.errors import RunFailed
+from meerkat.mask import SparseMask
+from meerkat.runfolder import RunFolder
+
+
+def simulate(arguments: list[str], out: Path, *more: str) -> dict[str, Any]:
+    assert main([*arguments, *more, "--out", str(out)]) == 0
+    summary = RunFolder(out).summary()
+    assert summary is not None
+    return summary
+
+
+@pytest.fixture
+def finished(simulate_arguments: list[str], tmp_path: Path) -> Path:
+    """The folder of a finished run."""
+    simulate(simulate_arguments, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return runlog.read(folder / "rounds.log").records
+
+
+def test_a_run_leaves_its_record(finished: Path) -> None:
+    summary = RunFolder(finished).summary()
+    records = logged(finished)
+    assert summary is not None
+    assert [r["kind"] for r in records] == ["open", *["round"] * 6, "close"]
+    assert summary["theta_digest"] == records[-1]["theta"] == records[-2]["theta"]
+    assert summary["params_masked"] == math.ceil(0.01 * summary["params_total"])
+    assert (summary["payload_bytes_up_per_client_round"], summary["payload_bytes_down_per_client_round"]) == (4, 4)
+    evaluations = [m for m in RunFolder(finished).metrics() if m["kind"] == "evaluation"]
+    assert [m["round"] for m in evaluations] == [0, 2, 4, 6]
+    assert summary["accuracy"] == evaluations[-1]["accuracy"]
+    assert not list(finished.glob("*.part"))
+
+
+def test_the_same_settings_give_the_same_bits_and_others_do_not(simulate_arguments: list[str], tmp_path: Path) -> None:
+    first = simulate(simulate_arguments, tmp_path / "a")
+    assert simulate(simulate_arguments, tmp_path / "b")["theta_digest"] == first["theta_digest"]
+    assert simulate(simulate_arguments, tmp_path / "c", "--seed", "1")["theta_digest"] != first["theta_digest"]
+
+
+def test_clients_together_have_the_losses_they_have_one_by_one(simulate_arguments: list[str], tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--clients", "5", "--directions", "2")
+    for batching in ("auto", "off"):
+        simulate(simulate_arguments, tmp_path / batching, *options, "--batching", batching)
+    levels = [RunFolder(tmp_path / b).metrics()[1]["loss"] for b in ("auto", "off")]
+    assert levels[0] == pytest.approx(levels[1], abs=1e-6)
+    scalars = [experiment.RoundRecord.from_json(logged(tmp_path / b)[1]).scalars for b in ("auto", "off")]
+    for k in range(5):  # g magnifies a loss' error by 1 / (2 eps)
+        assert scalars[0][k] == pytest.approx(scalars[1][k], abs=2 * 1e-6 / 2e-3)
+
+
+@pytest.mark.parametrize("options", [(), ("--local-steps", "3", "--directions", "2", "--clients-per-round", "2")])
+@pytest.mark.parametrize("stop_after", range(7))
+def test_a_run_stopped_anywhere_and_resumed_is_the_untouched_one(
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+    options: tuple[str, ...],
+) -> None:
+    whole = simulate(simulate_arguments, tmp_path / "whole", *options)
+
+    class Stopped(BaseException):
+        pass
+
+    append, count = runlog.RunLog.append, 0
+
+    def append_or_stop(log: runlog.RunLog, record: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 1 + stop_after:
+            raise Stopped
+        append(log, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.RunLog, "append", append_or_stop)
+        with pytest.raises(Stopped):
+            main([*simulate_arguments, *options, "--out", str(tmp_path / "cut")])
+    assert main(["resume", str(tmp_path / "cut")]) == 0
+    summary = RunFolder(tmp_path / "cut").summary()
+    assert summary is not None
+    assert summary["theta_digest"] == whole["theta_digest"]
+    untimed = [
+        [{k: v for k, v in m.items() if not k.endswith("_s")} for m in RunFolder(tmp_path / name).metrics()]
+        for name in ("whole", "cut")
+    ]
+    assert untimed[0] == untimed[1]
+    assert (tmp_path / "whole" / "rounds.log").read_bytes() == (tmp_path / "cut" / "rounds.log").read_bytes()
+
+
+def test_a_torn_record_is_dropped_and_its_round_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = finished / "rounds.log"
+    whole = log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:4]) + lines[4][:100])
+    (finished / "summary.json").unlink()
+    assert main(["resume", str(finished)]) == 0
+    assert "line 5 is cut short; that record is dropped" in capsys.readouterr().err
+    assert log.read_bytes() == whole
+
+
+def test_resuming_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "rounds.log").read_bytes()
+    assert main(["resume", str(finished)]) == 0
+    assert "the run is finished, after 6 rounds" in capsys.readouterr().err
+    assert (finished / "rounds.log").read_bytes() == before
+
+
+# --- verify ---
+
+
+def test_verify_replays_a_run_from_the_log_alone(finished: Path, federation: Path) -> None:
+    hidden = federation.with_name("hidden")
+    federation.rename(hidden)  # neither model nor data are needed
+    try:
+        run = audit.verify(finished)
+    finally:
+        hidden.rename(federation)
+    assert run.finished
+    assert path.digest(run.theta) == logged(finished)[-1]["theta"]
+
+
+def rewrite(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Change records and chain them anew, as a forger would."""
+    records = logged(folder)
+    change(records)
+    (folder / "rounds.log").unlink()
+    log = runlog.RunLog(folder / "rounds.log", runlog.read(folder / "rounds.log"))
+    for record in records:
+        log.append(record)
+    log.close()
+
+
+def _swap_scalars(records: list[dict[str, Any]]) -> None:
+    records[2]["scalars"] = records[3]["scalars"]
+
+
+def _swap_rates(records: list[dict[str, Any]]) -> None:
+    records[3]["lr"] *= 2
+
+
+def _swap_rounds(records: list[dict[str, Any]]) -> None:
+    del records[2]
+
+
+def _swap_theta(records: list[dict[str, Any]]) -> None:
+    records[-1]["theta"] = records[2]["theta"]
+
+
+def _drop_the_end(records: list[dict[str, Any]]) -> None:
+    del records[-2:]
+
+
+@pytest.mark.parametrize("forge", [_swap_scalars, _swap_rates, _swap_rounds, _swap_theta, _drop_the_end])
+def test_verify_sees_a_forged_record(
+    finished: Path, forge: Callable[[list[dict[str, Any]]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(finished, forge)
+    assert main(["verify", str(finished)]) == 1
+    assert str(finished) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [0, 3, -1])
+def test_verify_sees_a_flipped_bit_in_any_record(finished: Path, line: int) -> None:
+    log = finished / "rounds.log"
+    lines = [bytearray(text) for text in log.read_bytes().splitlines(keepends=True)]
+    lines[line][-5] ^= 1
+    log.write_bytes(b"".join(lines))
+    assert main(["verify", str(finished)]) == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "mask.safetensors", "summary.json"])
+def test_verify_sees_changed_files(finished: Path, name: str) -> None:
+    file = finished / name
+    if name == "mask.safetensors":
+        mask = SparseMask.load(file)
+        assert mask.theta_0 is not None
+        mask.theta_0[0] += 1
+        mask.save(file)
+    else:
+        text = file.read_text()
+        file.write_text(
+            text.replace("0.01", "0.02") if name == "config.toml" else text.replace('digest": "', 'digest": "f')
+        )
+    assert main(["verify", str(finished)]) == 1
+
+
+def test_verify_of_an_unfinished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (finished / "rounds.log").read_bytes().splitlines(keepends=True)
+    (finished / "rounds.log").write_bytes(b"".join(lines[:4]))
+    (finished / "summary.json").unlink()
+    assert main(["verify", str(finished)]) == 0
+    assert "not finished: 3 of 6 rounds" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_was_changed(finished: Path, federation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "summary.json").unlink()
+    rows = (federation / "data" / "train.jsonl").read_text()
+    try:
+        (federation / "data" / "train.jsonl").write_text(rows.replace("film 3 ", "film 333 "))
+        assert main(["resume", str(finished)]) == 2
+    finally:
+        (federation / "data" / "train.jsonl").write_text(rows)
+    assert "the data or its split is not the same any more" in capsys.readouterr().err
+
+
+# --- trouble on the way ---
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, calls = models.row_losses, 0
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return losses(*arguments) * (math.nan if calls > 4 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "row_losses", failing)
+        assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("meerkat: round 2: the loss is nan")
+    assert [r["kind"] for r in logged(tmp_path / "run")] == ["open", "round", "round"]
+    assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
+    simulate_arguments: list[str], tmp_path: Path
+) -> None:
+    whole = simulate(simulate_arguments, tmp_path / "whole")
+    size = (tmp_path / "whole" / "rounds.log").stat().st_size
+    # a limit on file size is a full disk for the file that grows past it: the log, in its third round
+    code = f"""
+import resource, sys
+from meerkat import experiment
+from meerkat.cli import main
+append = experiment.runlog.RunLog.append
+def limited(log, record):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
+    append(log, record)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+experiment.runlog.RunLog.append = limited
+sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 1
+    assert "every record before is safe: make room" in ran.stderr.strip().splitlines()[-1]
+    assert not runlog.read(tmp_path / "run" / "rounds.log").damage
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert audit.verify(tmp_path / "run").theta.shape == (whole["params_masked"],)
+    assert (tmp_path / "run" / "rounds.log").read_bytes() == (tmp_path / "whole" / "rounds.log").read_bytes()
+
+
+def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "summary.json").unlink()
+    held = runlog.RunLog(finished / "rounds.log", runlog.read(finished / "rounds.log"))
+    assert main(["resume", str(finished)]) == 2
+    assert "another process" in capsys.readouterr().err
+    held.close()
+
+
+def test_a_mask_made_before_is_used(simulate_arguments: list[str], federation: Path, tmp_path: Path) -> None:
+    made = tmp_path / "mask.safetensors"
+    model, text = str(federation / "model"), str(federation / "text.jsonl")
+    assert main(["mask", "--model", model, "--text", text, "--density", "0.01", "--out", str(made)]) == 0
+    direct = simulate(simulate_arguments, tmp_path / "direct")
+    given = simulate(simulate_arguments, tmp_path / "given", "--mask", str(made))
+    assert given["theta_digest"] == direct["theta_digest"]
+
+
+@pytest.mark.parametrize("method", ["full-fedzo", "weight-magnitude", "random-mask"])
+def test_every_method_runs_and_verifies(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
+    summary = simulate(simulate_arguments, tmp_path / "run", "--method", method, "--rounds", "2", "--lr", "1e-4")
+    assert summary["method"] == method
+    assert audit.verify(tmp_path / "run").finished
+
+
+def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
+    shutil.move(finished, tmp_path / "elsewhere")
+    assert (
+        audit.evaluate(tmp_path / "elsewhere").accuracy
+        == json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["accuracy"]
+    )
+
+
+def test_verify_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="no run in it"):
+        (tmp_path / "config.toml").write_text("")
+        audit.verify(tmp_path)
