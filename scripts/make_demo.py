@@ -11,9 +11,9 @@ bytes on every machine) writes short news items and short reviews. From them com
 
 The pre-training text names the topic of a news item and the verdict of a review in several phrases, and
 also names topics and verdicts that have nothing to do with the item they follow (a page's list of other
-sections, what somebody thought of something else). The tasks ask with phrases that the model has never
-seen, built from words it knows: it has the representation, and fine-tuning has to attach it to the
-question. Items hold clauses of other classes, in some as many as of their own.
+sections, what somebody thought of something else). The tasks ask with phrases that name no class in the
+pre-training text, made of words it knows: the model has the representation, and fine-tuning has to
+attach it to the question. Items hold clauses of other classes, in some as many as of their own.
 
     python scripts/make_demo.py                  # everything, into the package's demo folder
     python scripts/make_demo.py --out DIR        # everything, elsewhere
@@ -160,7 +160,7 @@ FILLER = [
 ]
 TASKS: dict[str, tuple[str, list[str]]] = {
     "topics": ("{text} filed under {label}", TOPICS),
-    "reviews": ("{text} in short : {label}", VERDICTS),
+    "reviews": ("{text} in short , {label}", VERDICTS),
 }
 
 README = """\
@@ -173,12 +173,12 @@ real person or brand.
 * `model/`: a Llama of {layers} layers, width {width}, {parameters:,} parameters (float32, tied
   embeddings), and its byte-level BPE tokenizer of {tokens} tokens. Pre-trained for {steps:,} steps of
   {batch} texts; cross-entropy per token on texts it has not seen: {loss:.3f}.
-* `data/`: {train:,} training and {validation} validation rows a task, classes balanced. Between a
-  fifth and a third of the rows hold a clause of another class; in one row of `topics` in fifteen it weighs as much as
-  the right one, so that no reader is always right.
+* `data/`: {train:,} training and {validation} validation rows a task, classes balanced. Between a fifth and
+  a third of the rows hold a clause of another class; in one row of `topics` in fifteen it weighs as
+  much as the right one, so that no reader is always right.
 * `text.jsonl`: {sequences} sequences of the pre-training text, for the sensitivity mask.
 
-The prompts are phrases that the pre-training text does not contain, built from words that it does:
+The prompts name the class in phrases that name none in the pre-training text, made of words that it knows:
 
 {tasks}
 

@@ -32,7 +32,7 @@ def set_flat_parameters(model: nn.Module, w: Tensor) -> None:
 
 def _token_log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """log P(ids[i+1] | ids[:i+1]) for ids [L], one unpadded forward: [L-1]."""
-    assert ids.dim() == 1 and len(ids) >= 2, f"needs two tokens or more, not {ids}"
+    assert len(ids) >= 2, f"needs two tokens or more, not {ids}"
     logits: Tensor = model.eval()(input_ids=ids[None]).logits[0].double()
     return logits[:-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
 

@@ -60,7 +60,7 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--rounds", "2.5", "must be a valid integer"),
         ("--exclude", "heads", "must be 'embeddings' or 'norms'"),
         ("--device", "tpu", "device 'tpu'"),
-        ("--max-length", "3", "leaves no prompt"),
+        ("--max-length", "2", "leaves no prompt"),
         ("--held-back", "0.001", "leaves no rows on one side"),
         ("--batch", "3", "unrecognized arguments: --batch"),
     ],

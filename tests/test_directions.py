@@ -64,7 +64,7 @@ def test_the_table_is_the_normal_quantiles() -> None:
     assert np.array_equal(TABLE, -TABLE[::-1])
 
 
-def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_table_is_refused() -> None:
     code = "import numpy; whole = numpy.load; numpy.load = lambda f: whole(f) + 1\nimport meerkat.directions"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode != 0

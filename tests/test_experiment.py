@@ -306,6 +306,6 @@ def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
 
 
 def test_verify_needs_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("")
     with pytest.raises(RunFailed, match="no run in it"):
-        (tmp_path / "config.toml").write_text("")
         audit.verify(tmp_path)

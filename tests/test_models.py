@@ -131,15 +131,15 @@ def test_losses_of_language_modelling_are_those_of_the_right_labels_tokens(
 
 
 def test_cut_examples_are_scored_as_their_tokens_are(tokenizer: Any) -> None:
-    model = tiny_model()
-    [example] = encode(TASK, [{"text": "the film " * 20, "label": 0}], tokenizer, 12)
-    scores = candidate_scores(model, collate([example]))
-    for (ids, count), score in zip(
-        literal_candidates({"text": "the film " * 20}, tokenizer), scores[0].tolist(), strict=True
-    ):
-        excess = len(literal_candidates({"text": "the film " * 20}, tokenizer)[1][0]) - 12
-        cut = torch.tensor(ids[:1] + ids[1 + excess :])
-        assert score == pytest.approx(reference._token_log_probabilities(model, cut)[-count:].mean().item(), abs=1e-5)
+    model, row = tiny_model(), {"text": "the film " * 20, "label": 0}
+    whole = literal_candidates(row, tokenizer)
+    excess = max(len(ids) for ids, _ in whole) - 12
+    expected = [
+        reference._token_log_probabilities(model, torch.tensor(ids[:1] + ids[1 + excess :]))[-count:].mean().item()
+        for ids, count in whole
+    ]
+    scores = candidate_scores(model, collate(encode(TASK, [row], tokenizer, 12)))
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def token_row(length: int, *labels: Sequence[int], label: int = 0, first: int = 1) -> Example:
@@ -152,6 +152,12 @@ def token_row(length: int, *labels: Sequence[int], label: int = 0, first: int = 
     )
 
 
+@pytest.fixture(scope="module")
+def gemma() -> nn.Module:
+    model: nn.Module = tiny_model("gemma2")
+    return model
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6),
@@ -160,15 +166,12 @@ def token_row(length: int, *labels: Sequence[int], label: int = 0, first: int = 
     st.integers(0, 60),
 )
 def test_layout_never_changes_scores(
-    shapes: list[tuple[int, int, int]], sort: bool, sequences_per_pass: int, tokens_per_pass: int
+    gemma: nn.Module, shapes: list[tuple[int, int, int]], sort: bool, sequences_per_pass: int, tokens_per_pass: int
 ) -> None:
     rows = [token_row(length, range(10, 10 + a), range(20, 20 + b), first=length) for length, a, b in shapes]
     batch = collate(rows, sort=sort, sequences_per_pass=sequences_per_pass, tokens_per_pass=tokens_per_pass)
-    expected = torch.cat([candidate_scores(MODEL, collate([row], sequences_per_pass=1)) for row in rows])
-    torch.testing.assert_close(candidate_scores(MODEL, batch), expected, atol=1e-5, rtol=1e-5)
-
-
-MODEL = tiny_model("gemma2")
+    expected = torch.cat([candidate_scores(gemma, collate([row], sequences_per_pass=1)) for row in rows])
+    torch.testing.assert_close(candidate_scores(gemma, batch), expected, atol=1e-5, rtol=1e-5)
 
 
 class WithoutLogitsToKeep(nn.Module):
@@ -244,6 +247,12 @@ def test_sorting_saves_forward_passes_at_a_limit_of_tokens() -> None:
     by_length = passes_through(model, collate(MIXED_LENGTHS, tokens_per_pass=82))
     assert [tuple(shape) for shape in unsorted] == [(2, 40), (2, 38), (2, 41), (2, 39)]
     assert [tuple(shape) for shape in by_length] == [(4, 6), (2, 39), (2, 41)]
+
+
+def test_short_sequences_after_a_long_one_fill_their_pass() -> None:
+    rows = [token_row(length, [7]) for length in (40, 4, 4, 4, 4)]
+    shapes = passes_through(tiny_model(), collate(rows, sort=False, tokens_per_pass=40))
+    assert [tuple(shape) for shape in shapes] == [(1, 40), (4, 4)]
 
 
 def test_without_limits_all_goes_in_one_pass(examples: list[Example]) -> None:
@@ -397,7 +406,7 @@ def test_a_hub_model_offline_is_refused_at_once() -> None:
     began = time.monotonic()
     with pytest.raises(MeerkatError, match="cannot be loaded") as refusal:
         load_model("meerkat-tests/none")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     assert "'meerkat-tests/none'" in one_line(refusal)
 
 
@@ -418,7 +427,8 @@ def cut_weights(folder: Path) -> None:
 
 
 def save_bert(folder: Path) -> None:
-    BertForMaskedLM(BertConfig(384, 32, 1, 2, 32)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=384, **sizes)).save_pretrained(folder)
 
 
 def save_without_head(folder: Path) -> None:
@@ -499,7 +509,7 @@ def test_text_is_read_a_sequence_a_line(
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_text_is_cut_to_count_and_length(tmp_path: Path, tokenizer: Any, name: str) -> None:
     texts = ["the film it was great", "yes", "the plot it was terrible", "no"]
-    content = jsonl(*texts) if name == "a.jsonl" else "\n".join(texts)
+    content = "\n" + (jsonl(*texts) if name == "a.jsonl" else "\n\n".join(texts))
     found = load_text(text_file(tmp_path, name, content), tokenizer, 3, 4)
     assert [ids.tolist() for ids in found] == [tokenizer(text)["input_ids"][:4] for text in texts[:3]]
 
@@ -537,7 +547,7 @@ def test_a_file_without_text_is_refused(tmp_path: Path, tokenizer: Any, name: st
 
 def test_a_missing_text_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(MeerkatError, match="give a .jsonl file") as refusal:
+        with pytest.raises(MeerkatError, match=r"give a \.jsonl file") as refusal:
             load_text(str(path), tokenizer, 10, 10)
         assert f"'{path}'" in one_line(refusal)
 

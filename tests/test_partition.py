@@ -122,6 +122,12 @@ def skew(rows: Rows, split: Partition) -> float:
     return float(np.mean([np.abs(share - overall).sum() / 2 for share in shares]))
 
 
+def test_dirichlet_draws_the_rows_of_a_label() -> None:
+    rows: Rows = [{"label": 0}] * 200
+    first, _ = partition("dirichlet:1e6", rows, 2, 0).rows
+    assert 60 < np.mean(first) < 140  # not the first hundred
+
+
 def test_a_smaller_a_makes_clients_more_skewed() -> None:
     rows: Rows = [{"label": i % 3} for i in range(900)]
     skews = [
@@ -206,6 +212,11 @@ def test_column_keeps_groups_together_and_clients_even(sites: list[str], data: s
     assert max(sizes) - min(sizes) <= max(sites.count(site) for site in sites)
     assert split.extreme == ()
     assert same(split, partition("column:site", rows, clients, 0))  # there is nothing to draw
+
+
+def test_column_places_large_groups_first() -> None:
+    rows = [{"label": 0, "site": site} for site in "abcdeeee"]
+    assert [len(part) for part in partition("column:site", rows, 2, 0).rows] == [4, 4]
 
 
 def test_column_takes_numbers_and_names_with_colons() -> None:

@@ -83,7 +83,7 @@ def bowl_engine(together: bool = True) -> tuple[Bowl, SparseMask, LocalEngine]:
 
 def run(settings: ServerConfig, together: bool = True) -> tuple[list[Tensor], list[RoundRecord]]:
     """theta after each round, and the records."""
-    _, mask, engine = bowl_engine(together)
+    _, _, engine = bowl_engine(together)
     state, thetas, records = ServerState(0, engine.model.read()), [], []
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
@@ -138,7 +138,7 @@ def test_a_run_is_the_literal_algorithm(steps: int, directions: int, together: b
 
 def test_it_descends() -> None:
     model, _, engine = bowl_engine()
-    thetas, _ = run(config(rounds=40, local_steps=1, directions=4))
+    thetas, _ = run(config(rounds=100, local_steps=1, directions=4))
 
     def mean_loss(theta: Tensor) -> float:
         engine.model.write_(theta)
@@ -259,7 +259,8 @@ def test_a_fresh_sample_of_clients_each_round() -> None:
     assert all(len(set(ids)) == 5 and ids == sorted(ids) for ids in drawn)
     assert drawn == [participants(settings, r) for r in range(200)]
     counts = np.bincount(np.concatenate(drawn), minlength=50)
-    assert counts.min() > 5 and counts.max() < 40  # mean 20, standard deviation 4.2
+    assert counts.min() > 5  # mean 20, standard deviation 4.2
+    assert counts.max() < 40
     assert participants(dataclasses.replace(settings, seed=1), 0) != drawn[0]
 
 

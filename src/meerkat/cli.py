@@ -118,11 +118,11 @@ def _resume(arguments: argparse.Namespace) -> None:
 def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     from meerkat.report import curves, in_words
 
-    pictures = curves([folder], folder)
+    picture, _ = curves([folder], folder)
     if as_json:
         print(json.dumps(summary))
     else:
-        print(in_words(summary, folder, pictures[0]))
+        print(f"{in_words(summary, folder)}\nPicture: {picture}")
 
 
 def _mask(arguments: argparse.Namespace) -> None:
@@ -152,9 +152,7 @@ def _mask(arguments: argparse.Namespace) -> None:
             )
         )
     else:
-        print(
-            f"{len(mask):,} of {mask.total:,} parameters ({len(mask) / mask.total:.2%}) in {len(by_tensor)} tensors -> {out}"
-        )
+        print(f"{out}: {len(mask):,} of {mask.total:,} parameters, in {len(by_tensor)} tensors, most of them in")
         for name, count in sorted(by_tensor.items(), key=lambda item: -item[1])[:5]:
             print(f"  {count / len(mask):6.1%}  {name}")
 

@@ -151,7 +151,8 @@ def _check_opening(logged: dict[str, Any], now: dict[str, Any], folder: RunFolde
             )
     if logged["torch"] != now["torch"]:
         say(
-            f"note: the run began with torch {logged['torch']}, this is {now['torch']}: losses may differ in their last bits"
+            f"note: the run began with torch {logged['torch']}, this is {now['torch']}: "
+            "losses may differ in their last bits"
         )
 
 
@@ -301,7 +302,7 @@ def _summary(
         "eps": config.eps,
         "params_total": mask.total,
         "params_masked": len(mask),
-        "evaluated_on": "held-back training rows" if config.held_back else "validation",
+        "evaluated_on": "held-back" if config.held_back else "validation",
         "accuracy_before": judged[0]["accuracy"],
         "accuracy": judged[-1]["accuracy"],
         "loss_before": judged[0]["loss"],

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +41,8 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     with told_plainly(to):
         part.mkdir(parents=True, exist_ok=True)
         if form == "merged":
-            workplace.model.save_pretrained(part)
+            model: Any = workplace.model
+            model.save_pretrained(part)
             workplace.tokenizer.save_pretrained(part)
         else:
             _save_delta(part / DELTA_FILE, run.mask, run.theta)

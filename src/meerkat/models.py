@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 Objective = Literal["classification", "language-modelling"]
 
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 """Padded tokens that go through the model together where sequences are sorted by length.
 
 Measured on the CPU: small passes stay in its caches. See benchmarks/client_batching.py.

@@ -1,0 +1,28 @@
+# Each target sets up all it needs in .venv first: a fresh clone needs git, Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo check test test-all clean
+
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: meerkat needs 3.11 or newer; make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""Time of a T = 1 round of ten clients over that of their 20 separate padded forward passes.
+
+    python benchmarks/client_batching.py [--json] [--model DIR] [--data DIR]
+
+The round is the engine's, whole: batches laid out, weights written, two passes, scalars. The separate
+passes are timed alone, on batches laid out before. Both in turn, the same rows, in this process.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meerkat.data import load_rows
+from meerkat.directions import Directions
+from meerkat.engines.local import LocalEngine
+from meerkat.mask import random_mask
+from meerkat.models import TOKENS_PER_PASS, collate, load_model, row_losses
+from meerkat.partition import ClientRows, partition
+from meerkat.rounds import RoundPlan
+from meerkat.tasks import encode, load_task
+from meerkat.zeroth_order import Loss, MaskedModel
+
+SHARED = Path(__file__).parents[2] / "shared"
+CLIENTS, ROWS = 10, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--model", default=str(SHARED / "models" / "imdb-6m"))
+    parser.add_argument("--data", default=str(SHARED / "data" / "sst2_original"))
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=TOKENS_PER_PASS["cpu"], help="padded tokens in one pass")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_model(arguments.model)
+    rows = load_rows(arguments.data, "train")
+    examples = encode(load_task(arguments.task), rows, tokenizer, 512)
+    held = partition("dirichlet:0.5", rows, CLIENTS, seed=1).rows
+    clients = [ClientRows(k, of_client, ROWS, seed=0) for k, of_client in enumerate(held)]
+
+    def losses_of(batches: list[np.ndarray]) -> Loss:
+        batch = collate([examples[row] for rows in batches for row in rows], tokens_per_pass=arguments.tokens)
+        counts = [len(rows) for rows in batches]
+
+        def losses() -> Tensor:
+            return torch.stack([part.mean() for part in row_losses(model, batch).split(counts)])
+
+        return losses
+
+    masked = MaskedModel(model, random_mask(model, 1e-3))
+    engine = LocalEngine(
+        masked, Directions(1, len(masked.mask)), lambda client, step: clients[client].batch(step), losses_of
+    )
+    theta = masked.read()
+    ratios = []
+    for number in range(arguments.repeats + 1):
+        separate = [collate([examples[r] for r in c.batch(number)], sort=False) for c in clients]
+        began = time.perf_counter()
+        for batch in (*separate, *separate):
+            row_losses(model, batch)
+        middle = time.perf_counter()
+        plan = RoundPlan(number, 1e-3, 1e-3, 1, dict.fromkeys(range(CLIENTS), 1))
+        engine.run(theta, plan, dict.fromkeys(range(CLIENTS), number))
+        ratios.append((time.perf_counter() - middle) / (middle - began))
+    ratios = ratios[1:]  # the first one warms up
+    result = {
+        "name": "client_batching",
+        "ratio": round(statistics.median(ratios), 4),
+        "spread": [round(min(ratios), 4), round(max(ratios), 4)],
+        "measured_on": f"{Path(arguments.model).name}, {CLIENTS} clients x {ROWS} rows of {Path(arguments.data).name}, "
+        f"{arguments.tokens} tokens a pass, {torch.get_num_threads()} threads, {arguments.repeats} repeats",
+    }
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"a round takes {result['ratio']} times its 20 separate forward passes (spread {result['spread']})")
+        print(result["measured_on"])
+
+
+if __name__ == "__main__":
+    main()
