@@ -79,7 +79,7 @@ def test_bad_values_are_told_in_one_line_and_nothing_is_written(
         ("", "no rows"),
         ('{"sentence": "a", "label": 2}\n', "label 2 is out of range; task 'sst2' has labels 0 to 1"),
         ('{"sentence": "a", "label": "great"}\n', "label 'great' is out of range"),
-        ('{"text": "a", "label": 1}\n', "no field 'sentence' (it has text, label)"),
+        ('{"text": "a", "label": 1}\n', "no field 'sentence', or no value in it (it has text, label)"),
         ("sentence\tlabel\n", "line 1: not JSON"),
     ],
 )

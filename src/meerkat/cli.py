@@ -117,8 +117,10 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     from meerkat.report import curves, in_words
+    from meerkat.runfolder import told_plainly
 
-    picture, _ = curves([folder], folder)
+    with told_plainly(folder / "curves.png"):
+        picture, _ = curves([folder], folder)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -213,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeerkatError as error:
         print(f"meerkat: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"meerkat: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("meerkat: interrupted; what was logged is safe: 'meerkat resume' goes on with the run", file=sys.stderr)
         return 130

@@ -40,7 +40,7 @@ def local_steps(
         moved = theta.clone()
         for p in range(plan.directions):
             z = directions(plan.place(t, p))
-            directions.prepare(plan.place(t, p + 1) if p + 1 < plan.directions else plan.place(t + 1, 0))
+            directions.prepare(plan.place_after(t, p))
             g, level = projected_gradient(model, theta, z, plan.eps, loss)
             scalars[t, p], losses[t, p] = g, level
             descend_(moved, plan.rate, scalars[t, p], z)

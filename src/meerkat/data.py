@@ -61,7 +61,7 @@ def _from_hub(source: str, split: str) -> list[Row]:
         import datasets
     except ImportError:
         raise MeerkatError(
-            f"data '{source}': hub data needs the 'datasets' package; pip install 'meerkat[hub]'"
+            f"data '{source}': hub data needs the 'datasets' package; pip install 'meerkat-fl[hub]'"
         ) from None
     name, configuration = source, None
     if not Path(source).exists() and ":" in source:

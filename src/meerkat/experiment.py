@@ -250,6 +250,7 @@ def _run(
         except RunFailed as error:
             raise RunFailed(f"round {number}: {error}") from None
         state, closed = server.close_round(state, plan, replies, settings, z)
+        z.prepare(replace(plan, round=state.round).place(0, 0))
         # noted before it is logged: what the log holds, the metrics hold too, whenever the run is killed
         folder.note(
             {

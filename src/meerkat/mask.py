@@ -291,14 +291,18 @@ def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[s
     def hook_for(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            consume(name, parameter.grad)
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            consume(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
         return hook
 
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # a lookup's own gradient is a few rows: kept sparse, a tied embedding needs one dense gradient, not two
+    lookups = [module for module in model.modules() if isinstance(module, nn.Embedding) and not module.sparse]
     handles = []
     try:
+        for module in lookups:
+            module.sparse = True
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
             if name in names:
@@ -307,6 +311,8 @@ def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[s
     finally:
         for handle in handles:
             handle.remove()
+        for module in lookups:
+            module.sparse = False
         for parameter, required in before.items():
             parameter.requires_grad_(required)
 
@@ -348,8 +354,8 @@ def sensitivity_mask(
         exclude: kinds of parameters that never move.
         track: wraps the sequences of each pass, for a progress bar.
 
-    Memory: the weights, one float32 accumulator of their size and the gradients of the tensor at hand
-    (two of a tied embedding: autograd sums its two uses), beside one sequence's activations.
+    Memory: the weights, one float32 accumulator of their size and the largest tensor's gradient, beside
+    one sequence's activations.
 
     Raises:
         MeerkatError: a density out of range, no sequence, or a loss that is not finite.

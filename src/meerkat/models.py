@@ -51,16 +51,29 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model ({reason})") from None
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
     model.requires_grad_(False)
-    return model.eval(), tokenizer
+    if not _is_causal(model.eval()):
+        raise MeerkatError(f"model '{name}': its tokens see those after them; give a causal language model")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a later token leaves an earlier one's logits alone; encoders such as BERT load as causal models too."""
+    ids = torch.tensor([[1, 2], [1, 3]], device=next(model.parameters()).device)
+    one, other = model(input_ids=ids).logits[:, 0].float()
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def longest_input(model: nn.Module, limit: int) -> int:

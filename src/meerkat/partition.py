@@ -85,7 +85,7 @@ def _dirichlet(argument: str, rows: Sequence[Row], clients: int, seed: int) -> P
 
 
 def _single_label(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
-    """Client k holds only rows of one label; the labels go round the clients."""
+    """Client k holds only rows of one label; the labels go round the clients. Fewer clients leave labels unused."""
     labels = _labels(rows)
     return Partition(tuple(_one_label_each(np.arange(len(rows)), labels, clients, seed)), tuple(range(clients)))
 
@@ -127,13 +127,10 @@ def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Parti
             )
         free[taken] = False
         parts.append(np.sort(taken))
-    rest = order[free[order]]
-    if len(rest) < clients - single:
-        raise MeerkatError(
-            f"partition 'mixed:{single}': too few rows left for the other {clients - single} clients; use fewer"
-        )
+    rest = np.flatnonzero(free)
+    rest = rest[seeds.permutation(len(rest), seed, "mixed rest")]
     if clients > single:
-        # the single-label clients took unevenly from the labels; the others stay iid over what is left
+        # the single-label clients may have taken unevenly from the labels; the others are iid over what is left
         parts += _dealt(rest, clients - single)
     return Partition(tuple(parts), tuple(range(single)))
 

@@ -27,7 +27,9 @@ def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Direct
     theta = theta.clone()
     for step, row in enumerate(scalars):
         for p, g in enumerate(row):
-            descend_(theta, plan.rate, g, directions(plan.place(step, p)))
+            z = directions(plan.place(step, p))
+            directions.prepare(plan.place_after(step, p))
+            descend_(theta, plan.rate, g, z)
         yield theta
 
 

@@ -28,6 +28,12 @@ class RoundPlan:
         """Where direction p of local step t stands in the run."""
         return Place(self.phase, self.round, step, direction)
 
+    def place_after(self, step: int, direction: int) -> Place:
+        """The direction asked for after this one; after the last, the first: another client or the server begins."""
+        if direction + 1 < self.directions:
+            return self.place(step, direction + 1)
+        return self.place(step + 1 if step + 1 < max(self.steps.values()) else 0, 0)
+
     @property
     def rate(self) -> np.float32:
         """float32(eta / P): what every update is multiplied with."""

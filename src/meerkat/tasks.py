@@ -38,12 +38,12 @@ class Task:
 
 
 def _boolq(row: Row) -> Row:
-    question = row["question"].strip()
+    question = str(row["question"]).strip()
     return {"passage": row["passage"], "question": question[:1].upper() + question[1:].removesuffix("?")}
 
 
 def _wsc(row: Row) -> Row:
-    return {"text": row["text"], "span1": row["span1_text"], "span2": row["span2_text"].lower()}
+    return {"text": row["text"], "span1": row["span1_text"], "span2": str(row["span2_text"]).lower()}
 
 
 TASKS: dict[str, Task] = {
@@ -104,12 +104,19 @@ def load_task(name: str) -> Task:
         raise MeerkatError(f"task file '{name}': needs template = \"... {{label}}\", with {{label}} once, at its end")
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
         raise MeerkatError(f"task file '{name}': needs labels = [...] with at least two strings")
+    if len(set(labels)) < len(labels):
+        raise MeerkatError(f"task file '{name}': labels must differ from each other")
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parts = [
+            (f, form, conversion) for _, f, form, conversion in string.Formatter().parse(template) if f is not None
+        ]
     except ValueError as error:
         raise MeerkatError(f"task file '{name}': the template's braces do not match ({error})") from None
+    fields = [field for field, _, _ in parts]
     if odd := [field for field in fields if not field.isidentifier()]:
         raise MeerkatError(f"task file '{name}': '{{{odd[0]}}}' in the template is no field name")
+    if formatted := [field for field, form, conversion in parts if form or conversion]:
+        raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
     needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
     return Task(str(held.get("name", path.stem)), template, tuple(labels), needs=needs)
 
@@ -121,11 +128,11 @@ def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
     for number, row in enumerate(rows, 1):
         if missing := [field for field in (*task.needs, "label") if row.get(field) is None]:
             raise MeerkatError(
-                f"{source}, row {number}: no field '{missing[0]}' (it has {', '.join(row)}); "
+                f"{source}, row {number}: no field '{missing[0]}', or no value in it (it has {', '.join(row)}); "
                 f"task '{task.name}' needs {', '.join((*task.needs, 'label'))}"
             )
         label = row["label"]
-        if isinstance(label, float) or not isinstance(label, int) or not 0 <= label < len(task.labels):
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(task.labels):
             raise MeerkatError(
                 f"{source}, row {number}: label {label!r} is out of range; task '{task.name}' has labels "
                 f"0 to {len(task.labels) - 1} ({', '.join(task.labels)})"

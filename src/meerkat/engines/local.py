@@ -61,8 +61,7 @@ class LocalEngine:
         levels = np.zeros((len(plan.steps), plan.directions))
         for p in range(plan.directions):
             z = self.directions(plan.place(0, p))
-            if p + 1 < plan.directions:
-                self.directions.prepare(plan.place(0, p + 1))
+            self.directions.prepare(plan.place_after(0, p))
             g, level = projected_gradient(self.model, theta, z, plan.eps, losses)
             scalars[:, 0, p], levels[:, p] = g, level
         return [Reply(client, scalars[k], float(levels[k].mean())) for k, client in enumerate(plan.steps)]
