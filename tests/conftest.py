@@ -128,3 +128,11 @@ def simulate_arguments(federation: Path) -> list[str]:
         *("--text", str(federation / "text.jsonl"), "--density", "0.01", "--clients", "3", "--partition", "iid"),
         *("--rounds", "6", "--batch-size", "4", "--eval-every", "2", "--lr", "0.01", "--threads", "1"),
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests are skipped, with a reason, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
