@@ -39,7 +39,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise MeerkatError(
             f"model '{name}': no such folder; give a folder with config.json, or a hub name like org/model"
         )

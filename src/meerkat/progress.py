@@ -7,7 +7,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 _T = TypeVar("_T")
-_LINES = 10
+_LINES = 5
 
 
 def say(text: str) -> None:

@@ -44,6 +44,9 @@ class RunFolder:
             raise MeerkatError(f"run folder '{root}': is a file; give another --out")
         if root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir()):
             raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+        nearest = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise MeerkatError(f"run folder '{root}': '{nearest}' cannot be written to; give another --out")
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> "RunFolder":
