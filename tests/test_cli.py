@@ -47,7 +47,7 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--density", "0", "--density 0: must be greater than 0"),
         ("--density", "1.5", "--density 1.5: must be less than or equal to 1"),
         ("--density", "many", "must be a valid number"),
-        ("--eps", "0", "--eps 0: must be greater than 0"),
+        ("--eps", "0", "--eps 0: must be greater than or equal to 0.000001"),
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
         ("--lr", "-1", "--lr -1"),

@@ -1,5 +1,6 @@
 """A whole run over a tiny federation: its record, going on with it, replaying it, and bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from meerkat import audit, experiment, models, path, runlog
+from meerkat import audit, models, path, runlog
 from meerkat.cli import main
 from meerkat.errors import RunFailed
 from meerkat.mask import SparseMask
+from meerkat.rounds import Reply, RoundRecord
 from meerkat.runfolder import RunFolder
+from meerkat.server import aggregate
 
 
 def simulate(arguments: list[str], out: Path, *more: str) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def finished(simulate_arguments: list[str], tmp_path: Path) -> Path:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return runlog.read(folder / "rounds.log").records
+    return list(runlog.LogReader(folder / "rounds.log"))
 
 
 def test_a_run_leaves_its_record(finished: Path) -> None:
@@ -64,7 +67,7 @@ def test_clients_together_have_the_losses_they_have_one_by_one(simulate_argument
         simulate(simulate_arguments, tmp_path / batching, *options, "--batching", batching)
     levels = [RunFolder(tmp_path / b).metrics()[1]["loss"] for b in ("auto", "off")]
     assert levels[0] == pytest.approx(levels[1], abs=1e-6)
-    scalars = [experiment.RoundRecord.from_json(logged(tmp_path / b)[1]).scalars for b in ("auto", "off")]
+    scalars = [RoundRecord.from_json(logged(tmp_path / b)[1]).scalars for b in ("auto", "off")]
     for k in range(5):  # g magnifies a loss' error by 1 / (2 eps)
         assert scalars[0][k] == pytest.approx(scalars[1][k], abs=2 * 1e-6 / 2e-3)
 
@@ -145,7 +148,7 @@ def rewrite(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> Non
     records = logged(folder)
     change(records)
     (folder / "rounds.log").unlink()
-    log = runlog.RunLog(folder / "rounds.log", runlog.read(folder / "rounds.log"))
+    log = runlog.RunLog(folder / "rounds.log")
     for record in records:
         log.append(record)
     log.close()
@@ -171,13 +174,57 @@ def _drop_the_end(records: list[dict[str, Any]]) -> None:
     del records[-2:]
 
 
-@pytest.mark.parametrize("forge", [_swap_scalars, _swap_rates, _swap_rounds, _swap_theta, _drop_the_end])
-def test_verify_sees_a_forged_record(
+def _drop_rounds_before_the_end(records: list[dict[str, Any]]) -> None:
+    del records[4:-1]
+    records[-1] |= {"rounds": 3, "theta": records[-2]["theta"]}
+
+
+def _another_eps(records: list[dict[str, Any]]) -> None:
+    records[2]["eps"] = 9.0
+
+
+def _another_format(records: list[dict[str, Any]]) -> None:
+    records[0]["format"] = 99
+
+
+def _another_rule(records: list[dict[str, Any]]) -> None:
+    records[0]["rule"] = "median"
+
+
+def _no_weights(records: list[dict[str, Any]]) -> None:
+    del records[2]["weights"]
+
+
+def _unknown_kind(records: list[dict[str, Any]]) -> None:
+    records[2]["kind"] = "note"
+
+
+def _heavy_client(records: list[dict[str, Any]]) -> None:
+    """One client counts three times, and everything after is computed anew, digests included."""
+    record = RoundRecord.from_json(records[1])
+    weights = {0: 3.0, 1: 0.0, 2: 0.0}
+    total = aggregate([Reply(k, g) for k, g in record.scalars.items()], weights, record.plan)
+    records[1] |= dataclasses.replace(record, weights=weights, aggregate=total).to_json()
+
+
+FORGERIES = [
+    *(_swap_scalars, _swap_rates, _swap_rounds, _swap_theta, _drop_the_end, _drop_rounds_before_the_end, _another_eps),
+    *(_another_format, _another_rule, _no_weights, _unknown_kind, _heavy_client),
+]
+
+
+@pytest.mark.parametrize("forge", FORGERIES)
+def test_neither_verify_nor_resume_goes_on_from_a_forged_record(
     finished: Path, forge: Callable[[list[dict[str, Any]]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(finished, forge)
     assert main(["verify", str(finished)]) == 1
     assert str(finished) in capsys.readouterr().err
+    if forge is not _drop_the_end:  # without its summary that one is a run cut short, and sound
+        (finished / "summary.json").unlink()
+        forged = (finished / "rounds.log").read_bytes()
+        assert main(["resume", str(finished)]) == 1
+        assert (finished / "rounds.log").read_bytes() == forged
 
 
 @pytest.mark.parametrize("line", [0, 3, -1])
@@ -194,8 +241,8 @@ def test_verify_sees_changed_files(finished: Path, name: str) -> None:
     file = finished / name
     if name == "mask.safetensors":
         mask = SparseMask.load(file)
-        assert mask.theta_0 is not None
-        mask.theta_0[0] += 1
+        assert mask.pretraining_gradient is not None
+        mask.pretraining_gradient[0] += 1
         mask.save(file)
     else:
         text = file.read_text()
@@ -203,6 +250,43 @@ def test_verify_sees_changed_files(finished: Path, name: str) -> None:
             text.replace("0.01", "0.02") if name == "config.toml" else text.replace('digest": "', 'digest": "f')
         )
     assert main(["verify", str(finished)]) == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "mask.safetensors", "summary.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff{"])
+def test_verify_of_a_garbled_file_is_one_line_and_status_one(
+    finished: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / name).write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify", str(finished)]) == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("verifying")]
+    assert len(err) == 1
+    assert "restore" in err[0]
+
+
+def test_a_lost_summary_or_metrics_are_made_again(finished: Path) -> None:
+    before = RunFolder(finished).summary()
+    assert before is not None
+    (finished / "summary.json").write_text("{")
+    (finished / "metrics.jsonl").unlink()
+    assert main(["resume", str(finished)]) == 0
+    after = RunFolder(finished).summary()
+    assert after is not None
+    for name in ("accuracy_before", "accuracy", "theta_digest", "loss"):
+        assert after[name] == before[name]
+
+
+def test_resume_refuses_a_changed_task(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "task.toml"
+    task.write_text('template = "{sentence} It was {label}"\nlabels = ["terrible", "great"]\n')
+    simulate(simulate_arguments, tmp_path / "run", "--task", str(task))
+    (tmp_path / "run" / "summary.json").unlink()
+    task.write_text('template = "{sentence} It was {label}"\nlabels = ["great", "terrible"]\n')
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    assert "the task or the tokenizer is not the same" in capsys.readouterr().err
 
 
 def test_verify_of_an_unfinished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +305,7 @@ def test_resume_refuses_what_was_changed(finished: Path, federation: Path, capsy
         assert main(["resume", str(finished)]) == 2
     finally:
         (federation / "data" / "train.jsonl").write_text(rows)
-    assert "the data or its split is not the same any more" in capsys.readouterr().err
+    assert "the data, its split, the task or the tokenizer is not the same" in capsys.readouterr().err
 
 
 # --- trouble on the way ---
@@ -256,26 +340,54 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
 import resource, sys
 from meerkat import experiment
 from meerkat.cli import main
-append = experiment.runlog.RunLog.append
+append = experiment.RunLog.append
 def limited(log, record):
     resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
     append(log, record)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-experiment.runlog.RunLog.append = limited
+experiment.RunLog.append = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 1
     assert "every record before is safe: make room" in ran.stderr.strip().splitlines()[-1]
-    assert not runlog.read(tmp_path / "run" / "rounds.log").damage
+    reader = runlog.LogReader(tmp_path / "run" / "rounds.log")
+    assert len(list(reader)) == reader.count > 1
+    assert not reader.damage
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert audit.verify(tmp_path / "run").theta.shape == (whole["params_masked"],)
     assert (tmp_path / "run" / "rounds.log").read_bytes() == (tmp_path / "whole" / "rounds.log").read_bytes()
 
 
+@pytest.mark.parametrize("room", [1, 40, 120])
+def test_a_full_disk_in_the_metrics_leaves_no_part_of_a_line(
+    simulate_arguments: list[str], tmp_path: Path, room: int
+) -> None:
+    code = f"""
+import resource, sys
+from meerkat.cli import main
+from meerkat.runfolder import RunFolder
+from meerkat.server import aggregate
+note = RunFolder.note
+def limited(folder, metric):
+    if metric["kind"] == "evaluation" and metric["round"] == 2:
+        size = folder.metrics_path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + {room}, resource.RLIM_INFINITY))
+    note(folder, metric)
+RunFolder.note = limited
+sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 1
+    assert "File too large; make room, then 'meerkat resume" in ran.stderr.strip().splitlines()[-1]
+    assert [m["round"] for m in RunFolder(tmp_path / "run").metrics()] == [0, 0, 1]
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert [m["round"] for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "evaluation"] == [0, 2, 4, 6]
+
+
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "summary.json").unlink()
-    held = runlog.RunLog(finished / "rounds.log", runlog.read(finished / "rounds.log"))
+    held = runlog.RunLog(finished / "rounds.log")
     assert main(["resume", str(finished)]) == 2
     assert "another process" in capsys.readouterr().err
     held.close()
@@ -307,5 +419,5 @@ def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
 
 def test_verify_needs_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
-    with pytest.raises(RunFailed, match="no run in it"):
+    with pytest.raises(RunFailed, match="no record in it"):
         audit.verify(tmp_path)

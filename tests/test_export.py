@@ -54,11 +54,24 @@ def test_a_delta_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
         apply_delta(tiny_model(), run / "mask.safetensors")
 
 
+def test_what_a_killed_export_left_is_not_in_the_next(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "delta.part").mkdir()
+    (tmp_path / "delta.part" / "model.safetensors").write_text("old")
+    assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
+    assert [file.name for file in (tmp_path / "delta").iterdir()] == ["delta.safetensors"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(run), "--to", ".", "--form", "delta"]) == 0
+    assert (tmp_path / "here" / "delta.safetensors").is_file()
+
+
 def test_an_export_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("mine")
     assert main(["export", str(run), "--to", str(tmp_path / "taken")]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err
     assert (tmp_path / "taken" / "x").read_text() == "mine"
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"path", "demo"},
     {"client", "server", "runlog"},
     {"engines.local", "config"},
-    {"runfolder"},
+    {"runfolder", "record"},
     {"workplace", "report"},
     {"experiment", "audit"},
     {"export"},

@@ -128,6 +128,15 @@ def test_the_model_is_left_as_it_was(random_sequences: list[Tensor]) -> None:
     assert not any(p.grad is not None or p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_gradients_left_on_the_model_are_neither_used_nor_lost(random_sequences: list[Tensor]) -> None:
+    model = tiny_model()
+    expected = sensitivity(model, random_sequences).digest()
+    left = torch.full_like(model.model.norm.weight, 1e6)
+    model.model.norm.weight.grad = left
+    assert sensitivity(model, random_sequences).digest() == expected
+    assert model.model.norm.weight.grad is left
+
+
 def test_a_loss_that_is_not_finite_is_an_error(random_sequences: list[Tensor]) -> None:
     model = tiny_model()
     with torch.no_grad():

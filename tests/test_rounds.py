@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,8 +21,10 @@ def test_a_record_survives_json_to_the_bit(data: st.DataObject) -> None:
         return np.array(drawn, dtype=np.float32).reshape(rows, width)
 
     plan = RoundPlan(data.draw(st.integers(0, 2**40)), data.draw(st.floats(0, 1)), 1e-3, width, steps, "calibration")
-    weights = {k: data.draw(st.floats(0, 1)) for k in steps}
-    record = RoundRecord(plan, weights, {k: scalars(t) for k, t in steps.items()}, scalars(max(steps.values())), "ab")
+    made = {k: data.draw(st.integers(0, t)) for k, t in steps.items()}
+    replies = {k: scalars(t) for k, t in made.items() if t}
+    weights = {k: data.draw(st.floats(0, 1)) for k in replies}
+    record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab")
     held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert held.plan == record.plan
     assert held.weights == record.weights
@@ -35,3 +38,11 @@ def test_a_scalar_costs_four_bytes_before_base64() -> None:
     scalars = np.ones((300, 1), np.float32)
     packed = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "").to_json()["scalars"]
     assert len(packed) == 300 * 4 * 4 // 3
+
+
+def test_a_record_whose_scalars_do_not_fit_is_refused() -> None:
+    plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 2, 1: 2})
+    two = np.ones((2, 1), np.float32)
+    held = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "").to_json()
+    with pytest.raises(ValueError, match="scalars of 4 steps, not 3"):
+        RoundRecord.from_json({**held, "made": [2, 1]})

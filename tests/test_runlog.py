@@ -3,33 +3,41 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meerkat import runlog
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.runlog import RunLog
+from meerkat.runlog import LogReader, RunLog
 
 RECORDS = [{"kind": "open", "n": 3}, {"kind": "round", "lr": 0.1}, {"kind": "round", "text": "ü\n"}, {"kind": "close"}]
 
 
 def write(path: Path, records: list[dict[str, object]] = RECORDS) -> bytes:
-    log = RunLog(path, runlog.read(path))
+    log = RunLog(path)
     for record in records:
         log.append(record)
     log.close()
     return path.read_bytes()
 
 
+def read(path: Path) -> tuple[list[dict[str, Any]], LogReader]:
+    """The sound records, and how the log ended."""
+    reader = LogReader(path)
+    return list(reader), reader
+
+
 def test_what_was_appended_is_read(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    assert runlog.read(path).records == []
+    assert read(path)[0] == []
     write(path)
     write(path, [{"kind": "more"}])
-    found = runlog.read(path)
-    assert found.records == [*RECORDS, {"kind": "more"}]
+    records, found = read(path)
+    assert records == [*RECORDS, {"kind": "more"}]
+    assert found.count == 5
+    assert found.end == path.stat().st_size
     assert not found.damage
     assert path.read_bytes().count(b"\n") == 5
 
@@ -43,10 +51,10 @@ def test_no_changed_byte_goes_unseen(tmp_path: Path, data: st.DataObject) -> Non
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
-    found = runlog.read(path)
+    records, found = read(path)
     assert found.damage
-    assert found.records == RECORDS[: len(found.records)]
-    assert len(found.records) == bytes(write_lengths(path, at)).count(1)
+    assert records == RECORDS[: len(records)]
+    assert len(records) == bytes(write_lengths(path, at)).count(1)
 
 
 def write_lengths(path: Path, at: int) -> list[int]:
@@ -70,11 +78,11 @@ def test_lines_cannot_be_moved(tmp_path: Path, change: str) -> None:
         "repeat": [lines[0], *lines],
     }[change]
     path.write_bytes(b"".join(lines))
-    found = runlog.read(path)
+    _, found = read(path)
     assert found.damage == "line 2 is damaged"
     assert not found.torn
     with pytest.raises(RunFailed, match="line 2 is damaged, with records after it"):
-        RunLog(path, found)
+        RunLog(path)
 
 
 def test_every_cut_of_the_last_record_is_torn_and_dropped(tmp_path: Path) -> None:
@@ -83,10 +91,11 @@ def test_every_cut_of_the_last_record_is_torn_and_dropped(tmp_path: Path) -> Non
     last = len(whole) - len(whole.splitlines(keepends=True)[-1])
     for end in range(last + 1, len(whole)):
         path.write_bytes(whole[:end])
-        found = runlog.read(path)
+        records, found = read(path)
         assert found.torn
-        assert found.records == RECORDS[:3]
-        log = RunLog(path, found)
+        assert records == RECORDS[:3]
+        log = RunLog(path)
+        assert log.dropped == "line 4 is cut short"
         log.append(RECORDS[3])
         log.close()
         assert path.read_bytes() == whole
@@ -94,11 +103,11 @@ def test_every_cut_of_the_last_record_is_torn_and_dropped(tmp_path: Path) -> Non
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    log = RunLog(path, runlog.read(path))
+    log = RunLog(path)
     with pytest.raises(MeerkatError, match="another process"):
-        RunLog(path, runlog.read(path))
+        RunLog(path)
     log.close()
-    RunLog(path, runlog.read(path)).close()
+    RunLog(path).close()
 
 
 def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
@@ -110,7 +119,7 @@ from pathlib import Path
 from meerkat import runlog
 from meerkat.errors import RunFailed
 path = Path({str(path)!r})
-log = runlog.RunLog(path, runlog.read(path))
+log = runlog.RunLog(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, {resource.RLIM_INFINITY}))
 try:
     log.append({{"kind": "round", "padding": "x" * 1000}})
@@ -126,7 +135,7 @@ except RunFailed as error:
 def test_a_record_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     path = tmp_path / "log"
     before = write(path)
-    log = RunLog(path, runlog.read(path))
+    log = RunLog(path)
     with pytest.raises(ValueError, match="JSON"):
         log.append({"lr": float("nan")})
     log.close()

@@ -226,7 +226,7 @@ def test_aggregating_scalars_equals_averaging_weights(data: st.DataObject) -> No
     plan = RoundPlan(0, lr=1e-3, eps=1e-3, directions=width, steps=steps)
     z = Directions(KEY, 20)
     start = torch.zeros(20)
-    total = aggregate([Reply(k, held) for k, held in g.items()], shares, (max(steps.values()), width))
+    total = aggregate([Reply(k, held) for k, held in g.items()], shares, plan)
     ours = path.advance(start, RoundRecord(plan, shares, g, total, ""), z)
     ends = [list(path.walk(start, plan, held, z))[-1] for held in g.values()]
     theirs = reference.aggregate_weights(ends, list(shares.values()))
@@ -239,18 +239,34 @@ def test_replies_may_come_in_any_order() -> None:
     rng = np.random.default_rng(0)
     replies = [Reply(k, rng.normal(size=(2, 1)).astype(np.float32)) for k in range(9)]
     shares = client_weights(config(examples={k: k + 1 for k in range(9)}), range(9))
-    ordered = aggregate(replies, shares, (2, 1))
-    assert np.array_equal(aggregate(replies[::-1], shares, (2, 1)), ordered)
+    plan = RoundPlan(0, 1e-3, 1e-3, 1, dict.fromkeys(range(9), 2))
+    assert np.array_equal(aggregate(replies[::-1], shares, plan), aggregate(replies, shares, plan))
 
 
 def test_a_client_that_stopped_early_counts_as_zero() -> None:
     replies = [Reply(0, np.ones((1, 1), np.float32)), Reply(1, np.ones((3, 1), np.float32))]
-    assert aggregate(replies, {0: 0.25, 1: 0.75}, (3, 1)).ravel().tolist() == [1.0, 0.75, 0.75]
+    plan = RoundPlan(0, 1e-3, 1e-3, 1, {0: 3, 1: 3})
+    assert aggregate(replies, {0: 0.25, 1: 0.75}, plan).ravel().tolist() == [1.0, 0.75, 0.75]
 
 
 def test_weights_follow_rows_or_are_equal_and_sum_to_one_over_who_replied() -> None:
     assert client_weights(config(), [0, 1]) == {0: 0.25, 1: 0.75}
     assert client_weights(config(weights="equal"), [0, 2]) == {0: 0.5, 2: 0.5}
+
+
+def test_who_does_not_answer_or_stops_early_is_in_the_record_as_such() -> None:
+    _, _, engine = bowl_engine()
+    settings = config(directions=1)
+    start = ServerState(0, engine.model.read(), {0: 3, 1: 3, 2: 3})
+    plan = open_round(start, settings)
+    replies = [Reply(2, np.full((1, 1), 7, np.float32)), Reply(0, np.array([[1], [2], [3]], np.float32))]
+    state, record = close_round(start, plan, replies, settings, engine.directions)
+    held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+    assert held.plan == plan
+    assert held.weights == {0: 10 / 15, 2: 5 / 15}
+    assert {k: g.ravel().tolist() for k, g in held.scalars.items()} == {0: [1, 2, 3], 2: [7]}
+    assert torch.equal(replay(start, held, engine.directions).theta, state.theta)
+    assert state.steps_made == {0: 6, 1: 3, 2: 4}
 
 
 def test_a_fresh_sample_of_clients_each_round() -> None:

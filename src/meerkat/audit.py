@@ -5,21 +5,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from meerkat import models, path, runlog, server
+from meerkat import models, path
 from meerkat.config import RunConfig
-from meerkat.directions import Directions
-from meerkat.errors import RunFailed
+from meerkat.directions import Directions, run_key
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.progress import track
-from meerkat.rounds import Reply, RoundRecord
+from meerkat.record import Opening, agree, file_digest, gradient_digest, replay_log
 from meerkat.runfolder import RunFolder
+from meerkat.runlog import LogReader
 from meerkat.workplace import Workplace, load_split, open_workplace
 from meerkat.zeroth_order import MaskedModel
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A run as its log tells it."""
+    """A run as its record tells it."""
 
     config: RunConfig
     mask: SparseMask
@@ -30,55 +31,53 @@ class Replayed:
 
 
 def verify(root: Path) -> Replayed:
-    """Replay a run from its mask and log alone: every hash, aggregate and digest of theta is compared.
+    """Replay a run from its mask and log alone: every hash, plan, weight, aggregate and digest is compared.
 
     Raises:
-        RunFailed: something does not agree.
+        MeerkatError: there is no run in the folder.
+        RunFailed: something in it is damaged or does not agree.
     """
     folder = RunFolder.open(root)
-    contents = runlog.read(folder.log_path)
-    if contents.damage:
-        raise RunFailed(
-            f"{folder.log_path}: {contents.damage}; the {len(contents.records)} records before it are sound"
-        )
-    if not contents.records or contents.records[0]["kind"] != "open":
-        raise RunFailed(f"{folder.log_path}: no run in it; 'meerkat resume {root}' starts it")
-    if not folder.mask_path.is_file():
-        raise RunFailed(f"{folder.mask_path}: missing; restore it from a copy")
-    config, mask, opening = folder.config(), folder.mask(), contents.records[0]
-    assert mask.theta_0 is not None
-    _agree(folder.config_path, "settings", opening["config"], config.digest())
-    _agree(folder.mask_path, "entries", opening["mask"], mask.digest())
-    _agree(folder.mask_path, "base values", opening["theta"], path.digest(mask.theta_0))
-    z = Directions(int(opening["run_key"], 16), len(mask))
-    state = server.ServerState(0, mask.theta_0)
-    finished = contents.records[-1]["kind"] == "close"
-    replayed = contents.records[1 : -1 if finished else None]
-    for held in track(replayed, "verifying"):
-        record = RoundRecord.from_json(held)
-        where = f"round {state.round}"
-        if record.plan.round != state.round:
-            raise RunFailed(f"{folder.log_path}: {where} is missing")
-        replies = [Reply(k, g) for k, g in record.scalars.items()]
-        again = server.aggregate(replies, record.weights, record.aggregate.shape)
-        _agree(folder.log_path, f"{where}'s aggregate", record.aggregate.tobytes().hex(), again.tobytes().hex())
-        state = server.replay(state, record, z)
-        _agree(folder.log_path, f"theta after {where}", record.theta_digest, path.digest(state.theta))
+    try:
+        return _verify(folder)
+    except RunFailed:
+        raise
+    except (MeerkatError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
+
+
+def _verify(folder: RunFolder) -> Replayed:
+    reader = LogReader(folder.log_path)
+    records = iter(reader)
+    first = next(records, None)
+    if first is None:
+        trouble = reader.damage or "no record in it"
+        raise RunFailed(f"{folder.log_path}: {trouble}; 'meerkat resume {folder.root}' begins the run")
+    opening = Opening.from_json(first, folder.log_path)
+    agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
+    config, mask = folder.config(), folder.mask()
+    if mask.theta_0 is None:
+        raise RunFailed(f"{folder.mask_path}: has no base values; restore it from a copy")
+    agree(folder.log_path, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
+    agree(folder.mask_path, "model", opening.model, mask.fingerprint)
+    agree(folder.mask_path, "entries", opening.mask, mask.digest())
+    agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
+    agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
+    z = Directions(int(opening.run_key, 16), len(mask))
+    rounds = track(records, "verifying", config.rounds)
+    state, closed = replay_log(rounds, mask.theta_0, opening.settings(config), z, folder.log_path)
+    if reader.damage:
+        cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
+        raise RunFailed(f"{folder.log_path}: {reader.damage}; the {reader.count} records before it are sound: {cure}")
     summary = folder.summary()
-    if finished:
-        _agree(folder.log_path, "the last theta", contents.records[-1]["theta"], path.digest(state.theta))
-    elif summary is not None:
-        raise RunFailed(
-            f"{folder.log_path}: ends after round {state.round} without a closing record, but the run has a summary"
-        )
     if summary is not None:
-        _agree(folder.summary_path, "theta_digest", summary["theta_digest"], path.digest(state.theta))
-    return Replayed(config, mask, state.theta, state.round, finished)
-
-
-def _agree(file: Path, what: str, recorded: str, found: str) -> None:
-    if recorded != found:
-        raise RunFailed(f"{file}: {what}: recorded {recorded[:16]}, found {found[:16]}; the run is damaged")
+        agree(folder.summary_path, "theta_digest", summary["theta_digest"], path.digest(state.theta))
+        if not closed:
+            raise RunFailed(
+                f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
+                "has a summary; restore the file from a copy"
+            )
+    return Replayed(config, mask, state.theta, state.round, closed)
 
 
 def load_run(root: Path) -> tuple[Replayed, Workplace]:
@@ -93,6 +92,5 @@ def load_run(root: Path) -> tuple[Replayed, Workplace]:
 def evaluate(root: Path, split: str = "validation") -> models.Evaluation:
     """Judge a run's model on one split of its data."""
     replayed, workplace = load_run(root)
-    rows = load_split(replayed.config, workplace.task, split)
-    batch = workplace.evaluation_batch(rows, replayed.config.micro_batch)
-    return models.evaluate(workplace.model, batch, workplace.task.labels)
+    examples = workplace.examples(load_split(replayed.config, workplace.task, split))
+    return models.evaluate(workplace.model, workplace.evaluation_batch(examples), workplace.task.labels)

@@ -16,13 +16,16 @@ from meerkat.errors import MeerkatError, RunFailed
 MASK_SETTINGS = (
     "model",
     "text",
+    "method",
     "density",
     "mask_scope",
     "exclude",
     "text_sequences",
     "text_length",
     "device",
+    "dtype",
     "threads",
+    "seed",
 )
 
 
@@ -36,7 +39,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         field = RunConfig.model_fields[name]
         about = field.description or ""
         choices = [str(choice) for choice in get_args(field.annotation)] if isinstance(field.default, str) else []
-        if field.default not in ("", ()):
+        if field.default != "" and "[default" not in about:
             about += f" [default: {field.default}]"
         parser.add_argument(
             "--" + name.replace("_", "-"),
@@ -119,7 +122,7 @@ def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     from meerkat.report import curves, in_words
     from meerkat.runfolder import told_plainly
 
-    with told_plainly(folder / "curves.png"):
+    with told_plainly(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
         picture, _ = curves([folder], folder)
     if as_json:
         print(json.dumps(summary))

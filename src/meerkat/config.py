@@ -1,7 +1,5 @@
 """One model of a run's settings: the source of TOML keys, flags, their help and their validation."""
 
-import hashlib
-import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +26,9 @@ EMBEDDED = "embedded"
 
 
 def _split_commas(value: Any) -> Any:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return [] if value == "none" else value.split(",")
 
 
 class RunConfig(BaseModel):
@@ -64,7 +64,9 @@ class RunConfig(BaseModel):
         "global", description="the most sensitive of all parameters, or the same share of each tensor"
     )
     exclude: Annotated[tuple[Exclusion, ...], BeforeValidator(_split_commas)] = Field(
-        (), description="parameters that never move: embeddings, norms, or both with a comma"
+        ("embeddings",),
+        description="parameters that never move in a sparse mask: embeddings, norms, both with a comma, or none; "
+        "excluding embeddings learns faster, and they would tell which tokens a site has [default: embeddings]",
     )
     text_sequences: int = Field(256, ge=1, description="sequences of pre-training text that the mask is made from")
     text_length: int = Field(256, ge=2, description="tokens of a pre-training sequence, at most")
@@ -90,10 +92,11 @@ class RunConfig(BaseModel):
         description="eta: learning rate; 0 takes one that fits the number of moving parameters",
     )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
-    eps: float = Field(1e-3, gt=0, allow_inf_nan=False, description="perturbation size")
+    eps: float = Field(1e-3, ge=1e-6, allow_inf_nan=False, description="perturbation size")
     batch_size: int = Field(16, ge=1, description="rows of a local step's batch")
-    micro_batch: int = Field(
-        0, ge=0, description="sequences in one forward pass, at most; 0 for a size that suits the device"
+    micro_batch: int = Field(0, ge=0, description="sequences in one forward pass, at most; 0 for any number")
+    tokens_per_pass: int = Field(
+        0, ge=0, description="padded tokens in one forward pass, at most; 0 for a number that suits the device"
     )
     objective: Objective = Field(
         "classification", description="cross-entropy over the label strings' scores, or over the whole vocabulary"
@@ -129,10 +132,6 @@ class RunConfig(BaseModel):
         if self.mask and self.method != "meerkat":
             raise ValueError(f"method {self.method}: makes its own mask, so --mask cannot be given with it")
         return self
-
-    def digest(self) -> str:
-        """SHA-256 of all settings."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     def to_toml(self) -> str:
         """The settings as TOML."""

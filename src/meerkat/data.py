@@ -26,6 +26,8 @@ def load_rows(source: str, split: str) -> list[Row]:
     file = folder / f"{split}.jsonl"
     if file.is_file():
         return _read_jsonl(file)
+    if folder.is_file():
+        raise MeerkatError(f"data '{source}': is a file; give the folder that it is in")
     if folder.is_dir() and any(folder.glob("*.jsonl")):
         raise MeerkatError(f"data '{source}': the folder has no {split}.jsonl; add it, or use another split")
     if not folder.exists() and (folder.is_absolute() or source.startswith(".")):

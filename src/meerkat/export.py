@@ -1,6 +1,7 @@
 """Taking a run's model away: merged into a Hugging Face folder, or as a sparse delta beside the base model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +36,13 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         MeerkatError: the folder is taken; RunFailed: the run is damaged, or the disk full.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise MeerkatError(f"'{to}': is not empty; give a new or empty folder as --to")
+        raise MeerkatError(f"'{to}': is not an empty folder; give a new or empty one as --to")
     run, workplace = load_run(root)
+    to = to.resolve()
     part = to.with_name(to.name + ".part")
-    with told_plainly(to):
-        part.mkdir(parents=True, exist_ok=True)
+    with told_plainly(to, "make room, or give another --to"):
+        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
+        part.mkdir(parents=True)
         if form == "merged":
             model: Any = workplace.model
             model.save_pretrained(part)

@@ -296,15 +296,20 @@ def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[s
 
         return hook
 
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     # a lookup's own gradient is a few rows: kept sparse, a tied embedding needs one dense gradient, not two
-    lookups = [module for module in model.modules() if isinstance(module, nn.Embedding) and not module.sparse]
+    lookups = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and not module.sparse and not module.scale_grad_by_freq
+    ]
     handles = []
     try:
         for module in lookups:
             module.sparse = True
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
+            parameter.grad = None
             if name in names:
                 handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
         yield
@@ -313,8 +318,9 @@ def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[s
             handle.remove()
         for module in lookups:
             module.sparse = False
-        for parameter, required in before.items():
+        for parameter, (required, gradient) in before.items():
             parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 def _backward(loss: SequenceLoss, sequences: Iterable[Tensor]) -> int:

@@ -54,7 +54,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         model, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
     except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model ({reason})") from None
+        where = "" if folder.is_dir() else "no such folder, and from the hub it "
+        raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
     if found["missing_keys"]:
         missing = min(found["missing_keys"])
         raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
@@ -245,7 +246,6 @@ def _kept_logits(model: nn.Module, batch: _Pass) -> Tensor:
     return logits.float().flatten(0, 1)
 
 
-@torch.no_grad()
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     """Mean log-probability of each label string's tokens: float32 [rows, C]."""
     scores = torch.zeros(len(batch.labels) * batch.candidates, device=batch.labels.device)
@@ -268,6 +268,30 @@ def row_losses(model: nn.Module, batch: Batch, objective: Objective = "classific
     return -scores.gather(1, batch.labels[:, None])[:, 0]
 
 
+def client_losses(
+    model: nn.Module,
+    examples: Sequence[Example],
+    lay_out: Callable[[list[Example]], Batch],
+    objective: Objective = "classification",
+) -> Callable[[Sequence[np.ndarray]], Callable[[], Tensor]]:
+    """How an engine gets losses: row numbers of each of K clients -> their mean losses at the present weights.
+
+    The batch is laid out once; each call of what is returned goes through the model: float64 [K].
+    """
+
+    def losses_of(rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
+        batch = lay_out([examples[row] for of_client in rows for row in of_client])
+        counts = [len(of_client) for of_client in rows]
+
+        def losses() -> Tensor:
+            each = row_losses(model, batch, objective).double()
+            return torch.stack([part.mean() for part in each.split(counts)])
+
+        return losses
+
+    return losses_of
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How well a model does a task."""
@@ -281,6 +305,7 @@ class Evaluation:
     """int64 [rows]"""
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluation:
     """Accuracy by highest candidate score, overall and per class.
 
@@ -289,7 +314,10 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
     """
     scores = candidate_scores(model, batch)
     if not torch.isfinite(scores).all():
-        raise RunFailed("the model's scores are not finite on the evaluation rows; lower --lr, or use float32 weights")
+        raise RunFailed(
+            "the model's scores are not finite on the evaluation rows; "
+            "start a new run with a lower --lr, or with float32 weights"
+        )
     predictions = scores.argmax(1)
     right = (predictions == batch.labels).double()
     return Evaluation(

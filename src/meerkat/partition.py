@@ -6,6 +6,7 @@ error.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -108,7 +109,10 @@ def _one_label_each(among: np.ndarray, labels: np.ndarray, clients: int, seed: i
 
 
 def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
-    """Clients 0 .. N-1 hold one label each, the others draw from all labels; all get equally many rows."""
+    """Clients 0 .. N-1 hold one label each, the others draw from all that are left.
+
+    All get equally many rows, but for single-label clients whose label has fewer left.
+    """
     single = _number(argument, int, "mixed:N needs a whole number N of single-label clients, such as mixed:3")
     if not 0 < single <= clients:
         raise MeerkatError(f"partition 'mixed:{single}': N must be 1 to the number of clients, {clients}")
@@ -175,6 +179,12 @@ PARTITIONERS: dict[str, Callable[[str, Sequence[Row], int, int], Partition]] = {
 }
 
 
+@lru_cache(maxsize=4096)
+def _epoch(rows: int, seed: int, client: int, epoch: int) -> np.ndarray:
+    """The order of one client's rows in one epoch, int64 [rows]."""
+    return seeds.permutation(rows, seed, "batches", client, epoch)
+
+
 @dataclass(frozen=True)
 class ClientRows:
     """One client's rows and the order it goes through them: a batch is a function of (seed, client, step)."""
@@ -192,8 +202,6 @@ class ClientRows:
         size = min(self.batch_size, len(self.rows))
         first, last = step * size, (step + 1) * size
         epochs = range(first // len(self.rows), (last - 1) // len(self.rows) + 1)
-        stream = np.concatenate(
-            [self.rows[seeds.permutation(len(self.rows), self.seed, "batches", self.client, epoch)] for epoch in epochs]
-        )
+        stream = np.concatenate([self.rows[_epoch(len(self.rows), self.seed, self.client, epoch)] for epoch in epochs])
         offset = epochs[0] * len(self.rows)
         return stream[first - offset : last - offset]

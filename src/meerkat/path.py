@@ -28,7 +28,8 @@ def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Direct
     for step, row in enumerate(scalars):
         for p, g in enumerate(row):
             z = directions(plan.place(step, p))
-            directions.prepare(plan.place_after(step, p))
+            if (step + 1, p + 1) != scalars.shape:
+                directions.prepare(plan.place_after(step, p))
             descend_(theta, plan.rate, g, z)
         yield theta
 

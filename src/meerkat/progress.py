@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -15,16 +15,18 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def track(items: Sequence[_T], description: str) -> Iterator[_T]:
-    """The items, with their progress shown."""
+def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
+    """The items, `total` of them at most (where left out, their length), with their progress shown."""
+    if total is None:
+        total = len(items) if isinstance(items, Sized) else 0
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=description, leave=False, dynamic_ncols=True)
+        yield from tqdm(items, total=total, desc=description, leave=False, dynamic_ncols=True)
     else:
-        yield from _plain(items, description)
+        yield from _plain(items, description, total)
 
 
-def _plain(items: Sequence[_T], description: str) -> Iterator[_T]:
+def _plain(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
     for done, item in enumerate(items, 1):
         yield item
-        if done * _LINES // len(items) > (done - 1) * _LINES // len(items):
-            say(f"{description}: {done} of {len(items)}")
+        if done * _LINES // total > (done - 1) * _LINES // total:
+            say(f"{description}: {done} of {total}")

@@ -57,17 +57,21 @@ class RoundRecord:
 
     plan: RoundPlan
     weights: Mapping[int, float]
-    """p_k: renormalised over the replies that counted, by client id, ascending; float64."""
+    """p_k: renormalised over the clients that answered, by client id, ascending; float64."""
     scalars: Mapping[int, np.ndarray]
-    """g_k: float32 [T_k, P] by client id."""
+    """g_k: float32 [steps made, P] by client id, ascending; who did not answer is not in it."""
     aggregate: np.ndarray
     """G_r: float32 [T, P]"""
     theta_digest: str
     """SHA-256 of theta after the round."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; float32 arrays as base64 of their little-endian bytes."""
-        plan = self.plan
+        """The record as JSON values; float32 arrays as base64 of their little-endian bytes.
+
+        `made` are the steps that each participant's reply holds: none where it did not answer.
+        """
+        plan, none = self.plan, np.zeros((0, self.plan.directions), np.float32)
+        replies = [self.scalars.get(client, none) for client in plan.steps]
         return {
             "phase": plan.phase,
             "round": plan.round,
@@ -76,24 +80,33 @@ class RoundRecord:
             "directions": plan.directions,
             "clients": list(plan.steps),
             "steps": list(plan.steps.values()),
+            "made": [len(g) for g in replies],
             "weights": list(self.weights.values()),
-            "scalars": _pack(np.concatenate([g.reshape(-1) for g in self.scalars.values()])),
-            "aggregate": _pack(self.aggregate.reshape(-1)),
+            "scalars": _pack(np.concatenate(replies)),
+            "aggregate": _pack(self.aggregate),
             "theta": self.theta_digest,
         }
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> "RoundRecord":
-        """The record that `to_json` wrote, to the bit."""
-        clients, width = held["clients"], held["directions"]
-        steps = dict(zip(clients, held["steps"], strict=True))
-        ends = np.cumsum([count * width for count in steps.values()])
-        parts = np.split(_unpack(held["scalars"]), ends[:-1])
+        """The record that `to_json` wrote, to the bit.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was not written by `to_json`.
+        """
+        steps = dict(zip(held["clients"], held["steps"], strict=True))
+        made = dict(zip(held["clients"], held["made"], strict=True))
+        scalars = _unpack(held["scalars"]).reshape(-1, held["directions"])
+        ends = np.cumsum([0, *made.values()])
+        if ends[-1] != len(scalars):
+            raise ValueError(f"round {held['round']} has scalars of {len(scalars)} steps, not {ends[-1]}")
+        spans = zip(made, ends[:-1], ends[1:], strict=True)
+        replies = {client: scalars[first:last] for client, first, last in spans if last > first}
         return cls(
-            plan=RoundPlan(held["round"], held["lr"], held["eps"], width, steps, held["phase"]),
-            weights=dict(zip(clients, held["weights"], strict=True)),
-            scalars={k: part.reshape(-1, width) for k, part in zip(clients, parts, strict=True)},
-            aggregate=_unpack(held["aggregate"]).reshape(-1, width),
+            plan=RoundPlan(held["round"], held["lr"], held["eps"], held["directions"], steps, held["phase"]),
+            weights=dict(zip(replies, held["weights"], strict=True)),
+            scalars=replies,
+            aggregate=_unpack(held["aggregate"]).reshape(-1, held["directions"]),
             theta_digest=held["theta"],
         )
 

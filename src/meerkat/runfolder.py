@@ -5,7 +5,6 @@ rounds.log         the record (runlog.py)          metrics.jsonl      losses, ac
 summary.json       the outcome                     curves.png/.svg    the picture
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from meerkat.config import RunConfig, make_config, read_toml
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
+from meerkat.runlog import append_whole
 
 Metric = Mapping[str, Any]
 
@@ -87,42 +87,59 @@ class RunFolder:
         return SparseMask.load(self.mask_path)
 
     def note(self, metric: Metric) -> None:
-        """Add one line to the metrics."""
-        with told_plainly(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-            end = file.tell()
+        """Add one line to the metrics: the whole of it, through to the disk, or nothing."""
+        with told_plainly(self.metrics_path, self.cure):
+            file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                file.write(json.dumps(metric) + "\n")
-                file.flush()
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
+                append_whole(file, (json.dumps(metric) + "\n").encode())
+            finally:
+                os.close(file)
 
     def metrics(self) -> list[Metric]:
-        """All metrics, a torn last line left out."""
+        """All metrics, a torn last line left out.
+
+        Raises:
+            RunFailed: a line before the last is damaged.
+        """
         if not self.metrics_path.exists():
             return []
         text = self.metrics_path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        try:
+            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError:
+            raise RunFailed(
+                f"{self.metrics_path}: damaged; delete it, then 'meerkat resume {self.root}': "
+                "the run itself is in the log"
+            ) from None
 
     def keep_metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
         """Drop the metrics that are not wanted, and return the others."""
         kept = [metric for metric in self.metrics() if wanted(metric)]
         lines = "".join(json.dumps(metric) + "\n" for metric in kept)
-        write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"))
+        write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
         return kept
 
     def summary(self) -> dict[str, Any] | None:
-        """The outcome, if the run has ended."""
+        """The outcome, if the run has ended.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self.summary_path.exists():
             return None
         held: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
         return held
 
+    @property
+    def cure(self) -> str:
+        """What to do after the disk refused something."""
+        return f"make room, then 'meerkat resume {self.root}'"
 
-def write_whole(path: Path, fill: Callable[[Path], Any]) -> None:
+
+def write_whole(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
     """Write a file whole or not at all: `fill` writes a part file, which then takes its name."""
     part = path.with_name(path.name + ".part")
-    with told_plainly(path):
+    with told_plainly(path, cure):
         try:
             fill(part)
             with part.open("rb+") as file:
@@ -133,12 +150,10 @@ def write_whole(path: Path, fill: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def told_plainly(path: Path) -> Iterator[None]:
+def told_plainly(path: Path, cure: str) -> Iterator[None]:
     """Turn a disk's refusal into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
-        cure = "make room" if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None) else "mend that"
-        raise RunFailed(f"{path}: {reason}; {cure}, then 'meerkat resume {path.parent}'") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunFailed(f"{path}: {reason}; {cure}") from None

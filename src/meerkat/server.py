@@ -7,7 +7,7 @@ It never sees data, and sees the model only as theta.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -86,12 +86,12 @@ def client_weights(config: ServerConfig, clients: Sequence[int]) -> dict[int, fl
     return {k: share / total for k, share in shares.items()}
 
 
-def aggregate(replies: Sequence[Reply], weights: Mapping[int, float], shape: tuple[int, int]) -> np.ndarray:
-    """G: float32 `shape` = [T, P]. A client that made fewer steps counts as zero for the missing ones.
+def aggregate(replies: Sequence[Reply], weights: Mapping[int, float], plan: RoundPlan) -> np.ndarray:
+    """G: float32 [T, P] of a plan. A client that made fewer steps counts as zero for the missing ones.
 
     Summed in float64 in order of client id and rounded once (numeric contract 2).
     """
-    total = np.zeros(shape, dtype=np.float64)
+    total = np.zeros((max(plan.steps.values()), plan.directions), dtype=np.float64)
     for reply in sorted(replies, key=lambda reply: reply.client):
         total[: len(reply.scalars)] += weights[reply.client] * reply.scalars.astype(np.float64)
     return total.astype(np.float32)
@@ -100,25 +100,18 @@ def aggregate(replies: Sequence[Reply], weights: Mapping[int, float], shape: tup
 def close_round(
     state: ServerState, plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig, directions: Directions
 ) -> tuple[ServerState, RoundRecord]:
-    """Aggregate the replies and move everyone to the new theta."""
+    """Aggregate the replies, of all participants or of some, and move everyone to the new theta."""
     replies = sorted(replies, key=lambda reply: reply.client)
     weights = client_weights(config, [reply.client for reply in replies])
-    shape = (max(plan.steps.values()), plan.directions)
-    draft = RoundRecord(
-        plan=plan,
-        weights=weights,
-        scalars={reply.client: reply.scalars for reply in replies},
-        aggregate=aggregate(replies, weights, shape),
-        theta_digest="",
-    )
+    scalars = {reply.client: reply.scalars for reply in replies}
+    draft = RoundRecord(plan, weights, scalars, aggregate(replies, weights, plan), theta_digest="")
     moved = replay(state, draft, directions)
-    record = RoundRecord(plan, weights, draft.scalars, draft.aggregate, path.digest(moved.theta))
-    return moved, record
+    return moved, replace(draft, theta_digest=path.digest(moved.theta))
 
 
 def replay(state: ServerState, record: RoundRecord, directions: Directions) -> ServerState:
     """The state after a round that was closed before: what resuming, auditing and joining late all do."""
     made = dict(state.steps_made)
-    for client, steps in record.plan.steps.items():
-        made[client] = made.get(client, 0) + steps
+    for client, scalars in record.scalars.items():
+        made[client] = made.get(client, 0) + len(scalars)
     return ServerState(record.plan.round + 1, path.advance(state.theta, record, directions), made)

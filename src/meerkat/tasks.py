@@ -17,6 +17,9 @@ from meerkat.errors import MeerkatError
 
 Row = Mapping[str, Any]
 
+_ROWS_TOGETHER = 1000
+"""Rows tokenised at a time."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -177,20 +180,22 @@ def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
         raise MeerkatError(
             f"tokenizer {type(tokenizer).__name__} reports no offsets; use the model's fast tokenizer (tokenizer.json)"
         )
+    examples: list[Example] = []
+    for first in range(0, len(rows), _ROWS_TOGETHER):  # what a tokenizer reports takes far more room than its tokens
+        examples += _encode(task, rows[first : first + _ROWS_TOGETHER], tokenizer, max_length)
+    return examples
+
+
+def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
     prompts = [task.prompt(row) for row in rows]
     texts = [prompt + label for prompt in prompts for label in task.labels]
     tokenised = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    examples = []
+    texts_tokens = list(zip(tokenised["input_ids"], tokenised["offset_mapping"], strict=True))
     width = len(task.labels)
+    examples = []
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        pieces = [
-            _label_span(ids, offsets, len(prompt))
-            for ids, offsets in zip(
-                tokenised["input_ids"][i * width : (i + 1) * width],
-                tokenised["offset_mapping"][i * width : (i + 1) * width],
-                strict=True,
-            )
-        ]
+        candidates = texts_tokens[i * width : (i + 1) * width]
+        pieces = [_label_span(ids, offsets, len(prompt)) for ids, offsets in candidates]
         examples.append(_share_prefixes(_cut_left(pieces, max_length, task), row["label"]))
     return examples
 

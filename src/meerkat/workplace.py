@@ -22,23 +22,36 @@ from meerkat.tasks import TASKS, Example, Row, Task, check_rows, encode, load_ta
 
 @dataclass(frozen=True)
 class Workplace:
-    """The model on its device and the task's rows as it sees them."""
+    """The model on its device, and the task's rows as it sees them."""
 
+    config: RunConfig
     model: nn.Module
     tokenizer: Any
     task: Task
     device: torch.device
-    max_length: int
-    tokens_per_pass: int
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Rows, tokenised."""
-        return encode(self.task, rows, self.tokenizer, self.max_length)
+        return encode(self.task, rows, self.tokenizer, models.longest_input(self.model, self.config.max_length))
 
-    def evaluation_batch(self, rows: Sequence[Row], micro_batch: int = 0) -> models.Batch:
-        """Rows laid out for evaluation."""
+    def training_batch(self, examples: Sequence[Example]) -> models.Batch:
+        """Examples laid out for the clients' forward passes, as `batching` says."""
+        together = self.config.batching == "auto"
         return models.collate(
-            self.examples(rows), self.device, sequences_per_pass=micro_batch, tokens_per_pass=self.tokens_per_pass
+            examples,
+            self.device,
+            sort=together,
+            sequences_per_pass=self.config.micro_batch,
+            tokens_per_pass=self.config.tokens_per_pass if together else 0,
+        )
+
+    def evaluation_batch(self, examples: Sequence[Example]) -> models.Batch:
+        """Examples laid out for evaluation."""
+        return models.collate(
+            examples,
+            self.device,
+            sequences_per_pass=self.config.micro_batch,
+            tokens_per_pass=self.config.tokens_per_pass,
         )
 
 
@@ -66,13 +79,17 @@ def resolve_model(config: RunConfig) -> RunConfig:
         raise MeerkatError(
             "--text: needed for a sensitivity mask (pre-training text); or give one made before as --mask"
         )
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    kind = device.partition(":")[0]
     filled: dict[str, Any] = {
-        "device": ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device,
+        "device": device,
         "threads": config.threads or torch.get_num_threads(),
+        "tokens_per_pass": config.tokens_per_pass or models.TOKENS_PER_PASS.get(kind, models.TOKENS_PER_PASS["cuda"]),
     }
+    named = {"model": {EMBEDDED}, "task": TASKS.keys() | demo.TASKS.keys()}
     for name in ("model", "task", "data", "text", "mask"):
         value = getattr(config, name)
-        if value and Path(value).exists() and value not in (EMBEDDED, *TASKS, *demo.TASKS):
+        if value and value not in named.get(name, ()) and Path(value).exists():
             filled[name] = str(Path(value).resolve())
     return config.model_copy(update=filled)
 
@@ -89,15 +106,7 @@ def open_workplace(config: RunConfig) -> Workplace:
     """Load the task, the model and its tokenizer."""
     task = demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
     model, tokenizer = open_model(config)
-    device = next(model.parameters()).device
-    return Workplace(
-        model=model,
-        tokenizer=tokenizer,
-        task=task,
-        device=device,
-        max_length=models.longest_input(model, config.max_length),
-        tokens_per_pass=models.TOKENS_PER_PASS.get(device.type, models.TOKENS_PER_PASS["cuda"]),
-    )
+    return Workplace(config, model, tokenizer, task, next(model.parameters()).device)
 
 
 def load_split(config: RunConfig, task: Task, split: str) -> list[Row]:
@@ -131,7 +140,7 @@ def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask
         mask.check_fits(model)
         return mask
     if kind == "full":
-        return full_mask(model, exclude=exclude)
+        return full_mask(model)
     if kind == "magnitude":
         return magnitude_mask(model, config.density, scope=scope, exclude=exclude)
     if kind == "random":
@@ -153,7 +162,7 @@ def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask
 
 def default_lr(moving: int) -> float:
     """A learning rate for so many moving parameters, to two digits: see docs/log.md for its measurement."""
-    return float(f"{17 / moving:.1e}")
+    return float(f"{110 / moving:.1e}")
 
 
 @dataclass(frozen=True)
@@ -164,18 +173,21 @@ class Split:
     partition: Partition
     evaluation: models.Batch
     digest: str
-    """SHA-256 of the rows and of who holds which: a run goes on with nothing else."""
+    """SHA-256 of the examples, as the model sees them, and of who holds which: a run goes on with nothing else."""
 
     @classmethod
-    def of(cls, config: RunConfig, workplace: Workplace) -> "Split":
+    def of(cls, workplace: Workplace) -> "Split":
         """Read, split and tokenise the run's data."""
+        config = workplace.config
         training, judged = training_and_evaluation_rows(config, workplace.task)
         held = partition(config.partition, training, config.clients, config.seed)
+        examples, judged_examples = workplace.examples(training), workplace.examples(judged)
         sha = hashlib.sha256()
-        for row in (*training, *judged):
-            sha.update(json.dumps(row, sort_keys=True, default=str).encode())
+        for example in (*examples, *judged_examples):
+            places = [[c.sequence, c.start, len(c.targets)] for c in example.candidates]
+            sha.update(json.dumps([example.label, [len(s) for s in example.sequences], places]).encode())
+            for tokens in (*example.sequences, *(c.targets for c in example.candidates)):
+                sha.update(tokens.astype("<i8").tobytes())
         for rows in held.rows:
-            sha.update(rows.astype("<i8").tobytes())
-        return cls(
-            workplace.examples(training), held, workplace.evaluation_batch(judged, config.micro_batch), sha.hexdigest()
-        )
+            sha.update(json.dumps(rows.tolist()).encode())
+        return cls(examples, held, workplace.evaluation_batch(judged_examples), sha.hexdigest())

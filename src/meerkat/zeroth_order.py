@@ -82,6 +82,6 @@ def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float,
     if not torch.isfinite(both).all():
         raise RunFailed(
             f"the loss is {both.flatten()[~torch.isfinite(both.flatten())][0].item()} at theta +- {eps:g} z; "
-            "lower --lr (or --eps), or load the weights as float32"
+            "start a new run with a lower --lr, or with float32 weights"
         )
     return ProjectedGradient((both[0] - both[1]) / (2 * eps), (both[0] + both[1]) / 2)
