@@ -12,19 +12,17 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from meerkat.data import load_rows
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
 from meerkat.mask import random_mask
-from meerkat.models import TOKENS_PER_PASS, collate, load_model, row_losses
+from meerkat.models import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
 from meerkat.partition import ClientRows, partition
 from meerkat.rounds import RoundPlan
-from meerkat.tasks import encode, load_task
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat.tasks import Example, encode, load_task
+from meerkat.zeroth_order import MaskedModel
 
 SHARED = Path(__file__).parents[2] / "shared"
 CLIENTS, ROWS = 10, 16
@@ -46,18 +44,15 @@ def main() -> None:
     held = partition("dirichlet:0.5", rows, CLIENTS, seed=1).rows
     clients = [ClientRows(k, of_client, ROWS, seed=0) for k, of_client in enumerate(held)]
 
-    def losses_of(batches: list[np.ndarray]) -> Loss:
-        batch = collate([examples[row] for rows in batches for row in rows], tokens_per_pass=arguments.tokens)
-        counts = [len(rows) for rows in batches]
-
-        def losses() -> Tensor:
-            return torch.stack([part.mean() for part in row_losses(model, batch).split(counts)])
-
-        return losses
+    def lay_out(batch: list[Example]) -> Batch:
+        return collate(batch, tokens_per_pass=arguments.tokens)
 
     masked = MaskedModel(model, random_mask(model, 1e-3))
     engine = LocalEngine(
-        masked, Directions(1, len(masked.mask)), lambda client, step: clients[client].batch(step), losses_of
+        masked,
+        Directions(1, len(masked.mask)),
+        batch_of=lambda client, step: clients[client].batch(step),
+        losses_of=client_losses(model, examples, lay_out),
     )
     theta = masked.read()
     ratios = []

@@ -23,9 +23,12 @@ from meerkat.client import local_steps
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
 from meerkat.mask import SparseMask, full_mask, random_mask, sensitivity_mask
-from meerkat.models import language_modelling_loss
+from meerkat.models import client_losses, collate, language_modelling_loss
+from meerkat.partition import ClientRows, partition
 from meerkat.rounds import RoundPlan
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.tasks import Candidate, Example
+from meerkat.zeroth_order import MaskedModel
 
 ROWS, LENGTH = 16, 64
 SHORT, TOGETHER = 8, 10
@@ -40,22 +43,23 @@ def row_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
-    """One round, every client a row of its own."""
+    """One round of the engine, every client a row of its own, with two labels of one token."""
     masked = MaskedModel(model, mask)
-    rows = torch.randint(0, model.config.vocab_size, (clients, SHORT))
-
-    def losses_of(batches: list[np.ndarray]) -> Loss:
-        held = torch.from_numpy(np.concatenate(batches))
-
-        @torch.no_grad()
-        def losses() -> Tensor:
-            return torch.cat([row_losses(model, part) for part in rows[held].split(TOGETHER)])
-
-        return losses
-
-    engine = LocalEngine(masked, Directions(1, len(mask)), lambda client, _: np.array([client]), losses_of)
-    plan = RoundPlan(0, 1e-6, 1e-3, 1, dict.fromkeys(range(clients), 1))
-    engine.run(masked.read(), plan, {})
+    rows = torch.randint(0, model.config.vocab_size, (clients, SHORT)).numpy()
+    candidates = tuple(Candidate(0, SHORT - 1, np.array([token])) for token in (5, 6))
+    examples = [Example((row,), candidates, label=k % 2) for k, row in enumerate(rows)]
+    held = partition("iid", [{"label": example.label} for example in examples], clients, seed=0)
+    holders = [ClientRows(k, of_client, 1, seed=0) for k, of_client in enumerate(held.rows)]
+    engine = LocalEngine(
+        masked,
+        Directions(1, len(mask)),
+        batch_of=lambda client, step: holders[client].batch(step),
+        losses_of=client_losses(model, examples, lambda batch: collate(batch, sequences_per_pass=TOGETHER)),
+    )
+    settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
+    state = ServerState(0, masked.read())
+    plan = open_round(state, settings)
+    close_round(state, plan, engine.run(state.theta, plan, state.steps_made), settings, engine.directions)
 
 
 def work(case: str, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ Ten clients with a Dirichlet(0.5) share of each of four topics, 200 rounds of on
 method runs at its own best learning rate, found on held-back training rows: see docs/log.md.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ RATES = {"meerkat": 0.2, "full-fedzo": 1e-3}
 
 def main() -> None:
     """Run both, say what came out, and draw it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     out = Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     summaries = {}
     for method, rate in RATES.items():

@@ -45,7 +45,9 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     split = Split.of(workplace)
     mask = make_mask(config, workplace.model, workplace.tokenizer)
     # what config.toml says is what runs: a given mask's own density, and the rate that fits its size
-    config = config.model_copy(update={"density": mask.density, "lr": config.lr or default_lr(len(mask))})
+    config = config.model_copy(
+        update={"density": mask.density, "lr": config.lr or default_lr(config.method, len(mask))}
+    )
     # nothing is written before everything that was asked for is known to be possible
     folder = RunFolder.create(out, config)
     _store_mask(folder, mask, workplace)

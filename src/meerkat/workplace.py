@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meerkat import demo, models, seeds
-from meerkat.config import EMBEDDED, METHODS, RunConfig
+from meerkat.config import EMBEDDED, METHODS, Method, RunConfig
 from meerkat.data import load_rows
 from meerkat.errors import MeerkatError
 from meerkat.mask import SparseMask, full_mask, magnitude_mask, random_mask, sensitivity_mask
@@ -160,9 +160,13 @@ def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask
     )
 
 
-def default_lr(moving: int) -> float:
-    """A learning rate for so many moving parameters, to two digits: see docs/log.md for its measurement."""
-    return float(f"{110 / moving:.1e}")
+LR_TIMES_MOVING = {"full-fedzo": 550}
+"""The default learning rate times the number of moving parameters, by method; measured in docs/log.md."""
+
+
+def default_lr(method: Method, moving: int) -> float:
+    """A learning rate that fits so many moving parameters, to two digits."""
+    return float(f"{LR_TIMES_MOVING.get(method, 110) / moving:.1e}")
 
 
 @dataclass(frozen=True)
