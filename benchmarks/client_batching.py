@@ -17,10 +17,10 @@ import torch
 from meerkat.data import load_rows
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
-from meerkat.mask import random_mask
 from meerkat.models import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
 from meerkat.partition import ClientRows, partition
 from meerkat.rounds import RoundPlan
+from meerkat.sensitivity import random_mask
 from meerkat.tasks import Example, encode, load_task
 from meerkat.zeroth_order import MaskedModel
 

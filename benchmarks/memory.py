@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from meerkat.client import local_steps
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
-from meerkat.mask import SparseMask, full_mask, random_mask, sensitivity_mask
+from meerkat.mask import SparseMask
 from meerkat.models import client_losses, collate, language_modelling_loss
 from meerkat.partition import ClientRows, partition
 from meerkat.rounds import RoundPlan
+from meerkat.sensitivity import full_mask, random_mask, sensitivity_mask
 from meerkat.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.tasks import Candidate, Example
 from meerkat.zeroth_order import MaskedModel

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from meerkat.client import local_steps
 from meerkat.directions import Directions
-from meerkat.mask import random_mask
 from meerkat.rounds import RoundPlan
+from meerkat.sensitivity import random_mask
 from meerkat.zeroth_order import MaskedModel
 
 ROWS, LENGTH, EPS, LR = 16, 64, 1e-3, 1e-6

@@ -1,212 +1,22 @@
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-import reference
 import torch
-from conftest import ARCHITECTURES, tiny_model
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meerkat import mask as masks
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask, full_mask, magnitude_mask, random_mask, sensitivity_mask, top_entries
+from meerkat.mask import SparseMask, fingerprint
 from meerkat.models import language_modelling_loss
-
-
-def dense(mask: SparseMask, model: nn.Module) -> Tensor:
-    """The mask as a bool vector over all parameters."""
-    parts = []
-    for name, parameter in model.named_parameters():
-        part = torch.zeros(parameter.numel(), dtype=torch.bool)
-        if name in mask.entries:
-            at = mask.entries[name]
-            part[slice(None) if at is None else at] = True
-        parts.append(part)
-    return torch.cat(parts)
-
-
-def sensitivity(model: nn.Module, sequences: list[Tensor], density: float = 0.01, **options: Any) -> SparseMask:
-    return sensitivity_mask(model, sequences, language_modelling_loss(model), density, **options)
-
-
-# --- choosing the largest ---
-
-scores = st.lists(
-    st.one_of(st.floats(0, 2.0**100, width=32), st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 2.0])),
-    min_size=1,
-    max_size=60,
-)
-
-
-@given(scores, st.data())
-def test_top_entries_are_those_of_a_full_stable_sort(values: list[float], data: st.DataObject) -> None:
-    n = data.draw(st.integers(1, len(values)))
-    cut = data.draw(st.integers(0, len(values)))
-    tensor = torch.tensor(values)
-    tensors = {"a": tensor[:cut], "b": tensor[cut:]}
-    found = top_entries(tensors, n)
-    expected = reference.top_n_mask(tensor + 0.0, n).nonzero().flatten()
-    both = torch.cat([found.get("a", torch.zeros(0).long()), found.get("b", torch.zeros(0).long()) + cut])
-    assert both.tolist() == expected.tolist()
-
-
-def test_top_entries_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).mul(50).round()  # many ties
-    monkeypatch.setattr(masks, "_CHUNK", 7)
-    expected = reference.top_n_mask(values, 123).nonzero().flatten()
-    assert top_entries({"x": values}, 123)["x"].tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
-def test_unsound_scores_are_an_error(bad: float) -> None:
-    with pytest.raises(MeerkatError, match="finite and non-negative"):
-        top_entries({"w": torch.tensor([1.0, bad])}, 1, score=lambda t: t)
-
-
-# --- sensitivity ---
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sensitivity_mask_is_the_literal_one(architecture: str, random_sequences: list[Tensor]) -> None:
-    model = tiny_model(architecture)
-    expected = reference.sensitivity(model, random_sequences)
-    mask = sensitivity(model, random_sequences)
-    moving = dense(mask, model)
-    assert len(mask) == moving.sum() == math.ceil(0.01 * sum(p.numel() for p in model.parameters()))
-    # float32 sums may swap entries whose scores agree to 1e-4: every chosen one must beat every other but for that
-    assert expected[moving].min() >= expected[~moving].max() * (1 - 1e-4)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_pretraining_gradient_is_the_literal_one(architecture: str, random_sequences: list[Tensor]) -> None:
-    model = tiny_model(architecture)
-    mask = sensitivity(model, random_sequences)
-    expected = reference.pretraining_gradient(model, random_sequences)[dense(mask, model)]
-    assert mask.pretraining_gradient is not None
-    assert mask.pretraining_gradient.dtype == torch.float32
-    torch.testing.assert_close(mask.pretraining_gradient.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_tied_weights_are_counted_once() -> None:
-    model = tiny_model("llama-tied")
-    mask = full_mask(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert mask.total == len(mask) == sum(p.numel() for p in model.parameters())
-    assert [name for name in mask.entries if "embed" in name or "head" in name] == ["model.embed_tokens.weight"]
-
-
-def test_gradients_are_freed_while_backpropagation_runs(random_sequences: list[Tensor]) -> None:
-    model = tiny_model("llama")
-    alive: list[int] = []
-    consume = masks._gradients_to
-
-    def watching(model: nn.Module, names: Any, use: Any) -> Any:
-        def watch(name: str, gradient: Tensor) -> None:
-            alive.append(sum(p.grad is not None for p in model.parameters()))  # beside the one handed over
-            use(name, gradient)
-
-        return consume(model, names, watch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "_gradients_to", watching)
-        sensitivity(model, random_sequences)
-    assert set(alive) == {0}
-
-
-def test_the_model_is_left_as_it_was(random_sequences: list[Tensor]) -> None:
-    model = tiny_model("llama")
-    model.model.requires_grad_(False)
-    before, required = masks.fingerprint(model), [p.requires_grad for p in model.parameters()]
-    sensitivity(model, random_sequences)
-    assert masks.fingerprint(model) == before
-    assert [p.requires_grad for p in model.parameters()] == required
-    assert not any(p.grad is not None or p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_gradients_left_on_the_model_are_neither_used_nor_lost(random_sequences: list[Tensor]) -> None:
-    model = tiny_model()
-    expected = sensitivity(model, random_sequences).digest()
-    left = torch.full_like(model.model.norm.weight, 1e6)
-    model.model.norm.weight.grad = left
-    assert sensitivity(model, random_sequences).digest() == expected
-    assert model.model.norm.weight.grad is left
-
-
-def test_a_loss_that_is_not_finite_is_an_error(random_sequences: list[Tensor]) -> None:
-    model = tiny_model()
-    with torch.no_grad():
-        next(model.parameters()).fill_(math.nan)
-    with pytest.raises(MeerkatError, match="sequence 0 is nan"):
-        sensitivity(model, random_sequences)
-    with pytest.raises(MeerkatError, match="at least one"):
-        sensitivity(tiny_model(), [])
-
-
-# --- options and baselines ---
-
-
-@pytest.mark.parametrize("density", [0, -0.1, 1.0001, math.nan])
-def test_density_out_of_range(density: float) -> None:
-    for make in (magnitude_mask, random_mask):
-        with pytest.raises(MeerkatError, match="above 0 and at most 1"):
-            make(tiny_model(), density)
-
-
-def test_per_tensor_scope_takes_the_same_share_of_each(random_sequences: list[Tensor]) -> None:
-    model = tiny_model()
-    for mask in (
-        sensitivity(model, random_sequences, 0.1, scope="per-tensor"),
-        magnitude_mask(model, 0.1, scope="per-tensor"),
-        random_mask(model, 0.1, scope="per-tensor"),
-    ):
-        shares = {name: math.ceil(0.1 * p.numel()) for name, p in model.named_parameters()}
-        assert dict(mask.counts()) == shares
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_excluded_kinds_never_move(architecture: str) -> None:
-    model = tiny_model(architecture)
-    left = set(full_mask(model, exclude=("embeddings", "norms")).entries)
-    assert left
-    assert not [n for n in left if any(w in n.lower() for w in ("embed", "norm", "ln_", "wte", "wpe", "lm_head"))]
-    assert not full_mask(model, exclude=("embeddings",)).entries.keys() & {"lm_head.weight"}
-
-
-def test_excluding_everything_is_an_error() -> None:
-    with pytest.raises(MeerkatError, match="leaves no parameter"):
-        full_mask(nn.Sequential(nn.Embedding(4, 4)), exclude=("embeddings",))
-
-
-def test_magnitude_mask_takes_the_largest_weights() -> None:
-    model = tiny_model()
-    moving = dense(magnitude_mask(model, 0.02), model)
-    expected = reference.top_n_mask(reference.flat_parameters(model).abs(), int(moving.sum()))
-    assert torch.equal(moving, expected)
-
-
-def test_random_mask_is_uniform_and_a_function_of_the_seed() -> None:
-    model = tiny_model()
-    total = sum(p.numel() for p in model.parameters())
-    hits = sum(dense(random_mask(model, 0.1, seed), model).long() for seed in range(50))
-    assert dense(random_mask(model, 0.1, 3), model).sum() == math.ceil(0.1 * total)
-    assert random_mask(model, 0.1, 3).digest() == random_mask(model, 0.1, 3).digest()
-    assert random_mask(model, 0.1, 3).digest() != random_mask(model, 0.1, 4).digest()
-    # 50 draws at 0.1: mean 5, variance 4.5; a chi-square over all entries, within six standard errors
-    chi = ((hits - 5.0) ** 2 / 4.5).mean().item()
-    assert abs(chi - 1) < 6 * math.sqrt(2 / total)
-
-
-# --- files ---
+from meerkat.sensitivity import full_mask, magnitude_mask, sensitivity_mask
 
 
 def test_saved_and_loaded_masks_are_equal(tmp_path: Path, random_sequences: list[Tensor]) -> None:
     model = tiny_model()
-    for made in (sensitivity(model, random_sequences, facts={"text": "a.jsonl"}), full_mask(model)):
+    loss = language_modelling_loss(model)
+    for made in (sensitivity_mask(model, random_sequences, loss, facts={"text": "a.jsonl"}), full_mask(model)):
         made = dataclasses.replace(made, theta_0=torch.arange(len(made)).float())
         made.save(tmp_path / "m.safetensors")
         held = SparseMask.load(tmp_path / "m.safetensors")
@@ -247,8 +57,8 @@ def test_the_fingerprint_sees_names_shapes_and_values() -> None:
     plain = nn.Sequential(nn.Linear(2, 3))
     same = nn.Sequential(nn.Linear(2, 3))
     same.load_state_dict(plain.state_dict())
-    assert masks.fingerprint(plain) == masks.fingerprint(same)
+    assert fingerprint(plain) == fingerprint(same)
     with torch.no_grad():
         same[0].bias[0] += 1e-6
-    assert masks.fingerprint(plain) != masks.fingerprint(same)
-    assert masks.fingerprint(plain) != masks.fingerprint(plain[0])
+    assert fingerprint(plain) != fingerprint(same)
+    assert fingerprint(plain) != fingerprint(plain[0])

@@ -16,8 +16,9 @@ from meerkat import path
 from meerkat.client import local_steps
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
-from meerkat.mask import SparseMask, random_mask
+from meerkat.mask import SparseMask
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.sensitivity import random_mask
 from meerkat.server import (
     ServerConfig,
     ServerState,

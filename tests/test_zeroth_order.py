@@ -6,8 +6,8 @@ from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from meerkat.errors import RunFailed
-from meerkat.mask import full_mask, magnitude_mask
 from meerkat.models import language_modelling_loss
+from meerkat.sensitivity import full_mask, magnitude_mask
 from meerkat.zeroth_order import MaskedModel, projected_gradient
 
 TOKENS = torch.arange(3, 20)

@@ -3,8 +3,9 @@
 from meerkat.client import local_steps
 from meerkat.directions import Directions
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.mask import SparseMask, full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.mask import SparseMask
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
 from meerkat.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.zeroth_order import MaskedModel, projected_gradient
 

@@ -8,8 +8,8 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from meerkat.errors import MeerkatError
-from meerkat.mask import Exclusion, Scope
 from meerkat.models import Objective
+from meerkat.sensitivity import Exclusion, Scope
 from meerkat.server import Schedule
 
 Method = Literal["meerkat", "full-fedzo", "weight-magnitude", "random-mask"]

@@ -14,9 +14,10 @@ from meerkat import demo, models, seeds
 from meerkat.config import EMBEDDED, METHODS, Method, RunConfig
 from meerkat.data import load_rows
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask, full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.mask import SparseMask
 from meerkat.partition import Partition, partition
 from meerkat.progress import say, track
+from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
 from meerkat.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
 
 
