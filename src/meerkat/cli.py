@@ -44,7 +44,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=argparse.SUPPRESS,
-            metavar="|".join(choices) or name.upper().split("_")[-1],
+            metavar="|".join(choices) or {int: "N", float: "X"}.get(type(field.default), name.upper()),
             help=about,
         )
 
