@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from meerkat import audit, models, path, runlog
 from meerkat.cli import main
@@ -53,6 +54,16 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
     assert [m["round"] for m in evaluations] == [0, 2, 4, 6]
     assert summary["accuracy"] == evaluations[-1]["accuracy"]
     assert not list(finished.glob("*.part"))
+
+
+@pytest.mark.parametrize("method", ["meerkat", "full-fedzo"])
+def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
+    at = simulate_arguments.index("--lr")
+    arguments = [*simulate_arguments[:at], *simulate_arguments[at + 2 :]]
+    summary = simulate(arguments, tmp_path / "run", "--method", method, "--rounds", "2")
+    expected = float(f"{(550 if method == 'full-fedzo' else 110) / summary['params_masked']:.1e}")
+    assert summary["lr"] == RunFolder(tmp_path / "run").config().lr == logged(tmp_path / "run")[1]["lr"] == expected
+    assert audit.verify(tmp_path / "run").finished
 
 
 def test_the_same_settings_give_the_same_bits_and_others_do_not(simulate_arguments: list[str], tmp_path: Path) -> None:
@@ -191,6 +202,24 @@ def _another_rule(records: list[dict[str, Any]]) -> None:
     records[0]["rule"] = "median"
 
 
+def _another_key(records: list[dict[str, Any]]) -> None:
+    records[0]["run_key"] = "0" * 32
+    del records[1:]
+
+
+def _other_rows(records: list[dict[str, Any]]) -> None:
+    records[0]["examples"] = [1, 1, 1000]
+    del records[1:]
+
+
+def _one_round_more(records: list[dict[str, Any]]) -> None:
+    records[-1] = records[-2] | {"round": 6}
+
+
+def _a_list(records: list[dict[str, Any]]) -> None:
+    records[2] = [1]  # type: ignore[call-overload]
+
+
 def _no_weights(records: list[dict[str, Any]]) -> None:
     del records[2]["weights"]
 
@@ -210,6 +239,7 @@ def _heavy_client(records: list[dict[str, Any]]) -> None:
 FORGERIES = [
     *(_swap_scalars, _swap_rates, _swap_rounds, _swap_theta, _drop_the_end, _drop_rounds_before_the_end, _another_eps),
     *(_another_format, _another_rule, _no_weights, _unknown_kind, _heavy_client),
+    *(_another_key, _other_rows, _one_round_more, _a_list),
 ]
 
 
@@ -223,7 +253,7 @@ def test_neither_verify_nor_resume_goes_on_from_a_forged_record(
     if forge is not _drop_the_end:  # without its summary that one is a run cut short, and sound
         (finished / "summary.json").unlink()
         forged = (finished / "rounds.log").read_bytes()
-        assert main(["resume", str(finished)]) == 1
+        assert main(["resume", str(finished)]) in (1, 2)
         assert (finished / "rounds.log").read_bytes() == forged
 
 
@@ -263,6 +293,46 @@ def test_verify_of_a_garbled_file_is_one_line_and_status_one(
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("verifying")]
     assert len(err) == 1
     assert "restore" in err[0]
+
+
+def test_a_torn_closing_record_is_written_again(finished: Path) -> None:
+    log = finished / "rounds.log"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-20])
+    assert main(["verify", str(finished)]) == 1
+    assert main(["resume", str(finished)]) == 0
+    assert log.read_bytes() == whole
+
+
+def test_resume_refuses_other_base_values_and_another_model(
+    finished: Path, federation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "summary.json").unlink()
+    whole = (finished / "mask.safetensors").read_bytes()
+    mask = SparseMask.load(finished / "mask.safetensors")
+    assert mask.theta_0 is not None
+    mask.theta_0[0] += 1
+    mask.save(finished / "mask.safetensors")
+    assert main(["resume", str(finished)]) == 1
+    assert "delete it, and 'meerkat resume' makes it again" in capsys.readouterr().err
+    (finished / "mask.safetensors").write_bytes(whole)
+    weights = federation / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        tiny_model(seed=9).save_pretrained(federation / "model")
+        assert main(["resume", str(finished)]) == 2
+        assert "is not the one the run began with" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(kept)
+    assert main(["resume", str(finished)]) == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b"{}\n", b"3\n", b"{\n"])
+def test_damaged_metrics_are_one_line(finished: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "metrics.jsonl").write_bytes(content)
+    (finished / "summary.json").unlink()
+    assert main(["resume", str(finished)]) == 1
+    assert "delete it, then 'meerkat resume" in capsys.readouterr().err
 
 
 def test_a_lost_summary_or_metrics_are_made_again(finished: Path) -> None:

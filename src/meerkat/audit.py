@@ -14,7 +14,7 @@ from meerkat.progress import track
 from meerkat.record import Opening, agree, file_digest, gradient_digest, replay_log
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader
-from meerkat.workplace import Workplace, load_split, open_workplace
+from meerkat.workplace import Workplace, check_model, load_split, open_workplace
 from meerkat.zeroth_order import MaskedModel
 
 
@@ -31,7 +31,7 @@ class Replayed:
 
 
 def verify(root: Path) -> Replayed:
-    """Replay a run from its mask and log alone: every hash, plan, weight, aggregate and digest is compared.
+    """Replay a run from its folder alone, without model or data: every hash, plan, weight and digest is compared.
 
     Raises:
         MeerkatError: there is no run in the folder.
@@ -42,7 +42,7 @@ def verify(root: Path) -> Replayed:
         return _verify(folder)
     except RunFailed:
         raise
-    except (MeerkatError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (MeerkatError, LookupError, TypeError, ValueError) as error:
         raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
 
 
@@ -64,7 +64,7 @@ def _verify(folder: RunFolder) -> Replayed:
     agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
     agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
     z = Directions(int(opening.run_key, 16), len(mask))
-    rounds = track(records, "verifying", config.rounds)
+    rounds = track(records, "verifying", config.rounds + 1)
     state, closed = replay_log(rounds, mask.theta_0, opening.settings(config), z, folder.log_path)
     if reader.damage:
         cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
@@ -84,7 +84,7 @@ def load_run(root: Path) -> tuple[Replayed, Workplace]:
     """A verified run, and its model with the run's theta in it."""
     replayed = verify(root)
     workplace = open_workplace(replayed.config)
-    replayed.mask.check_fits(workplace.model)
+    check_model(RunFolder(root), replayed.mask, workplace)
     MaskedModel(workplace.model, replayed.mask).write_(replayed.theta.to(workplace.device))
     return replayed, workplace
 

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, about, run in (
         ("resume", "Go on with an interrupted run.", _resume),
-        ("verify", "Replay a run from its log alone and compare every digest.", _verify),
+        ("verify", "Replay a run from its folder alone and compare every digest.", _verify),
         ("evaluate", "Judge a run's model, overall and per class.", _evaluate),
         ("export", "Write a run's model as a Hugging Face folder or as a sparse delta.", _export),
     ):

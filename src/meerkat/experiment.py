@@ -29,7 +29,7 @@ from meerkat.progress import say, track
 from meerkat.record import Opening, file_digest, gradient_digest, replay_log
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
-from meerkat.workplace import Split, Workplace, default_lr, make_mask, open_workplace, resolve
+from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
 
@@ -45,11 +45,10 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     split = Split.of(workplace)
     mask = make_mask(config, workplace.model, workplace.tokenizer)
     # what config.toml says is what runs: a given mask's own density, and the rate that fits its size
-    config = config.model_copy(
-        update={"density": mask.density, "lr": config.lr or default_lr(config.method, len(mask))}
-    )
+    rate = config.lr or default_lr(config.method, len(mask))
+    workplace = replace(workplace, config=config.model_copy(update={"density": mask.density, "lr": rate}))
     # nothing is written before everything that was asked for is known to be possible
-    folder = RunFolder.create(out, config)
+    folder = RunFolder.create(out, workplace.config)
     _store_mask(folder, mask, workplace)
     return _carry_on(folder, workplace, split)
 
@@ -65,11 +64,19 @@ def resume(root: Path) -> dict[str, Any]:
         summary = folder.summary()
     except ValueError:
         summary = None  # made again from log and metrics
-    if summary is not None:
+    if summary is not None and _is_closed(folder) and folder.metrics():
         say(f"{root}: the run is finished, after {summary['rounds']} rounds")
         return summary
     workplace = open_workplace(folder.config())
     return _carry_on(folder, workplace, Split.of(workplace))
+
+
+def _is_closed(folder: RunFolder) -> bool:
+    """Whether the log's last sound record is the closing one."""
+    last: dict[str, Any] = {}
+    for last in LogReader(folder.log_path):  # noqa: B007 (the last one is wanted)
+        pass
+    return last.get("kind") == "close"
 
 
 class _Timer:
@@ -105,7 +112,12 @@ def _settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
     if not folder.mask_path.exists():
         _store_mask(folder, make_mask(workplace.config, workplace.model, workplace.tokenizer), workplace)
     mask = folder.mask()
-    mask.check_fits(workplace.model)
+    check_model(folder, mask, workplace)
+    theta_0 = MaskedModel(workplace.model, mask).read()
+    if mask.theta_0 is None or path.digest(mask.theta_0) != path.digest(theta_0):
+        raise RunFailed(
+            f"{folder.mask_path}: its base values are not the model's; delete it, and 'meerkat resume' makes it again"
+        )
     return mask
 
 
@@ -130,7 +142,7 @@ def _check_opening(logged: Opening, now: Opening, folder: RunFolder) -> None:
         "mask": "mask.safetensors was changed",
         "gradient": "mask.safetensors was changed",
         "data": "the data, its split, the task or the tokenizer is not the same any more",
-        "theta": "the model's weights are not the same any more",
+        **dict.fromkeys(("run_key", "model", "theta", "examples"), "the log's opening was changed"),
     }
     for name, trouble in what.items():
         if getattr(logged, name) != getattr(now, name):
@@ -168,10 +180,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         opening = logged
     settings = opening.settings(config)
     z = Directions(int(opening.run_key, 16), len(mask), workplace.device)
-    try:
-        state, closed = replay_log(records, theta_0, settings, z, folder.log_path)
-    except (LookupError, TypeError, ValueError) as error:
-        raise RunFailed(f"{folder.log_path}: a record is damaged ({error}); restore the file from a copy") from None
+    state, closed = replay_log(records, theta_0, settings, z, folder.log_path)
 
     metrics = folder.keep_metrics(
         lambda m: m["round"] < state.round if m["kind"] == "round" else m["round"] <= state.round

@@ -42,16 +42,19 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     part = to.with_name(to.name + ".part")
     with told_plainly(to, "make room, or give another --to"):
         shutil.rmtree(part, ignore_errors=True)  # what a killed export left
-        part.mkdir(parents=True)
-        if form == "merged":
-            model: Any = workplace.model
-            model.save_pretrained(part)
-            workplace.tokenizer.save_pretrained(part)
-        else:
-            _save_delta(part / DELTA_FILE, run.mask, run.theta)
-        if to.exists():
-            to.rmdir()
-        part.rename(to)
+        try:
+            part.mkdir(parents=True)
+            if form == "merged":
+                model: Any = workplace.model
+                model.save_pretrained(part)
+                workplace.tokenizer.save_pretrained(part)
+            else:
+                _save_delta(part / DELTA_FILE, run.mask, run.theta)
+            if to.exists():
+                to.rmdir()
+            part.rename(to)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return to if form == "merged" else to / DELTA_FILE
 
 
@@ -84,7 +87,9 @@ def apply_delta(model: nn.Module, path: Path) -> nn.Module:
                 )
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise MeerkatError(f"'{path}': cannot be read as a delta ({error})") from None
+        raise MeerkatError(
+            f"'{path}': cannot be read as a delta ({error}); make one with 'meerkat export --form delta'"
+        ) from None
     shapes = {name: tuple(shape) for name, shape in json.loads(meta["shapes"]).items()}
     mask = SparseMask(
         entries={name: held.get(f"indices/{name}") for name in shapes},

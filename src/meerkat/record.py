@@ -112,6 +112,15 @@ def replay_log(
     Raises:
         RunFailed: a record is not what it must be.
     """
+    try:
+        return _replay_log(records, theta, settings, directions, log)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise RunFailed(f"{log}: a record is damaged ({error}); restore the file from a copy") from None
+
+
+def _replay_log(
+    records: Iterable[dict[str, Any]], theta: Tensor, settings: ServerConfig, directions: Directions, log: Path
+) -> tuple[ServerState, bool]:
     state, closed = ServerState(0, theta), False
     for held in records:
         where = f"round {state.round}"
@@ -123,6 +132,8 @@ def replay_log(
             agree(log, "the number of rounds", str(settings.rounds), str(state.round))
             agree(log, "the last theta", held["theta"], path.digest(state.theta))
         elif held.get("kind") == "round":
+            if state.round == settings.rounds:
+                raise RunFailed(f"{log}: holds more rounds than config.toml asks for; restore the folder from a copy")
             record = RoundRecord.from_json(held)
             agree(log, f"the plan of {where}", str(record.plan), str(open_round(state, settings)))
             agree(log, f"the weights of {where}", str(record.weights), str(client_weights(settings, [*record.scalars])))
@@ -143,7 +154,8 @@ def _hex(values: np.ndarray) -> str:
 def agree(file: Path, what: str, recorded: str, found: str) -> None:
     """Raise RunFailed unless what a file records is what was found."""
     if recorded != found:
-        at = next((i for i, (a, b) in enumerate(zip(recorded, found, strict=False)) if a != b), 0)
+        shorter = min(len(recorded), len(found))
+        at = next((i for i, (a, b) in enumerate(zip(recorded, found, strict=False)) if a != b), shorter)
         then, now = (text[max(0, at - 16) : at + 24] for text in (recorded, found))
         raise RunFailed(
             f"{file}: {what}: recorded '{then}', found '{now}'; the run is damaged: restore its folder from a copy"

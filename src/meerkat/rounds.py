@@ -98,7 +98,7 @@ class RoundRecord:
         made = dict(zip(held["clients"], held["made"], strict=True))
         scalars = _unpack(held["scalars"]).reshape(-1, held["directions"])
         ends = np.cumsum([0, *made.values()])
-        if ends[-1] != len(scalars):
+        if ends[-1] != len(scalars) or min(made.values()) < 0:
             raise ValueError(f"round {held['round']} has scalars of {len(scalars)} steps, not {ends[-1]}")
         spans = zip(made, ends[:-1], ends[1:], strict=True)
         replies = {client: scalars[first:last] for client, first, last in spans if last > first}

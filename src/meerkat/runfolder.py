@@ -103,9 +103,12 @@ class RunFolder:
         """
         if not self.metrics_path.exists():
             return []
-        text = self.metrics_path.read_text(encoding="utf-8")
         try:
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            text = self.metrics_path.read_text(encoding="utf-8")
+            held = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            if all(isinstance(metric, dict) and metric.keys() >= {"kind", "round"} for metric in held):
+                return held
+            raise ValueError
         except ValueError:
             raise RunFailed(
                 f"{self.metrics_path}: damaged; delete it, then 'meerkat resume {self.root}': "
@@ -127,7 +130,9 @@ class RunFolder:
         """
         if not self.summary_path.exists():
             return None
-        held: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        held = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError(f"{self.summary_path} holds no JSON object")
         return held
 
     @property

@@ -23,7 +23,7 @@ def _link(previous: str, text: bytes) -> str:
 
 
 class LogReader:
-    """Iterating gives a log's sound records, one in memory at a time; the attributes then tell how it ended.
+    """Iterating, once, gives a log's sound records, one in memory at a time; the attributes tell how it ended.
 
     A missing file is an empty log.
     """
@@ -48,12 +48,23 @@ class LogReader:
             for line in file:
                 text = line[65:-1]
                 cut = not line.endswith(b"\n")
-                if cut or line[64:65] != b" " or line[:64] != _link(self.hash, text).encode():
+                linked = not cut and line[64:65] == b" " and line[:64] == _link(self.hash, text).encode()
+                record = _parsed(text) if linked else None
+                if record is None:
                     self.damage = f"line {self.count + 1} is {'cut short' if cut else 'damaged'}"
                     self.torn = not file.read(1)
                     return
                 self.count, self.hash, self.end = self.count + 1, line[:64].decode(), self.end + len(line)
-                yield json.loads(text)
+                yield record
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A record's text as JSON, or None where it is no object."""
+    try:
+        held = json.loads(text)
+    except ValueError:
+        return None
+    return held if isinstance(held, dict) else None
 
 
 class RunLog:

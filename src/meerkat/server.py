@@ -101,7 +101,7 @@ def close_round(
     state: ServerState, plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig, directions: Directions
 ) -> tuple[ServerState, RoundRecord]:
     """Aggregate the replies, of all participants or of some, and move everyone to the new theta."""
-    replies = sorted(replies, key=lambda reply: reply.client)
+    replies = sorted((reply for reply in replies if len(reply.scalars)), key=lambda reply: reply.client)
     weights = client_weights(config, [reply.client for reply in replies])
     scalars = {reply.client: reply.scalars for reply in replies}
     draft = RoundRecord(plan, weights, scalars, aggregate(replies, weights, plan), theta_digest="")

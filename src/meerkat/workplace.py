@@ -17,6 +17,7 @@ from meerkat.errors import MeerkatError
 from meerkat.mask import SparseMask
 from meerkat.partition import Partition, partition
 from meerkat.progress import say, track
+from meerkat.runfolder import RunFolder
 from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
 from meerkat.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
 
@@ -108,6 +109,17 @@ def open_workplace(config: RunConfig) -> Workplace:
     task = demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
     model, tokenizer = open_model(config)
     return Workplace(config, model, tokenizer, task, next(model.parameters()).device)
+
+
+def check_model(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
+    """Raise MeerkatError unless the model at hand is the one that a run began with."""
+    try:
+        mask.check_fits(workplace.model)
+    except MeerkatError:
+        raise MeerkatError(
+            f"run folder '{folder.root}': the model '{workplace.config.model}' is not the one the run began with; "
+            "restore it, or start a new run"
+        ) from None
 
 
 def load_split(config: RunConfig, task: Task, split: str) -> list[Row]:
