@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from meerkat import models, path
@@ -10,7 +11,7 @@ from meerkat.config import RunConfig
 from meerkat.directions import Directions, run_key
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
-from meerkat.progress import track
+from meerkat.progress import say, track
 from meerkat.record import Opening, agree, file_digest, gradient_digest, replay_log
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader
@@ -83,7 +84,11 @@ def _verify(folder: RunFolder) -> Replayed:
 def load_run(root: Path) -> tuple[Replayed, Workplace]:
     """A verified run, and its model with the run's theta in it."""
     replayed = verify(root)
-    workplace = open_workplace(replayed.config)
+    config = replayed.config
+    if config.device != "cpu" and not torch.cuda.is_available():
+        say(f"note: the run was made on {config.device}, which is not here; its model is judged on the CPU")
+        config = config.model_copy(update={"device": "cpu"})
+    workplace = open_workplace(config)
     check_model(RunFolder(root), replayed.mask, workplace)
     MaskedModel(workplace.model, replayed.mask).write_(replayed.theta.to(workplace.device))
     return replayed, workplace
