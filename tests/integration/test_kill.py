@@ -21,17 +21,19 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
 def killed_and_resumed(arguments: list[str], out: Path, kills: int, seed: int) -> int:
     """Start the run, kill it at random instants, resume it each time; how many kills met a living process."""
     rng = random.Random(seed)
+    untouched = out.with_name("untouched")
     began = time.monotonic()
-    assert start([*arguments, "--out", str(out.with_name("untouched"))]).wait() == 0
-    duration = time.monotonic() - began
+    process = start([*arguments, "--out", str(untouched)])
+    while _size(untouched) < 2000:
+        time.sleep(0.001)
+    until_rounds = time.monotonic() - began
+    assert process.wait() == 0
     met = 0
     for _ in range(kills):
-        resuming = (out / "config.toml").exists()
-        process = start(["resume", str(out)] if resuming else [*arguments, "--out", str(out)])
-        # half of the kills anywhere, half while rounds are being written
-        if rng.random() < 0.5:
-            time.sleep(rng.uniform(0, duration))
-        else:
+        process = start(["resume", str(out)] if (out / "config.toml").exists() else [*arguments, "--out", str(out)])
+        if rng.random() < 0.5:  # anywhere: while it starts, replays, or makes its first rounds
+            time.sleep(rng.uniform(0, 1.2 * until_rounds))
+        else:  # while rounds are being written
             before = _size(out)
             while process.poll() is None and _size(out) <= before:
                 time.sleep(0.001)
@@ -40,7 +42,7 @@ def killed_and_resumed(arguments: list[str], out: Path, kills: int, seed: int) -
             process.send_signal(signal.SIGKILL)
             met += 1
         process.wait()
-    while RunFolder(out).summary() is None:
+    while not (out / "summary.json").exists():
         resuming = (out / "config.toml").exists()
         assert start(["resume", str(out)] if resuming else [*arguments, "--out", str(out)]).wait() == 0
     return met
@@ -69,6 +71,6 @@ def test_a_few_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
-    met = same_run([*simulate_arguments, "--rounds", "2000", "--eval-every", "50"], tmp_path, kills=30)
+    met = same_run([*simulate_arguments, "--rounds", "3000", "--eval-every", "50"], tmp_path, kills=30)
     print(f"{met} of 30 kills met a living process")
     assert met >= 20
