@@ -78,9 +78,7 @@ def resolve(config: RunConfig) -> RunConfig:
 def resolve_model(config: RunConfig) -> RunConfig:
     """The part of `resolve` that a mask alone needs."""
     if METHODS[config.method] == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
-        raise MeerkatError(
-            "--text: needed for a sensitivity mask (pre-training text); or give one made before as --mask"
-        )
+        raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     kind = device.partition(":")[0]
     filled: dict[str, Any] = {
