@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHARED / "models" / "imdb-6m"))
     parser.add_argument("--data", default=str(SHARED / "data" / "sst2_original"))
     parser.add_argument("--task", default="sst2")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--tokens", type=int, default=TOKENS_PER_PASS["cpu"], help="padded tokens in one pass")
     arguments = parser.parse_args()
 
