@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,10 @@ def work(case: str, model: nn.Module) -> None:
     elif case == "step":
         masked = MaskedModel(model, random_mask(model, 1e-3))
         plan = RoundPlan(0, 1e-6, 1e-3, 1, {0: 1})
-        loss: Callable[[], Tensor] = lambda: row_losses(model, tokens).mean()  # noqa: E731
+
+        def loss() -> Tensor:
+            return row_losses(model, tokens).mean()
+
         local_steps(masked, masked.read(), plan, 0, lambda _: loss, Directions(1, len(masked.mask)))
     elif case == "mask":
         sensitivity_mask(model, list(tokens[:4]), language_modelling_loss(model))

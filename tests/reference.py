@@ -41,7 +41,7 @@ def _gradient(model: nn.Module, ids: Tensor) -> Tensor:
     """Gradient of one sequence's mean causal-LM loss: [d]."""
     assert all(p.requires_grad for p in model.parameters()), "frozen parameters"
     model.zero_grad()
-    (-_token_log_probabilities(model, ids).mean()).backward()  # type: ignore[no-untyped-call]
+    (-_token_log_probabilities(model, ids).mean()).backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in model.named_parameters()]
     dense = torch.cat([g.double().flatten() for g in grads])
     model.zero_grad()
@@ -69,7 +69,7 @@ def top_n_mask(scores: Tensor, n: int) -> BoolTensor:
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[order[:n]] = True
-    return mask  # type: ignore[return-value]
+    return mask
 
 
 def candidate_loss(

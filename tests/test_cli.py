@@ -108,7 +108,7 @@ def test_a_mask_of_another_model(
 ) -> None:
     for name, seed in (("one", 1), ("two", 2)):
         tiny_model(seed=seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+        tokenizer.save_pretrained(tmp_path / name)
     made = str(tmp_path / "mask.safetensors")
     text = str(federation / "text.jsonl")
     assert main(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", made]) == 0

@@ -45,7 +45,7 @@ def test_golden_vectors() -> None:
     st.sampled_from(["training", "calibration"]),
 )
 def test_is_the_published_philox_through_the_table(key: int, round: int, step: int, p: int, phase: str) -> None:
-    place = Place(phase, round, step, p)  # type: ignore[arg-type]
+    place = Place(phase, round, step, p)
     counter = (0, step + (p << 32), round, directions.PHASES[phase])
     assert np.array_equal(direction(key, place, 40), reference.philox_normals(key, counter, 40, TABLE))
 

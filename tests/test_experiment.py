@@ -217,7 +217,7 @@ def _one_round_more(records: list[dict[str, Any]]) -> None:
 
 
 def _a_list(records: list[dict[str, Any]]) -> None:
-    records[2] = [1]  # type: ignore[call-overload]
+    records[2] = [1]
 
 
 def _no_weights(records: list[dict[str, Any]]) -> None:

@@ -25,9 +25,9 @@ def test_saved_and_loaded_masks_are_equal(tmp_path: Path, random_sequences: list
         assert list(held.entries) == list(made.entries)
         assert (held.kind, held.density, held.facts, held.total) == (made.kind, made.density, made.facts, made.total)
         assert held.theta_0 is not None
-        assert torch.equal(held.theta_0, made.theta_0)  # type: ignore[arg-type]
+        assert torch.equal(held.theta_0, made.theta_0)
         if made.pretraining_gradient is not None:
-            assert torch.equal(held.pretraining_gradient, made.pretraining_gradient)  # type: ignore[arg-type]
+            assert torch.equal(held.pretraining_gradient, made.pretraining_gradient)
 
 
 def test_a_mask_of_another_model_is_refused() -> None:

@@ -587,5 +587,5 @@ def test_the_longest_input_goes_through_the_model(architecture: str) -> None:
 def test_a_model_without_a_position_table_takes_the_limit() -> None:
     for config in (SimpleNamespace(), SimpleNamespace(max_position_embeddings=None)):
         model = nn.Module()
-        model.config = config  # type: ignore[assignment]
+        model.config = config
         assert longest_input(model, 777) == 777

@@ -61,7 +61,7 @@ def config(**changes: object) -> ServerConfig:
         clients_per_round=3,
         examples={0: 10, 1: 30, 2: 5},
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def bowl_engine(together: bool = True) -> tuple[Bowl, SparseMask, LocalEngine]:
@@ -76,7 +76,7 @@ def bowl_engine(together: bool = True) -> tuple[Bowl, SparseMask, LocalEngine]:
         masked,
         z,
         batch_of=lambda client, step: np.array([client, step]),
-        losses_of=losses_of,  # type: ignore[arg-type]
+        losses_of=losses_of,
         together=together,
     )
     return model, mask, engine
@@ -100,7 +100,7 @@ def literal(settings: ServerConfig) -> list[Tensor]:
     model, mask, engine = bowl_engine()
     moving = torch.cat(
         [
-            torch.isin(torch.arange(p.numel()), mask.entries.get(name, torch.zeros(0).long()))  # type: ignore[arg-type]
+            torch.isin(torch.arange(p.numel()), mask.entries.get(name, torch.zeros(0).long()))
             for name, p in model.named_parameters()
         ]
     )

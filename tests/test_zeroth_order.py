@@ -58,7 +58,7 @@ def test_projected_gradient_is_the_directional_derivative(architecture: str) -> 
     z = torch.randn(len(masked.mask), generator=torch.Generator().manual_seed(0))
     loss(TOKENS).backward()
     grads = dict(model.named_parameters())
-    slopes = [grads[name].grad.flatten()[at] for name, at in masked.mask.entries.items()]  # type: ignore[union-attr]
+    slopes = [grads[name].grad.flatten()[at] for name, at in masked.mask.entries.items()]
     expected = torch.cat(slopes) @ z
     found, level = projected_gradient(masked, masked.read(), z, 1e-3, lambda: loss(TOKENS))
     assert found.item() == pytest.approx(expected.item(), rel=0.01)
@@ -72,7 +72,7 @@ def test_a_vector_of_losses_gives_a_vector_of_slopes() -> None:
     z = torch.ones(len(masked.mask))
     batches = [TOKENS, TOKENS.flip(0), TOKENS[:5]]
     together = projected_gradient(masked, masked.read(), z, 1e-3, lambda: torch.stack([loss(b) for b in batches]))
-    alone = [projected_gradient(masked, masked.read(), z, 1e-3, lambda b=b: loss(b)) for b in batches]  # type: ignore[misc]
+    alone = [projected_gradient(masked, masked.read(), z, 1e-3, lambda b=b: loss(b)) for b in batches]
     assert together.g.tolist() == [one.g.item() for one in alone]
 
 

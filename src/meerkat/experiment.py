@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,10 +74,8 @@ def resume(root: Path) -> dict[str, Any]:
 
 def _is_closed(folder: RunFolder) -> bool:
     """Whether the log's last sound record is the closing one."""
-    last: dict[str, Any] = {}
-    for last in LogReader(folder.log_path):  # noqa: B007 (the last one is wanted)
-        pass
-    return last.get("kind") == "close"
+    last = deque(LogReader(folder.log_path), maxlen=1)
+    return bool(last) and last[0].get("kind") == "close"
 
 
 class _Timer:
