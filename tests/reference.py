@@ -1,6 +1,6 @@
 """Meerkat, slow and literal: the twin that the fast implementation is compared with.
 
-Written from the method's sections 1-5 (arXiv 2506.03337) and from nothing of the
+Written from the method's sections 1-9 (arXiv 2506.03337) and from nothing of the
 package. Weights, gradients, masks and directions are dense [d] vectors over all of
 `model.named_parameters()` (tied ones once). Arithmetic is float64, so that what is
 left is the method and not its rounding; only the forward pass runs in the model's own
@@ -8,6 +8,7 @@ dtype. CPU only; models are put in evaluation mode, as dropout is off in the met
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +38,16 @@ def _token_log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     return logits[:-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
 
 
-def _gradient(model: nn.Module, ids: Tensor) -> Tensor:
-    """Gradient of one sequence's mean causal-LM loss: [d]."""
+def _causal_lm_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """One sequence's mean causal-LM loss."""
+    return -_token_log_probabilities(model, ids).mean()
+
+
+def _gradient(model: nn.Module, example: Any, loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+    """Gradient of loss(model, example): [d]."""
     assert all(p.requires_grad for p in model.parameters()), "frozen parameters"
     model.zero_grad()
-    (-_token_log_probabilities(model, ids).mean()).backward()
+    loss(model.eval(), example).backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in model.named_parameters()]
     dense = torch.cat([g.double().flatten() for g in grads])
     model.zero_grad()
@@ -52,7 +58,7 @@ def sensitivity(model: nn.Module, sequences: Sequence[Tensor]) -> Tensor:
     """Section 2: s = mean over sequences of (d loss / d w)^2, one sequence at a time."""
     total = torch.zeros_like(flat_parameters(model))
     for ids in sequences:
-        total += _gradient(model, ids) ** 2
+        total += _gradient(model, ids, _causal_lm_loss) ** 2
     return total / len(sequences)
 
 
@@ -60,8 +66,17 @@ def pretraining_gradient(model: nn.Module, sequences: Sequence[Tensor]) -> Tenso
     """Section 2: grad_p = mean over sequences of d loss / d w, here on all d entries."""
     total = torch.zeros_like(flat_parameters(model))
     for ids in sequences:
-        total += _gradient(model, ids)
+        total += _gradient(model, ids, _causal_lm_loss)
     return total / len(sequences)
+
+
+def union_mask_scores(model: nn.Module, examples: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+    """Section 8, task mask: mean over all clients' examples of (d loss(model, example) / d w)^2: [d]."""
+    assert len(examples) > 0, "no examples"
+    total = torch.zeros_like(flat_parameters(model))
+    for example in examples:
+        total += _gradient(model, example, loss) ** 2
+    return total / len(examples)
 
 
 def top_n_mask(scores: Tensor, n: int) -> BoolTensor:
@@ -171,11 +186,190 @@ def meerkat(
     return after_round
 
 
+def feddyn(
+    loss: Callable[[Tensor, int, int, int], float],
+    w0: Tensor,
+    mask: Tensor,
+    direction: Callable[[int, int, int], Tensor],
+    rounds: int,
+    steps: int,
+    p: Sequence[float],
+    lr: float,
+    eps: float,
+    alpha: float,
+    participants: Callable[[int], Sequence[int]] | None = None,
+) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
+    """Section 8: FedDyn (Acar et al. 2021) in weight space, zeroth-order local steps, P = 1.
+
+    Client k minimises f_k(w) - <h_k, w> + alpha / 2 |w - w_r|^2. `loss(w, client, round, t)`
+    and `direction(round, t, 0)` count from 0; `participants(round)` names the clients that
+    take part, None means all len(p). Returns dense w [d] after each round, and for each
+    round the corrected projected gradients g' [T] of each participant.
+    """
+    assert alpha > 0, f"alpha {alpha}"
+    w_r, q = w0.double(), _shares(p)
+    h = torch.zeros_like(w_r)
+    h_k = [torch.zeros_like(w_r) for _ in p]
+    after_round, g_of_round = [], []
+    for r in range(rounds):
+        ks = list(range(len(p)) if participants is None else participants(r))
+        assert 0 < len(ks) == len(set(ks)), f"participants {ks}"
+        assert set(ks) <= set(range(len(p))), f"participants {ks} of {len(p)}"
+        ends: dict[int, Tensor] = {}
+        g_by_client: dict[int, Tensor] = {}
+        for k in ks:
+            w, g = w_r, []
+            for t in range(steps):
+                z = direction(r, t, 0).double()
+                assert not z[~mask].any(), "a direction leaves the mask"
+                plus, minus = float(loss(w + eps * z, k, r, t)), float(loss(w - eps * z, k, r, t))
+                correction = -(h_k[k] * z).sum() + alpha * ((w - w_r) * z).sum()
+                g.append((plus - minus) / (2 * eps) + float(correction))
+                w = w - lr * g[-1] * z
+            ends[k], g_by_client[k] = w, torch.tensor(g, dtype=torch.float64)
+        for k in ks:
+            h_k[k] = h_k[k] - alpha * (ends[k] - w_r)
+            h = h - alpha * q[k] * (ends[k] - w_r)
+        mean = aggregate_weights([ends[k] for k in ks], [p[k] for k in ks])
+        # Outside the mask nothing moves, not even by the rounding of the mean.
+        w_r = torch.where(mask, mean - h / alpha, w_r)
+        after_round.append(w_r)
+        g_of_round.append(g_by_client)
+    return after_round, g_of_round
+
+
+def fedavgm(w0: Tensor, deltas: Sequence[Tensor], beta: float, server_lr: float) -> list[Tensor]:
+    """Section 5, server momentum on D_r = (lr / P) sum G z, which points uphill: dense w [d] after each round."""
+    w, m, after_round = w0.double(), torch.zeros_like(w0, dtype=torch.float64), []
+    for delta in deltas:
+        m = beta * m + delta.double()
+        w = w - server_lr * m
+        after_round.append(w)
+    return after_round
+
+
+def fedadam(
+    w0: Tensor, deltas: Sequence[Tensor], beta1: float, beta2: float, tau: float, server_lr: float
+) -> list[Tensor]:
+    """Section 5, FedAdam (Reddi et al. 2021: no bias correction, v_0 = 0) on D_r: dense w [d] after each round."""
+    assert tau > 0, f"tau {tau}"
+    w = w0.double()
+    m, v, after_round = torch.zeros_like(w), torch.zeros_like(w), []
+    for delta in deltas:
+        m = beta1 * m + (1 - beta1) * delta.double()
+        v = beta2 * v + (1 - beta2) * delta.double() ** 2
+        w = w - server_lr * m / (v.sqrt() + tau)
+        after_round.append(w)
+    return after_round
+
+
+def fo_fedavg(
+    gradient: Callable[[Tensor, int, int, int], Tensor],
+    w0: Tensor,
+    mask: Tensor,
+    rounds: int,
+    steps: int,
+    p: Sequence[float],
+    lr: float,
+) -> list[Tensor]:
+    """Section 8: FedAvg by plain SGD on the mask: dense w after each round; len(p) clients.
+
+    `gradient(w, client, round, t)`, dense [d], counts from 0.
+    """
+    w_r, after_round = w0.double(), []
+    for r in range(rounds):
+        client_ends = []
+        for k in range(len(p)):
+            w = w_r
+            for t in range(steps):
+                w = torch.where(mask, w - lr * gradient(w, k, r, t).double(), w)
+            client_ends.append(w)
+        # Outside the mask nothing moves, not even by the rounding of the mean.
+        w_r = torch.where(mask, aggregate_weights(client_ends, p), w_r)
+        after_round.append(w_r)
+    return after_round
+
+
 def gradip(grad_p: Tensor, g: Tensor, directions: Sequence[Sequence[Tensor]]) -> Tensor:
     """Section 5: <grad_p, g_t z_t> for each step, with P = 1: g [T, 1] -> [T]."""
     assert g.shape == (len(directions), 1), f"g is {tuple(g.shape)}, not [T, 1]"
     rebuilt = [g[t, 0].double() * z.double() for t, (z,) in enumerate(directions)]
     return torch.stack([(grad_p.double() * v).sum() for v in rebuilt])
+
+
+def gradip_directions(grad_p: Tensor, g: Tensor, directions: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Section 5, any P: <grad_p, (1 / P) sum_p g[t, p] z_t^p> for each step: g [T, P] -> [T]."""
+    products = []
+    for g_t, zs in zip(g.double(), directions, strict=True):
+        rebuilt = torch.zeros_like(grad_p, dtype=torch.float64)
+        for g_tp, z in zip(g_t, zs, strict=True):
+            rebuilt += g_tp * z.double() / len(zs)
+        products.append((grad_p.double() * rebuilt).sum())
+    return torch.stack(products)
+
+
+def rho_later(gradip: Tensor, t_init: int, t_later: int) -> float:
+    """Section 6: mean |GradIP| of the first t_init over that of the last t_later steps: gradip [T].
+
+    Over a mean of zero it is inf, and nan where both are zero.
+    """
+    a = gradip.double().abs()
+    assert 0 < min(t_init, t_later) <= max(t_init, t_later) <= len(a), f"{t_init}, {t_later} of {len(a)} steps"
+    return float(a[:t_init].mean() / a[len(a) - t_later :].mean())
+
+
+def rho_quie(gradip: Tensor, t_later: int, sigma: float) -> float:
+    """Section 6: the share of the last t_later steps with |GradIP| < sigma: gradip [T]."""
+    a = gradip.double().abs()
+    assert 0 < t_later <= len(a), f"{t_later} of {len(a)} steps"
+    quiet = 0
+    for a_t in a[len(a) - t_later :]:
+        quiet += int(float(a_t) < sigma)
+    return quiet / t_later
+
+
+def vpcs_extreme(
+    gradips: Sequence[Tensor],
+    t_init: int,
+    t_later: int,
+    sigma: float,
+    later_threshold: float,
+    quie_threshold: float,
+) -> set[int]:
+    """Section 6, the paper's rule: the clients above the first threshold and not below the second; gradips[k] [T]."""
+    extreme = set()
+    for k, a in enumerate(gradips):
+        if rho_later(a, t_init, t_later) > later_threshold and rho_quie(a, t_later, sigma) >= quie_threshold:
+            extreme.add(k)
+    return extreme
+
+
+def _rebuilt_update(g: Tensor, directions: Sequence[Sequence[Tensor]], rate: float) -> Tensor:
+    """rate * sum over t, p of g[t, p] z^{t,p}, missing steps as zero: g [T_k, P], T_k <= len(directions) -> [d]."""
+    assert len(g) <= len(directions), f"{len(g)} steps, directions for {len(directions)}"
+    total = torch.zeros_like(directions[0][0], dtype=torch.float64)
+    for g_t, zs in zip(g.double(), directions, strict=False):
+        for g_tp, z in zip(g_t, zs, strict=True):
+            total += rate * g_tp * z.double()
+    return total
+
+
+def update_geometry(
+    g_by_client: Sequence[Tensor], G: Tensor, directions: Sequence[Sequence[Tensor]], rate: float
+) -> list[tuple[Tensor, float, float]]:
+    """Section 5: each client's update rebuilt from g_k [T_k, P], and how it lies to that of G [T, P].
+
+    For each client (D_k [d] = rate * sum of g_k z, its L2 norm, its cosine with the
+    global update); rate is lr / P. The cosine is nan where one of the two is zero.
+    """
+    whole = _rebuilt_update(G, directions, rate)
+    geometry = []
+    for g_k in g_by_client:
+        update = _rebuilt_update(g_k, directions, rate)
+        norm = (update**2).sum().sqrt()
+        cosine = (update * whole).sum() / (norm * (whole**2).sum().sqrt())
+        geometry.append((update, float(norm), float(cosine)))
+    return geometry
 
 
 def philox_normals(
