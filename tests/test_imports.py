@@ -13,7 +13,7 @@ SOURCE = Path(meerkat.__file__).parent
 LAYERS = [
     {"errors", "seeds"},
     {"mask", "directions", "tasks", "progress"},
-    {"sensitivity", "zeroth_order", "rounds", "partition", "models", "data"},
+    {"sensitivity", "adapters", "zeroth_order", "rounds", "partition", "models", "data"},
     {"path", "demo"},
     {"client", "server", "runlog"},
     {"engines.local", "config"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"export"},
     {"cli"},
 ]
-ALGORITHM = {"mask", "sensitivity", "directions", "zeroth_order", "rounds", "path", "client", "server"}
+ALGORITHM = {"mask", "sensitivity", "adapters", "directions", "zeroth_order", "rounds", "path", "client", "server"}
 EDGE = {"tasks", "partition", "models", "data", "demo"}
 
 

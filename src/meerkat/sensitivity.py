@@ -24,7 +24,7 @@ from meerkat.mask import SparseMask, fingerprint
 _CHUNK = 1 << 22
 """Entries looked at together, so that counting needs little memory beside the tensors."""
 
-Kind = Literal["sensitivity", "magnitude", "random", "full"]
+Kind = Literal["sensitivity", "magnitude", "random", "full", "lora"]
 Scope = Literal["global", "per-tensor"]
 Exclusion = Literal["embeddings", "norms"]
 
