@@ -76,7 +76,7 @@ def test_clients_together_have_the_losses_they_have_one_by_one(simulate_argument
     options = ("--rounds", "1", "--clients", "5", "--directions", "2")
     for batching in ("auto", "off"):
         simulate(simulate_arguments, tmp_path / batching, *options, "--batching", batching)
-    levels = [RunFolder(tmp_path / b).metrics()[1]["loss"] for b in ("auto", "off")]
+    levels = [RunFolder(tmp_path / b).metrics()[2]["loss"] for b in ("auto", "off")]
     assert levels[0] == pytest.approx(levels[1], abs=1e-6)
     scalars = [RoundRecord.from_json(logged(tmp_path / b)[1]).scalars for b in ("auto", "off")]
     for k in range(5):  # g magnifies a loss' error by 1 / (2 eps)
@@ -450,7 +450,7 @@ sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 1
     assert "File too large; make room, then 'meerkat resume" in ran.stderr.strip().splitlines()[-1]
-    assert [m["round"] for m in RunFolder(tmp_path / "run").metrics()] == [0, 0, 1]
+    assert [m["round"] for m in RunFolder(tmp_path / "run").metrics()] == [0, 0, 0, 1]
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert [m["round"] for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "evaluation"] == [0, 2, 4, 6]
 

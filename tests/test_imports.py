@@ -12,18 +12,22 @@ SOURCE = Path(meerkat.__file__).parent
 # Lower layers never import higher ones, nor does a module import its neighbours' layer except downwards.
 LAYERS = [
     {"errors", "seeds"},
-    {"mask", "directions", "tasks", "progress"},
-    {"sensitivity", "adapters", "zeroth_order", "rounds", "partition", "models", "data"},
-    {"path", "demo"},
-    {"client", "server", "runlog"},
-    {"engines.local", "config"},
+    {"mask", "directions", "tasks", "progress", "selection"},
+    {"sensitivity", "zeroth_order", "rounds", "partition", "models", "data", "adapters"},
+    {"path", "gradip", "alignment", "first_order", "demo"},
+    {"optimizers", "client", "runlog"},
+    {"server"},
+    {"engines.local", "calibration", "config"},
     {"runfolder", "record"},
-    {"workplace", "report"},
-    {"experiment", "audit"},
-    {"export"},
+    {"metrics", "workplace", "report", "studies"},
+    {"experiment", "audit", "results"},
+    {"history", "export", "compare"},
     {"cli"},
 ]
-ALGORITHM = {"mask", "sensitivity", "adapters", "directions", "zeroth_order", "rounds", "path", "client", "server"}
+ALGORITHM = {
+    *("mask", "sensitivity", "directions", "zeroth_order", "rounds", "path", "client", "server", "adapters"),
+    *("gradip", "alignment", "selection", "calibration", "optimizers", "first_order"),
+}
 EDGE = {"tasks", "partition", "models", "data", "demo"}
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,15 +21,29 @@ def test_a_record_survives_json_to_the_bit(data: st.DataObject) -> None:
         drawn = data.draw(st.lists(numbers, min_size=rows * width, max_size=rows * width))
         return np.array(drawn, dtype=np.float32).reshape(rows, width)
 
-    plan = RoundPlan(data.draw(st.integers(0, 2**40)), data.draw(st.floats(0, 1)), 1e-3, width, steps, "calibration")
+    plan = RoundPlan(
+        data.draw(st.integers(0, 2**40)),
+        data.draw(st.floats(0, 1)),
+        1e-3,
+        width,
+        steps,
+        "calibration",
+        data.draw(st.floats(0, 1)),
+    )
     made = {k: data.draw(st.integers(0, t)) for k, t in steps.items()}
     replies = {k: scalars(t) for k, t in made.items() if t}
     weights = {k: data.draw(st.floats(0, 1)) for k in replies}
-    record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab")
+    inner = np.array(data.draw(st.lists(st.floats(-9, 9), min_size=width, max_size=width))).reshape(1, width)
+    delta = data.draw(st.none() | st.just(scalars(1)[0]))
+    record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab", inner[:0], delta)
+    record = replace(record, inner=np.repeat(inner, max(steps.values()), 0) if data.draw(st.booleans()) else inner[:0])
     held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert held.plan == record.plan
     assert held.weights == record.weights
     assert held.theta_digest == "ab"
+    assert (held.inner.shape, held.inner.tobytes()) == (record.inner.shape, record.inner.tobytes())
+    assert (held.delta is None) == (delta is None)
+    assert delta is None or held.delta.tobytes() == delta.tobytes()
     assert held.aggregate.tobytes() == record.aggregate.tobytes()
     assert {k: g.tobytes() for k, g in held.scalars.items()} == {k: g.tobytes() for k, g in record.scalars.items()}
 
@@ -36,13 +51,13 @@ def test_a_record_survives_json_to_the_bit(data: st.DataObject) -> None:
 def test_a_scalar_costs_four_bytes_before_base64() -> None:
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 300})
     scalars = np.ones((300, 1), np.float32)
-    packed = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "").to_json()["scalars"]
+    packed = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "", scalars[:0]).to_json()["scalars"]
     assert len(packed) == 300 * 4 * 4 // 3
 
 
 def test_a_record_whose_scalars_do_not_fit_is_refused() -> None:
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 2, 1: 2})
     two = np.ones((2, 1), np.float32)
-    held = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "").to_json()
-    with pytest.raises(ValueError, match="scalars of 4 steps, not 3"):
+    held = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "", two[:0]).to_json()
+    with pytest.raises(ValueError, match="cannot reshape"):
         RoundRecord.from_json({**held, "made": [2, 1]})

@@ -32,6 +32,7 @@ from meerkat.server import (
 from meerkat.zeroth_order import Loss, MaskedModel
 
 KEY = 12345
+NO_INNER = np.zeros((0, 1))
 
 
 class Bowl(nn.Module):
@@ -88,7 +89,7 @@ def run(settings: ServerConfig, together: bool = True) -> tuple[list[Tensor], li
     state, thetas, records = ServerState(0, engine.model.read()), [], []
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
-        replies = engine.run(state.theta, plan, state.steps_made)
+        replies = engine.run(state, plan)
         state, record = close_round(state, plan, replies, settings, engine.directions)
         thetas.append(state.theta)
         records.append(record)
@@ -176,7 +177,7 @@ def test_replaying_the_records_gives_the_same_bits() -> None:
     state = ServerState(0, engine.model.read())
     for theta, record in zip(thetas, records, strict=True):
         held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-        state = replay(state, held, Directions(KEY, len(mask)))
+        state = replay(state, held, settings, Directions(KEY, len(mask)))
         assert torch.equal(state.theta, theta)
         assert path.digest(state.theta) == record.theta_digest
     assert state.steps_made == dict.fromkeys(range(3), settings.rounds * settings.local_steps)
@@ -193,7 +194,7 @@ def test_the_update_is_the_contract_s_arithmetic() -> None:
             c = np.float32(np.float32(0.0123 / 3) * scalars[t, p])
             step = (c * z(plan.place(t, p)).numpy()).astype(np.float32)
             expected = (expected - step).astype(np.float32)
-    record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "")
+    record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "", NO_INNER)
     assert np.array_equal(path.advance(theta, record, z).numpy(), expected)
 
 
@@ -202,7 +203,7 @@ def test_the_update_has_the_same_bits_on_a_gpu() -> None:
     theta = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     plan = RoundPlan(2, lr=0.0123, eps=1e-3, directions=3, steps={0: 2})
     scalars = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
-    record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "")
+    record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "", NO_INNER)
     on_gpu = path.advance(theta.cuda(), record, Directions(KEY, 100_000, "cuda"))
     assert torch.equal(on_gpu.cpu(), path.advance(theta, record, Directions(KEY, 100_000)))
 
@@ -228,7 +229,7 @@ def test_aggregating_scalars_equals_averaging_weights(data: st.DataObject) -> No
     z = Directions(KEY, 20)
     start = torch.zeros(20)
     total = aggregate([Reply(k, held) for k, held in g.items()], shares, plan)
-    ours = path.advance(start, RoundRecord(plan, shares, g, total, ""), z)
+    ours = path.advance(start, RoundRecord(plan, shares, g, total, "", NO_INNER), z)
     ends = [list(path.walk(start, plan, held, z))[-1] for held in g.values()]
     theirs = reference.aggregate_weights(ends, list(shares.values()))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
@@ -266,7 +267,7 @@ def test_who_does_not_answer_or_stops_early_is_in_the_record_as_such() -> None:
     assert held.plan == plan
     assert held.weights == {0: 10 / 15, 2: 5 / 15}
     assert {k: g.ravel().tolist() for k, g in held.scalars.items()} == {0: [1, 2, 3], 2: [7]}
-    assert torch.equal(replay(start, held, engine.directions).theta, state.theta)
+    assert torch.equal(replay(start, held, settings, engine.directions).theta, state.theta)
     assert state.steps_made == {0: 6, 1: 3, 2: 4}
 
 
@@ -289,7 +290,7 @@ def test_only_participants_data_pointers_move() -> None:
     for _ in range(3):
         plan = open_round(state, settings)
         asked += plan.steps
-        replies = engine.run(state.theta, plan, state.steps_made)
+        replies = engine.run(state, plan)
         state, _ = close_round(state, plan, replies, settings, engine.directions)
     assert state.steps_made == {k: asked.count(k) * 3 for k in set(asked)}
     assert sum(state.steps_made.values()) == 3 * 2 * 3

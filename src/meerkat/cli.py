@@ -73,6 +73,34 @@ def _parser() -> argparse.ArgumentParser:
     mask.add_argument("--out", required=True, metavar="FILE", help="mask file to write (.safetensors)")
     _add_settings(mask, MASK_SETTINGS)
 
+    compare = command(
+        "compare", "Compare methods and settings over several seeds, each at its own learning rate.", _compare
+    )
+    compare.add_argument(
+        "config", nargs="?", metavar="CONFIG.toml", help="studies; see docs/formats.md; flags override it"
+    )
+    compare.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for the comparison; one that was begun is gone on with [default: under runs/]",
+    )
+    compare.add_argument("--methods", metavar="M,M,..", help="methods to compare, with commas")
+    compare.add_argument("--seeds", metavar="N,N,..", help="seeds that each setting is repeated with [default: 0,1,2]")
+    compare.add_argument("--local-steps", metavar="T,T,..", help="T: local steps a round, with commas")
+    compare.add_argument("--total-steps", metavar="N", type=int, help="local steps of every run: rounds x local steps")
+    compare.add_argument(
+        "--quick", action="store_true", help="the short form that the file's [quick] tables make of it"
+    )
+    compare.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=0,
+        help="runs at a time [default: one a CPU, or one where there is a GPU]",
+    )
+    own = ("method", "seed", "local_steps", "lr", "held_back", "threads")
+    _add_settings(compare, [name for name in RunConfig.model_fields if name not in own])
+
     for name, about, run in (
         ("resume", "Go on with an interrupted run.", _resume),
         ("verify", "Replay a run from its folder alone and compare every digest.", _verify),
@@ -110,6 +138,34 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}")
     _finish(simulate(config, out), out, arguments.json)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    given = {n: v for n, v in _settings(arguments).items() if n != "local_steps"}
+    for flag, name in (("methods", "method"), ("seeds", "seeds"), ("local_steps", "local_steps")):
+        if text := getattr(arguments, flag, None):
+            given[name] = text.split(",") if name == "method" else _numbers(text, "--" + flag.replace("_", "-"))
+    if arguments.total_steps is not None:
+        given["total_steps"] = arguments.total_steps
+    if arguments.jobs < 0:
+        raise MeerkatError(f"--jobs {arguments.jobs}: must be 1 or more, or 0 for one a CPU")
+    from meerkat.studies import read_comparison
+
+    comparison = read_comparison(Path(arguments.config) if arguments.config else None, given, arguments.quick)
+    from meerkat.compare import compare
+    from meerkat.results import table
+
+    name = Path(arguments.config).stem if arguments.config else "comparison"
+    out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    found = compare(comparison, out, arguments.jobs)
+    print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nFolder: {out}")
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise MeerkatError(f"{flag} {text}: must be whole numbers with commas, such as 0,1,2") from None
 
 
 def _resume(arguments: argparse.Namespace) -> None:

@@ -7,3 +7,7 @@ class MeerkatError(Exception):
 
 class RunFailed(MeerkatError):
     """A run that was rightly asked for went wrong on the way, or its record is damaged. Exit status 1."""
+
+
+class Diverged(RunFailed):
+    """A loss or a score that is not finite: the learning rate is too high, or the weights' type too narrow."""

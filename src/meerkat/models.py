@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meerkat.errors import MeerkatError, RunFailed
+from meerkat.errors import Diverged, MeerkatError
 from meerkat.tasks import Example
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -310,11 +310,11 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
     """Accuracy by highest candidate score, overall and per class.
 
     Raises:
-        RunFailed: a score is not finite.
+        Diverged: a score is not finite.
     """
     scores = candidate_scores(model, batch)
     if not torch.isfinite(scores).all():
-        raise RunFailed(
+        raise Diverged(
             "the model's scores are not finite on the evaluation rows; "
             "start a new run with a lower --lr, or with float32 weights"
         )
