@@ -59,7 +59,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
     settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
     state = ServerState(0, masked.read())
     plan = open_round(state, settings)
-    close_round(state, plan, engine.run(state.theta, plan, state.steps_made), settings, engine.directions)
+    close_round(state, plan, engine.run(state, plan), settings, engine.directions)
 
 
 def work(case: str, model: nn.Module) -> None:

@@ -83,3 +83,24 @@ def test_evaluate_gives_accuracy_overall_and_per_class(run: Path, capsys: pytest
     assert found["accuracy"] == summary["accuracy"]
     assert found["per_class"].keys() == {"terrible", "great"}
     assert sum(found["per_class"].values()) / 2 == pytest.approx(found["accuracy"])  # six rows of each class
+
+
+@torch.no_grad()
+def test_a_lora_run_goes_as_an_ordinary_model_or_as_adapters(
+    simulate_arguments: list[str], federation: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert main([*simulate_arguments, "--method", "lora-fedzo", "--lr", "1", "--out", str(run)]) == 0
+    expected = logits_of_run(run)
+    base = AutoModelForCausalLM.from_pretrained(federation / "model")
+    assert not torch.allclose(base(TOKENS).logits, expected, atol=1e-3)
+
+    assert main(["export", str(run), "--to", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+    assert main(["export", str(run), "--to", str(tmp_path / "adapters"), "--form", "delta"]) == 0
+    held = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (held["r"], held["lora_alpha"]) == (8, 16)
+    assert held["base_model_name_or_path"] == str((federation / "model").resolve())
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").is_file()

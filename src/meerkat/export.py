@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meerkat.adapters import merge_lora_, save_adapter
 from meerkat.audit import load_run
 from meerkat.errors import MeerkatError
 from meerkat.mask import SparseMask
@@ -27,7 +28,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     Args:
         form: "merged" is a whole model that `AutoModelForCausalLM.from_pretrained` loads, tokenizer
             included; "delta" is one safetensors file with the moving entries and their values, for
-            `apply_delta`.
+            `apply_delta`, or, of a LoRA run, the adapters as `peft.PeftModel.from_pretrained` reads them.
 
     Returns:
         What was written: the folder, or the file in it.
@@ -44,10 +45,13 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         shutil.rmtree(part, ignore_errors=True)  # what a killed export left
         try:
             part.mkdir(parents=True)
+            of_adapters = run.config.recipe.moves == "lora"
             if form == "merged":
-                model: Any = workplace.model
+                model: Any = merge_lora_(workplace.model) if of_adapters else workplace.model
                 model.save_pretrained(part)
                 workplace.tokenizer.save_pretrained(part)
+            elif of_adapters:
+                save_adapter(workplace.model, part, run.config.model)
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             if to.exists():
@@ -55,7 +59,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             part.rename(to)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return to if form == "merged" else to / DELTA_FILE
+    return to if form == "merged" or of_adapters else to / DELTA_FILE
 
 
 def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:

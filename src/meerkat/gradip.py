@@ -39,7 +39,8 @@ def gradip(scalars: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """
     if not len(inner):
         return np.full(scalars.shape[:-1], np.nan)
-    found: np.ndarray = (scalars * inner[: scalars.shape[-2]]).mean(-1)
+    steps, directions = scalars.shape[-2:]
+    found: np.ndarray = np.einsum("...tp,tp->...t", scalars, inner[:steps]) / directions
     return found
 
 
