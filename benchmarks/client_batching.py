@@ -21,6 +21,7 @@ from meerkat.models import TOKENS_PER_PASS, Batch, client_losses, collate, load_
 from meerkat.partition import ClientRows, partition
 from meerkat.rounds import RoundPlan
 from meerkat.sensitivity import random_mask
+from meerkat.server import ServerState
 from meerkat.tasks import Example, encode, load_task
 from meerkat.zeroth_order import MaskedModel
 
@@ -63,7 +64,7 @@ def main() -> None:
             row_losses(model, batch)
         middle = time.perf_counter()
         plan = RoundPlan(number, 1e-3, 1e-3, 1, dict.fromkeys(range(CLIENTS), 1))
-        engine.run(theta, plan, dict.fromkeys(range(CLIENTS), number))
+        engine.run(ServerState(number, theta, dict.fromkeys(range(CLIENTS), number)), plan)
         ratios.append((time.perf_counter() - middle) / (middle - began))
     ratios = ratios[1:]  # the first one warms up
     result = {

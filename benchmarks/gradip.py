@@ -82,7 +82,7 @@ def main() -> None:
     turns = [[measured(k, gradient, directions) for k in CLIENTS] for _ in range(arguments.repeats)]
     ratios = [(turn[-1]["once_s"] + turn[-1]["all_s"]) / (turn[0]["once_s"] + turn[0]["all_s"]) for turn in turns]
     rows = [
-        {name: float(np.median([turn[i][name] for turn in turns])) for name in turns[0][0]} for i in range(len(CLIENTS))
+        {name: float(np.median([row[name] for row in same])) for name in same[0]} for same in zip(*turns, strict=True)
     ]
     rebuilt = literal(gradient, directions)
     result = {
@@ -91,7 +91,8 @@ def main() -> None:
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
         "literal_over_ours_per_client": round(rebuilt / rows[-1]["each_ns"]),
         "rows": rows,
-        "measured_on": f"n = {ENTRIES:,}, {STEPS} steps, {torch.get_num_threads()} threads, {arguments.repeats} repeats",
+        "measured_on": f"n = {ENTRIES:,}, {STEPS} steps, {torch.get_num_threads()} threads, "
+        f"{arguments.repeats} repeats",
     }
     if arguments.plot:
         plot(rows, rebuilt, arguments.plot)
@@ -104,9 +105,8 @@ def main() -> None:
             f"  {row['clients']:>9,.0f} clients: {row['once_s']:.2f} s for the dot products, then "
             f"{row['each_ns']:.1f} ns a client and step, {row['peak'] / 2**20:.1f} MiB"
         )
-    print(
-        f"  rebuilding a client's gradient: {rebuilt:,.0f} ns a step, {result['literal_over_ours_per_client']:,} times as much"
-    )
+    times = result["literal_over_ours_per_client"]
+    print(f"  rebuilding a client's gradient: {rebuilt:,.0f} ns a step, {times:,} times as much")
     print(result["measured_on"])
 
 

@@ -11,7 +11,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options"), [("step_cost", ["--repeats", "2"]), ("client_batching", ["--repeats", "2"]), ("memory", [])]
+    ("name", "options"),
+    [
+        ("step_cost", ["--repeats", "2"]),
+        ("client_batching", ["--repeats", "2"]),
+        ("memory", []),
+        ("gradip", ["--repeats", "1"]),
+    ],
 )
 def test_every_benchmark_gives_its_headline(name: str, options: list[str]) -> None:
     if name == "client_batching" and not SHARED.is_dir():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 import time
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meerkat.data import load_rows
+from meerkat.data import load_rows, read_texts
 from meerkat.errors import MeerkatError
 
 TRAIN: list[dict[str, Any]] = [{"text": "one", "label": 0}, {"text": "two", "label": 1, "site": "Ulm"}]
@@ -222,3 +223,26 @@ def test_without_the_library_the_package_to_install_is_named(monkeypatch: pytest
     with pytest.raises(MeerkatError) as refusal:
         load_rows("org/name", "train")
     assert "pip install 'meerkat-fl[hub]'" in one_line(refusal)  # the distribution's name, as in pyproject.toml
+
+
+def test_texts_come_from_a_data_set_too(real_datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    real_datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).to_parquet(tmp_path / "texts" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_texts("texts")) == ["one", "two"]
+    real_datasets.Dataset.from_list([{"label": 1}]).to_parquet(tmp_path / "texts" / "train.parquet")
+    with pytest.raises(MeerkatError, match="its rows have no 'text', only label"):
+        list(read_texts("texts"))
+
+
+def test_a_hub_text_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return iter({"text": str(i)} for i in itertools.count())
+
+    hub(monkeypatch, load_dataset)
+    assert list(itertools.islice(read_texts("org/corpus:en"), 3)) == ["0", "1", "2"]
+    assert asked == [(("org/corpus", "en"), {"split": "train", "streaming": True})]

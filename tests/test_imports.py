@@ -13,8 +13,8 @@ SOURCE = Path(meerkat.__file__).parent
 LAYERS = [
     {"errors", "seeds"},
     {"mask", "directions", "tasks", "progress", "selection"},
-    {"sensitivity", "zeroth_order", "rounds", "partition", "models", "data", "adapters"},
-    {"path", "gradip", "alignment", "first_order", "demo"},
+    {"sensitivity", "zeroth_order", "rounds", "partition", "data", "adapters"},
+    {"path", "gradip", "alignment", "first_order", "demo", "models"},
     {"optimizers", "client", "runlog"},
     {"server"},
     {"engines.local", "calibration", "config"},

@@ -83,7 +83,7 @@ class RunConfig(BaseModel):
     )
     text: str = Field(
         "",
-        description="pre-training text for the sensitivity mask: .jsonl with 'text' fields, or plain text "
+        description="pre-training text for mask and GradIP: .jsonl with 'text' fields, plain text, or a hub data set "
         "[default: the embedded model's]",
     )
     mask: str = Field("", description="a mask made before with 'meerkat mask', in place of making one")

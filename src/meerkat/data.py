@@ -1,6 +1,7 @@
-"""Labelled data: a folder of JSON-lines files, or a data set of the Hugging Face hub."""
+"""Labelled rows and texts: JSON-lines files, or data sets of the Hugging Face hub."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +59,75 @@ def _read_jsonl(file: Path) -> list[Row]:
     return rows
 
 
+def read_texts(source: str) -> Iterator[str]:
+    """Texts one by one: of a file, or of a hub data set's training split, which is streamed.
+
+    Args:
+        source: a `.jsonl` file with a `text` a line; another file, with a text a line; or a data set's name,
+            with a configuration after a colon where it has one, as in `allenai/c4:en`,
+            or a folder of one.
+
+    Raises:
+        MeerkatError: no such text, or rows without one.
+    """
+    path = Path(source)
+    named = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
+    if path.is_dir() or (named and not path.exists()):
+        yield from _hub_texts(source)
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(line, f"{source}, line {number}") if path.suffix == ".jsonl" else line.strip()
+    except OSError as error:
+        raise MeerkatError(
+            f"text '{source}': {error.strerror}; give a .jsonl file with 'text' fields, plain text, or a hub name"
+        ) from None
+    except UnicodeDecodeError:
+        raise MeerkatError(f"text '{source}': not UTF-8 text") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise MeerkatError(f"{where}: must be a JSON object with a 'text' string")
+    return text
+
+
+def _hub_texts(source: str) -> Iterator[str]:
+    held = _load_dataset(source, "text", split="train", streaming=True)
+    for row in held:
+        if not isinstance(row.get("text"), str):
+            raise MeerkatError(f"text '{source}': its rows have no 'text', only {', '.join(row)}; give another")
+        yield row["text"]
+
+
 def _from_hub(source: str, split: str) -> list[Row]:
+    held = _load_dataset(source, "data")
+    present = next((s for s in HUB_SPLITS.get(split, (split,)) if s in held), None)
+    if present is None:
+        raise MeerkatError(f"data '{source}': has no split '{split}', only {', '.join(held)}")
+    return [dict(row) for row in held[present]]
+
+
+def _load_dataset(source: str, what: str, **options: Any) -> Any:
+    """A hub data set, or a folder of one; its type is Any here: its rows are plain dictionaries."""
     try:
         import datasets
     except ImportError:
         raise MeerkatError(
-            f"data '{source}': hub data needs the 'datasets' package; pip install 'meerkat-fl[hub]'"
+            f"{what} '{source}': hub data needs the 'datasets' package; pip install 'meerkat-fl[hub]'"
         ) from None
     name, configuration = source, None
     if not Path(source).exists() and ":" in source:
         name, configuration = source.rsplit(":", 1)
     try:
-        # a data set's own type is Any here: its rows are plain dictionaries
-        held: Any = datasets.load_dataset(name, configuration)
-        present = next((s for s in HUB_SPLITS.get(split, (split,)) if s in held), None)
+        return datasets.load_dataset(name, configuration, **options)
     except Exception as error:  # the library raises many kinds, its own and its transport's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MeerkatError(
-            f"data '{source}': cannot be loaded ({reason}); give a folder with train.jsonl, or a hub name"
-        ) from None
-    if present is None:
-        raise MeerkatError(f"data '{source}': has no split '{split}', only {', '.join(held)}")
-    return [dict(row) for row in held[present]]
+        cure = "a folder with train.jsonl" if what == "data" else "a .jsonl file with 'text' fields"
+        raise MeerkatError(f"{what} '{source}': cannot be loaded ({reason}); give {cure}, or a hub name") from None

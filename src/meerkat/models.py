@@ -6,7 +6,6 @@ never looks, and logits are computed only at the positions that a label is read 
 """
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meerkat.data import read_texts
 from meerkat.errors import Diverged, MeerkatError
 from meerkat.tasks import Example
 
@@ -85,47 +85,24 @@ def longest_input(model: nn.Module, limit: int) -> int:
 # --- pre-training text ----------------------------------------------------------------------------
 
 
-def load_text(path: str, tokenizer: Any, sequences: int, max_length: int) -> list[Tensor]:
-    """The first sequences of a text file as token ids, int64 [length], each cut to max_length.
+def load_text(source: str, tokenizer: Any, sequences: int, max_length: int) -> list[Tensor]:
+    """The first sequences of a text as token ids, int64 [length], each cut to max_length.
 
-    `.jsonl` files hold a `text` a line; other files one sequence a line. Texts of fewer than two tokens
-    are passed over.
+    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are passed over.
 
     Raises:
-        MeerkatError: no such file, or no usable text in it.
+        MeerkatError: no such text, or nothing usable in it.
     """
-    source = Path(path)
     found: list[Tensor] = []
-    try:
-        with source.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if len(found) == sequences:
-                    break
-                if not line.strip():
-                    continue
-                text = _text_of(line, f"{path}, line {number}") if source.suffix == ".jsonl" else line.strip()
-                ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-                if len(ids) > 1:
-                    found.append(torch.tensor(ids))
-    except OSError as error:
-        raise MeerkatError(
-            f"text '{path}': {error.strerror}; give a .jsonl file with 'text' fields, or plain text"
-        ) from None
-    except UnicodeDecodeError:
-        raise MeerkatError(f"text '{path}': not UTF-8 text") from None
+    for text in read_texts(source):
+        ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        if len(ids) > 1:
+            found.append(torch.tensor(ids))
+        if len(found) == sequences:
+            break
     if not found:
-        raise MeerkatError(f"text '{path}': no text in it; give a .jsonl file with 'text' fields, or plain text")
+        raise MeerkatError(f"text '{source}': no text in it; give a .jsonl file with 'text' fields, or plain text")
     return found
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise MeerkatError(f"{where}: must be a JSON object with a 'text' string")
-    return text
 
 
 def language_modelling_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,28 @@
+"""The examples run as they are, and every comparison they describe can be read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meerkat.studies import read_comparison
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_library_example_learns_in_sixty_lines() -> None:
+    script = EXAMPLES / "library.py"
+    assert len(script.read_text().splitlines()) <= 60
+    said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    before, after = (float(said.split(word)[0].split()[-1]) for word in (" before", " after"))
+    assert after > before + 0.05
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("claims/**/*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_claim_s_comparison_can_be_read(file: Path, quick: bool) -> None:
+    comparison = read_comparison(file, {}, quick)
+    assert len(comparison.seeds) >= (2 if quick else 3)
+    assert all(study.title and study.note for study in comparison.studies)
+    assert any(study.check for study in comparison.studies)
