@@ -62,3 +62,14 @@ def test_the_fingerprint_sees_names_shapes_and_values() -> None:
         same[0].bias[0] += 1e-6
     assert fingerprint(plain) != fingerprint(same)
     assert fingerprint(plain) != fingerprint(plain[0])
+
+
+def test_overlap_is_the_share_of_entries_in_common() -> None:
+    def moving(**entries: list[int] | None) -> SparseMask:
+        held = {name: None if at is None else torch.tensor(at) for name, at in entries.items()}
+        return SparseMask(entries=held, shapes=dict.fromkeys(held, (2, 5)), fingerprint="", total=20)
+
+    some, others = moving(a=[0, 3, 7], b=[1]), moving(a=[3, 7, 8, 9])
+    assert some.overlap(others) == others.overlap(some) == 2 / 4
+    whole = moving(a=None)
+    assert (some.overlap(whole), whole.overlap(some), whole.overlap(whole)) == (3 / 4, 3 / 10, 1)

@@ -22,6 +22,10 @@ MASK_SETTINGS = (
     "exclude",
     "text_sequences",
     "text_length",
+    "task",
+    "data",
+    "objective",
+    "max_length",
     "device",
     "dtype",
     "threads",
@@ -190,13 +194,16 @@ def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(_settings(arguments))
     out = Path(arguments.out)
     from meerkat.runfolder import write_whole
-    from meerkat.workplace import make_mask, open_model, resolve_model
+    from meerkat.workplace import make_mask, open_model, resolve, resolve_model
+
+    if config.recipe.moves == "lora":
+        raise MeerkatError("--method lora-fedzo: moves adapters whole and has no mask to write; choose another method")
 
     if out.exists():
         raise MeerkatError(f"'{out}': exists already; give another --out, or remove it first")
     if not out.parent.is_dir():
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
-    config = resolve_model(config)
+    config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
     mask = make_mask(config, *open_model(config))
     write_whole(out, mask.save)
     by_tensor = dict(mask.counts())

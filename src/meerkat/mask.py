@@ -52,6 +52,19 @@ class SparseMask:
         for name, indices in self.entries.items():
             yield name, math.prod(self.shapes[name]) if indices is None else len(indices)
 
+    def overlap(self, other: "SparseMask") -> float:
+        """The share of this mask's entries that the other one moves too, in [0, 1]."""
+        common = 0
+        for name, count in self.counts():
+            if name in other.entries:
+                mine, theirs = self.entries[name], other.entries[name]
+                if mine is None or theirs is None:
+                    whole = mine if theirs is None else theirs
+                    common += count if whole is None else len(whole)
+                else:
+                    common += int(torch.isin(mine, theirs, assume_unique=True).sum())
+        return common / len(self)
+
     def digest(self) -> str:
         """SHA-256 of the moving entries: equal for masks that move the same ones."""
         sha = hashlib.sha256()
