@@ -44,13 +44,13 @@ METHODS: dict[Method, Recipe] = {
     "meerkat": Recipe(),
     "meerkat-vp": Recipe(early_stop="vp"),
     "full-fedzo": Recipe("full", lr_times_moving=550),
-    "lora-fedzo": Recipe("lora", eps=1e-2),
+    "lora-fedzo": Recipe("lora", eps=1e-2, lr_times_moving=220),
     "weight-magnitude": Recipe("magnitude"),
     "random-mask": Recipe("random"),
     "task-mask": Recipe("task"),
     "random-early-stop": Recipe(early_stop="random"),
-    "feddyn": Recipe(update="feddyn"),
-    "fo-fedavg": Recipe(update="first-order"),
+    "feddyn": Recipe(update="feddyn", lr_times_moving=28),
+    "fo-fedavg": Recipe(update="first-order", lr_times_moving=3500),
 }
 """The baselines of the method's section 8, each a small difference to the same engine."""
 
@@ -116,14 +116,14 @@ class RunConfig(BaseModel):
     local_steps: int = Field(1, ge=1, description="T: local steps a round")
     directions: int = Field(1, ge=1, description="P: directions a step, averaged")
     lr: float = Field(
-        0,
+        0.0,
         ge=0,
         allow_inf_nan=False,
         description="eta: learning rate; 0 takes one that fits the number of moving parameters",
     )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
     eps: float = Field(
-        0, ge=0, allow_inf_nan=False, description="perturbation size; 0 takes the method's: 1e-3, for LoRA 1e-2"
+        0.0, ge=0, allow_inf_nan=False, description="perturbation size; 0 takes the method's: 1e-3, for LoRA 1e-2"
     )
     batch_size: int = Field(16, ge=1, description="rows of a local step's batch")
     micro_batch: int = Field(0, ge=0, description="sequences in one forward pass, at most; 0 for any number")
@@ -160,7 +160,7 @@ class RunConfig(BaseModel):
         "sgd", description="what the server makes of a round's update: FedAvg, FedAvgM or FedAdam"
     )
     server_lr: float = Field(
-        0, ge=0, allow_inf_nan=False, description="eta_s of momentum and adam; 0 takes 1 for momentum, 1e-3 for adam"
+        0.0, ge=0, allow_inf_nan=False, description="eta_s of momentum and adam; 0 takes 1 for momentum, 1e-3 for adam"
     )
     server_beta1: float = Field(0.9, ge=0, lt=1, description="momentum's and adam's first decay")
     server_beta2: float = Field(0.99, ge=0, lt=1, description="adam's second decay")
@@ -169,7 +169,7 @@ class RunConfig(BaseModel):
 
     eval_every: int = Field(20, ge=0, description="rounds between evaluations; 0 for the first and last only")
     held_back: float = Field(
-        0,
+        0.0,
         ge=0,
         lt=1,
         description="share of the training rows held back and evaluated on in place of the validation set, "

@@ -30,6 +30,7 @@ from meerkat.metrics import (
     plan_in_words,
     round_metric,
     split_metric,
+    stopped_in_words,
     summarise,
 )
 from meerkat.partition import ClientRows
@@ -244,7 +245,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
             say(f"calibrating {len(plan.steps)} clients, {settings.vpcs.calibration_steps} steps each")
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
-            say(f"make one local step a round from now on: {list(decided.early_stopped) or 'no client'}")
+            say(stopped_in_words(decided.early_stopped, len(plan.steps)))
         began, timer.seconds = time.perf_counter(), 0.0
         plan = server.open_round(state, settings)
         replies = replies_to(plan)

@@ -102,6 +102,13 @@ def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> 
     )
 
 
+def stopped_in_words(early_stopped: Sequence[int], clients: int) -> str:
+    """What a calibration decided; at most ten clients are named."""
+    named = ", ".join(map(str, early_stopped[:10])) + (", ..." if len(early_stopped) > 10 else "")
+    count = f"{len(early_stopped)} of {clients} clients make one local step a round from now on"
+    return f"{count}: {named}" if named else count
+
+
 def summarise(
     config: RunConfig,
     mask: SparseMask,

@@ -79,6 +79,8 @@ def resolve(config: RunConfig) -> RunConfig:
         "early_stop": config.recipe.early_stop if config.early_stop == "by-method" else config.early_stop,
         "server_lr": config.server_lr or {"adam": 1e-3}.get(config.server_optimizer, 1.0),
     }
+    if filled["early_stop"] != "none" and config.local_steps == 1:
+        say("note: at --local-steps 1 every client makes one step a round already; stopping early changes nothing")
     return resolve_model(config.model_copy(update=filled))
 
 
