@@ -12,7 +12,7 @@ from meerkat.directions import Directions, run_key
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.progress import say, track
-from meerkat.record import Opening, agree, file_digest, gradient_digest, replay_log
+from meerkat.record import Opening, Replay, agree, file_digest, gradient_digest
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader
 from meerkat.workplace import Workplace, check_model, load_split, open_workplace
@@ -47,38 +47,63 @@ def verify(root: Path) -> Replayed:
         raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder opened for replay: its settings and mask are checked against the log's opening."""
+
+    config: RunConfig
+    mask: SparseMask
+    directions: Directions
+    reader: LogReader
+    replay: Replay
+
+    @classmethod
+    def of(cls, root: Path) -> "OpenRun":
+        """Open a folder.
+
+        Raises:
+            MeerkatError: there is no run in the folder; RunFailed: its files do not agree.
+        """
+        folder = RunFolder.open(root)
+        reader = LogReader(folder.log_path)
+        records = iter(reader)
+        first = next(records, None)
+        if first is None:
+            trouble = reader.damage or "no record in it"
+            raise RunFailed(f"{folder.log_path}: {trouble}; 'meerkat resume {folder.root}' begins the run")
+        opening = Opening.from_json(first, folder.log_path)
+        agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
+        config, mask = folder.config(), folder.mask()
+        if mask.theta_0 is None:
+            raise RunFailed(f"{folder.mask_path}: has no base values; restore it from a copy")
+        agree(folder.log_path, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
+        agree(folder.mask_path, "model", opening.model, mask.fingerprint)
+        agree(folder.mask_path, "entries", opening.mask, mask.digest())
+        agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
+        agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
+        z, settings = Directions(int(opening.run_key, 16), len(mask)), opening.settings(config)
+        replay = Replay(records, mask.theta_0, settings, z, mask.pretraining_gradient, folder.log_path)
+        return cls(config, mask, z, reader, replay)
+
+
 def _verify(folder: RunFolder) -> Replayed:
-    reader = LogReader(folder.log_path)
-    records = iter(reader)
-    first = next(records, None)
-    if first is None:
-        trouble = reader.damage or "no record in it"
-        raise RunFailed(f"{folder.log_path}: {trouble}; 'meerkat resume {folder.root}' begins the run")
-    opening = Opening.from_json(first, folder.log_path)
-    agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
-    config, mask = folder.config(), folder.mask()
-    if mask.theta_0 is None:
-        raise RunFailed(f"{folder.mask_path}: has no base values; restore it from a copy")
-    agree(folder.log_path, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
-    agree(folder.mask_path, "model", opening.model, mask.fingerprint)
-    agree(folder.mask_path, "entries", opening.mask, mask.digest())
-    agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
-    agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
-    z = Directions(int(opening.run_key, 16), len(mask))
-    rounds = track(records, "verifying", config.rounds + 1)
-    state, closed = replay_log(rounds, mask.theta_0, opening.settings(config), z, folder.log_path)
+    run = OpenRun.of(folder.root)
+    reader = run.reader
+    for _ in track(run.replay, "verifying", run.config.rounds):
+        pass
+    state = run.replay.state
     if reader.damage:
         cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
         raise RunFailed(f"{folder.log_path}: {reader.damage}; the {reader.count} records before it are sound: {cure}")
     summary = folder.summary()
     if summary is not None:
         agree(folder.summary_path, "theta_digest", summary["theta_digest"], path.digest(state.theta))
-        if not closed:
+        if not run.replay.closed:
             raise RunFailed(
                 f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
                 "has a summary; restore the file from a copy"
             )
-    return Replayed(config, mask, state.theta, state.round, closed)
+    return Replayed(run.config, run.mask, state.theta, state.round, run.replay.closed)
 
 
 def load_run(root: Path) -> tuple[Replayed, Workplace]:

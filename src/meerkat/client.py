@@ -22,12 +22,14 @@ def local_steps(
     client: int,
     batch_loss: Callable[[int], Loss],
     directions: Directions,
+    h: Tensor | None = None,
 ) -> tuple[Reply, Tensor]:
     """Client k's steps of one round.
 
     Args:
         theta: the global theta that the round starts from, float32 [n]; not changed.
         batch_loss: local step t = 0, 1, ... -> the loss on that step's batch.
+        h: FedDyn's h_k, float32 [n]; None is zero. Looked at where the plan's alpha is not zero.
 
     Returns:
         The reply, with g_k float32 [T_k, P], and the client's own theta afterwards, float32 [n].
@@ -35,6 +37,7 @@ def local_steps(
     steps = plan.steps[client]
     scalars = np.zeros((steps, plan.directions), dtype=np.float32)
     losses = np.zeros((steps, plan.directions))
+    start = theta
     for t in range(steps):
         loss = batch_loss(t)
         moved = theta.clone()
@@ -42,7 +45,23 @@ def local_steps(
             z = directions(plan.place(t, p))
             directions.prepare(plan.place_after(t, p))
             g, level = projected_gradient(model, theta, z, plan.eps, loss)
-            scalars[t, p], losses[t, p] = g, level
+            scalars[t, p], losses[t, p] = g.item() + correction(plan.alpha, h, theta - start, z), level
             descend_(moved, plan.rate, scalars[t, p], z)
         theta = moved
     return Reply(client, scalars, float(losses.mean())), theta
+
+
+def correction(alpha: float, h: Tensor | None, moved: Tensor | None, z: Tensor) -> float:
+    """What FedDyn adds to a projected gradient: <alpha (theta - theta_r) - h_k, z>, in float64 (method, section 8).
+
+    Args:
+        moved: theta - theta_r, float32 [n]; None is zero, as is `h`.
+    """
+    if not alpha:
+        return 0.0
+    wide, found = z.double(), 0.0
+    if moved is not None:
+        found += alpha * (moved.double() @ wide).item()
+    if h is not None:
+        found -= (h.double() @ wide).item()
+    return found

@@ -1,6 +1,7 @@
 """One model of a run's settings: the source of TOML keys, flags, their help and their validation."""
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,18 +10,49 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from meerkat.errors import MeerkatError
 from meerkat.models import Objective
-from meerkat.sensitivity import Exclusion, Scope
-from meerkat.server import Schedule
+from meerkat.selection import Rule
+from meerkat.sensitivity import Exclusion, Kind, Scope
+from meerkat.server import EarlyStop, Schedule
 
-Method = Literal["meerkat", "full-fedzo", "weight-magnitude", "random-mask"]
+Method = Literal[
+    "meerkat",
+    "meerkat-vp",
+    "full-fedzo",
+    "lora-fedzo",
+    "weight-magnitude",
+    "random-mask",
+    "task-mask",
+    "random-early-stop",
+    "feddyn",
+    "fo-fedavg",
+]
 
-METHODS: dict[Method, str] = {
-    "meerkat": "sensitivity",
-    "full-fedzo": "full",
-    "weight-magnitude": "magnitude",
-    "random-mask": "random",
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method's name stands for."""
+
+    moves: Kind = "sensitivity"
+    early_stop: EarlyStop = "none"
+    update: Literal["scalars", "feddyn", "first-order"] = "scalars"
+    eps: float = 1e-3
+    lr_times_moving: float = 110
+    """The default learning rate times the number of moving parameters; measured in docs/log.md."""
+
+
+METHODS: dict[Method, Recipe] = {
+    "meerkat": Recipe(),
+    "meerkat-vp": Recipe(early_stop="vp"),
+    "full-fedzo": Recipe("full", lr_times_moving=550),
+    "lora-fedzo": Recipe("lora", eps=1e-2),
+    "weight-magnitude": Recipe("magnitude"),
+    "random-mask": Recipe("random"),
+    "task-mask": Recipe("task"),
+    "random-early-stop": Recipe(early_stop="random"),
+    "feddyn": Recipe(update="feddyn"),
+    "fo-fedavg": Recipe(update="first-order"),
 }
-"""Method -> the kind of mask that makes it."""
+"""The baselines of the method's section 8, each a small difference to the same engine."""
 
 EMBEDDED = "embedded"
 
@@ -55,9 +87,7 @@ class RunConfig(BaseModel):
         "[default: the embedded model's]",
     )
     mask: str = Field("", description="a mask made before with 'meerkat mask', in place of making one")
-    method: Method = Field(
-        "meerkat", description="what moves: the most sensitive parameters, all, the largest, or random ones"
-    )
+    method: Method = Field("meerkat", description="what moves, how clients step and who stops early")
 
     density: float = Field(1e-3, gt=0, le=1, description="u: share of all parameters that moves")
     mask_scope: Scope = Field(
@@ -92,7 +122,9 @@ class RunConfig(BaseModel):
         description="eta: learning rate; 0 takes one that fits the number of moving parameters",
     )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
-    eps: float = Field(1e-3, ge=1e-6, allow_inf_nan=False, description="perturbation size")
+    eps: float = Field(
+        0, ge=0, allow_inf_nan=False, description="perturbation size; 0 takes the method's: 1e-3, for LoRA 1e-2"
+    )
     batch_size: int = Field(16, ge=1, description="rows of a local step's batch")
     micro_batch: int = Field(0, ge=0, description="sequences in one forward pass, at most; 0 for any number")
     tokens_per_pass: int = Field(
@@ -102,6 +134,38 @@ class RunConfig(BaseModel):
         "classification", description="cross-entropy over the label strings' scores, or over the whole vocabulary"
     )
     max_length: int = Field(2048, ge=2, description="tokens of a prompt with its label, at most; cut on the left")
+
+    early_stop: Literal["by-method", EarlyStop] = Field(
+        "by-method",
+        description="who makes one local step a round after a calibration: the clients whose data is extremely "
+        "skewed (vp), as many at random, or none",
+    )
+    vpcs_rule: Rule = Field(
+        "automatic",
+        description="how extreme clients are found: by comparing clients, or by thresholds (the paper's rule)",
+    )
+    calibration_steps: int = Field(100, ge=2, description="T_cali: uninterrupted local steps of a calibration")
+    initial_steps: int = Field(30, ge=1, description="T_init: first steps of a calibration, compared with the last")
+    later_steps: int = Field(30, ge=1, description="T_later: last steps of a calibration")
+    rho_later: float = Field(2.0, gt=0, description="threshold on initial over later mean |GradIP|; extreme above it")
+    rho_quie: float = Field(0.5, ge=0, le=1, description="threshold on the share of quiescent later steps")
+    sigma: float = Field(
+        0.25, gt=0, description="a step is quiescent under this share of the clients' median initial mean |GradIP|"
+    )
+    recalibrate_every: int = Field(
+        0, ge=0, description="rounds between calibrations; 0 for one, before the first round"
+    )
+
+    server_optimizer: Literal["sgd", "momentum", "adam"] = Field(
+        "sgd", description="what the server makes of a round's update: FedAvg, FedAvgM or FedAdam"
+    )
+    server_lr: float = Field(
+        0, ge=0, allow_inf_nan=False, description="eta_s of momentum and adam; 0 takes 1 for momentum, 1e-3 for adam"
+    )
+    server_beta1: float = Field(0.9, ge=0, lt=1, description="momentum's and adam's first decay")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="adam's second decay")
+    server_tau: float = Field(1e-9, gt=0, description="added to adam's root")
+    feddyn_alpha: float = Field(1e-3, gt=0, allow_inf_nan=False, description="alpha of method feddyn")
 
     eval_every: int = Field(20, ge=0, description="rounds between evaluations; 0 for the first and last only")
     held_back: float = Field(
@@ -129,9 +193,26 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"clients_per_round {self.clients_per_round}: must be at most clients, {self.clients}; 0 takes all"
             )
-        if self.mask and self.method != "meerkat":
+        recipe = METHODS[self.method]
+        if self.mask and recipe.moves != "sensitivity":
             raise ValueError(f"method {self.method}: makes its own mask, so --mask cannot be given with it")
+        if 0 < self.eps < 1e-6:
+            raise ValueError(f"eps {self.eps:g}: must be at least 1e-6; 0 takes the method's")
+        if recipe.update == "first-order" and self.early_stop in ("vp", "random"):
+            raise ValueError(f"early_stop {self.early_stop}: needs scalars, and {self.method} sends none; use none")
+        if recipe.update == "feddyn" and self.server_optimizer != "sgd":
+            raise ValueError(f"server_optimizer {self.server_optimizer}: feddyn has its own server step; use sgd")
+        if self.initial_steps + self.later_steps > self.calibration_steps:
+            raise ValueError(
+                f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "
+                f"{self.initial_steps + self.later_steps}"
+            )
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the method's name stands for."""
+        return METHODS[self.method]
 
     def to_toml(self) -> str:
         """The settings as TOML."""

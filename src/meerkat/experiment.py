@@ -5,8 +5,6 @@ and go on from there.
 """
 
 import json
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,17 +17,28 @@ import torch
 import transformers
 from torch import Tensor
 
-from meerkat import models, path, server
+from meerkat import calibration, models, path, server
+from meerkat.calibration import CalibrationRecord
 from meerkat.config import RunConfig
 from meerkat.directions import Directions, run_key
 from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
+from meerkat.metrics import (
+    calibration_metric,
+    evaluation_metric,
+    plan_in_words,
+    round_metric,
+    split_metric,
+    summarise,
+)
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
-from meerkat.record import Opening, file_digest, gradient_digest, replay_log
+from meerkat.record import Opening, Replay, file_digest, gradient_digest
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
+from meerkat.server import ServerState
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -167,6 +176,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     config = workplace.config
     mask = _settled_mask(folder, workplace)
     model = MaskedModel(workplace.model, mask)
+    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
     theta_0 = model.read()
     opening = _opening(folder, config, mask, split, theta_0)
     records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))
@@ -179,12 +189,9 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         opening = logged
     settings = opening.settings(config)
     z = Directions(int(opening.run_key, 16), len(mask), workplace.device)
-    state, closed = replay_log(records, theta_0, settings, z, folder.log_path)
+    replayed = Replay(records, theta_0, settings, z, gradient, folder.log_path).run()
+    state = replayed.state
 
-    metrics = folder.keep_metrics(
-        lambda m: m["round"] < state.round if m["kind"] == "round" else m["round"] <= state.round
-    )
-    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     losses_of = models.client_losses(workplace.model, split.examples, workplace.training_batch, config.objective)
@@ -198,107 +205,68 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
 
     def judge(theta: Tensor, rounds: int) -> None:
         began = time.perf_counter()
-        model.write_(theta)
+        with torch.no_grad():
+            model.write_(theta)
         found = models.evaluate(workplace.model, split.evaluation, workplace.task.labels)
-        folder.note(
-            {
-                "kind": "evaluation",
-                "round": rounds,
-                "accuracy": found.accuracy,
-                "loss": found.loss,
-                "per_class": found.per_class,
-                "wall_s": time.perf_counter() - began,
-            }
-        )
+        folder.note({**evaluation_metric(found, rounds), "wall_s": time.perf_counter() - began})
         say(f"round {rounds:>4} of {config.rounds}: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}")
 
     def due(rounds: int) -> bool:
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
 
+    def replies_to(plan: RoundPlan) -> list[Reply]:
+        try:
+            return engine.run(state, plan)
+        except RunFailed as error:
+            raise RunFailed(f"round {plan.round}: {error}") from None
+
+    def note(metric: dict[str, Any], record: RoundRecord | CalibrationRecord) -> None:
+        # noted before it is logged: what the log holds, the metrics hold too, whenever the run is killed
+        folder.note({**metric, "wall_s": time.perf_counter() - began, "forward_s": timer.seconds})
+        log.append({"kind": metric["kind"], **record.to_json()})
+
+    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
+    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
     else:
-        say(_plan_in_words(config, mask, split))
+        say(plan_in_words(config, mask, [len(rows) for rows in split.partition.rows]))
+    if not any(m["kind"] == "split" for m in metrics):
+        folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     if 0 not in judged:
         judge(theta_0, 0)
     if state.round and due(state.round) and state.round not in judged:
         judge(state.theta, state.round)
-    for number in track(range(state.round, config.rounds), "rounds"):
+    for _ in track(range(state.round, config.rounds), "rounds"):
+        if calibration.due(state, settings):
+            began, timer.seconds = time.perf_counter(), 0.0
+            plan = calibration.open_calibration(state, settings)
+            say(f"calibrating {len(plan.steps)} clients, {settings.vpcs.calibration_steps} steps each")
+            state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
+            note(calibration_metric(decided), decided)
+            say(f"make one local step a round from now on: {list(decided.early_stopped) or 'no client'}")
         began, timer.seconds = time.perf_counter(), 0.0
         plan = server.open_round(state, settings)
-        try:
-            replies = engine.run(state.theta, plan, state.steps_made)
-        except RunFailed as error:
-            raise RunFailed(f"round {number}: {error}") from None
-        state, record = server.close_round(state, plan, replies, settings, z)
+        replies = replies_to(plan)
+        state, closed = server.close_round(state, plan, replies, settings, z, gradient)
         z.prepare(replace(plan, round=state.round).place(0, 0))
-        # noted before it is logged: what the log holds, the metrics hold too, whenever the run is killed
-        folder.note(
-            {
-                "kind": "round",
-                "round": number,
-                "loss": sum(record.weights[reply.client] * reply.loss for reply in replies),
-                "lr": plan.lr,
-                "wall_s": time.perf_counter() - began,
-                "forward_s": timer.seconds,
-            }
-        )
-        log.append({"kind": "round", **record.to_json()})
+        note(round_metric(closed, replies), closed)
         if due(state.round):
             judge(state.theta, state.round)
     theta_digest = path.digest(state.theta)
-    if not closed:
+    if not replayed.closed:
         log.append({"kind": "close", "rounds": state.round, "theta": theta_digest})
-    summary = _summary(config, mask, split, folder.metrics(), theta_digest)
+    stopped = sorted(state.early_stopped)
+    summary = summarise(config, mask, split.partition.extreme, stopped, folder.metrics(), theta_digest)
     text = json.dumps(summary, indent=2) + "\n"
     write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary
 
 
-def _plan_in_words(config: RunConfig, mask: SparseMask, split: Split) -> str:
-    sizes = [len(rows) for rows in split.partition.rows]
-    return (
-        f"{config.method}: {len(mask):,} of {mask.total:,} parameters move, learning rate {config.lr:g}; "
-        f"{config.clients} clients ({config.partition}) hold {min(sizes)} to {max(sizes)} rows; "
-        f"{config.rounds} rounds of {config.local_steps} local step{'s' * (config.local_steps > 1)}"
-    )
-
-
-def _summary(
-    config: RunConfig, mask: SparseMask, split: Split, metrics: Sequence[Metric], digest: str
-) -> dict[str, Any]:
-    judged = sorted((m for m in metrics if m["kind"] == "evaluation"), key=lambda m: m["round"])
-    rounds = [m for m in metrics if m["kind"] == "round"]
-    payload = 4 * config.local_steps * config.directions
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {
-        "method": config.method,
-        "model": config.model,
-        "task": config.task,
-        "seed": config.seed,
-        "rounds": config.rounds,
-        "local_steps": config.local_steps,
-        "directions": config.directions,
-        "clients": config.clients,
-        "clients_per_round": config.clients_per_round,
-        "partition": config.partition,
-        "lr": config.lr,
-        "eps": config.eps,
-        "params_total": mask.total,
-        "params_masked": len(mask),
-        "evaluated_on": "held-back" if config.held_back else "validation",
-        "accuracy_before": judged[0]["accuracy"],
-        "accuracy": judged[-1]["accuracy"],
-        "loss_before": judged[0]["loss"],
-        "loss": judged[-1]["loss"],
-        "per_class": judged[-1]["per_class"],
-        "payload_bytes_up_per_client_round": payload,
-        "payload_bytes_down_per_client_round": payload,
-        "dense_bytes_per_client_round": 4 * mask.total,
-        "extreme_clients": list(split.partition.extreme),
-        "early_stopped_clients": [],
-        "theta_digest": digest,
-        "wall_s": sum(m["wall_s"] for m in metrics),
-        "forward_s": sum(m["forward_s"] for m in rounds),
-        "peak_rss_mb": peak,
-    }
+def _is_past(metric: Metric, state: ServerState) -> bool:
+    """Whether a metric tells of something that the log holds, up to a state."""
+    if metric["kind"] == "round":
+        return bool(metric["round"] < state.round)
+    if metric["kind"] == "calibration":
+        return state.calibrated is not None and metric["round"] <= state.calibrated
+    return bool(metric["round"] <= state.round)

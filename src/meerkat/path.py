@@ -35,7 +35,9 @@ def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Direct
 
 
 def advance(theta: Tensor, record: RoundRecord, directions: Directions) -> Tensor:
-    """The global theta after a round: theta_{r+1} = theta_r - (eta / P) sum_{t,p} G z."""
+    """theta moved by what a round says: theta - (eta / P) sum_{t,p} G z, or theta + delta of a first-order round."""
+    if record.delta is not None:
+        return theta + torch.from_numpy(record.delta).to(theta.device)
     *_, end = walk(theta, record.plan, record.aggregate, directions)
     return end
 

@@ -5,7 +5,7 @@ would refuse.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from meerkat import path
+from meerkat import calibration, path
+from meerkat.calibration import CalibrationRecord
 from meerkat.config import RunConfig
 from meerkat.directions import Directions
 from meerkat.errors import RunFailed
+from meerkat.gradip import inner_products
 from meerkat.mask import SparseMask
-from meerkat.rounds import Reply, RoundRecord
+from meerkat.optimizers import ServerOptimizer
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.selection import Vpcs
 from meerkat.server import ServerConfig, ServerState, aggregate, client_weights, open_round, replay
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,6 @@ class Opening:
     format: int = FORMAT
     rule: str = "mean"
     """How replies are aggregated."""
-    optimizer: str = "sgd"
-    """The server's step in theta space."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any], log: Path) -> "Opening":
@@ -63,7 +65,7 @@ class Opening:
         if held.get("kind") != "open" or held.keys() - {"kind"} != known:
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
         opening = cls(**{name: held[name] for name in known})
-        for name, allowed in (("format", FORMAT), ("rule", "mean"), ("optimizer", "sgd")):
+        for name, allowed in (("format", FORMAT), ("rule", "mean")):
             if (found := getattr(opening, name)) != allowed:
                 raise RunFailed(
                     f"{log}: {name} {found!r} is not known, only {allowed!r}; use the version that wrote it"
@@ -79,7 +81,7 @@ class Opening:
         return ServerConfig(
             rounds=config.rounds,
             local_steps=config.local_steps,
-            directions=config.directions,
+            directions=0 if config.recipe.update == "first-order" else config.directions,
             lr=config.lr,
             eps=config.eps,
             clients=config.clients,
@@ -87,8 +89,28 @@ class Opening:
             examples=dict(enumerate(self.examples)),
             weights=config.weights,
             lr_schedule=config.lr_schedule,
+            optimizer=_optimizer(config),
+            early_stop=config.early_stop if config.early_stop != "by-method" else config.recipe.early_stop,
+            vpcs=Vpcs(
+                rule=config.vpcs_rule,
+                calibration_steps=config.calibration_steps,
+                initial_steps=config.initial_steps,
+                later_steps=config.later_steps,
+                rho_later=config.rho_later,
+                rho_quie=config.rho_quie,
+                sigma=config.sigma,
+                recalibrate_every=config.recalibrate_every,
+            ),
             seed=config.seed,
         )
+
+
+def _optimizer(config: RunConfig) -> ServerOptimizer:
+    if config.recipe.update == "feddyn":
+        return ServerOptimizer("feddyn", alpha=config.feddyn_alpha)
+    return ServerOptimizer(
+        config.server_optimizer, config.server_lr, config.server_beta1, config.server_beta2, config.server_tau
+    )
 
 
 def file_digest(file: Path) -> str:
@@ -101,50 +123,105 @@ def gradient_digest(mask: SparseMask) -> str:
     return "" if mask.pretraining_gradient is None else path.digest(mask.pretraining_gradient)
 
 
-def replay_log(
-    records: Iterable[dict[str, Any]], theta: Tensor, settings: ServerConfig, directions: Directions, log: Path
-) -> tuple[ServerState, bool]:
-    """Go through a log's records after the opening, from theta_0: the last state, and whether the run was closed.
+class Replay:
+    """A log's records after the opening, gone through one by one from theta_0, each checked as it comes.
 
-    Every plan is compared with what the settings call for, and every weight, aggregate and digest of
-    theta is computed anew.
-
-    Raises:
-        RunFailed: a record is not what it must be.
+    Every plan is compared with what the settings call for, and every weight, aggregate, inner product,
+    decision and digest of theta is computed anew. Iterating gives each record with the state before it.
     """
-    try:
-        return _replay_log(records, theta, settings, directions, log)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise RunFailed(f"{log}: a record is damaged ({error}); restore the file from a copy") from None
 
+    def __init__(
+        self,
+        records: Iterable[dict[str, Any]],
+        theta: Tensor,
+        settings: ServerConfig,
+        directions: Directions,
+        gradient: Tensor | None,
+        log: Path,
+    ) -> None:
+        self.state = ServerState(0, theta)
+        """After the records gone through so far."""
+        self.closed = False
+        """Whether the closing record was reached."""
+        self._records = records
+        self._settings = settings
+        self._directions = directions
+        self._gradient = gradient
+        self._log = log
 
-def _replay_log(
-    records: Iterable[dict[str, Any]], theta: Tensor, settings: ServerConfig, directions: Directions, log: Path
-) -> tuple[ServerState, bool]:
-    state, closed = ServerState(0, theta), False
-    for held in records:
-        where = f"round {state.round}"
-        if closed:
+    def run(self) -> "Replay":
+        """Go through all records.
+
+        Raises:
+            RunFailed: one is not what it must be.
+        """
+        for _ in self:
+            pass
+        return self
+
+    def __iter__(self) -> Iterator[tuple[ServerState, RoundRecord | CalibrationRecord]]:
+        try:
+            for held in self._records:
+                before = self.state
+                record = self._step(held)
+                if record is not None:
+                    yield before, record
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise RunFailed(f"{self._log}: a record is damaged ({error}); restore the file from a copy") from None
+
+    def _step(self, held: dict[str, Any]) -> RoundRecord | CalibrationRecord | None:
+        state, settings, log = self.state, self._settings, self._log
+        if self.closed:
             raise RunFailed(f"{log}: records follow the closing one; the run is damaged")
-        if held.get("kind") == "close":
-            closed = True
+        kind = held.get("kind")
+        if kind == "close":
+            self.closed = True
             agree(log, "the number of rounds", str(held["rounds"]), str(state.round))
             agree(log, "the number of rounds", str(settings.rounds), str(state.round))
             agree(log, "the last theta", held["theta"], path.digest(state.theta))
-        elif held.get("kind") == "round":
-            if state.round == settings.rounds:
-                raise RunFailed(f"{log}: holds more rounds than config.toml asks for; restore the folder from a copy")
-            record = RoundRecord.from_json(held)
-            agree(log, f"the plan of {where}", str(record.plan), str(open_round(state, settings)))
-            agree(log, f"the weights of {where}", str(record.weights), str(client_weights(settings, [*record.scalars])))
-            replies = [Reply(k, g) for k, g in record.scalars.items()]
-            again = aggregate(replies, record.weights, record.plan)
-            agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
-            state = replay(state, record, directions)
-            agree(log, f"theta after {where}", record.theta_digest, path.digest(state.theta))
-        else:
-            raise RunFailed(f"{log}: a record of unknown kind {held.get('kind')!r}; use the version that wrote it")
-    return state, closed
+            return None
+        if kind not in ("round", "calibration"):
+            raise RunFailed(f"{log}: a record of unknown kind {kind!r}; use the version that wrote it")
+        if state.round == settings.rounds:
+            raise RunFailed(f"{log}: holds more rounds than config.toml asks for; restore the folder from a copy")
+        expected = "calibration" if calibration.due(state, settings) else "round"
+        agree(log, f"what stands at round {state.round}", kind, expected)
+        return self._calibration(held) if kind == "calibration" else self._round(held)
+
+    def _round(self, held: dict[str, Any]) -> RoundRecord:
+        state, settings, log = self.state, self._settings, self._log
+        where, record = f"round {state.round}", RoundRecord.from_json(held)
+        agree(log, f"the plan of {where}", str(record.plan), str(open_round(state, settings)))
+        agree(log, f"the weights of {where}", str(record.weights), str(client_weights(settings, [*record.scalars])))
+        replies = [Reply(k, g) for k, g in record.scalars.items()]
+        again = aggregate(replies, record.weights, record.plan)
+        agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
+        self._check_inner(record.plan, record.inner, where)
+        self.state = replay(state, record, settings, self._directions)
+        agree(log, f"theta after {where}", record.theta_digest, path.digest(self.state.theta))
+        return record
+
+    def _calibration(self, held: dict[str, Any]) -> CalibrationRecord:
+        state, settings, log = self.state, self._settings, self._log
+        where, record = f"the calibration before round {state.round}", CalibrationRecord.from_json(held)
+        agree(log, f"the plan of {where}", str(record.plan), str(calibration.open_calibration(state, settings)))
+        self._check_inner(record.plan, record.inner, where)
+        again = calibration.decide(state, record.plan, record.scalars, record.inner, settings)
+        agree(log, f"who stops early after {where}", str(record.early_stopped), str(again.early_stopped))
+        agree(log, f"who is extreme in {where}", str(record.selection.extreme), str(again.selection.extreme))
+        for field in fields(record.selection):
+            then, now = getattr(record.selection, field.name), getattr(again.selection, field.name)
+            if not np.allclose(then, now, rtol=1e-9):  # logarithms may differ in their last bits between machines
+                agree(log, f"{field.name} of {where}", str(then), str(now))
+        self.state = calibration.replay(state, record)
+        return record
+
+    def _check_inner(self, plan: RoundPlan, inner: np.ndarray, where: str) -> None:
+        again = inner_products(self._gradient, plan, self._directions)
+        # summed in an order that may depend on the device: equal but for float64's last bits
+        scale = 1e-9 * (1.0 + float(np.abs(again).max(initial=0.0)))
+        if inner.shape != again.shape or not np.allclose(inner, again, rtol=0, atol=scale):
+            raise RunFailed(f"{self._log}: the inner products of {where} are not its directions'; restore a copy")
 
 
 def _hex(values: np.ndarray) -> str:

@@ -19,10 +19,12 @@ class RoundPlan:
     """eta in this round: the schedule is the server's, and travels here."""
     eps: float
     directions: int
-    """P: directions a step."""
+    """P: directions a step; 0 in a first-order round, whose update travels as a delta."""
     steps: Mapping[int, int]
     """T_k: local steps of each participant, by client id, ascending."""
     phase: Phase = "training"
+    alpha: float = 0.0
+    """FedDyn's alpha; 0 for no correction."""
 
     def place(self, step: int, direction: int) -> Place:
         """Where direction p of local step t stands in the run."""
@@ -49,6 +51,8 @@ class Reply:
     """g_k^{r,t,p}: float32 [T_k, P]"""
     loss: float = float("nan")
     """Mean training loss, known in a simulation only: it is never sent."""
+    delta: np.ndarray | None = None
+    """theta_k - theta_r of a first-order round, float32 [n]."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +68,18 @@ class RoundRecord:
     """G_r: float32 [T, P]"""
     theta_digest: str
     """SHA-256 of theta after the round."""
+    inner: np.ndarray
+    """c^{t,p} = <grad_p, z^{t,p}>, float64 [T, P]: GradIP is a client's scalars times these. Empty without grad_p."""
+    delta: np.ndarray | None = None
+    """The mean of a first-order round's deltas, float32 [n]."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; float32 arrays as base64 of their little-endian bytes.
-
-        `made` are the steps that each participant's reply holds: none where it did not answer.
-        """
-        plan, none = self.plan, np.zeros((0, self.plan.directions), np.float32)
-        replies = [self.scalars.get(client, none) for client in plan.steps]
+        """The record as JSON values; arrays as base64 of their little-endian bytes."""
         return {
-            "phase": plan.phase,
-            "round": plan.round,
-            "lr": plan.lr,
-            "eps": plan.eps,
-            "directions": plan.directions,
-            "clients": list(plan.steps),
-            "steps": list(plan.steps.values()),
-            "made": [len(g) for g in replies],
+            **replies_to_json(self.plan, self.scalars, self.inner),
             "weights": list(self.weights.values()),
-            "scalars": _pack(np.concatenate(replies)),
-            "aggregate": _pack(self.aggregate),
+            "aggregate": pack(self.aggregate),
+            "delta": None if self.delta is None else pack(self.delta),
             "theta": self.theta_digest,
         }
 
@@ -94,26 +90,65 @@ class RoundRecord:
         Raises:
             KeyError, TypeError, ValueError: it was not written by `to_json`.
         """
-        steps = dict(zip(held["clients"], held["steps"], strict=True))
-        made = dict(zip(held["clients"], held["made"], strict=True))
-        scalars = _unpack(held["scalars"]).reshape(-1, held["directions"])
-        ends = np.cumsum([0, *made.values()])
-        if ends[-1] != len(scalars) or min(made.values()) < 0:
-            raise ValueError(f"round {held['round']} has scalars of {len(scalars)} steps, not {ends[-1]}")
-        spans = zip(made, ends[:-1], ends[1:], strict=True)
-        replies = {client: scalars[first:last] for client, first, last in spans if last > first}
+        plan, scalars, inner = replies_from_json(held)
         return cls(
-            plan=RoundPlan(held["round"], held["lr"], held["eps"], held["directions"], steps, held["phase"]),
-            weights=dict(zip(replies, held["weights"], strict=True)),
-            scalars=replies,
-            aggregate=_unpack(held["aggregate"]).reshape(-1, held["directions"]),
+            plan=plan,
+            weights=dict(zip(scalars, held["weights"], strict=True)),
+            scalars=scalars,
+            aggregate=unpack(held["aggregate"]).reshape(max(plan.steps.values()), plan.directions),
             theta_digest=held["theta"],
+            inner=inner,
+            delta=None if held["delta"] is None else unpack(held["delta"]),
         )
 
 
-def _pack(values: np.ndarray) -> str:
-    return base64.b64encode(values.astype("<f4", copy=False).tobytes()).decode()
+def replies_to_json(plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray) -> dict[str, Any]:
+    """What was asked and what came, as JSON values.
+
+    `made` are the steps that each participant's reply holds: none where it did not answer.
+    """
+    none = np.zeros((0, plan.directions), np.float32)
+    replies = [scalars.get(client, none) for client in plan.steps]
+    return {
+        "phase": plan.phase,
+        "round": plan.round,
+        "lr": plan.lr,
+        "eps": plan.eps,
+        "directions": plan.directions,
+        "alpha": plan.alpha,
+        "clients": list(plan.steps),
+        "steps": list(plan.steps.values()),
+        "made": [len(g) for g in replies],
+        "scalars": pack(np.concatenate(replies)),
+        "inner": pack(inner, "<f8"),
+    }
 
 
-def _unpack(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+def replies_from_json(held: Mapping[str, Any]) -> tuple[RoundPlan, dict[int, np.ndarray], np.ndarray]:
+    """Plan, scalars by client and inner products, as `replies_to_json` was given them.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was not written by `replies_to_json`.
+    """
+    directions = held["directions"]
+    steps = dict(zip(held["clients"], held["steps"], strict=True))
+    made = dict(zip(held["clients"], held["made"], strict=True))
+    if min(made.values()) < 0:
+        raise ValueError(f"round {held['round']} has a reply of {min(made.values())} steps")
+    ends = np.cumsum([0, *made.values()])
+    scalars = unpack(held["scalars"]).reshape(int(ends[-1]), directions)
+    spans = zip(made, ends[:-1], ends[1:], strict=True)
+    plan = RoundPlan(held["round"], held["lr"], held["eps"], directions, steps, held["phase"], held["alpha"])
+    inner = unpack(held["inner"], "<f8")
+    inner = inner.reshape(max(steps.values()) if inner.size else 0, directions)
+    return plan, {client: scalars[first:last] for client, first, last in spans if last > first}, inner
+
+
+def pack(values: np.ndarray, kind: str = "<f4") -> str:
+    """An array's little-endian bytes as base64."""
+    return base64.b64encode(values.astype(kind, copy=False).tobytes()).decode()
+
+
+def unpack(text: str, kind: str = "<f4") -> np.ndarray:
+    """The flat array that `pack` was given, in this machine's byte order."""
+    return np.frombuffer(base64.b64decode(text), dtype=kind).astype(kind[1:])

@@ -7,11 +7,12 @@ Nothing here holds a second copy of the model or sorts all d scores: gradients a
 tensor while backpropagation runs, and the n-th largest score is found by counting bit patterns.
 """
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from meerkat.mask import SparseMask, fingerprint
 _CHUNK = 1 << 22
 """Entries looked at together, so that counting needs little memory beside the tensors."""
 
-Kind = Literal["sensitivity", "magnitude", "random", "full", "lora"]
+Kind = Literal["sensitivity", "magnitude", "random", "full", "task", "lora"]
 Scope = Literal["global", "per-tensor"]
 Exclusion = Literal["embeddings", "norms"]
 
@@ -141,8 +142,8 @@ def _chosen(
 
 # --- the masks ------------------------------------------------------------------------------------
 
-SequenceLoss = Callable[[Tensor], Tensor]
-"""Token ids [length] -> the causal-LM loss of that one sequence, a scalar that can be differentiated."""
+_Item = TypeVar("_Item")
+"""What a loss is taken of: token ids [length] of pre-training text, or a task's example."""
 
 
 @contextmanager
@@ -187,11 +188,11 @@ def _gradients_to(model: nn.Module, names: Collection[str], consume: Callable[[s
             parameter.grad = gradient
 
 
-def _backward(loss: SequenceLoss, sequences: Iterable[Tensor]) -> int:
+def _backward(loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
     count = 0
-    for tokens in sequences:
+    for sequence in sequences:
         with torch.enable_grad():
-            value = loss(tokens)
+            value = loss(sequence)
         if not torch.isfinite(value):
             raise MeerkatError(f"the loss of pre-training sequence {count} is {value.item()}; is the model sound?")
         value.backward()
@@ -201,24 +202,30 @@ def _backward(loss: SequenceLoss, sequences: Iterable[Tensor]) -> int:
     return count
 
 
+def _untracked(sequences: Sequence[_Item], _: str) -> Iterable[_Item]:
+    return sequences
+
+
 def sensitivity_mask(
     model: nn.Module,
-    sequences: Sequence[Tensor],
-    loss: SequenceLoss,
+    sequences: Sequence[_Item],
+    loss: Callable[[_Item], Tensor],
     density: float = 1e-3,
     *,
     scope: Scope = "global",
     exclude: Collection[Exclusion] = (),
+    kind: Kind = "sensitivity",
     facts: Mapping[str, str] | None = None,
-    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda sequences, _: sequences,
+    track: Callable[[Sequence[_Item], str], Iterable[_Item]] = _untracked,
 ) -> SparseMask:
     """The n = ceil(u d) parameters with the largest mean squared gradient (method, section 2).
 
     Args:
         model: in evaluation mode; its weights are only read.
-        sequences: token ids, each [length], gone through twice: once for the scores, once for the
-            gradient at the chosen entries, which GradIP needs.
-        loss: the pre-training loss of one sequence.
+        sequences: token ids, each [length], of pre-training text; gone through twice: once for the scores,
+            once for the gradient at the chosen entries, which GradIP needs. For a task mask (kind "task"),
+            the clients' examples, gone through once: a task's gradient is no pre-training gradient.
+        loss: the loss of one sequence, a scalar that can be differentiated.
         density: u, the share of all d parameters that moves; 0 < u <= 1.
         scope: the n largest of all, or the u largest share of each tensor.
         exclude: kinds of parameters that never move.
@@ -242,19 +249,41 @@ def sensitivity_mask(
         count = _backward(loss, track(sequences, "sensitivity"))
     noted = {"sequences": str(count), "excluded": ",".join(exclude), **(facts or {})}
     # summed, not averaged: dividing all by the same count ranks them the same
-    mask = _chosen(model, squares, density, scope, "sensitivity", noted)
+    mask = _chosen(model, squares, density, scope, kind, noted | {"concentration": json.dumps(concentration(squares))})
     squares.clear()
+    if kind == "task":
+        return mask
     gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
     return replace(mask, pretraining_gradient=gradient)
+
+
+def concentration(scores: Mapping[str, Tensor]) -> list[tuple[float, float]]:
+    """How much of all sensitivity the most sensitive entries hold: (share of entries, share of the sum).
+
+    From the largest entries to all of them, at some 30 shares between 1e-5 and 1; entries are counted by the
+    upper 16 bits of their score, which is exact to one part in 128.
+    """
+    counts, sums = torch.zeros(1 << 16, dtype=torch.float64), torch.zeros(1 << 16, dtype=torch.float64)
+    for tensor in scores.values():
+        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+            bins = (chunk.float() + 0.0).view(torch.int32).cpu() >> 16
+            counts += torch.bincount(bins, minlength=1 << 16)
+            sums += torch.bincount(bins, weights=chunk.cpu().double(), minlength=1 << 16)
+    entries, held = counts.flip(0).cumsum(0).numpy(), sums.flip(0).cumsum(0).numpy()
+    if not held[-1]:
+        return []
+    shares = np.logspace(-5, 0, 31)
+    found = np.interp(shares, entries / entries[-1], held / held[-1])
+    return [(float(f"{share:.3g}"), round(float(part), 5)) for share, part in zip(shares, found, strict=True)]
 
 
 def pretraining_gradient(
     model: nn.Module,
     mask: SparseMask,
-    sequences: Sequence[Tensor],
-    loss: SequenceLoss,
+    sequences: Sequence[_Item],
+    loss: Callable[[_Item], Tensor],
     *,
-    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda sequences, _: sequences,
+    track: Callable[[Sequence[_Item], str], Iterable[_Item]] = _untracked,
 ) -> Tensor:
     """grad_p: the mean over sequences of the loss' gradient at the moving entries, float32 [n], on the CPU."""
     parameters = {name: p for name, p in model.named_parameters() if name in mask.entries}

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from meerkat import path, seeds
+from meerkat import optimizers, path, seeds
 from meerkat.directions import Directions
+from meerkat.gradip import inner_products
+from meerkat.optimizers import Moments, ServerOptimizer
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.selection import Vpcs
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -26,6 +30,8 @@ SCHEDULES: dict[Schedule, Callable[[float], float]] = {
 }
 """Share of the rounds done, in [0, 1) -> share of the learning rate."""
 
+EarlyStop = Literal["none", "vp", "random"]
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -35,7 +41,7 @@ class ServerConfig:
     local_steps: int
     """T"""
     directions: int
-    """P"""
+    """P; 0 for first-order rounds."""
     lr: float
     eps: float
     clients: int
@@ -44,6 +50,9 @@ class ServerConfig:
     """Rows of each client, by id: p_k in proportion to them, or equal."""
     weights: Literal["examples", "equal"] = "examples"
     lr_schedule: Schedule = "constant"
+    optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    early_stop: EarlyStop = "none"
+    vpcs: Vpcs = field(default_factory=Vpcs)
     seed: int = 0
 
 
@@ -57,6 +66,14 @@ class ServerState:
     """float32 [n]"""
     steps_made: Mapping[int, int] = field(default_factory=dict)
     """Local steps each client has made, by id: its data pointer."""
+    moments: Moments = ()
+    """The server optimizer's."""
+    corrections: Mapping[int, Tensor] = field(default_factory=dict)
+    """FedDyn's h_k by client id, float32 [n]: what each client knows of itself. Empty for every other method."""
+    early_stopped: frozenset[int] = frozenset()
+    """Clients that make one local step a round."""
+    calibrated: int | None = None
+    """The round that the last calibration stood before."""
 
 
 def participants(config: ServerConfig, round: int) -> list[int]:
@@ -75,7 +92,11 @@ def open_round(state: ServerState, config: ServerConfig) -> RoundPlan:
         lr=config.lr * share,
         eps=config.eps,
         directions=config.directions,
-        steps=dict.fromkeys(participants(config, state.round), config.local_steps),
+        steps={
+            client: 1 if client in state.early_stopped else config.local_steps
+            for client in participants(config, state.round)
+        },
+        alpha=config.optimizer.alpha,
     )
 
 
@@ -97,21 +118,69 @@ def aggregate(replies: Sequence[Reply], weights: Mapping[int, float], plan: Roun
     return total.astype(np.float32)
 
 
+def mean_delta(replies: Sequence[Reply], weights: Mapping[int, float]) -> np.ndarray | None:
+    """The mean of first-order replies' deltas, float32 [n], rounded as `aggregate` is; None without any."""
+    deltas = {reply.client: reply.delta for reply in replies if reply.delta is not None}
+    if not deltas:
+        return None
+    total = np.zeros(len(next(iter(deltas.values()))), dtype=np.float64)
+    for client in sorted(deltas):
+        total += weights[client] * deltas[client].astype(np.float64)
+    return total.astype(np.float32)
+
+
 def close_round(
-    state: ServerState, plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig, directions: Directions
+    state: ServerState,
+    plan: RoundPlan,
+    replies: Sequence[Reply],
+    config: ServerConfig,
+    directions: Directions,
+    gradient: Tensor | None = None,
 ) -> tuple[ServerState, RoundRecord]:
-    """Aggregate the replies, of all participants or of some, and move everyone to the new theta."""
+    """Aggregate the replies, of all participants or of some, and move everyone to the new theta.
+
+    `gradient` is the pre-training gradient at the moving entries, float32 [n], for GradIP.
+    """
     replies = sorted((reply for reply in replies if len(reply.scalars)), key=lambda reply: reply.client)
     weights = client_weights(config, [reply.client for reply in replies])
-    scalars = {reply.client: reply.scalars for reply in replies}
-    draft = RoundRecord(plan, weights, scalars, aggregate(replies, weights, plan), theta_digest="")
-    moved = replay(state, draft, directions)
+    draft = RoundRecord(
+        plan=plan,
+        weights=weights,
+        scalars={reply.client: reply.scalars for reply in replies},
+        aggregate=aggregate(replies, weights, plan),
+        theta_digest="",
+        inner=inner_products(gradient, plan, directions),
+        delta=mean_delta(replies, weights),
+    )
+    moved = replay(state, draft, config, directions)
     return moved, replace(draft, theta_digest=path.digest(moved.theta))
 
 
-def replay(state: ServerState, record: RoundRecord, directions: Directions) -> ServerState:
+def replay(state: ServerState, record: RoundRecord, config: ServerConfig, directions: Directions) -> ServerState:
     """The state after a round that was closed before: what resuming, auditing and joining late all do."""
-    made = dict(state.steps_made)
+    clients = record.scalars.keys()
+    share = math.fsum(client_weights(config, [*config.examples])[k] for k in clients)
+    theta, moments = optimizers.advance(config.optimizer, state.theta, state.moments, record, share, directions)
+    return replace(
+        state,
+        round=record.plan.round + 1,
+        theta=theta,
+        moments=moments,
+        steps_made=counted(state, record.scalars),
+        corrections=_corrected(state, record, directions) if record.plan.alpha else state.corrections,
+    )
+
+
+def counted(state: ServerState, scalars: Mapping[int, np.ndarray]) -> dict[int, int]:
+    """The data pointers after replies: each client's moves on by the steps it made."""
+    return {**state.steps_made, **{k: state.steps_made.get(k, 0) + len(g) for k, g in scalars.items()}}
+
+
+def _corrected(state: ServerState, record: RoundRecord, directions: Directions) -> dict[int, Tensor]:
+    """FedDyn's h_k <- h_k - alpha (theta_k - theta_r) of those who took part."""
+    none = torch.zeros_like(state.theta)
+    held = dict(state.corrections)
     for client, scalars in record.scalars.items():
-        made[client] = made.get(client, 0) + len(scalars)
-    return ServerState(record.plan.round + 1, path.advance(state.theta, record, directions), made)
+        *_, moved = path.walk(none, record.plan, scalars, directions)
+        held[client] = held.get(client, none) - moved * record.plan.alpha
+    return held

@@ -3,14 +3,16 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from meerkat import demo, models, seeds
+from meerkat.adapters import add_lora, lora_mask
 from meerkat.config import EMBEDDED, METHODS, Method, RunConfig
 from meerkat.data import load_rows
 from meerkat.errors import MeerkatError
@@ -18,7 +20,7 @@ from meerkat.mask import SparseMask
 from meerkat.partition import Partition, partition
 from meerkat.progress import say, track
 from meerkat.runfolder import RunFolder
-from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.sensitivity import full_mask, magnitude_mask, pretraining_gradient, random_mask, sensitivity_mask
 from meerkat.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
 
 
@@ -70,14 +72,19 @@ def resolve(config: RunConfig) -> RunConfig:
         raise MeerkatError(
             f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
         )
-    return resolve_model(
-        config.model_copy(update={"task": task, "clients_per_round": config.clients_per_round or config.clients})
-    )
+    filled = {
+        "task": task,
+        "clients_per_round": config.clients_per_round or config.clients,
+        "eps": config.eps or config.recipe.eps,
+        "early_stop": config.recipe.early_stop if config.early_stop == "by-method" else config.early_stop,
+        "server_lr": config.server_lr or {"adam": 1e-3}.get(config.server_optimizer, 1.0),
+    }
+    return resolve_model(config.model_copy(update=filled))
 
 
 def resolve_model(config: RunConfig) -> RunConfig:
     """The part of `resolve` that a mask alone needs."""
-    if METHODS[config.method] == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
+    if config.recipe.moves == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
         raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     kind = device.partition(":")[0]
@@ -99,14 +106,23 @@ def open_model(config: RunConfig) -> tuple[nn.Module, Any]:
     torch.set_num_threads(config.threads)
     if config.dtype != "float32":
         say(f"note: with {config.dtype} weights small perturbations are rounded away; float32 is what was measured")
-    return models.load_model(str(demo.MODEL) if config.model == EMBEDDED else config.model, config.device, config.dtype)
+    name = str(demo.MODEL) if config.model == EMBEDDED else config.model
+    model, tokenizer = models.load_model(name, config.device, config.dtype)
+    if config.recipe.moves == "lora":
+        add_lora(model, config.seed)
+    return model, tokenizer
 
 
 def open_workplace(config: RunConfig) -> Workplace:
     """Load the task, the model and its tokenizer."""
-    task = demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
+    task = open_task(config)
     model, tokenizer = open_model(config)
     return Workplace(config, model, tokenizer, task, next(model.parameters()).device)
+
+
+def open_task(config: RunConfig) -> Task:
+    """The run's task."""
+    return demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
 
 
 def check_model(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
@@ -144,40 +160,59 @@ def training_and_evaluation_rows(config: RunConfig, task: Task) -> tuple[list[Ro
 
 def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask:
     """The mask that the method calls for, on the model at hand."""
-    scope, exclude = config.mask_scope, config.exclude
-    kind = METHODS[config.method]
+    scope, exclude, kind = config.mask_scope, config.exclude, config.recipe.moves
     if config.mask:
         mask = SparseMask.load(Path(config.mask))
         mask.check_fits(model)
         return mask
-    if kind == "full":
-        return full_mask(model)
-    if kind == "magnitude":
-        return magnitude_mask(model, config.density, scope=scope, exclude=exclude)
-    if kind == "random":
-        return random_mask(model, config.density, config.seed, scope=scope, exclude=exclude)
-    text = config.text or str(demo.TEXT)
+    text = config.text or (str(demo.TEXT) if config.model == EMBEDDED else "")
     length = models.longest_input(model, config.text_length)
-    sequences = models.load_text(text, tokenizer, config.text_sequences, length)
+    sequences = models.load_text(text, tokenizer, config.text_sequences, length) if text else []
+    loss = models.language_modelling_loss(model)
+    facts = {"text": Path(text).name, "text_length": str(length)}
+    if kind == "sensitivity":
+        return sensitivity_mask(
+            model, sequences, loss, config.density, scope=scope, exclude=exclude, facts=facts, track=track
+        )
+    if kind == "full":
+        mask = full_mask(model)
+    elif kind == "lora":
+        mask = lora_mask(model)
+    elif kind == "magnitude":
+        mask = magnitude_mask(model, config.density, scope=scope, exclude=exclude)
+    elif kind == "random":
+        mask = random_mask(model, config.density, config.seed, scope=scope, exclude=exclude)
+    else:
+        mask = _task_mask(config, model, tokenizer)
+    if not sequences:
+        return mask
+    # no part of the method's choice, but GradIP needs it
+    return replace(mask, pretraining_gradient=pretraining_gradient(model, mask, sequences, loss, track=track))
+
+
+def _task_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask:
+    """The entries most sensitive on the clients' own task: their examples, as many as sequences of text, at random."""
+    task = open_task(config)
+    workplace = Workplace(config, model, tokenizer, task, next(model.parameters()).device)
+    training, _ = training_and_evaluation_rows(config, task)
+    drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])
+    examples = workplace.examples([training[i] for i in drawn])
     return sensitivity_mask(
         model,
-        sequences,
-        models.language_modelling_loss(model),
+        examples,
+        lambda example: models.row_losses(model, models.collate([example], workplace.device), config.objective)[0],
         config.density,
-        scope=scope,
-        exclude=exclude,
-        facts={"text": Path(text).name, "text_length": str(length)},
+        scope=config.mask_scope,
+        exclude=config.exclude,
+        kind="task",
+        facts={"task": task.name},
         track=track,
     )
 
 
-LR_TIMES_MOVING = {"full-fedzo": 550}
-"""The default learning rate times the number of moving parameters, by method; measured in docs/log.md."""
-
-
 def default_lr(method: Method, moving: int) -> float:
     """A learning rate that fits so many moving parameters, to two digits."""
-    return float(f"{LR_TIMES_MOVING.get(method, 110) / moving:.1e}")
+    return float(f"{METHODS[method].lr_times_moving / moving:.1e}")
 
 
 @dataclass(frozen=True)
@@ -189,6 +224,11 @@ class Split:
     evaluation: models.Batch
     digest: str
     """SHA-256 of the examples, as the model sees them, and of who holds which: a run goes on with nothing else."""
+
+    def label_counts(self, labels: int) -> np.ndarray:
+        """Rows of each label at each client, int64 [K, labels]."""
+        of_row = np.array([example.label for example in self.examples])
+        return np.stack([np.bincount(of_row[rows], minlength=labels) for rows in self.partition.rows])
 
     @classmethod
     def of(cls, workplace: Workplace) -> "Split":

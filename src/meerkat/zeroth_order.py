@@ -6,7 +6,7 @@ Weights are always written from theta, which stays float32: nothing is added to 
 away again, so restoring is exact and no drift builds up (numeric contracts 2 and 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ class MaskedModel:
         self.mask = mask
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
+        self._moving = [parameters[name] for name in mask.entries]
         self._parts: list[tuple[Tensor, Tensor | None]] = []
         for name, indices in mask.entries.items():
             weights = parameters[name].detach()
@@ -37,7 +38,16 @@ class MaskedModel:
 
     def read(self) -> Tensor:
         """theta: the weights at the mask, float32 [n]."""
-        return torch.cat([(w if at is None else w[at]).float() for w, at in self._parts])
+        return self.gather([weights for weights, _ in self._parts])
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Those entries of tensors shaped like `parameters()` that move: float32 [n]."""
+        entries = zip(tensors, self._parts, strict=True)
+        return torch.cat([(t.reshape(-1) if at is None else t.reshape(-1)[at]).float() for t, (_, at) in entries])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that hold moving entries, in theta's order."""
+        return self._moving
 
     def write_(self, theta: Tensor) -> None:
         """Set the weights at the mask to theta (float32 [n]), rounded to the weights' type."""

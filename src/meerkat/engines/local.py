@@ -4,15 +4,16 @@ A client keeps nothing between rounds: it is its rows, and a data pointer that f
 a thousand clients need the memory of one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
-from meerkat.client import local_steps
+from meerkat.client import correction, local_steps
 from meerkat.directions import Directions
+from meerkat.first_order import gradient_steps
 from meerkat.rounds import Reply, RoundPlan
+from meerkat.server import ServerState
 from meerkat.zeroth_order import Loss, MaskedModel, projected_gradient
 
 BatchOf = Callable[[int, int], np.ndarray]
@@ -36,15 +37,18 @@ class LocalEngine:
     losses_of: LossesOf
     together: bool = True
 
-    def run(self, theta: Tensor, plan: RoundPlan, pointers: Mapping[int, int]) -> list[Reply]:
-        """The replies to a plan, by ascending client id. `pointers` are steps made before, by client."""
-        if self.together and set(plan.steps.values()) == {1}:
-            return self._one_step(theta, plan, pointers)
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+        """The replies to a plan, by ascending client id."""
+        if self.together and plan.directions and set(plan.steps.values()) == {1}:
+            return self._one_step(state, plan)
         replies = []
         for client in plan.steps:
-            reply, _ = local_steps(
-                self.model, theta, plan, client, self._losses_along(client, pointers.get(client, 0)), self.directions
-            )
+            losses = self._losses_along(client, state.steps_made.get(client, 0))
+            if plan.directions:
+                h = state.corrections.get(client)
+                reply, _ = local_steps(self.model, state.theta, plan, client, losses, self.directions, h)
+            else:
+                reply, _ = gradient_steps(self.model, state.theta, plan, client, losses)
             replies.append(reply)
         return replies
 
@@ -55,13 +59,14 @@ class LocalEngine:
 
         return loss_at
 
-    def _one_step(self, theta: Tensor, plan: RoundPlan, pointers: Mapping[int, int]) -> list[Reply]:
-        losses = self.losses_of([self.batch_of(client, pointers.get(client, 0)) for client in plan.steps])
+    def _one_step(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+        losses = self.losses_of([self.batch_of(client, state.steps_made.get(client, 0)) for client in plan.steps])
         scalars = np.zeros((len(plan.steps), 1, plan.directions), dtype=np.float32)
         levels = np.zeros((len(plan.steps), plan.directions))
         for p in range(plan.directions):
             z = self.directions(plan.place(0, p))
             self.directions.prepare(plan.place_after(0, p))
-            g, level = projected_gradient(self.model, theta, z, plan.eps, losses)
-            scalars[:, 0, p], levels[:, p] = g, level
+            g, level = projected_gradient(self.model, state.theta, z, plan.eps, losses)
+            added = [correction(plan.alpha, state.corrections.get(client), None, z) for client in plan.steps]
+            scalars[:, 0, p], levels[:, p] = g.numpy() + np.array(added), level
         return [Reply(client, scalars[k], float(levels[k].mean())) for k, client in enumerate(plan.steps)]

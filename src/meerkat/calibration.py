@@ -1,0 +1,117 @@
+"""Meerkat-vp: calibrating clients, and stopping the extreme ones early (method, section 6).
+
+Each client makes one uninterrupted path of T_cali steps from the same theta, in a phase of directions of
+its own; theta is put back afterwards. Clients that `selection` finds extreme make one local step a round
+from then on, with a data pointer that moves on. Calibration's steps and bytes are counted like any others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from meerkat import seeds
+from meerkat.directions import Directions
+from meerkat.gradip import gradip, inner_products, magnitude
+from meerkat.rounds import Reply, RoundPlan, replies_from_json, replies_to_json
+from meerkat.selection import Selection, select
+from meerkat.server import ServerConfig, ServerState, counted
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """A calibration and what was decided on it: theta does not move."""
+
+    plan: RoundPlan
+    scalars: Mapping[int, np.ndarray]
+    """g_k: float32 [T_cali, P] by client id, ascending."""
+    inner: np.ndarray
+    """c^{t,p} = <grad_p, z^{t,p}>: float64 [T_cali, P], or empty."""
+    selection: Selection
+    early_stopped: tuple[int, ...]
+    """Who makes one step a round from now on: the extreme clients, or as many at random."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {
+            **replies_to_json(self.plan, self.scalars, self.inner),
+            "selection": asdict(self.selection),
+            "early_stopped": list(self.early_stopped),
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> "CalibrationRecord":
+        """The record that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was not written by `to_json`.
+        """
+        plan, scalars, inner = replies_from_json(held)
+        found = held["selection"]
+        if found.keys() != {field.name for field in fields(Selection)}:
+            raise ValueError(f"round {plan.round} has a selection with {', '.join(found)}")
+        settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        chosen = Selection(**settled)
+        return cls(plan, scalars, inner, chosen, tuple(held["early_stopped"]))
+
+
+def due(state: ServerState, config: ServerConfig) -> bool:
+    """Whether a calibration stands before the next round."""
+    if config.early_stop == "none" or state.round == config.rounds or state.calibrated == state.round:
+        return False
+    every = config.vpcs.recalibrate_every
+    return state.calibrated is None or bool(every and state.round % every == 0)
+
+
+def open_calibration(state: ServerState, config: ServerConfig) -> RoundPlan:
+    """T_cali steps for every client, at the run's first learning rate."""
+    steps = dict.fromkeys(range(config.clients), config.vpcs.calibration_steps)
+    return RoundPlan(state.round, config.lr, config.eps, config.directions, steps, "calibration")
+
+
+def close_calibration(
+    state: ServerState,
+    plan: RoundPlan,
+    replies: Sequence[Reply],
+    config: ServerConfig,
+    directions: Directions,
+    gradient: Tensor | None = None,
+) -> tuple[ServerState, CalibrationRecord]:
+    """Decide who stops early. Clients that did not answer in full are left as they are."""
+    whole = {reply.client: reply.scalars for reply in replies if len(reply.scalars) == plan.steps[reply.client]}
+    scalars = {client: whole[client] for client in sorted(whole)}
+    record = decide(state, plan, scalars, inner_products(gradient, plan, directions), config)
+    return replay(state, record), record
+
+
+def decide(
+    state: ServerState,
+    plan: RoundPlan,
+    scalars: Mapping[int, np.ndarray],
+    inner: np.ndarray,
+    config: ServerConfig,
+) -> CalibrationRecord:
+    """The decision that follows from a calibration's scalars: who is extreme, and who stops early."""
+    found = select(
+        {client: magnitude(g) for client, g in scalars.items()},
+        {client: gradip(g, inner) for client, g in scalars.items()},
+        config.vpcs,
+    )
+    chosen = found.extreme
+    if config.early_stop == "random":
+        order = seeds.permutation(len(found.clients), config.seed, "early stopping", plan.round)
+        chosen = tuple(sorted(found.clients[i] for i in order[: len(found.extreme)]))
+    silent = state.early_stopped - scalars.keys()
+    return CalibrationRecord(plan, scalars, inner, found, tuple(sorted({*chosen, *silent})))
+
+
+def replay(state: ServerState, record: CalibrationRecord) -> ServerState:
+    """The state after a calibration: theta is what it was."""
+    return replace(
+        state,
+        steps_made=counted(state, record.scalars),
+        early_stopped=frozenset(record.early_stopped),
+        calibrated=record.plan.round,
+    )

@@ -1,0 +1,100 @@
+"""A run after the fact, from its folder alone: GradIP trajectories, virtual paths, how updates align.
+
+No model and no data are needed. Trajectories come from the log by one multiplication a step; paths and
+alignments make directions again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from meerkat import path
+from meerkat.alignment import Alignment, alignments
+from meerkat.audit import OpenRun
+from meerkat.calibration import CalibrationRecord
+from meerkat.errors import MeerkatError
+from meerkat.gradip import gradip, magnitude
+from meerkat.rounds import RoundRecord
+from meerkat.runfolder import RunFolder
+from meerkat.runlog import LogReader
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One client's signal over its local steps."""
+
+    steps: np.ndarray
+    """Number of each step, int64 [S], counted over the whole federation's training: round r begins at r T."""
+    gradip: np.ndarray
+    """float64 [S]; nan where the run's mask has no pre-training gradient."""
+    abs_g: np.ndarray
+    """|g|, float64 [S]"""
+
+
+@dataclass(frozen=True)
+class Records:
+    """A log's records in order, as they stand there: chained by hash, not replayed."""
+
+    rounds: list[RoundRecord]
+    calibrations: list[CalibrationRecord]
+
+    def trajectories(self) -> dict[int, Trajectory]:
+        """GradIP and |g| of every client over training, by client id. A first-order run has none."""
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        begun = 0
+        for record in self.rounds:
+            for client, g in record.scalars.items():
+                if record.plan.directions:
+                    steps = begun + np.arange(len(g))
+                    parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
+            begun += max(record.plan.steps.values())
+        return {k: Trajectory(*map(np.concatenate, zip(*parts[k], strict=True))) for k in sorted(parts)}
+
+
+def read(root: Path) -> Records:
+    """The records of a run.
+
+    Raises:
+        MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
+    """
+    folder = RunFolder.open(Path(root))
+    found = Records([], [])
+    for held in LogReader(folder.log_path):
+        if held.get("kind") == "round":
+            found.rounds.append(RoundRecord.from_json(held))
+        elif held.get("kind") == "calibration":
+            found.calibrations.append(CalibrationRecord.from_json(held))
+    return found
+
+
+def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
+    """One client's virtual path: theta after each local step of a round, float32 [n], as the client had it.
+
+    The log is replayed and checked up to that round. Each tensor yielded is the same one, updated.
+
+    Raises:
+        MeerkatError: there is no such round, or the client took no part in it, or made its steps by
+            backpropagation; RunFailed: the record is damaged.
+    """
+    run = OpenRun.of(Path(root))
+    for state, record in run.replay:
+        if isinstance(record, RoundRecord) and record.plan.round == round:
+            if client not in record.scalars or not record.plan.directions:
+                raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
+            return path.client_path(state.theta, record, client, run.directions)
+    raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
+
+
+def updates(root: Path) -> Iterator[tuple[int, Mapping[int, Alignment]]]:
+    """(round, norm and cosine of each client's update against the aggregated one), round by round.
+
+    Raises:
+        MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
+    """
+    run = OpenRun.of(Path(root))
+    for _, record in run.replay:
+        if isinstance(record, RoundRecord):
+            yield record.plan.round, alignments(record, run.directions)

@@ -1,0 +1,158 @@
+"""What is noted of a run for people: a line a round, a calibration or an evaluation, and the summary at its end.
+
+Nothing of the run is computed from these; the log alone is the record.
+"""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from meerkat.calibration import CalibrationRecord
+from meerkat.config import RunConfig
+from meerkat.gradip import gradip, magnitude
+from meerkat.mask import SparseMask
+from meerkat.models import Evaluation
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.runfolder import Metric
+
+
+def round_metric(record: RoundRecord, replies: Sequence[Reply]) -> dict[str, Any]:
+    """A closed round: mean training loss, and each client's GradIP and |g| at every step."""
+    return {
+        "kind": "round",
+        "round": record.plan.round,
+        "loss": sum(record.weights[reply.client] * reply.loss for reply in replies),
+        "lr": record.plan.lr,
+        **_traces(record.plan, record.scalars, record.inner),
+        **_payload(record.plan, None if record.delta is None else len(record.delta)),
+    }
+
+
+def calibration_metric(record: CalibrationRecord) -> dict[str, Any]:
+    """A calibration: each client's trace, the decision and the numbers that led to it."""
+    found = record.selection
+    return {
+        "kind": "calibration",
+        "round": record.plan.round,
+        **_traces(record.plan, record.scalars, record.inner),
+        "rho_later": _rounded(found.rho_later),
+        "rho_quie": _rounded(found.rho_quie),
+        "later": _rounded(found.later),
+        "thresholds": {
+            "rho_later": found.rho_later_above,
+            "rho_quie": found.rho_quie_from,
+            "quiet": found.quiet_below,
+        },
+        "extreme": list(found.extreme),
+        "early_stopped": list(record.early_stopped),
+        **_payload(record.plan, None),
+    }
+
+
+def evaluation_metric(found: Evaluation, rounds: int) -> dict[str, Any]:
+    """How the model stood after so many rounds."""
+    return {
+        "kind": "evaluation",
+        "round": rounds,
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "per_class": found.per_class,
+    }
+
+
+def split_metric(labels: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
+    """Who holds what: each client's rows of each label, int [K, C]. A simulation knows it; a server does not."""
+    return {"kind": "split", "round": 0, "labels": list(labels), "counts": counts.tolist()}
+
+
+def _traces(plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray) -> dict[str, Any]:
+    if not plan.directions:
+        return {}
+    noted: dict[str, Any] = {
+        "clients": list(scalars),
+        "abs_g": [_rounded(magnitude(g)) for g in scalars.values()],
+    }
+    if len(inner):
+        noted["gradip"] = [_rounded(gradip(g, inner)) for g in scalars.values()]
+    return noted
+
+
+def _payload(plan: RoundPlan, delta: int | None) -> dict[str, int]:
+    """Bytes of payload of all clients together, up and down, and local steps made."""
+    steps = sum(plan.steps.values())
+    if delta is not None:
+        return {"bytes_up": 4 * delta * len(plan.steps), "bytes_down": 4 * delta * len(plan.steps), "steps": steps}
+    down = 0 if plan.phase == "calibration" else 4 * max(plan.steps.values()) * plan.directions * len(plan.steps)
+    return {"bytes_up": 4 * steps * plan.directions, "bytes_down": down, "steps": steps}
+
+
+def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> str:
+    """What is about to run; sizes are the clients' numbers of rows."""
+    return (
+        f"{config.method}: {len(mask):,} of {mask.total:,} parameters move, learning rate {config.lr:g}; "
+        f"{config.clients} clients ({config.partition}) hold {min(sizes)} to {max(sizes)} rows; "
+        f"{config.rounds} rounds of {config.local_steps} local step{'s' * (config.local_steps > 1)}"
+    )
+
+
+def summarise(
+    config: RunConfig,
+    mask: SparseMask,
+    extreme: Sequence[int],
+    early_stopped: Sequence[int],
+    metrics: Sequence[Metric],
+    digest: str,
+) -> dict[str, Any]:
+    """A finished run in one object.
+
+    Args:
+        extreme: clients whose data is known to be extremely skewed; a simulation knows them.
+        early_stopped: clients that made one step a round at the end.
+    """
+    judged = sorted((m for m in metrics if m["kind"] == "evaluation"), key=lambda m: m["round"])
+    worked = [m for m in metrics if m["kind"] in ("round", "calibration")]
+    first_order = config.recipe.update == "first-order"
+    payload = 4 * (len(mask) if first_order else config.local_steps * config.directions)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {
+        "method": config.method,
+        "model": config.model,
+        "task": config.task,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "local_steps": config.local_steps,
+        "directions": config.directions,
+        "clients": config.clients,
+        "clients_per_round": config.clients_per_round,
+        "partition": config.partition,
+        "lr": config.lr,
+        "eps": config.eps,
+        "params_total": mask.total,
+        "params_masked": len(mask),
+        "evaluated_on": "held-back" if config.held_back else "validation",
+        "accuracy_before": judged[0]["accuracy"],
+        "accuracy": judged[-1]["accuracy"],
+        "loss_before": judged[0]["loss"],
+        "loss": judged[-1]["loss"],
+        "per_class": judged[-1]["per_class"],
+        "payload_bytes_up_per_client_round": payload,
+        "payload_bytes_down_per_client_round": payload,
+        "payload_bytes_up": sum(m["bytes_up"] for m in worked),
+        "payload_bytes_down": sum(m["bytes_down"] for m in worked),
+        "client_steps": sum(m["steps"] for m in worked),
+        "calibration_steps": sum(m["steps"] for m in worked if m["kind"] == "calibration"),
+        "dense_bytes_per_client_round": 4 * mask.total,
+        "extreme_clients": list(extreme),
+        "early_stopped_clients": list(early_stopped),
+        "theta_digest": digest,
+        "wall_s": sum(m.get("wall_s", 0.0) for m in metrics),
+        "forward_s": sum(m["forward_s"] for m in worked),
+        "peak_rss_mb": peak,
+    }
