@@ -18,9 +18,15 @@ LAYERS = [
     {"client", "server", "runlog"},
     {"engines.local", "config"},
     {"runfolder", "record"},
-    {"workplace", "report"},
+    {"workplace"},
     {"experiment", "audit"},
     {"export"},
+    {"report.look", "report.style", "report.words", "report.curves", "report.study"},
+    {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
+    {"report.client_figures", "report.compare_page"},
+    {"report.run_clients"},
+    {"report.run_page"},
+    {"report"},
     {"cli"},
 ]
 ALGORITHM = {"mask", "sensitivity", "adapters", "directions", "zeroth_order", "rounds", "path", "client", "server"}
