@@ -49,7 +49,7 @@ def split(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
 
 def _bars(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> Figure:
     clients = len(counts)
-    with drawing(4.7, 1.15 + 0.2 * max(clients, 4)) as (figure, axes):
+    with drawing(4.4, 1.15 + 0.2 * max(clients, 4)) as (figure, axes):
         left = np.zeros(clients)
         hatches = ("", "///", "", "...", "", "\\\\\\", "")
         for c, label in enumerate(labels):
@@ -105,7 +105,7 @@ def rho_plane(record: CalibrationRecord, extreme: Sequence[int] | None, automati
     x = np.array(found.rho_later)
     y = np.array(found.later if automatic else found.rho_quie)
     kinds = groups(found.clients, record.early_stopped, extreme)
-    with drawing(4.7, 3.3) as (figure, axes):
+    with drawing(4.4, 3.3) as (figure, axes):
         for above, group in enumerate(kinds):
             rows = [at[client] for client in group.clients]
             label, size = f"{group.name} ({len(rows):,})", 28 if len(at) < 100 else 12

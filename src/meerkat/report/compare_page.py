@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meerkat.report import study_figures as draw
+import meerkat.report.study_figures as draw
 from meerkat.report.look import data_size
 from meerkat.report.page import Page, Shown, absent, escape, folded, paragraph, pill, table
 from meerkat.report.study import Study, finite, mean, numeric, read_studies, setting_words, spread
@@ -87,7 +87,9 @@ def _differences(check: Mapping[str, Any]) -> str:
         )
         for one in check["differences"]
     ]
-    return table(["at", "mean difference", "standard error", "verdict"], rows, caption="Paired over seeds")
+    return table(
+        ["at", "difference", "s.e.", "verdict"], rows, caption="Mean difference paired over seeds, its standard error"
+    )
 
 
 def _signed(value: float | None) -> str:
@@ -106,7 +108,7 @@ def _plus_minus(values: Sequence[float | None]) -> str:
     said = f"{mean(values):.3f}"
     if not math.isnan(spread(values)):
         said += f" <small>± {spread(values):.3f}</small>"
-    return said + (f" <small>({lost} diverged)</small>" if lost else "")
+    return said + (f"<br><small>{lost} diverged</small>" if lost else "")
 
 
 def _table(study: Study) -> str:

@@ -80,12 +80,15 @@ _PAGE_SVG = {"svg.fonttype": "none"}
 
 
 @contextmanager
-def drawing(width: float = 4.7, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: float = 4.4, height: float = 2.9) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one plot, in inches, and the style for what is drawn on it."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots()
+        with _any_script():
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it stands: each file is drawn without laying it out again
 
 
 @contextmanager
@@ -167,7 +170,9 @@ def plain_log(axes: Axes, which: str) -> None:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,), numticks=12))
+        axis.set_major_locator(
+            LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 6 else (1, 2, 5) if ratio < 300 else (1,), numticks=12)
+        )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -189,7 +194,7 @@ def legend_above(axes: Axes) -> None:
     """The legend above the plot, in as many columns as its names leave room for."""
     names = axes.get_legend_handles_labels()[1]
     if names:
-        columns = int(4.2 / (0.5 + 0.062 * max(map(len, names))))
+        columns = int(4 / (0.42 + 0.058 * max(map(len, names))))
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),

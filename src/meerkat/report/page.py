@@ -73,13 +73,13 @@ class Page:
         """The whole page."""
         links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in self._sections)
         light = "".join(f"--{variable}:{colour};" for colour, variable in VARIABLES.items())
-        body = "\n".join(self._parts)
+        body = "\n".join([*self._parts, "</section>"] if self._sections else self._parts)
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>:root{{{light}}}\n{STYLE}</style>\n</head>\n<body>\n"
             f"<header><h1>{escape(self.title)}</h1><p>{escape(self.subtitle)}</p></header>\n"
-            f'<nav aria-label="Sections">{links}</nav>\n<main>\n{body}\n</section>\n</main>\n'
+            f'<nav aria-label="Sections">{links}</nav>\n<main>\n{body}\n</main>\n'
             "<footer>Made by <code>meerkat report</code>; the figures are also in <code>figures/</code>, "
             "as PNG and SVG.</footer>\n</body>\n</html>\n"
         )
@@ -151,10 +151,10 @@ def table(
         + "</tr>"
         for place, row in enumerate(rows)
     )
-    said, title = (f"<caption>{escape(caption)}</caption>" if caption else ""), "Table"
+    said, title = (f'<p class="caption">{escape(caption)}</p>' if caption else ""), "Table"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or title)}">'
-        f"<table>{said}<thead><tr>{heads}</tr></thead>\n<tbody>{lines}</tbody></table></div>"
+        f'{said}<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or title)}">'
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{lines}</tbody></table></div>"
     )
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+import meerkat.report.client_figures as draw
 from meerkat.alignment import Alignment, alignments
 from meerkat.calibration import CalibrationRecord
 from meerkat.directions import Directions, run_key
 from meerkat.gradip import gradip, magnitude
-from meerkat.report import client_figures as draw
 from meerkat.report.clients import binned, groups, how_drawn, running_mean
 from meerkat.report.page import Page, absent, paragraph
 from meerkat.report.story import Story
@@ -187,7 +187,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], looked: str) -> None:
     shares = np.array(
         [np.mean([np.sign(g[0, 0]) == np.sign(r.aggregate[0, 0]) for g in r.scalars.values()]) for r in rounds]
     )
-    bins = min(len(shares), _LOOKED_AT)
+    bins = min(len(shares), _LOOKED_AT // 2)
     at = np.array([r.plan.round + 1 for r in rounds])
     x = np.array([part.mean() for part in np.array_split(at, bins)])
     y = np.array([part.mean() for part in np.array_split(shares, bins)])
@@ -202,7 +202,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], looked: str) -> None:
             "agreement",
             draw.agreement(x, y),
             "Clients that agree",
-            f"Share of clients whose update has the sign of the federation's ({looked}, in up to {_LOOKED_AT} means); "
+            f"Share of clients whose update has the federation's sign ({looked}, in up to {_LOOKED_AT // 2} means); "
             "the dashed line is what chance alone would give, at least.",
         )
     )

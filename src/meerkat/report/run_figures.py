@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, LogLocator
 
 from meerkat.report.look import (
     BLUE,
@@ -81,7 +81,7 @@ def curve(
             whole_numbers(axes)
         axes.set_ylabel(name)
         if beside is not None:
-            axes.legend(loc="upper right", handlelength=1.8)
+            axes.legend(loc="best", handlelength=1.8)
     return figure
 
 
@@ -100,7 +100,7 @@ def by_class(rounds: Sequence[int], series: dict[str, list[float]]) -> Figure:
 def traffic(amounts: Sequence[tuple[str, float]], dense: str) -> Figure:
     """Bytes of payload on a log scale, a bar each; the one named `dense` is what was not sent."""
     shown = [(name, amount) for name, amount in amounts if amount > 0]
-    with drawing(9.6, 0.75 + 0.3 * len(shown)) as (figure, axes):
+    with drawing(4.4, 0.7 + 0.32 * len(shown)) as (figure, axes):
         colours = [REST if name == dense else BLUE for name, _ in shown]
         low = min(amount for _, amount in shown) / 3
         axes.barh(range(len(shown)), [a - low for _, a in shown], left=low, color=colours, height=0.66)
@@ -115,11 +115,12 @@ def traffic(amounts: Sequence[tuple[str, float]], dense: str) -> Figure:
                 fontweight="bold",
             )
         axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-        axes.set_xlim(low, max(amount for _, amount in shown) * 4)
+        axes.set_xlim(low, max(amount for _, amount in shown) * 12)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", which="minor", length=0)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
         byte_ticks(axes)
     return figure
 
@@ -155,7 +156,7 @@ def mask_map(counts: Sequence[tuple[str, int, int]]) -> Figure | None:
     low, high = float(np.nanmin(shares)), float(np.nanmax(shares))
     norm = LogNorm(low / 2 if low < high else low / 10, high)
     written = shares.size <= 130
-    with drawing(9.6 if len(kinds) > 5 else 4.7, 1.5 + 0.26 * min(max(layers, 3), 30)) as (figure, axes):
+    with drawing(9.6 if len(kinds) > 5 else 4.4, 1.5 + 0.26 * min(max(layers, 3), 30)) as (figure, axes):
         axes.imshow(shares, cmap=HEAT, norm=norm, aspect="auto", interpolation="none")
         if written:
             for (row, column), share in np.ndenumerate(shares):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+import meerkat.report.run_figures as draw
 from meerkat.config import RunConfig
-from meerkat.report import run_figures as draw
 from meerkat.report.look import CYCLE, data_size
 from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph, table
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
@@ -63,7 +63,8 @@ def _outcome(page: Page, story: Story) -> None:
     steps = sum(m["steps"] for m in story.metrics if m["kind"] in ("round", "calibration"))
     shown.append(("rounds", f"{story.rounds:,}", f"{steps:,} local steps of all clients"))
     if story.metrics:
-        shown.append(("payload a client", data_size(story.payload()), "up and down, calibration counted"))
+        counted = ", calibration counted" if story.of_kind("calibration") else ""
+        shown.append(("payload a client", data_size(story.payload()), f"up and down{counted}"))
     if story.config.recipe.early_stop != "none" or story.stopped:
         known = "" if story.extreme is None else f"{len(story.extreme):,} known to be extreme"
         shown.append(
@@ -154,7 +155,7 @@ def _curves(page: Page, story: Story) -> None:
 def _smooth(values: list[float]) -> list[float]:
     from meerkat.report.clients import running_mean
 
-    width = max(1, len(values) // 40)
+    width = max(1, len(values) // 15)
     found: list[float] = running_mean(np.array(values, np.float64), width).tolist() if values else []
     return found
 

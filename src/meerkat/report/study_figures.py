@@ -87,7 +87,7 @@ def curves(study: Study, rows: Sequence[Row], what: str) -> Figure | None:
 def final(study: Study) -> Figure:
     """Final accuracy: a line a setting, a dot a seed, an upright stroke their mean."""
     rows = study.rows
-    with drawing(4.7, 0.75 + 0.2 * max(len(rows), 3)) as (figure, axes):
+    with drawing(4.4, 0.75 + 0.2 * max(len(rows), 3)) as (figure, axes):
         names = [short(setting_words(row["setting"]), 40) for row in rows]
         for place, row in enumerate(rows):
             seeds = finite(row["accuracy"])
@@ -166,21 +166,27 @@ def rates(study: Study, rows: Sequence[Row]) -> Figure | None:
     searched = [row for row in rows if row.get("rates")]
     if not searched:
         return None
-    shown, lost = looks(study), 0
+    shown, lost, any_lost = looks(study), 0, False
     with drawing() as (figure, axes):
         for row in searched:
-            lost += _search(axes, row, shown[study.within(row)], short(study.within(row)), lost)
-        if lost:
+            look = shown[study.within(row)]
+            diverged = _search(axes, row, look, short(study.within(row)), lost)
+            lost, any_lost = lost + (diverged and look is not _OTHERS), any_lost or diverged
+        if any_lost:
             axes.plot([], [], "x", color=INK, ms=5, mew=1.5, label="diverged")
             axes.margins(y=0.2)
         plain_log(axes, "x")
+        tried = sorted({float(rate) for row in searched for rate, _ in row["rates"]})
+        if len(tried) <= 7:
+            axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+            axes.xaxis.set_minor_locator(NullLocator())
         plain_log(axes, "y")
         axes.set(xlabel="learning rate", ylabel="loss on held-back rows")
         _legend(axes, sum(shown[study.within(row)] is _OTHERS for row in searched))
     return figure
 
 
-def _search(axes: Axes, row: Row, look: Look, name: str, above: int) -> int:
+def _search(axes: Axes, row: Row, look: Look, name: str, above: int) -> bool:
     """One setting's search; crosses of diverged rates stand under those `above`. Returns whether there are any."""
     plain = look is _OTHERS
     kept = [(rate, loss) for rate, loss in row["rates"] if finite([loss])]
@@ -190,9 +196,9 @@ def _search(axes: Axes, row: Row, look: Look, name: str, above: int) -> int:
         label, width = "_" if plain else name, 0.9 if plain else 1.4
         axes.plot(x, y, color=look.colour, marker=look.marker, ls=look.dashes, lw=width, label=label, ms=3.5)
     for rate, loss in kept:
-        if np.isclose(rate, row["lr"]):
+        if np.isclose(rate, row["lr"]) and not plain:
             axes.plot(rate, loss, "o", ms=9, mfc="none", mec=look.colour, mew=1.4)
-    height = 0.97 - 0.05 * min(above, 8)
+    height = 0.97 - 0.05 * min(above, 8) if not plain else 0.5
     for rate in lost:
         axes.plot(rate, height, "x", color=look.colour, ms=5, mew=1.5, transform=axes.get_xaxis_transform())
     return bool(lost)
@@ -204,7 +210,7 @@ _VERDICTS = {"holds": (GREEN, "o"), "fails": (RED, "X"), "undecided": (MUTED, "s
 def differences(check: Mapping[str, Any]) -> Figure:
     """A claim's paired differences: a mark a setting with two standard errors either way."""
     held = [d for d in check["differences"] if finite([d["mean"]])]
-    with drawing(4.7, 0.75 + 0.24 * max(len(held), 2)) as (figure, axes):
+    with drawing(4.4, 0.75 + 0.24 * max(len(held), 2)) as (figure, axes):
         axes.axvline(0, color=INK, lw=1)
         for place, one in enumerate(held):
             colour, marker = _VERDICTS.get(one["verdict"], _VERDICTS["undecided"])

@@ -43,12 +43,12 @@ figcaption{color:var(--muted);font-size:.87rem;line-height:1.45;margin-top:.35re
 figcaption b{color:var(--ink);font-weight:600}
 .scroll{overflow-x:auto;margin:.7rem 0 1rem}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--muted);font-size:.87rem;padding-bottom:.35rem;caption-side:top}
-th,td{text-align:left;padding:.34rem .9rem .34rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+.caption{color:var(--muted);font-size:.87rem;margin:.8rem 0 -.2rem}
+th,td{text-align:left;padding:.34rem .75rem .34rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;color:var(--muted);font-size:.82rem;vertical-align:bottom}
 td{overflow-wrap:anywhere}
 .t{white-space:nowrap}
-.n{text-align:right;white-space:nowrap;padding-left:.5rem}
+.n{text-align:right;white-space:nowrap;padding-left:.3rem}
 .best td{font-weight:650;background:var(--soft)}
 small{font-weight:400}
 td small{color:var(--muted);font-weight:400}
