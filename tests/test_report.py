@@ -131,7 +131,7 @@ def write_run(
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append({"kind": "round", **record.to_json()})
         folder.note(round_metric(record, [Reply(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1})
-        folder.note(judged | {"round": number + 1, "accuracy": 0.3 + 0.1 * number, "loss": 1.4 - 0.1 * number})
+        folder.note(judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number})
     log.close()
     if done:
         stopped = list(range(extreme))
@@ -230,7 +230,7 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", rounds=3, done=False)
     words = page_of(root).words
     assert "got to round 2 of 3" in words
-    assert "Accuracy was 0.250 before and 0.400 after 2 rounds." in words
+    assert "Accuracy was 0.250 before and 0.500 after 2 rounds." in words
     assert "1 known to be extreme" in words  # from the split, as there is no summary
 
 

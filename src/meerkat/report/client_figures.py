@@ -83,7 +83,7 @@ def signal(
         ends = draw_lines(axes, x, values, clients, kinds, log=True)
         axes.set(xlabel=x_name, ylabel=y_name)
         axes.margins(x=0.01)
-        _from_the_bulk(axes, values)
+        _from_the_bulk(axes, values, clients, kinds)
         plain_log(axes, "y")
         whole_numbers(axes)
         names(axes, kinds)
@@ -91,11 +91,19 @@ def signal(
     return figure
 
 
-def _from_the_bulk(axes: Axes, values: np.ndarray) -> None:
-    """A log scale that a few values near zero do not stretch."""
-    held = values[np.isfinite(values) & (values > 0)]
-    if len(held):
-        axes.set_ylim(np.quantile(held, 0.01) / 1.5, held.max() * 1.3)
+def _from_the_bulk(axes: Axes, values: np.ndarray, clients: Sequence[int], kinds: Sequence[Group]) -> None:
+    """Limits of a log scale that no group falls out of, and that a few values near zero do not stretch."""
+    row = {client: i for i, client in enumerate(clients)}
+    lows, highs = [], []
+    for group in kinds:
+        held = values[[row[client] for client in group.clients]]
+        held = held[np.isfinite(held) & (held > 0)]
+        if len(held):
+            low, high = np.quantile(held, (0.02, 0.98) if len(group.clients) > FEW else (0.02, 1.0))
+            lows.append(low)
+            highs.append(high)
+    if lows:
+        axes.set_ylim(min(lows) / 1.4, max(highs) * 1.4)
 
 
 def rho_plane(record: CalibrationRecord, extreme: Sequence[int] | None, automatic: bool) -> Figure:
@@ -172,7 +180,7 @@ def cosines(
             axes.axhline(0, color=MUTED, lw=0.9)
             axes.set_ylim(-1.05, 1.05)
         else:
-            _from_the_bulk(axes, values)
+            _from_the_bulk(axes, values, clients, kinds)
             plain_log(axes, "y")
         axes.set(xlabel="round", ylabel=y_name)
         whole_numbers(axes)

@@ -8,7 +8,7 @@ from typing import Any
 import meerkat.report.study_figures as draw
 from meerkat.report.look import data_size
 from meerkat.report.page import Page, Shown, absent, escape, folded, paragraph, pill, table
-from meerkat.report.study import Study, finite, mean, numeric, read_studies, setting_words, spread
+from meerkat.report.study import Study, finite, mean, numeric, read_studies, spread, told_apart, value_words
 
 Row = Mapping[str, Any]
 _NONE, _TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
@@ -31,11 +31,11 @@ def comparison_page(root: Path) -> Page:
     runs = sum(len(row["seeds"]) for study in studies for row in study.rows)
     model, task = Path(str(held["model"])).name or str(held["model"]), Path(str(held["task"])).stem or str(held["task"])
     page = Page(
-        str(held["title"]),
+        str(held["title"]) or "Comparison",
         f"{model} · {task} · {len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs",
     )
     for number, study in enumerate(studies):
-        page.section(str(study.held["title"]), f"study-{number + 1}-{study.name}")
+        page.section(str(study.held["title"] or study.held["name"]), f"study-{number + 1}-{study.name}")
         if study.held.get("note"):
             page.add(paragraph(str(study.held["note"]), "note"))
         if not study.rows:
@@ -52,7 +52,9 @@ def _checks(page: Page, study: Study) -> None:
     if checks:
         page.add("<h3>Claims</h3>")
     for i, check in enumerate(checks):
-        page.add(f'<p class="claim">{pill(str(check["verdict"]))} <span>{_claim(str(check["claim"]))}</span></p>')
+        page.add(
+            f'<p class="claim">{pill(str(check["verdict"]))} <b>{escape(str(check["claim"]))}</b> {_overall(check)}</p>'
+        )
         held, pairs = _differences(check), check["differences"]
         if sum(bool(finite([one["mean"]])) for one in pairs) < 2:
             page.add(held)
@@ -66,30 +68,29 @@ def _checks(page: Page, study: Study) -> None:
             page.add(folded(f"{len(pairs)} paired differences", held))
 
 
-def _claim(claim: str) -> str:
-    axis, _, order = claim.partition(":")
-    return (
-        f"<b>{escape(order.strip())}</b> <small>({escape(axis.strip())})</small>"
-        if order
-        else f"<b>{escape(claim)}</b>"
-    )
+def _overall(check: Mapping[str, Any]) -> str:
+    """All of a claim's differences together, where they were judged so."""
+    if check.get("mean") is None:
+        return ""
+    error = f" ± {number(check['se'])}" if finite([check.get("se")]) else ""
+    return f"<small>{escape(str(check.get('measure', 'accuracy')))} {_signed(check['mean'])}{error}</small>"
 
 
 def _differences(check: Mapping[str, Any]) -> str:
-    if not check["differences"]:
-        return paragraph("No pair of runs to hold it against.", "absent")
+    pairs = check["differences"]
+    if not pairs:
+        return absent("No pair of runs to hold it against.")
     rows = [
         (
-            escape(setting_words(one["setting"])),
+            escape(name),
             _signed(one["mean"]),
             number(one["se"]),
             f'<span class="{escape(str(one["verdict"]), quote=True)}">{escape(str(one["verdict"]))}</span>',
         )
-        for one in check["differences"]
+        for name, one in zip(told_apart([one["setting"] for one in pairs]), pairs, strict=True)
     ]
-    return table(
-        ["at", "difference", "s.e.", "verdict"], rows, caption="Mean difference paired over seeds, its standard error"
-    )
+    said = "Mean difference paired over seeds, its standard error"
+    return table(["at", "difference", "s.e.", "verdict"], rows, caption=said)
 
 
 def _signed(value: float | None) -> str:
@@ -101,10 +102,10 @@ def number(value: float | None, form: str = ".4f") -> str:
     return _NONE if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _plus_minus(values: Sequence[float | None]) -> str:
+def _plus_minus(values: Sequence[float | None], lost: int = 0) -> str:
     if not finite(values):
         return "diverged"
-    lost = len(values) - len(finite(values))
+    lost += len(values) - len(finite(values))
     said = f"{mean(values):.3f}"
     if not math.isnan(spread(values)):
         said += f" <small>± {spread(values):.3f}</small>"
@@ -125,8 +126,8 @@ def _table(study: Study) -> str:
         wall = mean(row["wall_s"])
         lines.append(
             [
-                *(escape(_plain(row["setting"].get(axis, ""))) for axis in axes),
-                _plus_minus(row["accuracy"]),
+                *(escape(_plain(axis, row["setting"].get(axis, ""))) for axis in axes),
+                _plus_minus(row["accuracy"], len(row.get("diverged", []))),
                 number(mean(row["accuracy_before"]), ".3f"),
                 _plus_minus(row["loss"]),
                 f"{row['lr']:g}",
@@ -134,7 +135,7 @@ def _table(study: Study) -> str:
                 f"{row['params_masked']:,}",
                 escape(data_size(row["payload_bytes_up_per_client"])),
                 _NONE if math.isnan(wall) else f"{wall / fastest:.2f}{_TIMES} <small>{wall:,.1f} s</small>",
-                *([f"{mean(row['early_stopped']):.3g}"] if stops else []),
+                *([number(mean(row["early_stopped"]), ".3g")] if stops else []),
             ]
         )
     seeds = sorted({len(row["seeds"]) for row in rows})
@@ -147,8 +148,11 @@ def _table(study: Study) -> str:
     return "<h3>Outcomes</h3>" + table(head, lines, text_columns=len(axes), caption=said, strong=best)
 
 
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _plain(axis: str, value: Any) -> str:
+    """A value under its axis' name, which the column says."""
+    return (
+        f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value_words(axis, value)
+    )
 
 
 def _figures(page: Page, study: Study) -> None:
@@ -158,10 +162,11 @@ def _figures(page: Page, study: Study) -> None:
         figure = draw.curves(study, rows, "accuracy")
         missing = missing or figure is None
         if figure is not None:
-            said = (
-                "Accuracy against the local steps a client has made, in however many rounds: lines are means over seeds"
+            many = max(len(row.get("runs", [])) for row in rows) > 1
+            said = "Accuracy against the local steps a client has made, in however many rounds: "
+            said += (
+                "lines are means over seeds, bands reach from the lowest to the highest." if many else "one run each."
             )
-            said += ", bands reach from the lowest seed to the highest."
             shown.append((f"{study.name}-accuracy-{i + 1}", figure, _titled("Accuracy over local steps", name), said))
     said = "One line a setting, one dot a seed, the upright stroke their mean; the best in bold blue."
     shown.append((f"{study.name}-final", draw.final(study), "Final accuracy", said))
@@ -173,7 +178,8 @@ def _figures(page: Page, study: Study) -> None:
             said = (
                 "Loss on held-back training rows by learning rate, on log scales; a ring marks the rate that was taken"
             )
-            said += ", a cross at the top one that diverged."
+            diverged = any(not finite([loss]) for row in rows for _, loss in row.get("rates", []))
+            said += ", a cross one that diverged." if diverged else "."
             shown.append((f"{study.name}-rates-{i + 1}", figure, _titled("Learning-rate search", name), said))
     page.figures(*shown)
     if missing:

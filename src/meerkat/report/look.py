@@ -8,7 +8,7 @@ people with any colour blindness tell apart; lines differ in dashes or markers a
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,16 +192,18 @@ def short(text: str, most: int = 24) -> str:
 
 def legend_above(axes: Axes) -> None:
     """The legend above the plot, in as many columns as its names leave room for."""
-    names = axes.get_legend_handles_labels()[1]
-    if names:
-        columns = int(4 / (0.42 + 0.058 * max(map(len, names))))
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncols=max(1, min(columns, 4)),
-            handlelength=1.9,
-            columnspacing=1.2,
-        )
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    assert isinstance(axes.figure, Figure)
+    columns = next((c for c in (5, 4, 3, 2) if _legend_width(names, c) <= axes.figure.get_figwidth()), 1)
+    axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.9, columnspacing=1.2)
+
+
+def _legend_width(names: Sequence[str], columns: int) -> float:
+    """About how wide a legend is, in inches; it is filled column by column."""
+    rows = -(-len(names) // columns)
+    return sum(0.42 + 0.066 * max(map(len, names[i : i + rows])) for i in range(0, len(names), rows))
 
 
 def data_size(count: float) -> str:
@@ -223,7 +225,8 @@ def byte_ticks(axes: Axes) -> None:
 
 def heat_key(axes: Axes, said: str) -> None:
     """What the shades of a heat map stand for: a bar of them, and its two ends in words, above the plot."""
-    place = axes.inset_axes((0.0, 1.05, 0.22, 0.05))
+    inch = 1 / (float(axes.bbox.height) / axes.figure.dpi)
+    place = axes.inset_axes((0.0, 1 + 0.08 * inch, 0.22, 0.1 * inch))
     place.imshow([[i / 63 for i in range(64)]], cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="none")
     place.set(xticks=[], yticks=[])
     place.grid(visible=False)

@@ -73,13 +73,14 @@ class Page:
         """The whole page."""
         links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in self._sections)
         light = "".join(f"--{variable}:{colour};" for colour, variable in VARIABLES.items())
+        nav = f'<nav aria-label="Sections">{links}</nav>\n' if len(self._sections) > 1 else ""
         body = "\n".join([*self._parts, "</section>"] if self._sections else self._parts)
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>:root{{{light}}}\n{STYLE}</style>\n</head>\n<body>\n"
             f"<header><h1>{escape(self.title)}</h1><p>{escape(self.subtitle)}</p></header>\n"
-            f'<nav aria-label="Sections">{links}</nav>\n<main>\n{body}\n</main>\n'
+            f"{nav}<main>\n{body}\n</main>\n"
             "<footer>Made by <code>meerkat report</code>; the figures are also in <code>figures/</code>, "
             "as PNG and SVG.</footer>\n</body>\n</html>\n"
         )

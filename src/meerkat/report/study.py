@@ -29,7 +29,7 @@ class Study:
     @property
     def name(self) -> str:
         """What its figures' files are called by."""
-        return "".join(c if c.isalnum() or c in "-_" else "-" for c in str(self.held["name"])) or "study"
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in str(self.held["name"])) or "study"
 
     @property
     def axes(self) -> Mapping[str, Sequence[Any]]:
@@ -109,7 +109,7 @@ def read_studies(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
 def value_words(axis: str, value: Any) -> str:
     """One value of an axis in words: "T = 10", "u = 0.001", "iid"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return Path(str(value)).name if axis == "mask" else str(value)
     return (
         f"{SYMBOLS.get(axis, axis)} = {value:,}" if isinstance(value, int) else f"{SYMBOLS.get(axis, axis)} = {value:g}"
     )
@@ -118,6 +118,14 @@ def value_words(axis: str, value: Any) -> str:
 def setting_words(setting: Mapping[str, Any]) -> str:
     """A setting in words."""
     return ", ".join(value_words(axis, value) for axis, value in setting.items()) or "all"
+
+
+def told_apart(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings in words, without what all of them share."""
+    shared = {name for name in settings[0] if all(one.get(name) == settings[0][name] for one in settings)}
+    if len(settings) == 1 or all(set(one) == shared for one in settings):
+        return [setting_words(one) for one in settings]
+    return [setting_words({k: v for k, v in one.items() if k not in shared}) for one in settings]
 
 
 def finite(values: Sequence[float | None]) -> list[float]:

@@ -24,7 +24,7 @@ from meerkat.report.look import (
     short,
     whole_numbers,
 )
-from meerkat.report.study import Study, finite, mean, setting_words
+from meerkat.report.study import Study, finite, mean, setting_words, told_apart
 
 Row = Mapping[str, Any]
 _DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", (0, (8, 2)), (0, (3, 1)))
@@ -216,11 +216,11 @@ def differences(check: Mapping[str, Any]) -> Figure:
             colour, marker = _VERDICTS.get(one["verdict"], _VERDICTS["undecided"])
             wide = 2 * (mean([one["se"]]) if finite([one["se"]]) else 0.0)
             axes.errorbar(one["mean"], place, xerr=wide, color=colour, marker=marker, ms=5, lw=1.5, capsize=2.5)
-        names = [short(setting_words(one["setting"]), 34) for one in held]
+        names = [short(name, 34) for name in told_apart([one["setting"] for one in held])]
         axes.set_yticks(range(len(held)), names)
         axes.set_ylim(len(held) - 0.4, -0.6)
         axes.margins(x=0.08)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("difference, two standard errors either way")
+        axes.set_xlabel(f"difference in {check.get('measure', 'accuracy')}, two standard errors either way")
     return figure
