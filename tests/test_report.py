@@ -18,7 +18,7 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.metrics import calibration_metric, round_metric, split_metric, summarise
 from meerkat.report import write_comparison_report, write_run_report
-from meerkat.report.clients import binned, groups, running_mean
+from meerkat.report.clients import binned, groups, running_mean, thinned
 from meerkat.report.compare_page import comparison_page
 from meerkat.report.look import data_size
 from meerkat.report.run_figures import percent, place_of
@@ -192,10 +192,13 @@ def test_a_run_from_the_command_line(
 
 
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
-    root = write_run(tmp_path / "run")
-    write_run_report(root)
+    run = write_run(tmp_path / "run")
+    assert run_page(Story.read(run)).html() == run_page(Story.read(run)).html()
+    root = write_comparison(tmp_path / "c", study({"density": [0.1, 1.0]}, [row({"density": 0.1}, [0.5, 0.6])]))
+    write_comparison_report(root)
     first = {path: path.read_bytes() for path in [root / "report.html", *(root / "figures").iterdir()]}
-    write_run_report(root)
+    assert {path.suffix for path in first} == {".html", ".png", ".svg"}
+    write_comparison_report(root)
     assert all(path.read_bytes() == held for path, held in first.items())
     assert b"<dc:date>" not in b"".join(first.values())
 
@@ -388,6 +391,10 @@ def test_means_over_steps() -> None:
     assert held[0].tolist() == [2.0, 6.0]
     assert np.isnan(held[1][0])
     assert held[1][1] == 9
+    x, held = thinned(np.arange(4.0), np.array([[1.0, np.nan, np.nan, np.nan]]), 2)
+    assert x.tolist() == [0.5, 2.5]
+    assert held[0][0] == 1
+    assert np.isnan(held[0][1])
 
 
 def test_numbers_in_words() -> None:

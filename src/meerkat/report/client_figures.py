@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from meerkat.alignment import Alignment
 from meerkat.calibration import CalibrationRecord
-from meerkat.report.clients import FEW, Group, draw_lines, groups, name_ends, names
+from meerkat.report.clients import FEW, Group, draw_lines, groups, name_ends, names, thinned
 from meerkat.report.look import (
     CYCLE,
     HEAT,
@@ -24,6 +24,8 @@ from meerkat.report.look import (
     whole_numbers,
 )
 
+POINTS = 24
+"""A client's line has at most so many points in training, each a mean."""
 _BARS = 30
 """Up to so many clients have a bar of their labels each; more are a picture."""
 
@@ -174,6 +176,7 @@ def cosines(
         for row, client in enumerate(clients):
             if client in held:
                 values[row, column] = getattr(held[client], what)
+    rounds, values = thinned(rounds, values, POINTS)
     with drawing() as (figure, axes):
         ends = draw_lines(axes, rounds, values, clients, kinds, log=what == "norm")
         if what == "cosine":

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 
 from meerkat.report.look import BLUE, MUTED, PURPLE, RED, REST, legend_above
 
-End = tuple[float, int, str]
-"""Height at which a line ends, its client, its colour."""
+End = tuple[float, float, int, str]
+"""Height and place along x at which a line ends, its client, its colour."""
 FEW = 12
 """Up to so many clients of a group have a line each; more have a band."""
 
@@ -68,10 +68,20 @@ def draw_lines(
         for row_in_group, line in enumerate(held):
             seen = np.isfinite(line)
             width = 1.1 if group.colour == REST else 1.6
-            axes.plot(x[seen], line[seen], group.dashes, color=group.colour, lw=width, zorder=3 + above, label=label)
+            dot = "." if seen.sum() < 3 else None  # a line of one point would not be seen
+            axes.plot(
+                x[seen],
+                line[seen],
+                group.dashes,
+                marker=dot,
+                color=group.colour,
+                lw=width,
+                zorder=3 + above,
+                label=label,
+            )
             label = "_"
             if group.colour != REST and seen.any():
-                ends.append((float(line[seen][-1]), group.clients[row_in_group], group.colour))
+                ends.append((float(line[seen][-1]), float(x[seen][-1]), group.clients[row_in_group], group.colour))
 
     return ends
 
@@ -80,11 +90,16 @@ def name_ends(axes: Axes, ends: Sequence[End]) -> None:
     """Client ids at the right of lines that stand out, moved apart where they would overlap; the limits stand."""
     if len(ends) > 6:
         return
-    place = -1.0
+    height, right = -1.0, axes.get_xlim()[1]
     scale = axes.transData + axes.transAxes.inverted()
-    for value, client, colour in sorted(ends):
-        place = max(min(max(float(scale.transform((1, value))[1]), 0.0), 1.0), place + 0.05)
-        axes.annotate(str(client), (1.012, place), xycoords="axes fraction", fontsize=7.5, color=colour, va="center")
+    for value, x, client, colour in sorted(ends):
+        across, up = (float(part) for part in scale.transform((x, value)))
+        if x < 0.85 * right:  # it ends early: its name stands there
+            place = (across + 0.012, min(max(up, 0.0), 1.0))
+        else:
+            height = max(min(max(up, 0.0), 1.0), height + 0.05)
+            place = (1.012, height)
+        axes.annotate(str(client), place, xycoords="axes fraction", fontsize=7.5, color=colour, va="center")
 
 
 def _bands(axes: Axes, x: np.ndarray, held: np.ndarray, group: Group, label: str) -> None:
@@ -118,6 +133,17 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     first, last = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, steps)
     found: np.ndarray = (total[..., last] - total[..., first]) / (last - first)
     return found
+
+
+def thinned(x: np.ndarray, values: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbours, so that at most so many points are left: x [S], values [clients, S]; nan is absent."""
+    if len(x) <= points:
+        return x, values
+    parts = np.array_split(np.arange(len(x)), points)
+    counts = np.stack([np.isfinite(values[:, part]).sum(1) for part in parts], 1)
+    sums = np.stack([np.nansum(values[:, part], 1) for part in parts], 1)
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return np.array([x[part].mean() for part in parts]), means
 
 
 def binned(steps: Sequence[np.ndarray], values: Sequence[np.ndarray], bins: int) -> tuple[np.ndarray, np.ndarray]:

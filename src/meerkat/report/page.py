@@ -62,7 +62,7 @@ class Page:
 
     def _figure(self, name: str, figure: Figure, title: str, caption: str, *, lone: bool) -> str:
         self._figures[name] = figure
-        drawn = inline(figure, name, escape(f"{title}. {caption}", quote=True))
+        drawn = inline(figure, name, escape(title))
         kind = "wide" if _wide(figure) else "lone" if lone else ""
         style = f' style="grid-row:span {_rows(figure)}"' if _rows(figure) > 1 and not kind else ""
         opening = f'<figure class="{kind}"{style}>' if kind or style else "<figure>"

@@ -18,9 +18,8 @@ from meerkat.rounds import RoundRecord
 
 _ENTRIES = 3e8
 """So many entries of directions are made, at most, to see how updates align."""
-_LOOKED_AT = 60
+_LOOKED_AT = 240
 """At most so many rounds are looked at for it."""
-_BINS = 60
 
 
 def split_section(page: Page, story: Story) -> None:
@@ -127,7 +126,7 @@ def signal_section(page: Page, story: Story) -> None:
     kinds = groups(clients, story.stopped, story.extreme)
     steps = [paths[k].steps for k in clients]
     total = max(int(part[-1]) for part in steps) + 1
-    bins = min(_BINS, math.ceil(total / max(5, story.config.local_steps)))
+    bins = min(draw.POINTS, math.ceil(total / max(5, story.config.local_steps)))
     x, size = binned(steps, [paths[k].abs_g for k in clients], bins)
     each = f"means over {total / bins:.3g} steps; {how_drawn(kinds)}"
     shown = []
@@ -156,7 +155,8 @@ def alignment_section(page: Page, story: Story) -> None:
     if story.config.clients == 1:
         page.add(absent("There is one client alone: its update is the federation's."))
         return
-    chosen = _rounds_to_look_at(story.records.rounds, len(story.mask))
+    answered = [record for record in story.records.rounds if record.scalars]
+    chosen = _rounds_to_look_at(answered, len(story.mask)) if answered else []
     if not chosen:
         page.add(
             absent(
@@ -187,7 +187,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], looked: str) -> None:
     shares = np.array(
         [np.mean([np.sign(g[0, 0]) == np.sign(r.aggregate[0, 0]) for g in r.scalars.values()]) for r in rounds]
     )
-    bins = min(len(shares), _LOOKED_AT // 2)
+    bins = min(len(shares), draw.POINTS)
     at = np.array([r.plan.round + 1 for r in rounds])
     x = np.array([part.mean() for part in np.array_split(at, bins)])
     y = np.array([part.mean() for part in np.array_split(shares, bins)])
@@ -202,7 +202,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], looked: str) -> None:
             "agreement",
             draw.agreement(x, y),
             "Clients that agree",
-            f"Share of clients whose update has the federation's sign ({looked}, in up to {_LOOKED_AT // 2} means); "
+            f"Share of clients whose update has the federation's sign ({looked}, in up to {draw.POINTS} means); "
             "the dashed line is what chance alone would give, at least.",
         )
     )
@@ -211,6 +211,8 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], looked: str) -> None:
 def _aligned(page: Page, story: Story, found: Sequence[tuple[int, Mapping[int, Alignment]]], looked: str) -> None:
     clients = sorted({client for _, held in found for client in held})
     kinds = groups(clients, story.stopped, story.extreme)
+    if len(found) > draw.POINTS:
+        looked += f", in {draw.POINTS} means"
     page.figures(
         (
             "alignment-cosine",

@@ -47,19 +47,20 @@ def curve(
         beside: the training loss, drawn pale behind.
         spent: bytes that calibration cost, shaded.
     """
+    x, y = _finite(x, y)
     with drawing() as (figure, axes):
         if beside is not None:
-            axes.plot(*beside, color=REST, lw=0.9, label="training batches")
+            axes.plot(*_finite(*beside), color=REST, lw=0.9, label="training batches")
         axes.plot(x, y, color=BLUE, marker="o" if len(x) <= 30 else None, label="evaluation", zorder=4, clip_on=False)
-        if len(x):
-            rising = name == "accuracy" and y[-1] < 0.93
+        if x:
+            above = _above(x, y, 1.0 if name == "accuracy" else max(y) - min(y), name == "accuracy")
             axes.annotate(
                 f"{y[-1]:.3f}",
                 (x[-1], y[-1]),
-                xytext=(0, 6 if rising else -6),
+                xytext=(0, 6 if above else -6),
                 textcoords="offset points",
                 ha="right",
-                va="bottom" if rising else "top",
+                va="bottom" if above else "top",
                 fontweight="bold",
                 zorder=6,
             )
@@ -67,7 +68,7 @@ def curve(
             axes.set_ylim(0, 1.02)
         else:
             axes.margins(y=0.12)
-            if min(y) > 0 and max(y) / min(y) > 5:
+            if y and min(y) > 0 and max(y) / min(y) > 5:
                 plain_log(axes, "y")
         if over == "bytes":
             axes.set_xlabel("payload a client, up and down")
@@ -83,6 +84,19 @@ def curve(
         if beside is not None:
             axes.legend(loc="best", handlelength=1.8)
     return figure
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The points that can be drawn: a run that diverges has others."""
+    kept = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    return [a for a, _ in kept], [b for _, b in kept]
+
+
+def _above(x: Sequence[float], y: Sequence[float], span: float, rising: bool) -> bool:
+    """Whether the last value is written above its point: where the curve that leads to it leaves room."""
+    near = [b for a, b in zip(x[:-1], y[:-1], strict=True) if x[-1] - a <= 0.2 * (x[-1] - x[0])] or [y[-1]]
+    free_above, free_below = max(near) <= y[-1] + 0.02 * span, min(near) >= y[-1] - 0.02 * span
+    return free_above if free_above != free_below else rising
 
 
 def by_class(rounds: Sequence[int], series: dict[str, list[float]]) -> Figure:
@@ -115,7 +129,7 @@ def traffic(amounts: Sequence[tuple[str, float]], dense: str) -> Figure:
                 fontweight="bold",
             )
         axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-        axes.set_xlim(low, max(amount for _, amount in shown) * 12)
+        axes.set_xlim(low, max(amount for _, amount in shown) * 40)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", which="minor", length=0)

@@ -3,7 +3,7 @@
 STYLE = """
 :root{color-scheme:light dark;--font:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
 --page:#fff;--soft:#f5f6f8;--line:#e3e6ea;--good:#00664c;--bad:#a33a00;--open:#5c636d}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#a0a7b1;--grid:#2b3038;--paper:#15171b;
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#a0a7b1;--grid:#2b3038;--paper:#15171b;
 --rest:#737c88;--blue:#58aee8;--red:#ff8f52;--green:#3fc79f;--purple:#e596c4;--orange:#f0b444;--sky:#9bd6f8;
 --brown:#cba27c;--page:#15171b;--soft:#1d2025;--line:#2e333b;--good:#4fd1ab;--bad:#ff9a66;--open:#aab1bb}}
 *{box-sizing:border-box}
