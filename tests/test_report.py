@@ -316,6 +316,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "verdict": "holds"}]
     pairs.append({"setting": {"partition": "dirichlet:0.5"}, "mean": -0.02, "se": None, "verdict": "undecided"})
     checks = [{"claim": "local_steps: 1 > 10", "verdict": "undecided", "differences": pairs}]
+    checks[0] |= {"measure": "accuracy", "mean": 0.0042, "se": 0.011}
     for seed in range(2):
         cell = tmp_path / "cells" / str(seed)
         cell.mkdir(parents=True)
@@ -334,6 +335,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
         "0.910 ± 0.014",
         "1 diverged",
         "+0.0123",
+        "accuracy +0.0042 ± 0.0110",
         "0.0040",
         "1 > 10",
     ):

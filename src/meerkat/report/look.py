@@ -184,7 +184,7 @@ def whole_numbers(axes: Axes, which: str = "x") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def short(text: str, most: int = 24) -> str:
+def short(text: str, most: int = 30) -> str:
     """A name for a legend or a tick, cut where it is long; matplotlib would hide one that begins with "_"."""
     text = " " + text if text.startswith("_") else text
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -197,6 +197,8 @@ def legend_above(axes: Axes) -> None:
         return
     assert isinstance(axes.figure, Figure)
     columns = next((c for c in (5, 4, 3, 2) if _legend_width(names, c) <= axes.figure.get_figwidth()), 1)
+    rows = -(-len(names) // columns)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.16 * max(0, rows - 2))  # the plot keeps its room
     axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.9, columnspacing=1.2)
 
 
