@@ -1,6 +1,6 @@
 """Figures of a comparison's study: settings beside each other, seed by seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,20 +126,17 @@ def along(study: Study, rows: Sequence[Row], axis: str, parted: bool) -> Figure 
     Args:
         parted: the rows share a value of the first axis, which then needs no name.
     """
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
     left_out = {axis, next(iter(study.axes)) if parted else axis}
-    for row in rows:
-        rest = {name: value for name, value in row["setting"].items() if name not in left_out}
-        if losses := finite(row["loss"]):
-            lines.setdefault(setting_words(rest) if rest else "", []).append((float(row["setting"][axis]), losses))
+    lines, everywhere = _along_lines(rows, axis, left_out), _along_lines(study.rows, axis, left_out)
+    lowest = sorted(everywhere, key=lambda name: min(mean(held) for _, held in everywhere[name]))[: len(CYCLE)]
+    coloured = [name for name in everywhere if name in lowest]  # the same in all panels
     if not lines:
         return None
     with drawing() as (figure, axes):
-        lowest = sorted(lines, key=lambda name: min(mean(held) for _, held in lines[name]))
-        for i, name in enumerate(lowest):
-            _line(
-                axes, sorted(lines[name]), name, Look(CYCLE[i], MARKERS[i], _DASHES[i]) if i < len(CYCLE) else _OTHERS
-            )
+        for name, points in lines.items():
+            i = coloured.index(name) if name in coloured else None
+            look = _OTHERS if i is None else Look(CYCLE[i], MARKERS[i], _DASHES[i])
+            _line(axes, sorted(points), name, look)
         plain_log(axes, "x")
         if all(isinstance(value, int) for value in study.axes[axis]) and len(study.axes[axis]) <= 8:
             axes.xaxis.set_minor_locator(NullLocator())
@@ -147,8 +144,20 @@ def along(study: Study, rows: Sequence[Row], axis: str, parted: bool) -> Figure 
         plain_log(axes, "y")
         axes.set(xlabel={"local_steps": "T: local steps a round", "density": "u: share that moves"}.get(axis, axis))
         axes.set_ylabel("final loss")
-        _legend(axes, max(0, len(lines) - len(CYCLE)))
+        _legend(axes, len(lines.keys() - set(coloured)))
     return figure
+
+
+def _along_lines(
+    rows: Sequence[Row], axis: str, left_out: Collection[str]
+) -> dict[str, list[tuple[float, list[float]]]]:
+    """By setting of the axes not left out: (value of the axis, loss of each seed) of each row."""
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for row in rows:
+        rest = {name: value for name, value in row["setting"].items() if name not in left_out}
+        if losses := finite(row["loss"]):
+            lines.setdefault(setting_words(rest) if rest else "", []).append((float(row["setting"][axis]), losses))
+    return lines
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, list[float]]], name: str, look: Look) -> None:
