@@ -19,9 +19,15 @@ LAYERS = [
     {"server"},
     {"engines.local", "calibration", "config"},
     {"runfolder", "record"},
-    {"metrics", "workplace", "report", "studies"},
+    {"metrics", "workplace", "studies"},
     {"experiment", "audit", "results"},
     {"history", "export", "compare"},
+    {"report.look", "report.style", "report.words", "report.curves", "report.study"},
+    {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
+    {"report.client_figures", "report.compare_page"},
+    {"report.run_clients"},
+    {"report.run_page"},
+    {"report"},
     {"cli"},
 ]
 ALGORITHM = {

@@ -110,8 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "Replay a run from its folder alone and compare every digest.", _verify),
         ("evaluate", "Judge a run's model, overall and per class.", _evaluate),
         ("export", "Write a run's model as a Hugging Face folder or as a sparse delta.", _export),
+        ("report", "Write a page with all figures of a run, or of a comparison of runs.", _report),
     ):
         made = command(name, about, run)
+        if name == "report":
+            made.add_argument("folder", metavar="DIR", type=Path, help="folder of a run or of a comparison")
+            continue
         made.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
         if name == "evaluate":
             made.add_argument(
@@ -266,6 +270,20 @@ def _export(arguments: argparse.Namespace) -> None:
 
     written = export(arguments.folder, arguments.to, arguments.form)
     print(json.dumps({"written": str(written)}) if arguments.json else f"written: {written}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    folder: Path = arguments.folder
+    kinds = [name for name in ("compare.json", "config.toml") if (folder / name).is_file()]
+    if not kinds:
+        raise MeerkatError(
+            f"'{folder}': neither a run nor a comparison (no config.toml, no compare.json); "
+            "give the folder that 'meerkat simulate' or 'meerkat compare' wrote"
+        )
+    from meerkat.report import write_comparison_report, write_run_report
+
+    written = (write_comparison_report if kinds[0] == "compare.json" else write_run_report)(folder)
+    print(json.dumps({"report": str(written)}) if arguments.json else f"Report: {written}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,28 +1,9 @@
-"""What a run shows a person: an outcome in plain words and a picture of its curves."""
+"""The picture that every command leaves in a run folder: accuracy and loss over rounds."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from meerkat.runfolder import RunFolder
-
-
-def in_words(summary: dict[str, Any], folder: Path) -> str:
-    """A finished run in plain words."""
-    up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
-    rounds = summary["rounds"] * summary["clients_per_round"] / summary["clients"]
-    judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
-    return "\n".join(
-        [
-            f"{summary['method']} on {summary['task']}: accuracy {summary['accuracy_before']:.3f} before, "
-            f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
-            f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; "
-            "no client ran backpropagation.",
-            f"Each client sent {up} bytes a round, about {up * rounds:,.0f} in all. Sending the model instead would "
-            f"have cost {dense:,} bytes a round, {dense // up:,} times as much.",
-            f"Run folder: {folder}",
-        ]
-    )
 
 
 def curves(folders: Sequence[Path], to: Path) -> list[Path]:

@@ -1,0 +1,415 @@
+"""Reports: what must be said and shown, from short real runs and from folders written here."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from meerkat.calibration import CalibrationRecord
+from meerkat.cli import main
+from meerkat.config import make_config
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.mask import SparseMask
+from meerkat.metrics import calibration_metric, round_metric, split_metric, summarise
+from meerkat.report import write_comparison_report, write_run_report
+from meerkat.report.clients import binned, groups, running_mean, thinned
+from meerkat.report.compare_page import comparison_page
+from meerkat.report.look import data_size
+from meerkat.report.run_figures import percent, place_of
+from meerkat.report.run_page import run_page
+from meerkat.report.story import Story
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.runfolder import RunFolder
+from meerkat.runlog import RunLog
+from meerkat.selection import Vpcs, select
+
+
+class Outline(HTMLParser):
+    """Ids, what points to them, texts; fails on tags that do not pair."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', html))
+        self.words = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        assert not any(name in ("src", "onload", "onclick") for name, _ in attrs)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words += data
+
+
+def checked(html: str) -> Outline:
+    """A page that is whole: it needs nothing else, its tags pair, its ids are its own and are there."""
+    outside = re.sub(r"xmlns(:xlink)?=\"[^\"]*\"", "", html)
+    assert "http" not in outside
+    assert "<script" not in html
+    assert "@import" not in html
+    found = Outline(html)
+    assert len(found.ids) == len(set(found.ids))
+    assert found.references <= set(found.ids)
+    return found
+
+
+MASK = SparseMask(
+    entries={"model.layers.0.mlp.up.weight": torch.arange(30), "model.layers.2.mlp.down.weight": torch.arange(3)},
+    shapes={"model.layers.0.mlp.up.weight": (10, 10), "model.layers.2.mlp.down.weight": (10, 100)},
+    fingerprint="f" * 64,
+    total=33_000,
+    density=1e-3,
+    facts={"concentration": json.dumps([[1e-5, 0.01], [1e-3, 0.4], [0.1, 0.9], [1.0, 1.0]])},
+    pretraining_gradient=torch.ones(33),
+    theta_0=torch.zeros(33),
+)
+
+
+def write_run(
+    root: Path,
+    clients: int = 4,
+    rounds: int = 3,
+    *,
+    extreme: int = 1,
+    gradient: bool = True,
+    done: bool = True,
+    **given: Any,
+) -> Path:
+    """A run of meerkat-vp with made-up numbers: the first clients fade, and are stopped."""
+    settings = {"method": "meerkat-vp", "clients": clients, "rounds": rounds, "local_steps": 2, "lr": 0.1, "eps": 1e-3}
+    settings |= {"partition": f"mixed:{max(extreme, 1)}", "clients_per_round": clients, "task": "topics"}
+    config = make_config(settings | {"calibration_steps": 60, "threads": 1} | given)
+    folder, rng = RunFolder.create(root, config), np.random.default_rng(0)
+    MASK.save(folder.mask_path)
+    log = RunLog(folder.log_path)
+    log.append({"kind": "open"})
+    labels = ["sports", "music"]
+    counts = np.tile([[10, 12]], (clients, 1))
+    counts[:extreme] = [[20, 0]]
+    folder.note(split_metric(labels, counts))
+    judged = {"kind": "evaluation", "per_class": {"sports": 0.5, "music": 0.25}, "wall_s": 0.5}
+    folder.note(judged | {"round": 0, "accuracy": 0.25, "loss": 1.5})
+
+    plan = RoundPlan(0, 0.1, 1e-3, 1, dict.fromkeys(range(clients), 60), "calibration")
+    fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
+    g = (rng.normal(size=(clients, 60)) * fade).astype(np.float32)[..., None]
+    inner = rng.normal(size=(60, 1)) if gradient else np.zeros((0, 1))
+    found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
+    calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
+    log.append({"kind": "calibration", **calibration.to_json()})
+    folder.note(calibration_metric(calibration) | {"forward_s": 0.1})
+
+    for number in range(rounds if done else rounds - 1):
+        steps = {k: 1 if k < extreme else 2 for k in range(clients)}
+        plan = RoundPlan(number, 0.1, 1e-3, 1, steps)
+        scalars = {k: rng.normal(size=(count, 1)).astype(np.float32) for k, count in steps.items()}
+        weights = dict.fromkeys(steps, 1 / clients)
+        total = np.zeros((max(steps.values()), 1), np.float32)
+        for held in scalars.values():
+            total[: len(held)] += held / clients
+        inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
+        record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
+        log.append({"kind": "round", **record.to_json()})
+        folder.note(round_metric(record, [Reply(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1})
+        folder.note(judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number})
+    log.close()
+    if done:
+        stopped = list(range(extreme))
+        outcome = summarise(config, MASK, stopped, stopped, folder.metrics(), "d" * 64)
+        folder.summary_path.write_text(json.dumps(outcome))
+    return root
+
+
+def page_of(root: Path) -> Outline:
+    return checked(run_page(Story.read(root)).html())
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory, federation: Path) -> Callable[..., Path]:
+    """Real runs over the tiny federation, each made once."""
+    made: dict[str, Path] = {}
+
+    def run(method: str, *more: str) -> Path:
+        name = "-".join((method, *more)).replace("/", "_")
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("run") / "run"
+            given = ["simulate", "--model", str(federation / "model"), "--task", "sst2", "--out", str(made[name])]
+            given += ["--data", str(federation / "data"), "--text", str(federation / "text.jsonl"), "--clients", "3"]
+            given += ["--partition", "iid", "--rounds", "4", "--batch-size", "4", "--eval-every", "2", "--threads", "1"]
+            given += ["--density", "0.01", "--method", method, "--lr", "0.01", *more]
+            assert main(given) == 0
+        return made[name]
+
+    return run
+
+
+def test_a_run_from_the_command_line(
+    simulated: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = simulated("meerkat", "--local-steps", "3")
+    capsys.readouterr()
+    assert main(["report", str(root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(root / "report.html")}
+    words = checked((root / "report.html").read_text()).words
+    summary = json.loads((root / "summary.json").read_text())
+    for value in (
+        f"{summary['accuracy']:.3f}",
+        f"{summary['params_masked']:,}",
+        summary["theta_digest"],
+        "48 bytes in all",
+    ):
+        assert value in words
+    for section in ("Outcome", "Learning", "Bytes", "Data", "Signals in training", "What moves", "Settings"):
+        assert section in words
+    stems = {path.stem for path in (root / "figures").iterdir()}
+    assert {"accuracy-rounds", "loss-bytes", "training-gradip", "alignment-cosine", "mask-layers", "split"} <= stems
+    assert all((root / "figures" / f"{stem}.{form}").stat().st_size > 1000 for stem in stems for form in ("png", "svg"))
+
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "neither a run nor a comparison" in said
+
+
+def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
+    root = write_comparison(tmp_path / "c", study({"density": [0.1, 1.0]}, [row({"density": 0.1}, [0.5, 0.6])]))
+    write_comparison_report(root)
+    first = {path: path.read_bytes() for path in [root / "report.html", *(root / "figures").iterdir()]}
+    assert {path.suffix for path in first} == {".html", ".png", ".svg"}
+    write_comparison_report(root)
+    assert all(path.read_bytes() == held for path, held in first.items())
+    assert b"<dc:date>" not in b"".join(first.values())
+
+
+def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
+    words = page_of(write_run(tmp_path / "run", clients=4, extreme=1)).words
+    assert "calibration stopped 1 of 4 clients early (0)" in words
+    assert "Of 1 known to hold one label alone it stopped 1, and 0 of the others." in words
+    # three of the four make 2 steps in each of 3 rounds and one makes 1: 21 steps up of 4 bytes, 60 before
+    assert f"sent {60 * 4 + 21:,} bytes in all on average, 240 of them to calibrate" in words
+    assert f"{(240 * 4 + 84 + 4 * 2 * 3 * 4) / 4:.0f} B" in words  # up and down, a client
+
+
+def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", clients=1000, rounds=2, extreme=20)
+    held = run_page(Story.read(root)).html()
+    found = checked(held)
+    assert len(held) < 3e6
+    assert "not extreme, goes on (980)" in found.words
+    assert "extreme, stopped early (20)" in found.words
+    assert "client 500" not in found.words
+    assert len(found.words) < 30_000
+
+
+def test_one_client(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", clients=1, extreme=0)
+    held = run_page(Story.read(root)).html()
+    assert held == run_page(Story.read(root)).html()  # the same bytes each time
+    words = checked(held).words
+    assert "1 client, mixed:1" in words
+    assert "There is one client alone" in words
+
+
+def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", rounds=3, done=False)
+    words = page_of(root).words
+    assert "got to round 2 of 3" in words
+    assert "Accuracy was 0.250 before and 0.500 after 2 rounds." in words
+    assert "1 known to be extreme" in words  # from the split, as there is no summary
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp"}))
+    words = page_of(tmp_path / "run").words
+    assert "got to round 0 of 200" in words
+    for missing in ("No curves", "No bytes", "Nobody was calibrated yet", "No signals", "No mask", "No digests"):
+        assert missing in words
+
+
+def test_what_is_absent_is_said(tmp_path: Path, simulated: Callable[..., Path]) -> None:
+    words = page_of(write_run(tmp_path / "run", gradient=False)).words
+    assert "this run's mask has no pre-training gradient" in words
+    assert "GradIP while calibrating" not in words
+    first_order = page_of(simulated("fo-fedavg")).words
+    assert "No GradIP and no |g|: in a first-order run clients send weights" in first_order
+    assert "every client ran backpropagation" in first_order
+    whole = page_of(simulated("full-fedzo")).words
+    assert "every entry of these tensors moves" in whole
+    assert "No curve of sensitivity" in whole
+    assert "Clients that agree" in whole  # one step a round: signs, not cosines
+
+
+def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", task="<b>x", model="</title><script>alert(1)</script>", partition="column:<i>&")
+    metrics = (root / "metrics.jsonl").read_text().replace('"sports"', json.dumps("$<u>\\\\frac{</svg>"))
+    (root / "metrics.jsonl").write_text(metrics.replace('"music"', '"_\\u97f3"'))
+    held = run_page(Story.read(root)).html()
+    checked(held)
+    for raw in ("<b>x", "<script", "<i>&", "<u>"):
+        assert raw not in held
+    assert "&lt;b&gt;x" in held
+
+
+def test_damage_is_one_line(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    (root / "summary.json").write_text("[]")
+    with pytest.raises(RunFailed, match="delete it, then 'meerkat resume"):
+        write_run_report(root)
+    with pytest.raises(MeerkatError, match=r"no run in it"):
+        write_run_report(tmp_path)
+
+
+# Comparisons
+
+
+def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> dict[str, Any]:
+    seeds = list(range(len(accuracy)))
+    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "accuracy": accuracy, "best": False}
+    held |= {"loss": [None if a is None else 1.5 - a for a in accuracy], "accuracy_before": [0.25] * len(seeds)}
+    held |= {"rounds": 40, "local_steps": setting.get("local_steps", 1), "params_masked": 553, "runs": []}
+    held |= {"payload_bytes_up_per_client": 1600.0, "payload_bytes_down_per_client": 1600.0}
+    return (
+        held
+        | {"client_steps": [400] * len(seeds), "wall_s": [2.0] * len(seeds), "early_stopped": [0] * len(seeds)}
+        | more
+    )
+
+
+def study(axes: dict[str, list[Any]], rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"name": "a", "title": "A study", "note": "", "axes": axes, "rows": rows, "checks": []} | more
+
+
+def write_comparison(root: Path, *studies: dict[str, Any]) -> Path:
+    root.mkdir(exist_ok=True)
+    held = {"format": 1, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
+    (root / "compare.json").write_text(json.dumps(held))
+    return root
+
+
+def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = [[0.1, 0.93], [0.2, 0.51], [0.4, None]]
+    setting = [{"partition": p, "local_steps": t} for p in ("iid", "dirichlet:0.5") for t in (1, 10)]
+    rows = [
+        row(setting[0], [0.90, 0.92], rates=rates, best=True, wall_s=[4.0, 4.0]),
+        *(row(setting[1], [0.80, None], rates=rates), row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
+    ]
+    pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "verdict": "holds"}]
+    pairs.append({"setting": {"partition": "dirichlet:0.5"}, "mean": -0.02, "se": None, "verdict": "undecided"})
+    checks = [{"claim": "local_steps: 1 > 10", "verdict": "undecided", "differences": pairs}]
+    checks[0] |= {"measure": "accuracy", "mean": 0.0042, "se": 0.011}
+    for seed in range(2):
+        cell = tmp_path / "cells" / str(seed)
+        cell.mkdir(parents=True)
+        judged = [{"kind": "evaluation", "round": r, "accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)]
+        (cell / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in judged))
+    rows[0]["runs"] = ["cells/0", "cells/1"]
+    axes = {"partition": ["iid", "dirichlet:0.5"], "local_steps": [1, 10]}
+    write_comparison(tmp_path, study(axes, rows, checks=checks, note="Equal steps <everywhere>."))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'report.html'}\n"
+    held = (tmp_path / "report.html").read_text()
+    words = checked(held).words
+    for said in (
+        "Drift & steps",
+        "Equal steps <everywhere>.",
+        "0.910 ± 0.014",
+        "1 diverged",
+        "+0.0123",
+        "accuracy +0.0042 ± 0.0110",
+        "0.0040",
+        "1 > 10",
+    ):
+        assert said in words
+    assert words.index("Claims") < words.index("Outcomes") < words.index("Final accuracy")
+    assert '<tr class="best"><td class="t">iid</td>' in held
+    assert "2.00\N{MULTIPLICATION SIGN} 4.0 s" in words
+    assert "Some accuracy curves are left out: their run folders are not here." in words
+    stems = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert stems == {"a-accuracy-1", "a-final", "a-local-steps-1", "a-rates-1", "a-check-1"}
+
+
+def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
+    methods, steps = [f"method-{i}" for i in range(20)], [1, 10]
+    rows = [row({"method": m, "local_steps": t}, [0.5 + i / 100]) for i, m in enumerate(methods) for t in steps]
+    densities = [row({"density": u}, [0.5]) for u in (1e-4, 1e-2, 1.0)]
+    one = study({"method": methods, "local_steps": steps}, rows)
+    found = checked(
+        comparison_page(
+            write_comparison(tmp_path / "c", one, study({"density": [1e-4, 1e-2, 1.0]}, densities, name="b"))
+        ).html()
+    )
+    assert "13 others" in found.words
+    assert "Loss by share that moves" in found.words
+
+
+def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
+    root = write_comparison(tmp_path, study({"method": []}, []))
+    assert "none of its runs has ended yet" in checked(comparison_page(root).html()).words
+    (root / "compare.json").write_text('{"format": 2}')
+    with pytest.raises(MeerkatError, match="format 2 is not known, only 1"):
+        write_comparison_report(root)
+    (root / "compare.json").write_text("{")
+    with pytest.raises(RunFailed, match="damaged"):
+        write_comparison_report(root)
+
+
+# Small parts
+
+
+def test_clients_are_grouped_by_truth_and_by_what_was_done() -> None:
+    found = {group.name: group.clients for group in groups(range(5), stopped=[0, 1], extreme=[1, 2])}
+    assert found == {
+        "not extreme, goes on": (3, 4),
+        "extreme, stopped early": (1,),
+        "extreme, goes on": (2,),
+        "not extreme, stopped early": (0,),
+    }
+    assert [group.name for group in groups([0, 1], [1], None)] == ["goes on", "stopped early"]
+
+
+def test_means_over_steps() -> None:
+    assert running_mean(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
+    x, held = binned([np.array([0, 1, 2, 3]), np.array([2])], [np.array([1.0, 3.0, 5.0, 7.0]), np.array([9.0])], 2)
+    assert x.tolist() == [1.0, 3.0]
+    assert held[0].tolist() == [2.0, 6.0]
+    assert np.isnan(held[1][0])
+    assert held[1][1] == 9
+    x, held = thinned(np.arange(4.0), np.array([[1.0, np.nan, np.nan, np.nan]]), 2)
+    assert x.tolist() == [0.5, 2.5]
+    assert held[0][0] == 1
+    assert np.isnan(held[0][1])
+
+
+def test_numbers_in_words() -> None:
+    assert [percent(share) for share in (0, 1e-3, 0.0123, 0.5, 1, 4e-6)] == [
+        "0%",
+        "0.1%",
+        "1.2%",
+        "50%",
+        "100%",
+        "0.0004%",
+    ]
+    assert [data_size(count) for count in (4, 999, 1600, 2_209_792)] == ["4 B", "999 B", "1.6 kB", "2.21 MB"]
+    assert place_of("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
+    assert place_of("transformer.h.0.attn.c_attn.weight") == (0, "attn.c_attn")
+    assert place_of("model.embed_tokens.weight") == (None, "embed_tokens")
