@@ -172,7 +172,7 @@ def test_replaying_the_records_gives_the_same_bits(optimizer: ServerOptimizer) -
     for record, theta in zip(lived.rounds, lived.thetas, strict=True):
         held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
         assert held.plan == record.plan
-        assert {k: g.shape for k, g in held.scalars.items()} == {k: (3, 0) for k in record.plan.steps}
+        assert {k: g.shape for k, g in held.scalars.items()} == dict.fromkeys(record.plan.steps, (3, 0))
         assert held.inner.shape == record.inner.shape == (0, 0)
         state = replay(state, held, settings, Directions(1, len(mask)))  # no direction is asked for
         assert same_bits(state.theta, theta)
