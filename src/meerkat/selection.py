@@ -79,6 +79,8 @@ def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray]
         gradip: GradIP of each client, float64 [T_cali]; looked at by the paper's rule only.
     """
     clients = tuple(sorted(magnitude))
+    if not clients:
+        return Selection((), (), (), (), (), 0.0, 0.0, 0.0)
     traces = magnitude if vpcs.rule == "automatic" else gradip
     a = np.abs(np.stack([traces[client] for client in clients]))
     initial, late = a[:, : vpcs.initial_steps], a[:, -vpcs.later_steps :]
