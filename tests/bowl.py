@@ -1,8 +1,9 @@
 """The federation of test_server's Bowl in any setting, and what the literal twin needs to run the same one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
+import numpy as np
 import torch
 from test_server import KEY, Bowl, bowl_engine
 from torch import Tensor
@@ -14,8 +15,7 @@ from meerkat.engines.local import LocalEngine
 from meerkat.mask import SparseMask
 from meerkat.rounds import RoundPlan, RoundRecord
 from meerkat.server import ServerConfig, ServerState, close_round, open_round
-
-GRADIENT_SEED = 5
+from meerkat.zeroth_order import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,22 @@ class Lived:
         return [state.theta for state, record in pairs if isinstance(record, RoundRecord)]
 
 
-def live(settings: ServerConfig, together: bool = True, gradient: Tensor | None = None) -> Lived:
+def flat_for(engine: LocalEngine, quiet: Container[int]) -> LocalEngine:
+    """The same engine, but that some clients' losses do not depend on theta: their g is zero."""
+
+    def losses_of(rows: Sequence[np.ndarray]) -> Loss:
+        losses, share = engine.losses_of(rows), torch.tensor([float(row[0] not in quiet) for row in rows])
+        return lambda: losses() * share
+
+    return dataclasses.replace(engine, losses_of=losses_of)
+
+
+def live(
+    settings: ServerConfig, together: bool = True, gradient: Tensor | None = None, quiet: Container[int] = ()
+) -> Lived:
     """Run a federation over the Bowl, calibrations included."""
     _, mask, engine = bowl_engine(together)
+    engine = flat_for(engine, quiet)
     lived = Lived(engine, mask, [], [])
     state = ServerState(0, engine.model.read())
     while state.round < settings.rounds:
