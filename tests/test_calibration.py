@@ -223,7 +223,7 @@ def test_random_early_stopping_stops_as_many_whoever_they_are() -> None:
     assert counts.min() > 3  # mean 15, standard deviation 3.6
     assert counts.max() < 30
     assert decided("random", 5).early_stopped == drawn[5].early_stopped
-    assert len({decided("random", 0, round).early_stopped for round in range(5)}) > 1
+    assert len({decided("random", 0, r).early_stopped for r in range(5)}) > 1
 
 
 def test_who_did_not_answer_stays_as_it_was() -> None:
