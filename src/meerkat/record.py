@@ -197,6 +197,9 @@ class Replay:
         again = aggregate(replies, record.weights, record.plan)
         agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
         self._check_inner(record.plan, record.inner, where)
+        sent = (len(state.theta),) if record.scalars and not record.plan.directions else None
+        found = None if record.delta is None else record.delta.shape
+        agree(log, f"the delta's form in {where}", str(found), str(sent))
         self.state = replay(state, record, settings, self._directions)
         agree(log, f"theta after {where}", record.theta_digest, path.digest(self.state.theta))
         return record
