@@ -4,21 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from meerkat.config import METHODS
 from meerkat.runfolder import RunFolder
 
 
 def in_words(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in plain words."""
     up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
-    rounds = summary["rounds"] * summary["clients_per_round"] / summary["clients"]
+    clients = "every" if METHODS[summary["method"]].update == "first-order" else "no"
     judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
     return "\n".join(
         [
             f"{summary['method']} on {summary['task']}: accuracy {summary['accuracy_before']:.3f} before, "
             f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
             f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; "
-            "no client ran backpropagation.",
-            f"Each client sent {up} bytes a round, about {up * rounds:,.0f} in all. Sending the model instead would "
+            f"{clients} client ran backpropagation.",
+            f"Each client sent {up} bytes a round, about {summary['payload_bytes_up'] / summary['clients']:,.0f} in all. Sending the model instead would "
             f"have cost {dense:,} bytes a round, {dense // up:,} times as much.",
             f"Run folder: {folder}",
         ]
