@@ -11,6 +11,7 @@ from meerkat.runfolder import RunFolder
 def in_words(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in plain words."""
     up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
+    whole = summary["payload_bytes_up"] / summary["clients"]
     clients = "every" if METHODS[summary["method"]].update == "first-order" else "no"
     judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
     return "\n".join(
@@ -19,8 +20,8 @@ def in_words(summary: dict[str, Any], folder: Path) -> str:
             f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
             f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; "
             f"{clients} client ran backpropagation.",
-            f"Each client sent {up} bytes a round, about {summary['payload_bytes_up'] / summary['clients']:,.0f} in all. Sending the model instead would "
-            f"have cost {dense:,} bytes a round, {dense // up:,} times as much.",
+            f"Each client sent {up} bytes a round, about {whole:,.0f} in all. "
+            f"Sending the model instead would have cost {dense:,} bytes a round, {dense // up:,} times as much.",
             f"Run folder: {folder}",
         ]
     )
