@@ -15,7 +15,7 @@ from meerkat import path
 from meerkat.alignment import Alignment, alignments
 from meerkat.audit import OpenRun
 from meerkat.calibration import CalibrationRecord
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.gradip import gradip, magnitude
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
@@ -61,13 +61,23 @@ def read(root: Path) -> Records:
         MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
     """
     folder = RunFolder.open(Path(root))
-    found = Records([], [])
-    for held in LogReader(folder.log_path):
-        if held.get("kind") == "round":
-            found.rounds.append(RoundRecord.from_json(held))
-        elif held.get("kind") == "calibration":
-            found.calibrations.append(CalibrationRecord.from_json(held))
+    reader, found = LogReader(folder.log_path), Records([], [])
+    try:
+        for held in reader:
+            if held.get("kind") == "round":
+                found.rounds.append(RoundRecord.from_json(held))
+            elif held.get("kind") == "calibration":
+                found.calibrations.append(CalibrationRecord.from_json(held))
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunFailed(f"{reader.path}: a record is damaged ({error}); restore the file from a copy") from None
+    _check_whole(reader)
     return found
+
+
+def _check_whole(reader: LogReader) -> None:
+    """Raise RunFailed if records follow a damaged one; a torn last line is a killed run's, and no damage."""
+    if reader.damage and not reader.torn:
+        raise RunFailed(f"{reader.path}: {reader.damage}, with records after it; restore the file from a copy")
 
 
 def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
@@ -85,6 +95,7 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
             if client not in record.scalars or not record.plan.directions:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
             return path.client_path(state.theta, record, client, run.directions)
+    _check_whole(run.reader)
     raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
 
 
@@ -98,3 +109,4 @@ def updates(root: Path) -> Iterator[tuple[int, Mapping[int, Alignment]]]:
     for _, record in run.replay:
         if isinstance(record, RoundRecord):
             yield record.plan.round, alignments(record, run.directions)
+    _check_whole(run.reader)
