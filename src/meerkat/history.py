@@ -40,17 +40,18 @@ class Records:
 
     rounds: list[RoundRecord]
     calibrations: list[CalibrationRecord]
+    local_steps: int
+    """T"""
 
     def trajectories(self) -> dict[int, Trajectory]:
         """GradIP and |g| of every client over training, by client id. A first-order run has none."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        begun = 0
         for record in self.rounds:
+            begun = record.plan.round * self.local_steps  # also after rounds of early-stopped clients alone
             for client, g in record.scalars.items():
                 if record.plan.directions:
                     steps = begun + np.arange(len(g))
                     parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
-            begun += max(record.plan.steps.values())
         return {k: Trajectory(*map(np.concatenate, zip(*parts[k], strict=True))) for k in sorted(parts)}
 
 
@@ -61,7 +62,7 @@ def read(root: Path) -> Records:
         MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
     """
     folder = RunFolder.open(Path(root))
-    reader, found = LogReader(folder.log_path), Records([], [])
+    reader, found = LogReader(folder.log_path), Records([], [], folder.config().local_steps)
     try:
         for held in reader:
             if held.get("kind") == "round":
