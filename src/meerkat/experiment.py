@@ -55,6 +55,11 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     workplace = open_workplace(config)
     split = Split.of(workplace)
     mask = make_mask(config, workplace.model, workplace.tokenizer)
+    if config.early_stop != "none" and config.vpcs_rule == "thresholds" and mask.pretraining_gradient is None:
+        raise MeerkatError(
+            "--vpcs-rule thresholds: reads GradIP, which needs a pre-training gradient; "
+            "give --text or a mask that has one, or use automatic"
+        )
     # what config.toml says is what runs: a given mask's own density, and the rate that fits its size
     rate = config.lr or default_lr(config.method, len(mask))
     workplace = replace(workplace, config=config.model_copy(update={"density": mask.density, "lr": rate}))

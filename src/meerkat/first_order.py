@@ -22,7 +22,7 @@ def masked_gradient(model: MaskedModel, theta: Tensor, loss: Loss) -> tuple[Tens
     The weights are theta's afterwards.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss is not finite, or an entry of its gradient.
     """
     with torch.no_grad():
         model.write_(theta)
@@ -39,7 +39,10 @@ def masked_gradient(model: MaskedModel, theta: Tensor, loss: Loss) -> tuple[Tens
     if not torch.isfinite(value):
         raise Diverged(f"the loss is {value.item()}; start a new run with a lower --lr")
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    return model.gather(filled), value.item()
+    gathered = model.gather(filled)
+    if not torch.isfinite(gathered).all():
+        raise Diverged("the loss' gradient is not finite; start a new run with a lower --lr")
+    return gathered, value.item()
 
 
 def gradient_steps(

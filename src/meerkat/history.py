@@ -15,7 +15,7 @@ from meerkat import path
 from meerkat.alignment import Alignment, alignments
 from meerkat.audit import OpenRun
 from meerkat.calibration import CalibrationRecord
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.gradip import gradip, magnitude
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
@@ -40,17 +40,18 @@ class Records:
 
     rounds: list[RoundRecord]
     calibrations: list[CalibrationRecord]
+    local_steps: int
+    """T"""
 
     def trajectories(self) -> dict[int, Trajectory]:
         """GradIP and |g| of every client over training, by client id. A first-order run has none."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        begun = 0
         for record in self.rounds:
+            begun = record.plan.round * self.local_steps  # also after rounds of early-stopped clients alone
             for client, g in record.scalars.items():
                 if record.plan.directions:
                     steps = begun + np.arange(len(g))
                     parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
-            begun += max(record.plan.steps.values())
         return {k: Trajectory(*map(np.concatenate, zip(*parts[k], strict=True))) for k in sorted(parts)}
 
 
@@ -61,13 +62,23 @@ def read(root: Path) -> Records:
         MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
     """
     folder = RunFolder.open(Path(root))
-    found = Records([], [])
-    for held in LogReader(folder.log_path):
-        if held.get("kind") == "round":
-            found.rounds.append(RoundRecord.from_json(held))
-        elif held.get("kind") == "calibration":
-            found.calibrations.append(CalibrationRecord.from_json(held))
+    reader, found = LogReader(folder.log_path), Records([], [], folder.config().local_steps)
+    try:
+        for held in reader:
+            if held.get("kind") == "round":
+                found.rounds.append(RoundRecord.from_json(held))
+            elif held.get("kind") == "calibration":
+                found.calibrations.append(CalibrationRecord.from_json(held))
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunFailed(f"{reader.path}: a record is damaged ({error}); restore the file from a copy") from None
+    _check_whole(reader)
     return found
+
+
+def _check_whole(reader: LogReader) -> None:
+    """Raise RunFailed if records follow a damaged one; a torn last line is a killed run's, and no damage."""
+    if reader.damage and not reader.torn:
+        raise RunFailed(f"{reader.path}: {reader.damage}, with records after it; restore the file from a copy")
 
 
 def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
@@ -85,6 +96,7 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
             if client not in record.scalars or not record.plan.directions:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
             return path.client_path(state.theta, record, client, run.directions)
+    _check_whole(run.reader)
     raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
 
 
@@ -98,3 +110,4 @@ def updates(root: Path) -> Iterator[tuple[int, Mapping[int, Alignment]]]:
     for _, record in run.replay:
         if isinstance(record, RoundRecord):
             yield record.plan.round, alignments(record, run.directions)
+    _check_whole(run.reader)

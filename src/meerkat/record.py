@@ -197,6 +197,9 @@ class Replay:
         again = aggregate(replies, record.weights, record.plan)
         agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
         self._check_inner(record.plan, record.inner, where)
+        sent = (len(state.theta),) if record.scalars and not record.plan.directions else None
+        found = None if record.delta is None else record.delta.shape
+        agree(log, f"the delta's form in {where}", str(found), str(sent))
         self.state = replay(state, record, settings, self._directions)
         agree(log, f"theta after {where}", record.theta_digest, path.digest(self.state.theta))
         return record
@@ -211,7 +214,8 @@ class Replay:
         agree(log, f"who is extreme in {where}", str(record.selection.extreme), str(again.selection.extreme))
         for field in fields(record.selection):
             then, now = getattr(record.selection, field.name), getattr(again.selection, field.name)
-            if not np.allclose(then, now, rtol=1e-9):  # logarithms may differ in their last bits between machines
+            # logarithms may differ in their last bits between machines
+            if np.shape(then) != np.shape(now) or not np.allclose(then, now, rtol=1e-9, atol=0):
                 agree(log, f"{field.name} of {where}", str(then), str(now))
         self.state = calibration.replay(state, record)
         return record
@@ -219,7 +223,7 @@ class Replay:
     def _check_inner(self, plan: RoundPlan, inner: np.ndarray, where: str) -> None:
         again = inner_products(self._gradient, plan, self._directions)
         # summed in an order that may depend on the device: equal but for float64's last bits
-        scale = 1e-9 * (1.0 + float(np.abs(again).max(initial=0.0)))
+        scale = 0.0 if self._gradient is None else 1e-9 * self._gradient.double().norm().item()
         if inner.shape != again.shape or not np.allclose(inner, again, rtol=0, atol=scale):
             raise RunFailed(f"{self._log}: the inner products of {where} are not its directions'; restore a copy")
 

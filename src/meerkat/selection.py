@@ -79,13 +79,15 @@ def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray]
         gradip: GradIP of each client, float64 [T_cali]; looked at by the paper's rule only.
     """
     clients = tuple(sorted(magnitude))
+    if not clients:
+        return Selection((), (), (), (), (), 0.0, 0.0, 0.0)
     traces = magnitude if vpcs.rule == "automatic" else gradip
     a = np.abs(np.stack([traces[client] for client in clients]))
     initial, late = a[:, : vpcs.initial_steps], a[:, -vpcs.later_steps :]
     early_mean, late_mean = initial.mean(1), late.mean(1)
     rho_later = np.maximum(early_mean, _TINY) / np.maximum(late_mean, _TINY)
     if vpcs.rule == "automatic":
-        above, below = _found_thresholds(rho_later, late_mean, vpcs)
+        above, below = _found_thresholds(rho_later, early_mean, late_mean, vpcs)
         rho_quie = (late < below).mean(1)
         extreme = (rho_later > above) | (late_mean < below)
         share = 0.0
@@ -105,20 +107,24 @@ def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray]
     )
 
 
-def _found_thresholds(rho_later: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs) -> tuple[float, float]:
+def _found_thresholds(
+    rho_later: np.ndarray, early_mean: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs
+) -> tuple[float, float]:
     """What rho_later must exceed, and what the later level must stay under, to be no work of chance.
 
     |g| of a step is half-normal about its client's gradient norm, so the log of a mean over m steps has a
     standard error of sqrt((pi / 2 - 1) / m), and `spread` follows. The centre of the lively clients is
     read from those that decayed least, raised by where the least of as many equals are to be expected.
+    Clients that were quiet at once had nothing to decay from and tell nothing of it.
     """
     per_step = math.pi / 2 - 1
     spread = _SPREAD * math.sqrt(per_step / vpcs.initial_steps + per_step / vpcs.later_steps)
-    decay = np.sort(np.log(rho_later))
+    awake = early_mean >= float(np.median(early_mean)) * math.exp(-_QUIET * spread)
+    decay = np.sort(np.log(rho_later[awake]))
     least = math.ceil(_LIVELY * len(decay))
     ranks = [NormalDist().inv_cdf((i + 0.625) / (len(decay) + 0.25)) for i in range(least)]
     centre = float(np.mean(decay[:least])) - spread * float(np.mean(ranks))
     above = math.exp(max(centre + _DECAYED * spread, 0.0))  # what has not decayed at all is not extreme by decay
-    lively = late_mean[rho_later <= above]
+    lively = late_mean[awake & (rho_later <= above)]
     below = float(np.median(lively)) * math.exp(-_QUIET * spread) if len(lively) else 0.0
     return above, below

@@ -249,7 +249,8 @@ def sensitivity_mask(
         count = _backward(loss, track(sequences, "sensitivity"))
     noted = {"sequences": str(count), "excluded": ",".join(exclude), **(facts or {})}
     # summed, not averaged: dividing all by the same count ranks them the same
-    mask = _chosen(model, squares, density, scope, kind, noted | {"concentration": json.dumps(concentration(squares))})
+    mask = _chosen(model, squares, density, scope, kind, noted)
+    mask = replace(mask, facts={**mask.facts, "concentration": json.dumps(concentration(squares))})
     squares.clear()
     if kind == "task":
         return mask

@@ -158,8 +158,8 @@ def close_round(
 
 def replay(state: ServerState, record: RoundRecord, config: ServerConfig, directions: Directions) -> ServerState:
     """The state after a round that was closed before: what resuming, auditing and joining late all do."""
-    clients = record.scalars.keys()
-    share = math.fsum(client_weights(config, [*config.examples])[k] for k in clients)
+    of_all = client_weights(config, [*config.examples])
+    share = math.fsum(of_all[k] for k in record.scalars)
     theta, moments = optimizers.advance(config.optimizer, state.theta, state.moments, record, share, directions)
     return replace(
         state,

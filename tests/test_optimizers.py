@@ -1,0 +1,284 @@
+"""Server optimisers and FedDyn, against the literal twin in float64 and against themselves to the bit."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import reference
+import torch
+from bowl import KEY, Literal, live, moved_by, same_bits
+from test_server import config
+from torch import Tensor
+
+from meerkat import optimizers, path, server
+from meerkat.client import correction, local_steps
+from meerkat.directions import Directions
+from meerkat.optimizers import ServerOptimizer
+from meerkat.rounds import RoundPlan, RoundRecord
+from meerkat.server import ServerState, client_weights, close_round, open_round, participants, replay
+
+WIDTH = 60
+MOMENTUM = ServerOptimizer("momentum", lr=0.7, beta1=0.8)
+ADAM = ServerOptimizer("adam", lr=0.05, beta1=0.9, beta2=0.95, tau=1e-3)
+FEDDYN = ServerOptimizer("feddyn", alpha=0.4)
+
+
+def records(rounds: int, steps: int = 3, directions: int = 2, share: float = 1.0) -> list[RoundRecord]:
+    """Rounds whose scalars are any numbers: the server does not ask where they come from."""
+    rng = np.random.default_rng(7)
+    made = []
+    for r in range(rounds):
+        g = rng.normal(size=(steps, directions)).astype(np.float32)
+        plan = RoundPlan(r, 0.3 / (r + 1), 1e-3, directions, {0: steps})
+        made.append(RoundRecord(plan, {0: share}, {0: g}, g, "", np.zeros((0, directions))))
+    return made
+
+
+def after_each(optimizer: ServerOptimizer, rounds: Sequence[RoundRecord], share: float = 1.0) -> list[Tensor]:
+    theta, moments = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)), ()
+    thetas = [theta]
+    for record in rounds:
+        theta, moments = optimizers.advance(optimizer, theta, moments, record, share, Directions(KEY, WIDTH))
+        thetas.append(theta)
+    return thetas
+
+
+# --- one rule at a time ---
+
+
+def test_momentum_is_the_literal_one() -> None:
+    rounds = records(8)
+    start, *ours = after_each(MOMENTUM, rounds)
+    theirs = reference.fedavgm(start, [-moved_by(record, WIDTH) for record in rounds], beta=0.8, server_lr=0.7)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-6)
+
+
+def test_adam_is_the_literal_one() -> None:
+    rounds = records(8)
+    start, *ours = after_each(ADAM, rounds)
+    deltas = [-moved_by(record, WIDTH) for record in rounds]
+    theirs = reference.fedadam(start, deltas, beta1=0.9, beta2=0.95, tau=1e-3, server_lr=0.05)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-6)
+
+
+def test_momentum_without_memory_at_rate_one_is_the_plain_step() -> None:
+    plain = after_each(ServerOptimizer(), records(4))
+    for a, b in zip(after_each(ServerOptimizer("momentum", lr=1.0, beta1=0.0), records(4)), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_plain_step_is_the_path_to_the_bit() -> None:
+    theta, z = torch.randn(WIDTH), Directions(KEY, WIDTH)
+    (record,) = records(1)
+    moved, moments = optimizers.advance(ServerOptimizer(), theta, (), record, 0.5, z)
+    assert same_bits(moved, path.advance(theta, record, z))
+    assert moments == ()
+
+
+def test_adams_first_step_has_the_same_length_everywhere() -> None:
+    start, first = after_each(dataclasses.replace(ADAM, tau=1e-9), records(1))
+    expected = 0.05 * (1 - 0.9) / math.sqrt(1 - 0.95)
+    torch.testing.assert_close((first - start).abs(), torch.full((WIDTH,), expected), rtol=1e-4, atol=0)
+
+
+def test_adam_leaves_what_never_moved_where_it_is() -> None:
+    (record,) = records(1)
+    still = dataclasses.replace(record, aggregate=np.zeros_like(record.aggregate))
+    start, after = after_each(ADAM, [still])
+    assert same_bits(start, after)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_feddyns_server_step_is_its_formula(share: float) -> None:
+    rounds = records(6)
+    start, *ours = after_each(FEDDYN, rounds, share)
+    theta, h = start.double(), torch.zeros(WIDTH, dtype=torch.float64)
+    for ours_after, record in zip(ours, rounds, strict=True):
+        moved = moved_by(record, WIDTH)
+        h = h - 0.4 * share * moved
+        theta = theta + moved - h / 0.4
+        torch.testing.assert_close(ours_after.double(), theta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [ServerOptimizer(), MOMENTUM, ADAM, FEDDYN])
+def test_nothing_that_was_there_is_written_into(optimizer: ServerOptimizer) -> None:
+    theta, z, rounds = torch.randn(WIDTH), Directions(KEY, WIDTH), records(3)
+    moments: optimizers.Moments = ()
+    for record in rounds:
+        before = [theta.clone(), *(m.clone() for m in moments)]
+        moved, next_moments = optimizers.advance(optimizer, theta, moments, record, 1.0, z)
+        assert all(same_bits(a, b) for a, b in zip([theta, *moments], before, strict=True))
+        assert not same_bits(moved, theta)
+        theta, moments = moved, next_moments
+
+
+@pytest.mark.parametrize("optimizer", [ServerOptimizer(), MOMENTUM, ADAM, FEDDYN])
+def test_a_first_order_rounds_delta_counts_like_scalars(optimizer: ServerOptimizer) -> None:
+    rounds = records(5)
+    none = np.zeros((3, 0), np.float32)
+    first_order = [
+        dataclasses.replace(
+            record,
+            plan=dataclasses.replace(record.plan, directions=0),
+            scalars={0: none},
+            aggregate=none,
+            delta=moved_by(record, WIDTH).float().numpy(),
+        )
+        for record in rounds
+    ]
+    for a, b in zip(after_each(optimizer, rounds), after_each(optimizer, first_order), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if optimizer is ADAM else 5e-6)
+
+
+# --- whole federations ---
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM, FEDDYN])
+@pytest.mark.parametrize("per_round", [3, 2])
+def test_replaying_the_records_gives_the_same_bits(optimizer: ServerOptimizer, per_round: int) -> None:
+    settings = config(optimizer=optimizer, clients_per_round=per_round, rounds=6, lr=0.02)
+    lived = live(settings)
+    state = ServerState(0, live(dataclasses.replace(settings, rounds=0)).engine.model.read())
+    for record, then in zip(lived.rounds, lived.states, strict=True):
+        held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+        assert held.plan == record.plan
+        state = replay(state, held, settings, Directions(KEY, len(lived.mask)))
+        assert path.digest(state.theta) == record.theta_digest
+        assert len(state.moments) == len(then.moments) > 0
+        assert all(same_bits(a, b) for a, b in zip(state.moments, then.moments, strict=True))
+        assert state.corrections.keys() == then.corrections.keys()
+        assert all(same_bits(state.corrections[k], h) for k, h in then.corrections.items())
+    assert bool(state.corrections) == (optimizer is FEDDYN)
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM])
+def test_a_federation_under_a_server_optimiser_descends(optimizer: ServerOptimizer) -> None:
+    lived = live(config(optimizer=optimizer, rounds=80, local_steps=1, directions=4, lr=0.02))
+
+    def mean_loss(theta: Tensor) -> float:
+        lived.engine.model.write_(theta)
+        return sum(lived.engine.losses_of([np.array([k, 0])])().item() for k in range(3)) / 3
+
+    assert mean_loss(lived.thetas[-1]) < 0.75 * mean_loss(lived.thetas[0])
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("per_round", [4, 2])
+def test_a_feddyn_federation_is_the_literal_one(steps: int, per_round: int, together: bool) -> None:
+    settings = config(
+        optimizer=FEDDYN,
+        rounds=7,
+        local_steps=steps,
+        directions=1,
+        lr=0.05,
+        clients=4,
+        clients_per_round=per_round,
+        examples={0: 10, 1: 30, 2: 5, 3: 19},
+    )
+    lived, twin = live(settings, together), Literal(settings)
+
+    def asked(round: int) -> list[int]:
+        return participants(settings, round)
+
+    made = twin.pointer(asked)
+    ends, corrected = reference.feddyn(
+        lambda w, k, r, t: twin.loss(w, k, made(k, r, t)).item(),
+        twin.w0,
+        twin.moving,
+        twin.direction,
+        settings.rounds,
+        steps,
+        list(client_weights(settings, range(4)).values()),
+        settings.lr,
+        settings.eps,
+        FEDDYN.alpha,
+        asked,
+    )
+    for record, ours, theirs, g in zip(lived.rounds, lived.thetas, ends, corrected, strict=True):
+        assert list(record.scalars) == list(g) == asked(record.plan.round)
+        # g carries float32 weights' rounding over 2 eps
+        torch.testing.assert_close(ours.double(), theirs[twin.moving], rtol=0, atol=1e-3)
+        for k, scalars in record.scalars.items():
+            np.testing.assert_allclose(scalars[:, 0], g[k].numpy(), rtol=0, atol=4e-3)
+    plain = live(dataclasses.replace(settings, optimizer=ServerOptimizer()), together)
+    assert (plain.thetas[-1] - lived.thetas[-1]).abs().max() > 0.02  # or the comparison above says nothing
+
+
+def test_feddyn_clients_together_and_one_by_one_are_equal_to_the_bit_here() -> None:
+    settings = config(optimizer=FEDDYN, local_steps=1, rounds=6, clients_per_round=2)
+    assert [path.digest(t) for t in live(settings, True).thetas] == [
+        path.digest(t) for t in live(settings, False).thetas
+    ]
+
+
+def test_a_feddyn_clients_virtual_path_is_what_it_had() -> None:
+    settings = config(optimizer=FEDDYN, rounds=3)
+    lived = live(settings)
+    state, plan = lived.states[-2], open_round(lived.states[-2], settings)
+    masked, z = lived.engine.model, lived.engine.directions
+    ran = {
+        k: local_steps(
+            masked,
+            state.theta,
+            plan,
+            k,
+            lambda t, k=k: lambda: masked.model.loss(k, state.steps_made[k] + t),
+            z,
+            state.corrections[k],
+        )
+        for k in plan.steps
+    }
+    _, record = close_round(state, plan, [reply for reply, _ in ran.values()], settings, z)
+    assert record.theta_digest == lived.rounds[-1].theta_digest
+    for k, (_, end) in ran.items():
+        *_, rebuilt = path.client_path(state.theta, record, k, Directions(KEY, len(lived.mask)))
+        assert same_bits(rebuilt, end)
+
+
+def test_a_correction_is_zero_where_there_is_no_alpha() -> None:
+    ones = torch.ones(3)
+    assert correction(0.0, ones, ones, ones) == 0
+    assert correction(0.5, None, None, ones) == 0
+    assert correction(0.5, None, ones, 2 * ones) == 3
+    assert correction(0.5, ones, None, 2 * ones) == -6
+    assert correction(0.5, ones, ones, 2 * ones) == -3
+
+
+def test_who_did_not_take_part_keeps_its_correction() -> None:
+    settings = config(optimizer=FEDDYN, rounds=6, clients_per_round=1)
+    lived = live(settings)
+    for record, before, after in zip(lived.rounds[1:], lived.states, lived.states[1:], strict=False):
+        (asked,) = record.scalars
+        for k, h in before.corrections.items():
+            assert same_bits(after.corrections[k], h) == (k != asked)
+
+
+def test_only_feddyn_plans_ask_for_a_correction() -> None:
+    state = ServerState(0, torch.zeros(3))
+    assert open_round(state, config()).alpha == 0
+    assert open_round(state, config(optimizer=MOMENTUM)).alpha == 0
+    assert open_round(state, config(optimizer=FEDDYN)).alpha == FEDDYN.alpha
+
+
+def test_a_round_of_many_clients_weighs_them_once_not_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = 50
+    settings = config(clients=many, clients_per_round=many, examples=dict.fromkeys(range(many), 3))
+    scalars = {k: np.ones((3, 2), np.float32) for k in range(many)}
+    plan = RoundPlan(0, 0.1, 1e-3, 2, dict.fromkeys(range(many), 3))
+    record = RoundRecord(plan, dict.fromkeys(range(many), 1 / many), scalars, scalars[0], "", np.zeros((0, 2)))
+    calls = 0
+
+    def counted(*arguments: object) -> dict[int, float]:
+        nonlocal calls
+        calls += 1
+        return client_weights(*arguments)
+
+    monkeypatch.setattr(server, "client_weights", counted)
+    replay(ServerState(0, torch.zeros(9)), record, settings, Directions(KEY, 9))
+    assert calls <= 2
