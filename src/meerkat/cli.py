@@ -143,8 +143,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     given = {n: v for n, v in _settings(arguments).items() if n != "local_steps"}
     for flag, name in (("methods", "method"), ("seeds", "seeds"), ("local_steps", "local_steps")):
-        if text := getattr(arguments, flag, None):
-            given[name] = text.split(",") if name == "method" else _numbers(text, "--" + flag.replace("_", "-"))
+        if (text := getattr(arguments, flag, None)) is not None:
+            words = [word.strip() for word in text.split(",")]
+            given[name] = words if name == "method" else _numbers(words, "--" + flag.replace("_", "-"))
     if arguments.total_steps is not None:
         given["total_steps"] = arguments.total_steps
     if arguments.jobs < 0:
@@ -161,11 +162,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nFolder: {out}")
 
 
-def _numbers(text: str, flag: str) -> list[int]:
+def _numbers(words: Sequence[str], flag: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(word) for word in words]
     except ValueError:
-        raise MeerkatError(f"{flag} {text}: must be whole numbers with commas, such as 0,1,2") from None
+        raise MeerkatError(f"{flag} {','.join(words)}: must be whole numbers with commas, such as 0,1,2") from None
 
 
 def _resume(arguments: argparse.Namespace) -> None:
