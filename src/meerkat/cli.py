@@ -158,6 +158,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     name = Path(arguments.config).stem if arguments.config else "comparison"
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    arguments.cure = f"the same command with --out {out} goes on with the comparison"
     found = compare(comparison, out, arguments.jobs)
     print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nFolder: {out}")
 
@@ -280,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meerkat: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("meerkat: interrupted; what was logged is safe: 'meerkat resume' goes on with the run", file=sys.stderr)
+        cure = getattr(arguments, "cure", "'meerkat resume' goes on with the run")
+        print(f"meerkat: interrupted; what was logged is safe: {cure}", file=sys.stderr)
         return 130
     return 0
 
