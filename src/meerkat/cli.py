@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=0,
-        help="runs at a time [default: one a CPU, or one where there is a GPU]",
+        help="runs at a time, each on one thread: results stay the same [default: one a CPU, or one on a GPU]",
     )
     own = ("method", "seed", "local_steps", "lr", "held_back", "threads")
     _add_settings(compare, [name for name in RunConfig.model_fields if name not in own])
