@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=0,
-        help="runs at a time [default: one a CPU, or one where there is a GPU]",
+        help="runs at a time, each on one thread: results stay the same [default: one a CPU, or one on a GPU]",
     )
     own = ("method", "seed", "local_steps", "lr", "held_back", "threads")
     _add_settings(compare, [name for name in RunConfig.model_fields if name not in own])
@@ -151,8 +151,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     given = {n: v for n, v in _settings(arguments).items() if n != "local_steps"}
     for flag, name in (("methods", "method"), ("seeds", "seeds"), ("local_steps", "local_steps")):
-        if text := getattr(arguments, flag, None):
-            given[name] = text.split(",") if name == "method" else _numbers(text, "--" + flag.replace("_", "-"))
+        if (text := getattr(arguments, flag, None)) is not None:
+            words = [word.strip() for word in text.split(",")]
+            given[name] = words if name == "method" else _numbers(words, "--" + flag.replace("_", "-"))
     if arguments.total_steps is not None:
         given["total_steps"] = arguments.total_steps
     if arguments.jobs < 0:
@@ -165,15 +166,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     name = Path(arguments.config).stem if arguments.config else "comparison"
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    arguments.cure = f"the same command with --out {out} goes on with the comparison"
     found = compare(comparison, out, arguments.jobs)
     print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nFolder: {out}")
 
 
-def _numbers(text: str, flag: str) -> list[int]:
+def _numbers(words: Sequence[str], flag: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(word) for word in words]
     except ValueError:
-        raise MeerkatError(f"{flag} {text}: must be whole numbers with commas, such as 0,1,2") from None
+        raise MeerkatError(f"{flag} {','.join(words)}: must be whole numbers with commas, such as 0,1,2") from None
 
 
 def _resume(arguments: argparse.Namespace) -> None:
@@ -304,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meerkat: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("meerkat: interrupted; what was logged is safe: 'meerkat resume' goes on with the run", file=sys.stderr)
+        cure = getattr(arguments, "cure", "'meerkat resume' goes on with the run")
+        print(f"meerkat: interrupted; what was logged is safe: {cure}", file=sys.stderr)
         return 130
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from meerkat.errors import MeerkatError
 from meerkat.models import Objective
@@ -236,12 +236,35 @@ def make_config(given: dict[str, Any], spell: str = "--") -> RunConfig:
             raise MeerkatError(str(first["msg"]).removeprefix("Value error, ")) from None
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise MeerkatError(
-                f"setting '{name}': unknown; must be one of {', '.join(RunConfig.model_fields)}"
-            ) from None
-        flag = spell + (name.replace("_", "-") if spell == "--" else name)
-        said = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-        raise MeerkatError(f"{flag} {first['input']}: must be {said}; see 'meerkat simulate --help'") from None
+            raise _unknown(name) from None
+        raise _refused(name, first["input"], first["msg"], spell) from None
+
+
+def make_value(name: str, value: Any, spell: str = "--") -> Any:
+    """Validate one setting by itself, without what settings ask of each other. Returns it as a run holds it.
+
+    Raises:
+        MeerkatError: an unknown setting, or a value out of range, in one line.
+    """
+    field = RunConfig.model_fields.get(name)
+    if field is None:
+        raise _unknown(name)
+    alone: Any = Annotated[field.annotation, field]
+    try:
+        return TypeAdapter(alone).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _refused(name, first["input"], first["msg"], spell) from None
+
+
+def _unknown(name: str) -> MeerkatError:
+    return MeerkatError(f"setting '{name}': unknown; must be one of {', '.join(RunConfig.model_fields)}")
+
+
+def _refused(name: str, value: Any, said: str, spell: str) -> MeerkatError:
+    flag = spell + (name.replace("_", "-") if spell == "--" else name)
+    said = said.removeprefix("Input should be ").removeprefix("Value error, ")
+    return MeerkatError(f"{flag} {value}: must be {said}; see 'meerkat simulate --help'")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

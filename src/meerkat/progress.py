@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -8,6 +9,11 @@ from tqdm import tqdm
 
 _T = TypeVar("_T")
 _LINES = 5
+
+
+def speak_alone() -> None:
+    """Do without a lock between processes, which one that is killed would leave behind."""
+    tqdm.set_lock(threading.RLock())
 
 
 def say(text: str) -> None:

@@ -20,6 +20,12 @@ from meerkat.studies import Check, Comparison, Setting, Study
 
 FORMAT = 1
 
+_OF_A_RUN = (
+    *("params_masked", "accuracy_before", "accuracy", "loss", "payload_bytes_up", "payload_bytes_down"),
+    *("client_steps", "calibration_steps", "wall_s", "theta_digest"),
+)
+"""What results.csv takes from a run's summary; empty where it diverged."""
+
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 """One-sided 95% quantiles of Student's t by degrees of freedom; 1.83 is used beyond."""
 
@@ -79,7 +85,7 @@ def _shared(lines: Sequence[Line], name: str) -> str:
 
 def _rows(comparison: Comparison, lines: Sequence[Line], root: Path) -> list[dict[str, Any]]:
     rows = [_row(comparison, line, root) for line in lines]
-    level = [_mean(row["accuracy"]) for row in rows]
+    level = [None if row["diverged"] else mean(row["accuracy"]) for row in rows]
     best = max((value for value in level if value is not None), default=None)
     return [{**row, "best": value is not None and value == best} for row, value in zip(rows, level, strict=True)]
 
@@ -125,22 +131,17 @@ def _sd(values: Sequence[float]) -> float | None:
 
 
 def _runs(comparison: Comparison, lines: Sequence[Line], root: Path) -> list[dict[str, Any]]:
-    names: tuple[str, ...] = ("lr", "rounds", "local_steps", "params_masked", "accuracy_before", "accuracy", "loss")
-    names = (
-        *names,
-        "payload_bytes_up",
-        "payload_bytes_down",
-        "client_steps",
-        "calibration_steps",
-        "wall_s",
-        "theta_digest",
-    )
     return [
         {
             "study": line.study.name,
             **_spelled(line.setting),
             "seed": seed,
-            **{name: "diverged" if summary is None else summary[name] for name in names},
+            "outcome": "diverged" if summary is None else "finished",
+            # a setting may be called as one of these: what is known without a run stands there in any case
+            "lr": line.lr,
+            "rounds": (config := line.study.config(line.setting, seed)).rounds,
+            "local_steps": config.local_steps,
+            **{name: None if summary is None else summary[name] for name in _OF_A_RUN},
             "run": run.relative_to(root).as_posix(),
         }
         for line in lines
@@ -153,6 +154,7 @@ def _flat(study: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         "study": study["name"],
         **_spelled(row["setting"]),
         "seeds": len(row["seeds"]),
+        "diverged": len(row["diverged"]),
         "accuracy_mean": _mean(row["accuracy"]),
         "accuracy_sd": _sd(row["accuracy"]),
         "loss_mean": _mean(row["loss"]),
@@ -169,7 +171,13 @@ def _flat(study: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spelled(setting: Setting) -> dict[str, Any]:
-    return {name: Path(value).name if name == "mask" else value for name, value in setting.items()}
+    return {name: _word(name, value) for name, value in setting.items()}
+
+
+def _word(axis: str, value: Any) -> Any:
+    if axis == "exclude":
+        return ",".join(value) or "none"
+    return Path(value).name if axis == "mask" else value
 
 
 def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -219,7 +227,8 @@ def _difference(line: Line, twin: Line, check: Check) -> list[float]:
 def _judged(found: Sequence[float], twin: Line | None, check: Check) -> dict[str, Any]:
     """Mean, standard error and verdict of paired differences. A run that diverged leaves it undecided."""
     if any(math.isnan(value) for value in found) or len(found) < 2:
-        return {"mean": found[0] if len(found) == 1 else None, "se": None, "verdict": "undecided"}
+        alone = len(found) == 1 and math.isfinite(found[0])
+        return {"mean": found[0] if alone else None, "se": None, "verdict": "undecided"}
     level, error = mean(found), stdev(found) / math.sqrt(len(found))
     limit = _T95.get(len(found) - 1, 1.83) * error
     if check.equal:
@@ -235,16 +244,19 @@ def _judged(found: Sequence[float], twin: Line | None, check: Check) -> dict[str
 
 
 def table(held: Mapping[str, Any], bold: bool = False) -> str:
-    """A comparison as text: one table a study, accuracy as mean and standard deviation, the best in bold or starred."""
+    """A comparison as text: one table a study, accuracy as mean and standard deviation, the best in bold or starred.
+
+    Means are over the runs that did not diverge; a setting with one that did is never the best.
+    """
     parts = []
     for study in held["studies"]:
-        head = [*study["axes"], "accuracy", "loss", "lr", "rounds", "bytes up a client", "seconds"]
-        body = [_cells(study, row) for row in study["rows"]]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        body = [_cells(row) for row in study["rows"]]
+        head = list(body[0])
+        widths = [max(len(name), *(len(line[name]) for line in body)) for name in head]
         parts.append(f"{study['name']}: {study['title']}" if study["title"] else study["name"])
         parts.append("  " + "  ".join(word.ljust(width) for word, width in zip(head, widths, strict=True)).rstrip())
         for row, line in zip(study["rows"], body, strict=True):
-            text = "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+            text = "  ".join(word.ljust(width) for word, width in zip(line.values(), widths, strict=True)).rstrip()
             mark = "* " if row["best"] else "  "
             parts.append(f"\033[1m{mark}{text}\033[0m" if bold and row["best"] else mark + text)
         for check in study["checks"]:
@@ -253,20 +265,21 @@ def table(held: Mapping[str, Any], bold: bool = False) -> str:
     return "\n".join(parts).rstrip()
 
 
-def _cells(study: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    spelled = _spelled(row["setting"])
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     found = f"{mean(row['accuracy']):.3f}" if row["accuracy"] else "diverged"
     if len(row["accuracy"]) > 1:
         found += f" +- {stdev(row['accuracy']):.3f}"
-    return [
-        *(str(spelled[name]) for name in study["axes"]),
-        found,
-        f"{mean(row['loss']):.3f}" if row["loss"] else "",
-        f"{row['lr']:g}",
-        str(row["rounds"]),
-        f"{row['payload_bytes_up_per_client']:,.0f}",
-        f"{mean(row['wall_s']):.0f}" if row["wall_s"] else "",
-    ]
+    if row["accuracy"] and row["diverged"]:
+        found += f" ({len(row['diverged'])} of {len(row['seeds']) + len(row['diverged'])} diverged)"
+    return {
+        **{name: str(value) for name, value in _spelled(row["setting"]).items()},
+        "accuracy": found,
+        "loss": f"{mean(row['loss']):.3f}" if row["loss"] else "",
+        "lr": f"{row['lr']:g}",
+        "rounds": str(row["rounds"]),
+        "bytes up a client": f"{row['payload_bytes_up_per_client']:,.0f}",
+        "seconds": f"{mean(row['wall_s']):.0f}" if row["wall_s"] else "",
+    }
 
 
 def _signed(check: Mapping[str, Any]) -> str:
