@@ -166,6 +166,12 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path: Path, text: str, 
     assert "\n" not in str(refused.value)
 
 
+def test_a_short_form_needs_saying_what_it_is(tmp_path: Path) -> None:
+    for ask in (lambda: read(tmp_path, "clients = 3", quick=True), lambda: read_comparison(None, {}, quick=True)):
+        with pytest.raises(MeerkatError, match=r"--quick: needs a file with a \[quick\] table"):
+            ask()
+
+
 def test_a_rate_that_is_given_leaves_held_back_rows_free(tmp_path: Path) -> None:
     study = read(tmp_path, "held_back = 0.3\nlr = 0.1").studies[0]
     assert study.config({}, 0).held_back == 0.3

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from meerkat.runfolder import write_whole
-from meerkat.studies import Check, Comparison, Setting, Study
+from meerkat.studies import Check, Comparison, Setting, Study, spelled
 
 FORMAT = 1
 
@@ -134,7 +134,7 @@ def _runs(comparison: Comparison, lines: Sequence[Line], root: Path) -> list[dic
     return [
         {
             "study": line.study.name,
-            **_spelled(line.setting),
+            **spelled(line.setting),
             "seed": seed,
             "outcome": "diverged" if summary is None else "finished",
             # a setting may be called as one of these: what is known without a run stands there in any case
@@ -152,7 +152,7 @@ def _runs(comparison: Comparison, lines: Sequence[Line], root: Path) -> list[dic
 def _flat(study: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "study": study["name"],
-        **_spelled(row["setting"]),
+        **spelled(row["setting"]),
         "seeds": len(row["seeds"]),
         "diverged": len(row["diverged"]),
         "accuracy_mean": _mean(row["accuracy"]),
@@ -168,16 +168,6 @@ def _flat(study: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         "wall_s": _mean(row["wall_s"]),
         "best": row["best"],
     }
-
-
-def _spelled(setting: Setting) -> dict[str, Any]:
-    return {name: _word(name, value) for name, value in setting.items()}
-
-
-def _word(axis: str, value: Any) -> Any:
-    if axis == "exclude":
-        return ",".join(value) or "none"
-    return Path(value).name if axis == "mask" else value
 
 
 def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -272,7 +262,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     if row["accuracy"] and row["diverged"]:
         found += f" ({len(row['diverged'])} of {len(row['seeds']) + len(row['diverged'])} diverged)"
     return {
-        **{name: str(value) for name, value in _spelled(row["setting"]).items()},
+        **{name: str(value) for name, value in spelled(row["setting"]).items()},
         "accuracy": found,
         "loss": f"{mean(row['loss']):.3f}" if row["loss"] else "",
         "lr": f"{row['lr']:g}",

@@ -121,6 +121,8 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
     listed = held.pop("study", [{"name": "comparison"}])
     if not isinstance(listed, list) or not all(isinstance(study, dict) for study in listed):
         raise MeerkatError(f"config '{file}': studies are written [[study]], with two brackets")
+    if quick and not any("quick" in settings for settings in (held, *listed)):
+        raise MeerkatError("--quick: needs a file with a [quick] table, which says what the short form is")
     own = {name: value for name, value in _merged(held, quick).items() if name in _FOR_ALL}
     own |= {name: value for name, value in given.items() if name in _FOR_ALL}
     overrides = {name: value for name, value in given.items() if name not in _FOR_ALL}
@@ -281,4 +283,15 @@ def _still_checked(study: Study, check: Check) -> Check | None:
 
 def axis_words(setting: Setting) -> str:
     """A setting in words."""
-    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "all settings"
+    return ", ".join(f"{name} {value}" for name, value in spelled(setting).items()) or "all settings"
+
+
+def spelled(setting: Setting) -> dict[str, Any]:
+    """A setting's values as a table shows them."""
+    return {name: _word(name, value) for name, value in setting.items()}
+
+
+def _word(axis: str, value: Any) -> Any:
+    if axis == "exclude":
+        return ",".join(value) or "none"
+    return Path(value).name if axis == "mask" else value
