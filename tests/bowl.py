@@ -60,6 +60,7 @@ def live(
     lived = Lived(engine, mask, [], [])
     state = ServerState(0, engine.model.read())
     while state.round < settings.rounds:
+        assert len(lived.records) < 2 * settings.rounds, "a round is calibrated again and again"
         record: RoundRecord | CalibrationRecord
         if calibration.due(state, settings):
             plan = calibration.open_calibration(state, settings)
