@@ -202,6 +202,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"early_stop {self.early_stop}: needs scalars, and {self.method} sends none; use none")
         if recipe.update == "feddyn" and self.server_optimizer != "sgd":
             raise ValueError(f"server_optimizer {self.server_optimizer}: feddyn has its own server step; use sgd")
+        if self.server_optimizer == "sgd" and self.server_lr not in (0, 1):
+            raise ValueError(
+                f"server_lr {self.server_lr:g}: sgd has none; use lr, or server_optimizer momentum or adam"
+            )
         if self.initial_steps + self.later_steps > self.calibration_steps:
             raise ValueError(
                 f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "

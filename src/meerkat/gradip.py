@@ -5,11 +5,16 @@
 All clients share z, so one dot product a direction serves every client: each costs one multiplication.
 """
 
+import math
+
 import numpy as np
 from torch import Tensor
 
 from meerkat.directions import Directions
 from meerkat.rounds import RoundPlan
+
+_CHUNK = 1 << 20
+"""Entries widened to float64 at a time."""
 
 
 def inner_products(gradient: Tensor | None, plan: RoundPlan, directions: Directions) -> np.ndarray:
@@ -20,14 +25,20 @@ def inner_products(gradient: Tensor | None, plan: RoundPlan, directions: Directi
     """
     if gradient is None or not plan.directions:
         return np.zeros((0, plan.directions))
-    wide, steps = gradient.double(), max(plan.steps.values())
+    steps = max(plan.steps.values())
     found = np.zeros((steps, plan.directions))
     for t in range(steps):
         for p in range(plan.directions):
             z = directions(plan.place(t, p))
             directions.prepare(plan.place_after(t, p))
-            found[t, p] = (wide @ z.double()).item()
+            found[t, p] = _dot(gradient, z)
     return found
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """<one, other> in float64, without a wide copy of either."""
+    parts = zip(one.split(_CHUNK), other.split(_CHUNK), strict=True)
+    return math.fsum((a.double() @ b.double()).item() for a, b in parts)
 
 
 def gradip(scalars: np.ndarray, inner: np.ndarray) -> np.ndarray:
