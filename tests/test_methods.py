@@ -494,3 +494,17 @@ def test_a_gradient_that_is_not_a_number_is_one_line_not_a_crash() -> None:
 
     with pytest.raises(MeerkatError, match="not all finite"):
         sensitivity_mask(model, [torch.zeros(3).long()], loss, 0.01)
+
+
+def test_a_mask_made_without_text_gets_its_gradient_from_the_run_s(
+    simulate_arguments: list[str], federation: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "random.safetensors"
+    settings = ["--model", str(federation / "model"), "--density", "0.01"]
+    assert main(["mask", *settings, "--method", "random-mask", "--out", str(mask)]) == 0
+    assert SparseMask.load(mask).pretraining_gradient is None
+    assert main([*simulate_arguments, "--mask", str(mask), "--out", str(tmp_path / "run")]) == 0
+    held = SparseMask.load(tmp_path / "run" / "mask.safetensors")
+    assert held.pretraining_gradient is not None
+    assert held.digest() == SparseMask.load(mask).digest()
+    assert main(["verify", str(tmp_path / "run")]) == 0

@@ -255,7 +255,8 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         plan = server.open_round(state, settings)
         replies = replies_to(plan)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
-        z.prepare(replace(plan, round=state.round).place(0, 0))
+        if plan.directions:
+            z.prepare(replace(plan, round=state.round).place(0, 0))
         note(round_metric(closed, replies), closed)
         if due(state.round):
             judge(state.theta, state.round)

@@ -163,20 +163,23 @@ def training_and_evaluation_rows(config: RunConfig, task: Task) -> tuple[list[Ro
 def make_mask(config: RunConfig, model: nn.Module, tokenizer: Any) -> SparseMask:
     """The mask that the method calls for, on the model at hand."""
     scope, exclude, kind = config.mask_scope, config.exclude, config.recipe.moves
-    if config.mask:
-        mask = SparseMask.load(Path(config.mask))
-        mask.check_fits(model)
-        return mask
+    given = SparseMask.load(Path(config.mask)) if config.mask else None
+    if given is not None:
+        given.check_fits(model)
+        if given.pretraining_gradient is not None:
+            return given
     text = config.text or (str(demo.TEXT) if config.model == EMBEDDED else "")
     length = models.longest_input(model, config.text_length)
     sequences = models.load_text(text, tokenizer, config.text_sequences, length) if text else []
     loss = models.language_modelling_loss(model)
     facts = {"text": Path(text).name, "text_length": str(length)}
-    if kind == "sensitivity":
+    if given is not None:
+        mask = given
+    elif kind == "sensitivity":
         return sensitivity_mask(
             model, sequences, loss, config.density, scope=scope, exclude=exclude, facts=facts, track=track
         )
-    if kind == "full":
+    elif kind == "full":
         mask = full_mask(model)
     elif kind == "lora":
         mask = lora_mask(model)
