@@ -27,8 +27,8 @@ from meerkat.server import ServerConfig, ServerState
 from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
 from meerkat.zeroth_order import MaskedModel
 
-DEFAULT = ["mixed:1/10/100/107", "mixed:3/10/100/107", "mixed:5/10/100/107", "mixed:8/10/100/104", "iid/10/100/140"]
-DEFAULT += ["dirichlet:0.5/10/100/105", "dirichlet:0.1/10/100/105", "single-label/10/100/103"]
+DEFAULT = ["mixed:1/10/100/107", "mixed:3/10/100/107", "mixed:5/10/100/107", "mixed:8/10/100/104", "iid/10/100/130"]
+DEFAULT += ["dirichlet:0.5/10/100/103", "dirichlet:0.1/10/100/103", "single-label/10/100/102"]
 
 
 def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path) -> list[Path]:

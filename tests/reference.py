@@ -249,16 +249,19 @@ def fedavgm(w0: Tensor, deltas: Sequence[Tensor], beta: float, server_lr: float)
 
 
 def fedadam(
-    w0: Tensor, deltas: Sequence[Tensor], beta1: float, beta2: float, tau: float, server_lr: float
+    w0: Tensor, deltas: Sequence[Tensor], beta1: float, beta2: float, tau: float, server_lr: Sequence[float]
 ) -> list[Tensor]:
-    """Section 5, FedAdam (Reddi et al. 2021: no bias correction, v_0 = 0) on D_r: dense w [d] after each round."""
+    """Section 5, FedAdam (Reddi et al. 2021: no bias correction, v_0 = 0) on D_r: dense w [d] after each round.
+
+    `server_lr` is one rate a round.
+    """
     assert tau > 0, f"tau {tau}"
     w = w0.double()
     m, v, after_round = torch.zeros_like(w), torch.zeros_like(w), []
-    for delta in deltas:
+    for delta, rate in zip(deltas, server_lr, strict=True):
         m = beta1 * m + (1 - beta1) * delta.double()
         v = beta2 * v + (1 - beta2) * delta.double() ** 2
-        w = w - server_lr * m / (v.sqrt() + tau)
+        w = w - rate * m / (v.sqrt() + tau)
         after_round.append(w)
     return after_round
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import SHARED
 
+from meerkat.cli import main
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -17,11 +19,20 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("client_batching", ["--repeats", "2"]),
         ("memory", []),
         ("gradip", ["--repeats", "1"]),
+        ("selection", ["mixed:2/4/0/1", "iid/4/0/1", "--traces"]),
+        ("mask_overlap", []),
     ],
 )
-def test_every_benchmark_gives_its_headline(name: str, options: list[str]) -> None:
+def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_path: Path) -> None:
     if name == "client_batching" and not SHARED.is_dir():
         pytest.skip("the real model and data are not beside this checkout")
+    if name == "selection":
+        options = [*options, str(tmp_path)]
+    if name == "mask_overlap":
+        for seed in ("0", "1"):
+            out = tmp_path / f"{seed}.safetensors"
+            assert main(["mask", "--method", "random-mask", "--seed", seed, "--out", str(out)]) == 0
+            options = [*options, str(out)]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *options]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["name"] == name

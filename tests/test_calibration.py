@@ -189,9 +189,9 @@ def test_where_everyone_asked_stops_early_a_round_is_one_step() -> None:
     assert set(open_round(state, federation()).steps.values()) == {1}
 
 
-def test_at_one_local_step_early_stopping_changes_nothing_but_data() -> None:
-    settings = federation(local_steps=1)
-    assert set(open_round(state_at(0, 0, frozenset({1, 2})), settings).steps.values()) == {1}
+def test_at_one_local_step_nobody_is_calibrated() -> None:
+    assert due(state_at(0, None), federation(local_steps=2))
+    assert not due(state_at(0, None), federation(local_steps=1))
 
 
 def scalars(quiet: set[int], clients: int = 20, seed: int = 0) -> dict[int, np.ndarray]:
@@ -207,7 +207,7 @@ def decided(
     held: frozenset[int] = frozenset(),
     but: set[int] = frozenset(),
 ) -> CalibrationRecord:
-    settings = federation(clients=20, early_stop=early_stop, seed=seed)
+    settings = federation(clients=20, directions=1, early_stop=early_stop, seed=seed)
     state = state_at(round, None, held)
     plan = open_calibration(state, settings)
     answered = {k: g for k, g in scalars({3, 7, 11}).items() if k not in but}
@@ -275,6 +275,7 @@ def test_the_decision_is_that_of_selection_on_these_signals() -> None:
             {k: magnitude(g) for k, g in record.scalars.items()},
             {k: gradip(g, inner) for k, g in record.scalars.items()},
             vpcs,
+            record.plan.directions,
         )
         assert record.selection == again
         assert lived.states[0].early_stopped == set(again.extreme)

@@ -237,3 +237,12 @@ def test_fewer_steps_need_a_clearer_difference() -> None:
     assert few.rho_later_above > 1.3 * many.rho_later_above
     flagged = [len(automatic(federation(s, [1] * 10, [1] * 10, 20), vpcs=short).extreme) for s in range(200)]
     assert np.mean(flagged) / 10 <= 0.01
+
+
+def test_more_directions_make_the_rule_sharper() -> None:
+    """|g| as a mean over P directions scatters less: what would be chance at P = 1 is none at P = 16."""
+    decayed = np.ones((10, 100))
+    decayed[0, -30:] = 0.6
+    traces = dict(enumerate(decayed))
+    assert select(traces, traces, Vpcs(), directions=1).extreme == ()
+    assert select(traces, traces, Vpcs(), directions=16).extreme == (0,)

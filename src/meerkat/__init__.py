@@ -5,7 +5,6 @@ from meerkat.client import local_steps
 from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import Diverged, MeerkatError, RunFailed
-from meerkat.gradip import gradip
 from meerkat.mask import SparseMask
 from meerkat.optimizers import ServerOptimizer
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
@@ -35,7 +34,6 @@ __all__ = [
     "close_calibration",
     "close_round",
     "full_mask",
-    "gradip",
     "local_steps",
     "magnitude_mask",
     "open_calibration",

@@ -13,6 +13,7 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.progress import say, track
 from meerkat.record import Opening, Replay, agree, file_digest, gradient_digest
+from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader
 from meerkat.workplace import Workplace, check_model, load_split, open_workplace
@@ -89,7 +90,7 @@ class OpenRun:
 def _verify(folder: RunFolder) -> Replayed:
     run = OpenRun.of(folder.root)
     reader = run.reader
-    for _ in track(run.replay, "verifying", run.config.rounds):
+    for _ in track((r for _, r in run.replay if isinstance(r, RoundRecord)), "verifying", run.config.rounds):
         pass
     state = run.replay.state
     if reader.damage:

@@ -58,8 +58,13 @@ class CalibrationRecord:
 
 
 def due(state: ServerState, config: ServerConfig) -> bool:
-    """Whether a calibration stands before the next round."""
-    if config.early_stop == "none" or state.round == config.rounds or state.calibrated == state.round:
+    """Whether a calibration stands before the next round. At T = 1 none does: there is nothing to stop."""
+    if (
+        config.early_stop == "none"
+        or config.local_steps == 1
+        or state.round == config.rounds
+        or state.calibrated == state.round
+    ):
         return False
     every = config.vpcs.recalibrate_every
     return state.calibrated is None or bool(every and state.round % every == 0)
@@ -98,6 +103,7 @@ def decide(
         {client: magnitude(g) for client, g in scalars.items()},
         {client: gradip(g, inner) for client, g in scalars.items()},
         config.vpcs,
+        plan.directions,
     )
     chosen = found.extreme
     if config.early_stop == "random":

@@ -168,7 +168,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
     arguments.cure = f"the same command with --out {out} goes on with the comparison"
     found = compare(comparison, out, arguments.jobs)
-    print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nFolder: {out}")
+    from meerkat.report import write_comparison_report
+
+    page = write_comparison_report(out)
+    print(json.dumps(found) if arguments.json else f"{table(found, sys.stdout.isatty())}\n\nReport: {page}")
 
 
 def _numbers(words: Sequence[str], flag: str) -> list[int]:
@@ -277,6 +280,8 @@ def _export(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.folder
     kinds = [name for name in ("compare.json", "config.toml") if (folder / name).is_file()]
+    if not kinds and (folder / "cells").is_dir():
+        raise MeerkatError(f"'{folder}': a comparison that is not finished; the same 'meerkat compare' goes on with it")
     if not kinds:
         raise MeerkatError(
             f"'{folder}': neither a run nor a comparison (no config.toml, no compare.json); "

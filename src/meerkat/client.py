@@ -40,12 +40,13 @@ def local_steps(
     start = theta
     for t in range(steps):
         loss = batch_loss(t)
+        drift = theta - start if plan.alpha else None
         moved = theta.clone()
         for p in range(plan.directions):
             z = directions(plan.place(t, p))
             directions.prepare(plan.place_after(t, p))
             g, level = projected_gradient(model, theta, z, plan.eps, loss)
-            scalars[t, p], losses[t, p] = g.item() + correction(plan.alpha, h, theta - start, z), level
+            scalars[t, p], losses[t, p] = g.item() + correction(plan.alpha, h, drift, z), level
             descend_(moved, plan.rate, scalars[t, p], z)
         theta = moved
     return Reply(client, scalars, float(losses.mean())), theta

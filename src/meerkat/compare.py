@@ -73,7 +73,6 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
     with _taken(root):
         configs = {key: _with_mask(config, root / "masks") for key, config in configs.items()}
         firsts = {i: configs[i, comparison.seeds[0]] for i in range(len(lines))}
-        margin = comparison.search.margin
         with _Pool(jobs, root) as pool:
             searches = pool.map_unique(
                 "learning-rate searches",
@@ -82,11 +81,9 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
                     for i, config in firsts.items()
                     if not config.lr
                 },
-                lambda i, found: f"{_words(*lines[i])}: {_found(found, firsts[i], margin)}",
+                lambda i, found: f"{_words(*lines[i])}: {_found(found, firsts[i])}",
             )
-            rates = {
-                i: _used(searches[i], config, margin) if i in searches else config.lr for i, config in firsts.items()
-            }
+            rates = {i: _best(searches[i], config) if i in searches else config.lr for i, config in firsts.items()}
             cells = {key: config.model_copy(update={"lr": rates[key[0]]}) for key, config in configs.items()}
             folders = {key: root / "cells" / _name(config) for key, config in cells.items()}
             summaries = pool.map_unique(
@@ -299,16 +296,11 @@ def _best(rates: Sequence[tuple[float, float]], config: RunConfig) -> float:
     return min(sound)[1]
 
 
-def _used(rates: Sequence[tuple[float, float]], config: RunConfig, margin: float) -> float:
-    """The learning rate of a setting's runs: the best trial's, with a margin."""
-    return float(f"{_best(rates, config) / margin:.3g}")
-
-
-def _found(rates: Sequence[tuple[float, float]], config: RunConfig, margin: float) -> str:
+def _found(rates: Sequence[tuple[float, float]], config: RunConfig) -> str:
     best = _best(rates, config)
     end = {rates[0][0]: "lowest", rates[-1][0]: "highest"}.get(best)
     edge = f", the {end} of {len(rates)} tried: a search with more trials may find a better one" if end else ""
-    return f"learning rate {_used(rates, config, margin):g}; trials were best at {best:g}{edge}"
+    return f"learning rate {best:g}{edge}"
 
 
 # --- several at a time ----------------------------------------------------------------------------

@@ -147,10 +147,20 @@ class RunConfig(BaseModel):
     calibration_steps: int = Field(100, ge=2, description="T_cali: uninterrupted local steps of a calibration")
     initial_steps: int = Field(30, ge=1, description="T_init: first steps of a calibration, compared with the last")
     later_steps: int = Field(30, ge=1, description="T_later: last steps of a calibration")
-    rho_later: float = Field(2.0, gt=0, description="threshold on initial over later mean |GradIP|; extreme above it")
-    rho_quie: float = Field(0.5, ge=0, le=1, description="threshold on the share of quiescent later steps")
+    rho_later: float = Field(
+        2.0,
+        gt=0,
+        description="rule thresholds: extreme above this initial over later mean |GradIP|",
+        allow_inf_nan=False,
+    )
+    rho_quie: float = Field(
+        0.5, ge=0, le=1, description="rule thresholds: extreme from this share of quiescent later steps on"
+    )
     sigma: float = Field(
-        0.25, gt=0, description="a step is quiescent under this share of the clients' median initial mean |GradIP|"
+        0.25,
+        gt=0,
+        allow_inf_nan=False,
+        description="rule thresholds: a step is quiescent under this share of clients' median initial mean |GradIP|",
     )
     recalibrate_every: int = Field(
         0, ge=0, description="rounds between calibrations; 0 for one, before the first round"
@@ -160,11 +170,14 @@ class RunConfig(BaseModel):
         "sgd", description="what the server makes of a round's update: FedAvg, FedAvgM or FedAdam"
     )
     server_lr: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="eta_s of momentum and adam; 0 takes 1 for momentum, 1e-3 for adam"
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="eta_s of momentum and adam; adam's step is eta_s times lr; 0 takes 1 for momentum, 1e-2 for adam",
     )
     server_beta1: float = Field(0.9, ge=0, lt=1, description="momentum's and adam's first decay")
     server_beta2: float = Field(0.99, ge=0, lt=1, description="adam's second decay")
-    server_tau: float = Field(1e-9, gt=0, description="added to adam's root")
+    server_tau: float = Field(1e-9, gt=0, allow_inf_nan=False, description="added to adam's root")
     feddyn_alpha: float = Field(1e-3, gt=0, allow_inf_nan=False, description="alpha of method feddyn")
 
     eval_every: int = Field(20, ge=0, description="rounds between evaluations; 0 for the first and last only")
@@ -206,7 +219,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"server_lr {self.server_lr:g}: sgd has none; use lr, or server_optimizer momentum or adam"
             )
-        if self.initial_steps + self.later_steps > self.calibration_steps:
+        stops = recipe.early_stop if self.early_stop == "by-method" else self.early_stop
+        if stops != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
             raise ValueError(
                 f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "
                 f"{self.initial_steps + self.later_steps}"

@@ -84,7 +84,7 @@ def _check_whole(reader: LogReader) -> None:
 def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
     """One client's virtual path: theta after each local step of a round, float32 [n], as the client had it.
 
-    The log is replayed and checked up to that round. Each tensor yielded is the same one, updated.
+    The log is replayed and checked up to that round.
 
     Raises:
         MeerkatError: there is no such round, or the client took no part in it, or made its steps by
@@ -95,7 +95,7 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
         if isinstance(record, RoundRecord) and record.plan.round == round:
             if client not in record.scalars or not record.plan.directions:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
-            return path.client_path(state.theta, record, client, run.directions)
+            return (theta.clone() for theta in path.client_path(state.theta, record, client, run.directions))
     _check_whole(run.reader)
     raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
 

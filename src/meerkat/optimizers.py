@@ -3,7 +3,7 @@
     D = (eta / P) sum_{t,p} G z
     sgd (FedAvg):        theta -= D
     momentum (FedAvgM):  theta -= eta_s m,                  m = beta_1 m + D
-    adam (FedAdam):      theta -= eta_s m / (sqrt(v) + tau), m = beta_1 m + (1 - beta_1) D, v likewise of D^2, beta_2
+    adam (FedAdam):      theta -= eta_s eta m / (sqrt(v) + tau),   m = beta_1 m + (1 - beta_1) D, v so of D^2 by beta_2
     feddyn:              theta -= D + h / alpha,            h = h + alpha s D
 
 D follows from scalars that everyone has, so every client replays any of them at no cost in bytes. Each
@@ -13,7 +13,7 @@ took part).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,7 +35,8 @@ class ServerOptimizer:
 
     name: Name = "sgd"
     lr: float = 1.0
-    """eta_s, of momentum and adam."""
+    """eta_s, of momentum and adam. D's length cancels in adam's step: there eta_s multiplies the round's eta, so that
+    the rate and its schedule reach it."""
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-9
@@ -60,6 +61,8 @@ def advance(
     if optimizer.name == "sgd":
         return path.advance(theta, record, directions), ()
     descent = path.advance(torch.zeros_like(theta), record, directions)  # -D
+    if optimizer.name == "adam":
+        optimizer = replace(optimizer, lr=optimizer.lr * record.plan.lr)
     return _RULES[optimizer.name](optimizer, theta, moments, descent, share)
 
 

@@ -1,8 +1,9 @@
 """A comparison's outcome: tables, claims checked on paired differences, and their files.
 
-Differences are paired by seed: the same split, data order and directions on both sides. A claim holds where
-the mean difference exceeds its one-sided 95% t limit, fails where it does so the other way, and is undecided
-between. With three seeds that takes a clear difference.
+Differences are paired by seed: the same split on both sides, and where T, what moves and calibration agree also
+the same batches and directions. A pair holds where the mean difference exceeds its one-sided 95% t limit, fails
+where it does so the other way, and is undecided between; with three seeds that takes a clear difference. A claim
+about several pairs holds where each does.
 """
 
 import csv
@@ -200,10 +201,9 @@ def _checked(check: Check, lines: Sequence[Line]) -> dict[str, Any]:
             by_seed.append(found)
     together = [mean(values) for values in zip(*by_seed, strict=True)]
     whole = _judged(together, None, check)
-    verdict = whole["verdict"]
-    if check.equal:  # no two things are the same because they are so on average
-        verdicts = {d["verdict"] for d in differences}
-        verdict = next(iter(verdicts)) if len(verdicts) == 1 else "fails" if "fails" in verdicts else "undecided"
+    # a claim about several is none about their average
+    verdicts = {d["verdict"] for d in differences}
+    verdict = next(iter(verdicts)) if len(verdicts) == 1 else "fails" if "fails" in verdicts else "undecided"
     return {"claim": check.claim, "measure": check.measure, **whole, "verdict": verdict, "differences": differences}
 
 

@@ -71,12 +71,15 @@ class Selection:
     which a client is extreme whatever its rho_later: quiet from the start."""
 
 
-def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray], vpcs: Vpcs) -> Selection:
+def select(
+    magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray], vpcs: Vpcs, directions: int = 1
+) -> Selection:
     """Which clients are extremely skewed, from one uninterrupted path of each.
 
     Args:
         magnitude: |g| of each client, float64 [T_cali].
         gradip: GradIP of each client, float64 [T_cali]; looked at by the paper's rule only.
+        directions: P, over which each |g| is a mean.
     """
     clients = tuple(sorted(magnitude))
     if not clients:
@@ -87,7 +90,7 @@ def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray]
     early_mean, late_mean = initial.mean(1), late.mean(1)
     rho_later = np.maximum(early_mean, _TINY) / np.maximum(late_mean, _TINY)
     if vpcs.rule == "automatic":
-        above, below = _found_thresholds(rho_later, early_mean, late_mean, vpcs)
+        above, below = _found_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
         rho_quie = (late < below).mean(1)
         extreme = (rho_later > above) | (late_mean < below)
         share = 0.0
@@ -108,16 +111,16 @@ def select(magnitude: Mapping[int, np.ndarray], gradip: Mapping[int, np.ndarray]
 
 
 def _found_thresholds(
-    rho_later: np.ndarray, early_mean: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs
+    rho_later: np.ndarray, early_mean: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs, directions: int
 ) -> tuple[float, float]:
     """What rho_later must exceed, and what the later level must stay under, to be no work of chance.
 
-    |g| of a step is half-normal about its client's gradient norm, so the log of a mean over m steps has a
-    standard error of sqrt((pi / 2 - 1) / m), and `spread` follows. The centre of the lively clients is
-    read from those that decayed least, raised by where the least of as many equals are to be expected.
+    |g| along a direction is half-normal about its client's gradient norm, so the log of a mean over m steps of P
+    directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. The centre of the lively
+    clients is read from those that decayed least, raised by where the least of as many equals are to be expected.
     Clients that were quiet at once had nothing to decay from and tell nothing of it.
     """
-    per_step = math.pi / 2 - 1
+    per_step = (math.pi / 2 - 1) / directions
     spread = _SPREAD * math.sqrt(per_step / vpcs.initial_steps + per_step / vpcs.later_steps)
     awake = early_mean >= float(np.median(early_mean)) * math.exp(-_QUIET * spread)
     decay = np.sort(np.log(rho_later[awake]))

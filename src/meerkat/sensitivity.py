@@ -250,7 +250,9 @@ def sensitivity_mask(
     noted = {"sequences": str(count), "excluded": ",".join(exclude), **(facts or {})}
     # summed, not averaged: dividing all by the same count ranks them the same
     mask = _chosen(model, squares, density, scope, kind, noted)
-    mask = replace(mask, facts={**mask.facts, "concentration": json.dumps(concentration(squares))})
+    eligible = sum(tensor.numel() for tensor in squares.values())
+    spread = {"eligible": str(eligible), "concentration": json.dumps(concentration(squares))}
+    mask = replace(mask, facts={**mask.facts, **spread})
     squares.clear()
     if kind == "task":
         return mask

@@ -82,14 +82,8 @@ class Search(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     held_back: float = Field(0.2, gt=0, lt=1, description="share of the training rows that rates are judged on")
-    rounds: float = Field(0.5, gt=0, le=1, description="length of a trial run, as a share of the setting's rounds")
+    rounds: float = Field(1.0, gt=0, le=1, description="length of a trial run, as a share of the setting's rounds")
     factor: float = Field(2.0, gt=1, description="between neighbouring rates")
-    margin: float = Field(
-        2.0,
-        ge=1,
-        description="the rate used is the best trial's divided by this: one at the edge over a short run is beyond it "
-        "over a long one",
-    )
     trials: int = Field(7, ge=3, description="rates tried for one setting, at most")
 
 

@@ -77,10 +77,10 @@ def resolve(config: RunConfig) -> RunConfig:
         "clients_per_round": config.clients_per_round or config.clients,
         "eps": config.eps or config.recipe.eps,
         "early_stop": config.recipe.early_stop if config.early_stop == "by-method" else config.early_stop,
-        "server_lr": config.server_lr or {"adam": 1e-3}.get(config.server_optimizer, 1.0),
+        "server_lr": config.server_lr or {"adam": 1e-2}.get(config.server_optimizer, 1.0),
     }
     if filled["early_stop"] != "none" and config.local_steps == 1:
-        say("note: at --local-steps 1 every client makes one step a round already; stopping early changes nothing")
+        say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
     return resolve_model(config.model_copy(update=filled))
 
 

@@ -1,7 +1,7 @@
 """Every client in this process, on one copy of the model.
 
 A client keeps nothing between rounds: it is its rows, and a data pointer that follows from the log. So
-a thousand clients need the memory of one.
+a thousand clients need the memory of one. Under FedDyn each has its h_k, which follows from the log too.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,10 +35,10 @@ def groups(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int
         ]
     else:
         kinds = [
-            Group("not extreme, goes on", tuple(k for k in clients if k not in known | short), REST),
-            Group("extreme, stopped early", tuple(k for k in clients if k in known & short), RED, "-", "X"),
-            Group("extreme, goes on", tuple(k for k in clients if k in known - short), PURPLE, "--", "D"),
-            Group("not extreme, stopped early", tuple(k for k in clients if k in short - known), BLUE, "-.", "s"),
+            Group("several labels, goes on", tuple(k for k in clients if k not in known | short), REST),
+            Group("one label, stopped early", tuple(k for k in clients if k in known & short), RED, "-", "X"),
+            Group("one label, goes on", tuple(k for k in clients if k in known - short), PURPLE, "--", "D"),
+            Group("several labels, stopped early", tuple(k for k in clients if k in short - known), BLUE, "-.", "s"),
         ]
     return [group for group in kinds if group.clients]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import meerkat.report.study_figures as draw
+from meerkat.errors import RunFailed
 from meerkat.report.look import data_size
 from meerkat.report.page import Page, Shown, absent, escape, folded, paragraph, pill, table
 from meerkat.report.study import Study, finite, mean, numeric, read_studies, spread, told_apart, value_words
@@ -22,7 +23,10 @@ def write_comparison_report(root: Path) -> Path:
     Raises:
         MeerkatError: there is no comparison in the folder; RunFailed: it is damaged, or the disk refused.
     """
-    return comparison_page(Path(root)).write(Path(root))
+    try:
+        return comparison_page(Path(root)).write(Path(root))
+    except (LookupError, TypeError) as error:
+        raise RunFailed(f"comparison '{root}': compare.json is damaged ({error!r}); compare again") from None
 
 
 def comparison_page(root: Path) -> Page:
@@ -159,15 +163,19 @@ def _figures(page: Page, study: Study) -> None:
     shown: list[Shown] = []
     missing = False
     for i, (name, rows) in enumerate(study.panels):
-        figure = draw.curves(study, rows, "accuracy")
-        missing = missing or figure is None
-        if figure is not None:
-            many = max(len(row.get("runs", [])) for row in rows) > 1
-            said = "Accuracy against the local steps a client has made, in however many rounds: "
-            said += (
-                "lines are means over seeds, bands reach from the lowest to the highest." if many else "one run each."
-            )
-            shown.append((f"{study.name}-accuracy-{i + 1}", figure, _titled("Accuracy over local steps", name), said))
+        for what in ("accuracy", "loss"):
+            figure = draw.curves(study, rows, what)
+            missing = missing or figure is None
+            if figure is not None:
+                many = max(len(row.get("runs", [])) for row in rows) > 1
+                said = f"{what.capitalize()} against rounds times T, calibration not counted: "
+                said += (
+                    "lines are means over seeds, bands reach from the lowest to the highest."
+                    if many
+                    else "one run each."
+                )
+                title = _titled(f"{what.capitalize()} over local steps", name)
+                shown.append((f"{study.name}-{what}-{i + 1}", figure, title, said))
     said = "One line a setting, one dot a seed, the upright stroke their mean; the best in bold blue."
     shown.append((f"{study.name}-final", draw.final(study), "Final accuracy", said))
     for axis in ("density", "local_steps"):
@@ -183,7 +191,7 @@ def _figures(page: Page, study: Study) -> None:
             shown.append((f"{study.name}-rates-{i + 1}", figure, _titled("Learning-rate search", name), said))
     page.figures(*shown)
     if missing:
-        page.add(absent("Some accuracy curves are left out: their run folders are not here."))
+        page.add(absent("Some curves are left out: their run folders are not here."))
 
 
 def _along(study: Study, axis: str) -> list[Shown]:

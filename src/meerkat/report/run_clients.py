@@ -56,7 +56,7 @@ def calibration_section(page: Page, story: Story) -> None:
         return
     page.section("Calibration", "calibration")
     if not story.records.calibrations:
-        page.add(absent("Nobody was calibrated yet: the run ended before."))
+        page.add(absent("No calibration stands in rounds.log."))
         return
     held = story.records.calibrations
     if len(held) > 2:

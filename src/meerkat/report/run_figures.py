@@ -198,7 +198,7 @@ def percent(share: float) -> str:
 
 
 def concentration(points: Sequence[tuple[float, float]], density: float) -> Figure:
-    """How much of all sensitivity the most sensitive entries hold."""
+    """How much of all sensitivity the most sensitive entries hold; density is the mask's share of those ranked."""
     x, y = np.array(points).T
     with drawing() as (figure, axes):
         axes.plot(x, y, color=BLUE, label="sensitivity")

@@ -7,6 +7,7 @@ import numpy as np
 
 import meerkat.report.run_figures as draw
 from meerkat.config import RunConfig
+from meerkat.errors import RunFailed
 from meerkat.report.look import CYCLE, data_size
 from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph, table
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
@@ -20,7 +21,10 @@ def write_run_report(root: Path) -> Path:
     Raises:
         MeerkatError: there is no run in the folder; RunFailed: something in it is damaged, or the disk refused.
     """
-    return run_page(Story.read(Path(root))).write(Path(root))
+    try:
+        return run_page(Story.read(Path(root))).write(Path(root))
+    except (LookupError, TypeError) as error:
+        raise RunFailed(f"run folder '{root}': a file in it is damaged ({error!r}); restore it from a copy") from None
 
 
 def run_page(story: Story) -> Page:
@@ -66,7 +70,7 @@ def _outcome(page: Page, story: Story) -> None:
         counted = ", calibration counted" if story.of_kind("calibration") else ""
         shown.append(("payload a client", data_size(story.payload()), f"up and down{counted}"))
     if story.config.recipe.early_stop != "none" or story.stopped:
-        known = "" if story.extreme is None else f"{len(story.extreme):,} known to be extreme"
+        known = "" if story.extreme is None else f"{len(story.extreme):,} hold one label"
         shown.append(
             ("stopped early", f"{len(story.stopped):,}", f"of {config.clients:,} clients; {known}".rstrip("; "))
         )
@@ -97,7 +101,7 @@ def _curves(page: Page, story: Story) -> None:
     page.section("Learning", "learning")
     judged = story.evaluations
     if not judged:
-        page.add(absent("No curves: the run ended before its first evaluation."))
+        page.add(absent("No curves: no evaluation was noted in metrics.jsonl."))
         return
     on = "held-back training rows" if story.config.held_back else "validation rows"
     rounds = [m["round"] for m in judged]
@@ -208,7 +212,7 @@ def _mask(page: Page, story: Story) -> None:
         shown.append(
             (
                 "concentration",
-                draw.concentration(points, mask.density),
+                draw.concentration(points, len(mask) / int(mask.facts.get("eligible", mask.total))),
                 "Sensitivity is concentrated",
                 "Share of all sensitivity that the most sensitive parameters hold, among those allowed to move; the "
                 "further the curve stands above the dashed line, the less is lost by moving a few only.",
@@ -266,7 +270,7 @@ def _settings(page: Page, story: Story) -> None:
     elif story.records.rounds:
         digests.append((f"theta after round {story.rounds}", story.records.rounds[-1].theta_digest))
     if not digests:
-        page.add(absent("No digests: the run ended before its first round."))
+        page.add(absent("No digests: no round stands in rounds.log."))
         return
     lines = [(escape(what), f"<code>{escape(digest)}</code>") for what, digest in digests]
     page.add(folded("Digests", table(["SHA-256 of", ""], lines, text_columns=2)))

@@ -85,10 +85,8 @@ class Story:
 
     @cached_property
     def extreme(self) -> tuple[int, ...] | None:
-        """Clients known to hold one label alone; None where nobody knows."""
-        if self.summary is not None:
-            return tuple(self.summary["extreme_clients"])
-        if self.split is None or not self.config.partition.startswith(("mixed", "single-label")):
+        """Clients that hold one label alone, as a simulation knows; None where nobody does."""
+        if self.split is None:
             return None
         return tuple(int(k) for k in np.flatnonzero((self.split[1] > 0).sum(1) == 1))
 

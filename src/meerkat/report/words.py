@@ -76,9 +76,9 @@ def found_out(stopped: Sequence[int], clients: int, extreme: Sequence[int] | Non
     if extreme is None:
         return said
     if not extreme:
-        return said + " None is known to hold one label alone."
+        return said + " None holds one label alone."
     right = len(set(stopped) & set(extreme))
     return (
-        f"{said} Of {len(extreme):,} known to hold one label alone it stopped {right:,}, "
+        f"{said} Of {len(extreme):,} that hold one label alone it stopped {right:,}, "
         f"and {len(stopped) - right:,} of the others."
     )
