@@ -204,7 +204,7 @@ def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
 def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
     words = page_of(write_run(tmp_path / "run", clients=4, extreme=1)).words
     assert "calibration stopped 1 of 4 clients early (0)" in words
-    assert "Of 1 known to hold one label alone it stopped 1, and 0 of the others." in words
+    assert "Of 1 that hold one label alone it stopped 1, and 0 of the others." in words
     # three of the four make 2 steps in each of 3 rounds and one makes 1: 21 steps up of 4 bytes, 60 before
     assert f"sent {60 * 4 + 21:,} bytes in all on average, 240 of them to calibrate" in words
     assert f"{(240 * 4 + 84 + 4 * 2 * 3 * 4) / 4:.0f} B" in words  # up and down, a client
@@ -215,8 +215,8 @@ def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> 
     held = run_page(Story.read(root)).html()
     found = checked(held)
     assert len(held) < 3e6
-    assert "not extreme, goes on (980)" in found.words
-    assert "extreme, stopped early (20)" in found.words
+    assert "several labels, goes on (980)" in found.words
+    assert "one label, stopped early (20)" in found.words
     assert "client 500" not in found.words
     assert len(found.words) < 30_000
 
@@ -235,14 +235,14 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
     words = page_of(root).words
     assert "got to round 2 of 3" in words
     assert "Accuracy was 0.250 before and 0.500 after 2 rounds." in words
-    assert "1 known to be extreme" in words  # from the split, as there is no summary
+    assert "1 hold one label" in words  # from the split, as there is no summary
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp"}))
     words = page_of(tmp_path / "run").words
     assert "got to round 0 of 200" in words
-    for missing in ("No curves", "No bytes", "Nobody was calibrated yet", "No signals", "No mask", "No digests"):
+    for missing in ("No curves", "No bytes", "No calibration stands", "No signals", "No mask", "No digests"):
         assert missing in words
 
 
@@ -343,9 +343,9 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     assert words.index("Claims") < words.index("Outcomes") < words.index("Final accuracy")
     assert '<tr class="best"><td class="t">iid</td>' in held
     assert "2.00\N{MULTIPLICATION SIGN} 4.0 s" in words
-    assert "Some accuracy curves are left out: their run folders are not here." in words
+    assert "Some curves are left out: their run folders are not here." in words
     stems = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert stems == {"a-accuracy-1", "a-final", "a-local-steps-1", "a-rates-1", "a-check-1"}
+    assert stems == {"a-accuracy-1", "a-loss-1", "a-final", "a-local-steps-1", "a-rates-1", "a-check-1"}
 
 
 def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
@@ -379,10 +379,10 @@ def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
 def test_clients_are_grouped_by_truth_and_by_what_was_done() -> None:
     found = {group.name: group.clients for group in groups(range(5), stopped=[0, 1], extreme=[1, 2])}
     assert found == {
-        "not extreme, goes on": (3, 4),
-        "extreme, stopped early": (1,),
-        "extreme, goes on": (2,),
-        "not extreme, stopped early": (0,),
+        "several labels, goes on": (3, 4),
+        "one label, stopped early": (1,),
+        "one label, goes on": (2,),
+        "several labels, stopped early": (0,),
     }
     assert [group.name for group in groups([0, 1], [1], None)] == ["goes on", "stopped early"]
 
@@ -413,3 +413,13 @@ def test_numbers_in_words() -> None:
     assert place_of("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
     assert place_of("transformer.h.0.attn.c_attn.weight") == (0, "attn.c_attn")
     assert place_of("model.embed_tokens.weight") == (None, "embed_tokens")
+
+
+def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_run(tmp_path / "run", clients=4)
+    (root / "summary.json").write_text("{}")
+    assert main(["report", str(root)]) == 1
+    assert "a file in it is damaged" in capsys.readouterr().err
+    (tmp_path / "half" / "cells").mkdir(parents=True)
+    assert main(["report", str(tmp_path / "half")]) == 2
+    assert "a comparison that is not finished" in capsys.readouterr().err
