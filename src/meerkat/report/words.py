@@ -11,13 +11,14 @@ def in_words(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in plain words."""
     up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
     whole = summary["payload_bytes_up"] / summary["clients"]
+    and_more = ", calibration included" if summary["calibration_steps"] else ""
     judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
     return "\n".join(
         [
             f"{summary['method']} on {summary['task']}: accuracy {summary['accuracy_before']:.3f} before, "
             f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
             f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}.",
-            f"Each client sent {up} bytes a round, about {whole:,.0f} in all. Sending the model instead would "
+            f"Each client sent {up} bytes a round, about {whole:,.0f} in all{and_more}. Sending the model instead would "
             f"have cost {dense:,} bytes a round, {dense // up:,} times as much.",
             f"Run folder: {folder}",
         ]
