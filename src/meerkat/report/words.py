@@ -18,8 +18,8 @@ def in_words(summary: dict[str, Any], folder: Path) -> str:
             f"{summary['method']} on {summary['task']}: accuracy {summary['accuracy_before']:.3f} before, "
             f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
             f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}.",
-            f"Each client sent {up} bytes a round, about {whole:,.0f} in all{and_more}. Sending the model instead would "
-            f"have cost {dense:,} bytes a round, {dense // up:,} times as much.",
+            f"Each client sent {up} bytes a round, about {whole:,.0f} in all{and_more}. "
+            f"Sending the model instead would have cost {dense:,} bytes a round, {dense // up:,} times as much.",
             f"Run folder: {folder}",
         ]
     )
