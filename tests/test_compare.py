@@ -425,6 +425,7 @@ def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
         text=True,
     ) as running:
         try:
