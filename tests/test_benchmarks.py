@@ -31,7 +31,7 @@ def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_p
     if name == "mask_overlap":
         for seed in ("0", "1"):
             out = tmp_path / f"{seed}.safetensors"
-            assert main(["mask", "--method", "random-mask", "--seed", seed, "--out", str(out)]) == 0
+            assert main(["mask", "--method", "random-mask", "--density", "0.1", "--seed", seed, "--out", str(out)]) == 0
             options = [*options, str(out)]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *options]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
