@@ -88,6 +88,11 @@ def resolve_model(config: RunConfig) -> RunConfig:
     """The part of `resolve` that a mask alone needs."""
     if config.recipe.moves == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
         raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
+    return resolve_place(config)
+
+
+def resolve_place(config: RunConfig) -> RunConfig:
+    """The part of `resolve` that is about this machine: device, threads, sizes of passes, absolute paths."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     kind = device.partition(":")[0]
     filled: dict[str, Any] = {
