@@ -52,6 +52,7 @@ def calibration_metric(record: CalibrationRecord) -> dict[str, Any]:
             "rho_later": found.rho_later_above,
             "rho_quie": found.rho_quie_from,
             "quiet": found.quiet_below,
+            "loud": found.loud_above,
         },
         "extreme": list(found.extreme),
         "early_stopped": list(record.early_stopped),
