@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meerkat import calibration, models, path, server
 from meerkat.calibration import CalibrationRecord
-from meerkat.config import RunConfig
+from meerkat.config import SITES, RunConfig
 from meerkat.directions import Directions, run_key
 from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import Diverged, MeerkatError, RunFailed
@@ -84,7 +84,9 @@ def resume(root: Path) -> dict[str, Any]:
     if summary is not None and _is_closed(folder) and folder.metrics():
         say(f"{root}: the run is finished, after {summary['rounds']} rounds")
         return summary
-    workplace = open_workplace(folder.config())
+    if (config := folder.config()).partition == SITES:
+        raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
+    workplace = open_workplace(config)
     return _carry_on(folder, workplace, Split.of(workplace))
 
 
@@ -190,7 +192,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     model = MaskedModel(workplace.model, mask)
     theta_0 = model.read()
     opening = _opening(folder, config, mask, split, theta_0)
-    replayed, z = replay_log(folder, log, opening, config, mask, theta_0)
+    replayed, z, _ = replay_log(folder, log, opening, config, mask, theta_0)
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     losses_of = models.client_losses(workplace.model, split.examples, workplace.training_batch, config.objective)
@@ -246,8 +248,8 @@ class Engine(Protocol):
 
 def replay_log(
     folder: RunFolder, log: RunLog, opening: Opening, config: RunConfig, mask: SparseMask, theta_0: Tensor
-) -> tuple[Replay, Directions]:
-    """Open the log, or replay what it holds: the run as far as it has come, and its directions.
+) -> tuple[Replay, Directions, Opening]:
+    """Open the log, or replay what it holds: the run as far as it has come, its directions and its opening.
 
     Raises:
         MeerkatError: what the run rests on was changed since it began; RunFailed: its record is damaged.
@@ -262,7 +264,7 @@ def replay_log(
         opening = logged
     z = Directions(int(opening.run_key, 16), len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
-    return Replay(records, theta_0, opening.settings(config), z, gradient, folder.log_path).run(), z
+    return Replay(records, theta_0, opening.settings(config), z, gradient, folder.log_path).run(), z, opening
 
 
 def run_rounds(

@@ -71,6 +71,12 @@ def evaluation_metric(found: Evaluation, rounds: int) -> dict[str, Any]:
     }
 
 
+def counts_metric(correct: int, total: int, rounds: int) -> dict[str, Any]:
+    """How the model stood on the sites' own rows, of which they tell nothing but how many are right."""
+    accuracy = correct / total if total else None
+    return {"kind": "evaluation", "round": rounds, "accuracy": accuracy, "loss": None, "per_class": {}, "rows": total}
+
+
 def split_metric(labels: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
     """Who holds what: each client's rows of each label, int [K, C]. A simulation knows it; a server does not."""
     return {"kind": "split", "round": 0, "labels": list(labels), "counts": counts.tolist()}
@@ -104,7 +110,8 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 def evaluation_in_words(found: Metric, rounds: int) -> str:
     """How the model stands, of so many rounds in all."""
     loss = "" if found["loss"] is None else f", loss {found['loss']:.3f}"
-    return f"round {found['round']:>4} of {rounds}: accuracy {found['accuracy']:.3f}{loss}"
+    accuracy = "not judged by anyone" if found["accuracy"] is None else f"accuracy {found['accuracy']:.3f}"
+    return f"round {found['round']:>4} of {rounds}: {accuracy}{loss}"
 
 
 def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> str:

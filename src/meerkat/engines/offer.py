@@ -68,9 +68,9 @@ class Offer:
             patience_s=patience_s,
         )
 
-    def encode(self) -> tuple[str, bytes]:
-        """The offer as JSON, and the mask's bytes apart."""
-        held = asdict(self)
+    def encode(self, token: str) -> tuple[str, bytes]:
+        """The offer as JSON, with a token in it, and the mask's bytes apart."""
+        held = {**asdict(self), "token": token}
         mask = held.pop("mask")
         return json.dumps(held), mask
 

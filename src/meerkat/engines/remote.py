@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from meerkat import path
 from meerkat.directions import Phase
@@ -21,11 +22,15 @@ from meerkat.engines import frames
 from meerkat.engines.door import Door, Guest
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.errors import RunFailed
+from meerkat.metrics import counts_metric
 from meerkat.progress import say
 from meerkat.record import Join
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.runfolder import Metric
 from meerkat.server import ServerConfig, ServerState, share_of
 
+_WAKE_S = 0.5
+"""Seconds that a wait lasts at most before it looks up."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
 
@@ -43,6 +48,10 @@ class Event(NamedTuple):
 
 class Link(Protocol):
     """Carries frames. What is given for a client goes out in order, or the client leaves."""
+
+    bytes_sent: int
+    """Of frames, to all clients."""
+    bytes_received: int
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         """Send each client its frames; returns at once."""
@@ -147,6 +156,11 @@ class RemoteEngine:
         self._replied: dict[int, np.ndarray] = {}
         self._counted: dict[int, tuple[int, int]] = {}
         self._round_s = 0.0
+        self._stopped = ""
+
+    def stop(self, why: str) -> None:
+        """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
+        self._stopped = why
 
     def arrivals(self, round: int) -> list[Join]:
         """Wait until a round can open; the clients that are to be logged before it.
@@ -171,7 +185,7 @@ class RemoteEngine:
             if not told and waited > 2:
                 say(f"round {round}: {here} clients are here and idle, waiting for {wanted}")
                 told = True
-            self._handle(self._link.receive(0.5))
+            self._wait(_WAKE_S)
         self._begun = True
         joined = [
             Join(round, client, guest.examples, guest.node)
@@ -207,8 +221,7 @@ class RemoteEngine:
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
                     "what was logged is safe: start again with the same run folder to go on"
                 )
-            left = self._terms.deadline_s - waited
-            self._handle(self._link.receive(left if left > 0 else 1.0))
+            self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
         if owing:
             say(f"round {plan.round}: closed at its deadline without {_named(owing)}")
         self._round_s, self._plan = time.monotonic() - began, None
@@ -220,6 +233,26 @@ class RemoteEngine:
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
 
+    def status(self) -> str:
+        """How the federation stands, in a line."""
+        here = [k for k, member in self._members.items() if member.here]
+        late = [k for k in here if self._members[k].busy is not None]
+        slow = f", {_named(late)} late" if late else ""
+        sent, received = self._link.bytes_sent, self._link.bytes_received
+        return (
+            f"round {self._trail.round} of {self._settings.rounds}: {len(here)} clients here{slow}; "
+            f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """What the summary tells of the network: frames' bytes, both ways, and what did not count."""
+        return {
+            "frame_bytes_down": self._link.bytes_sent,
+            "frame_bytes_up": self._link.bytes_received,
+            "dropped": self.counts,
+            "caught_up": self.caught_up,
+        }
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """Remember what clients need to follow a round that is on the disk."""
         self._state = state
@@ -227,8 +260,8 @@ class RemoteEngine:
         closed = Closed(record.plan.lr, share, record.aggregate, counted=False)
         self._trail.add(closed, frozenset(record.scalars), bytes.fromhex(record.theta_digest))
 
-    def judge(self) -> tuple[int, int]:
-        """Rows right, and rows in all, over the sites that evaluate and answer before the deadline."""
+    def judge(self, _: Tensor, rounds: int) -> Metric:
+        """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
         asked = [k for k in self.available() if self._members[k].guest.evaluates]
         self._counted = {}
         self._link.send({client: self._telling(client, Kind.JUDGE) for client in asked})
@@ -236,9 +269,9 @@ class RemoteEngine:
         while (left := end - time.monotonic()) > 0 and any(
             self._members[k].here and k not in self._counted for k in asked
         ):
-            self._handle(self._link.receive(left))
+            self._wait(left)
         counts = list(self._counted.values())
-        return sum(correct for correct, _ in counts), sum(total for _, total in counts)
+        return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
 
     def end(self, why: str) -> None:
         """Bring everyone who is idle up to date, and say that the run is over."""
@@ -286,9 +319,15 @@ class RemoteEngine:
 
     # what clients say
 
-    def _handle(self, event: Event | None) -> None:
-        if event is None:
-            return
+    def _wait(self, at_most_s: float) -> None:
+        """Handle the next event, if one comes in time."""
+        event = self._link.receive(min(max(at_most_s, 0.0), _WAKE_S))
+        if self._stopped:
+            raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
+        if event is not None:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
         if event.what == "arrived" and event.guest is not None:
             self._welcome(event.guest)
         elif (member := self._members.get(event.client)) is None or not member.here:

@@ -117,6 +117,10 @@ class Site:
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a coordinator does not send")
         return None
 
+    def refusal(self, why: str) -> bytes:
+        """The frame that says that the site takes no further part, and why."""
+        return self._frame(Kind.REFUSAL, frames.encode_words({"why": why}))
+
     def _follow_and_do(self, frame: Frame, work: Work) -> bytes | None:
         """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
         first = frame.round - len(work.closed)
