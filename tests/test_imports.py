@@ -41,11 +41,8 @@ EDGE = {"tasks", "partition", "models", "data", "demo"}
 
 def _modules() -> dict[str, Path]:
     paths = {p.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): p for p in SOURCE.rglob("*.py")}
-    return {
-        name.removesuffix(".__init__"): p
-        for name, p in paths.items()
-        if name not in ("__init__", "engines.__init__", "engines.flower.__init__")
-    }
+    packages = ("__init__", "engines.__init__", "engines.flower.__init__")
+    return {name.removesuffix(".__init__"): p for name, p in paths.items() if name not in packages}
 
 
 def _imports(path: Path) -> set[str]:

@@ -56,9 +56,7 @@ class FederationConfig(BaseModel):
     start_s: float = Field(60.0, ge=0, description="seconds that they are waited for")
     quorum: int = Field(1, ge=1, description="replies that a round needs to close without the others")
     deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without the slow")
-    patience_s: float = Field(
-        600.0, gt=0, description="seconds that too few clients are waited for before the run ends"
-    )
+    patience_s: float = Field(600.0, gt=0, description="seconds that too few clients are waited for")
     site_patience_s: float = Field(
         30.0, gt=0, description="seconds for which a site tries to come back before it is free for another run"
     )
@@ -203,8 +201,8 @@ def _coordinate(
         engine = _Watched(link, door, replayed.settings, terms, opening.federation, replayed.state)
         control.open(door, offer, engine.stop)
         say(
-            f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} parameters "
-            f"move, learning rate {config.lr:g}; up to {config.clients} clients, {config.rounds} rounds"
+            f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
+            f"parameters move, learning rate {config.lr:g}; up to {config.clients} clients, {config.rounds} rounds"
         )
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge

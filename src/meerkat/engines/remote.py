@@ -62,6 +62,9 @@ class Link(Protocol):
     def drop(self, client: int, last: bytes) -> None:
         """Send a client a last frame, and let it go."""
 
+    def close(self) -> None:
+        """Let all go, and give back what was taken to reach them."""
+
 
 @dataclass(frozen=True)
 class Terms:

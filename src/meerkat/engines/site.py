@@ -70,6 +70,8 @@ class Site:
         """Why the session is over, or nothing."""
         self.refused = False
         """Whether the coordinator will not have the site: there is no coming back."""
+        self.welcomed = False
+        """Whether the coordinator let the site in."""
         self._run = bytes.fromhex(offer.run)
         self._secret = bytes.fromhex(offer.token)
         self._optimizer = server_optimizer(self.config)
@@ -105,6 +107,7 @@ class Site:
         match frame.kind:
             case Kind.WELCOME:
                 self._secret, _ = frames.decode_words(frame.body, 32)
+                self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
                     self._take(values, frame)

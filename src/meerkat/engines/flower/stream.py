@@ -209,8 +209,9 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         BadFrame: the coordinator sent what no coordinator sends; it was told so.
     """
     credentials = grpc.ssl_channel_credentials(authority)
-    heard, pause = time.monotonic(), 0.1
+    heard, pause, calls = time.monotonic(), 0.1, 0
     while not site.ended:
+        calls += 1
         trouble = "it ended"
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
             call = _Call(channel, site.hello(), idle_s)
@@ -234,6 +235,9 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
             )
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
+    if site.refused and not site.welcomed and calls > 1:
+        # the token may have been spent by a call that broke before the answer came
+        raise RunFailed(f"the coordinator refuses this site's second call: {site.ended}")
     if site.refused:
         raise Refused(f"the coordinator refuses this site: {site.ended}")
 
