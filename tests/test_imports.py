@@ -12,7 +12,7 @@ SOURCE = Path(meerkat.__file__).parent
 # Lower layers never import higher ones, nor does a module import its neighbours' layer except downwards.
 LAYERS = [
     {"errors", "seeds"},
-    {"mask", "directions", "tasks", "progress", "selection"},
+    {"mask", "directions", "tasks", "progress", "selection", "certificates"},
     {"sensitivity", "zeroth_order", "rounds", "partition", "data", "adapters"},
     {"path", "gradip", "alignment", "first_order", "demo", "models"},
     {"optimizers", "client", "runlog"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"engines.local", "calibration", "config"},
     {"runfolder", "record"},
     {"metrics", "workplace", "studies"},
-    {"experiment", "audit", "results"},
+    {"experiment", "audit", "results", "sites"},
     {"history", "export", "compare"},
     {"report.look", "report.style", "report.words", "report.curves", "report.study"},
     {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
