@@ -1,8 +1,8 @@
 """TLS certificates and node keys for a federation, made without any outside authority.
 
-authority.key, authority.crt     signs; the key stays with whoever runs the federation
-server.key, server.crt           the coordinator's; every site checks it against authority.crt
-site-0.key, site-0.pub, ...      a site's own identity; the coordinator registers the .pub
+ca.key, ca.crt              signs; the key stays with whoever runs the federation
+server.key, server.crt      the coordinator's; every site checks it against ca.crt
+site-0.key, site-0.pub ...  a site's own identity; the coordinator registers the .pub
 """
 
 import os
@@ -69,7 +69,7 @@ def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) ->
 
 
 def make_authority(folder: Path, days: int = DAYS) -> Pair:
-    """Make a certificate authority of one's own: authority.crt, which sites trust, and authority.key, which signs.
+    """Make a certificate authority of one's own: ca.crt, which sites trust, and ca.key, which signs.
 
     Args:
         folder: made where it is not there.
@@ -87,7 +87,7 @@ def make_authority(folder: Path, days: int = DAYS) -> Pair:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
-    return _write_pair(folder / "authority", key, certificate)
+    return _write_pair(folder / "ca", key, certificate)
 
 
 def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAYS) -> Pair:
@@ -102,13 +102,13 @@ def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAY
     """
     names = _names(hosts)
     try:
-        authority = x509.load_pem_x509_certificate((folder / "authority.crt").read_bytes())
-        signing = load_pem_private_key((folder / "authority.key").read_bytes(), password=None)
+        authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        signing = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "cannot be read"
         raise MeerkatError(f"'{folder}': no authority that can sign ({reason}); make one first") from None
     if not isinstance(signing, ec.EllipticCurvePrivateKey):
-        raise MeerkatError(f"'{folder / 'authority.key'}': not an elliptic-curve key; make the authority anew")
+        raise MeerkatError(f"'{folder / 'ca.key'}': not an elliptic-curve key; make the authority anew")
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation coordinator")])
     until = min(_until(days), authority.not_valid_after_utc)
