@@ -12,7 +12,7 @@ SOURCE = Path(meerkat.__file__).parent
 # Lower layers never import higher ones, nor does a module import its neighbours' layer except downwards.
 LAYERS = [
     {"errors", "seeds"},
-    {"mask", "directions", "tasks", "progress", "selection"},
+    {"mask", "directions", "tasks", "progress", "selection", "certificates"},
     {"sensitivity", "zeroth_order", "rounds", "partition", "data", "adapters"},
     {"path", "gradip", "alignment", "first_order", "demo", "models"},
     {"optimizers", "client", "runlog"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"runfolder", "record", "agreement", "engines.frames"},
     {"metrics", "workplace", "studies", "engines.door", "engines.offer"},
     {"engines.site", "engines.remote"},
-    {"experiment", "audit", "results"},
+    {"experiment", "audit", "results", "sites"},
     {"history", "export", "compare", "coordinator", "engines.flower.stream"},
     {"engines.flower.server_app", "engines.flower.client_app"},
     {"report.look", "report.style", "report.words", "report.curves", "report.study"},

@@ -32,6 +32,8 @@ MASK_SETTINGS = (
     "seed",
 )
 
+SPLIT_SETTINGS = ("task", "data", "held_back", "partition", "clients", "seed")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
@@ -76,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     mask = command("mask", "Choose the most sensitive parameters of a model from pre-training text.", _mask)
     mask.add_argument("--out", required=True, metavar="FILE", help="mask file to write (.safetensors)")
     _add_settings(mask, MASK_SETTINGS)
+
+    divide = command("partition", "Write each client's training rows to a folder of its own, site by site.", _partition)
+    divide.add_argument("--out", required=True, metavar="DIR", help="folder for site-0, site-1, ...; new or empty")
+    _add_settings(divide, SPLIT_SETTINGS)
 
     compare = command(
         "compare", "Compare methods and settings over several seeds, each at its own learning rate.", _compare
@@ -232,6 +238,19 @@ def _mask(arguments: argparse.Namespace) -> None:
         print(f"{out}: {len(mask):,} of {mask.total:,} parameters, in {len(by_tensor)} tensors, most of them in")
         for name, count in sorted(by_tensor.items(), key=lambda item: -item[1])[:5]:
             print(f"  {count / len(mask):6.1%}  {name}")
+
+
+def _partition(arguments: argparse.Namespace) -> None:
+    config = make_config(_settings(arguments))
+    from meerkat.sites import write_sites
+
+    counts = write_sites(config, Path(arguments.out))
+    if arguments.json:
+        print(json.dumps({"written": arguments.out, "clients": len(counts), "rows": counts}))
+    else:
+        print(f"{arguments.out}: {sum(counts)} rows in {len(counts)} folders")
+        for client, count in enumerate(counts):
+            print(f"  site-{client}  {count} rows")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

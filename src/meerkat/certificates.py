@@ -1,0 +1,210 @@
+"""TLS certificates and node keys for a federation, made without any outside authority.
+
+ca.key, ca.crt              signs; the key stays with whoever runs the federation
+server.key, server.crt      the coordinator's; every site checks it against ca.crt
+site-0.key, site-0.pub ...  a site's own identity; the coordinator registers the .pub
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from meerkat.errors import MeerkatError
+
+DAYS = 365
+"""How long certificates are valid unless one says otherwise."""
+_CLOCKS_APART = timedelta(minutes=5)
+
+
+class Pair(NamedTuple):
+    """Two files that belong together."""
+
+    public: Path
+    """A certificate (PEM), or a node's public key (one line, OpenSSH)."""
+    private: Path
+    """Its private key, readable for its owner alone (mode 0600)."""
+
+
+def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) -> dict[str, Path]:
+    """Make all that a federation's TLS and node authentication need.
+
+    Args:
+        folder: new or empty; made where it is not there.
+        hosts: names and addresses that sites reach the coordinator by.
+        nodes: how many sites; node keys are numbered from 0.
+        days: validity of authority and server certificate.
+
+    Returns:
+        File of each part: authority, authority key, server, server key, site 0, site 0 key, ...
+
+    Raises:
+        MeerkatError: the folder is taken, or a host or a number is not one.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MeerkatError(f"'{folder}': is not an empty folder; give a new or empty one")
+    if nodes < 0:
+        raise MeerkatError(f"{nodes} nodes: must be 0 or more")
+    _names(hosts)  # before anything is written
+    pairs = {"authority": make_authority(folder, days), "server": issue_server_certificate(folder, hosts, days)}
+    pairs |= {f"site {site}": make_node_key(folder / f"site-{site}.key") for site in range(nodes)}
+    made: dict[str, Path] = {}
+    for name, pair in pairs.items():
+        made |= {name: pair.public, f"{name} key": pair.private}
+    return made
+
+
+def make_authority(folder: Path, days: int = DAYS) -> Pair:
+    """Make a certificate authority of one's own: ca.crt, which sites trust, and ca.key, which signs.
+
+    Args:
+        folder: made where it is not there.
+        days: validity, from five minutes ago on.
+
+    Raises:
+        MeerkatError: there is an authority in the folder already.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation authority")])
+    certificate = (
+        _certificate(name, name, key.public_key(), _until(days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+    return _write_pair(folder / "ca", key, certificate)
+
+
+def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAYS) -> Pair:
+    """Issue the coordinator's certificate, server.crt with server.key, signed by the authority in the same folder.
+
+    Args:
+        hosts: names and addresses that sites reach the coordinator by: a client accepts no others.
+        days: validity, at most as long as the authority's own.
+
+    Raises:
+        MeerkatError: no authority in the folder, a host that is none, or a server certificate there already.
+    """
+    names = _names(hosts)
+    try:
+        authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        signing = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "cannot be read"
+        raise MeerkatError(f"'{folder}': no authority that can sign ({reason}); make one first") from None
+    if not isinstance(signing, ec.EllipticCurvePrivateKey):
+        raise MeerkatError(f"'{folder / 'ca.key'}': not an elliptic-curve key; make the authority anew")
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation coordinator")])
+    until = min(_until(days), authority.not_valid_after_utc)
+    certificate = (
+        _certificate(subject, authority.subject, key.public_key(), until)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.public_key()), critical=False)
+        .sign(signing, hashes.SHA384())
+    )
+    return _write_pair(folder / "server", key, certificate)
+
+
+def make_node_key(path: Path) -> Pair:
+    """Make a site's identity: an ECDSA key on P-384, OpenSSH form, as `ssh-keygen -t ecdsa -b 384` makes it.
+
+    Args:
+        path: the private key; the public one goes beside it as .pub, in place of the suffix `.key` if it has that.
+
+    Raises:
+        MeerkatError: one of the files is there already.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = path.with_suffix(".pub") if path.suffix == ".key" else path.with_name(path.name + ".pub")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    _write_new(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n", 0o644)
+    return Pair(public, path)
+
+
+def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    if not hosts:
+        raise MeerkatError("no host: name at least one that sites reach the coordinator by")
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ip_address(host)))
+            continue
+        except ValueError:
+            pass
+        if not host or any(not part.replace("-", "").isalnum() or not part.isascii() for part in host.split(".")):
+            raise MeerkatError(f"host '{host}': must be a name or an address alone, such as coordinator.example.org")
+        names.append(x509.DNSName(host))
+    return names
+
+
+def _until(days: int) -> datetime:
+    if days < 1:
+        raise MeerkatError(f"{days} days: a certificate must be valid for 1 or more")
+    return datetime.now(UTC) + timedelta(days=days)
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.now(UTC) - _CLOCKS_APART)
+        .not_valid_after(until)
+    )
+
+
+def _usage(signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_pair(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Pair:
+    pair = Pair(stem.with_suffix(".crt"), stem.with_suffix(".key"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    _write_new(pair.private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    _write_new(pair.public, certificate.public_bytes(Encoding.PEM), 0o644)
+    return pair
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a file that was not there; a private one is never readable for others, not even for a moment."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        raise MeerkatError(f"'{path}': exists already; a key is not overwritten: remove it first") from None
+    with os.fdopen(file, "wb") as stream:
+        stream.write(content)
