@@ -19,7 +19,7 @@ from meerkat.directions import Directions, run_key
 from meerkat.engines import frames
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.engines.offer import Offer
-from meerkat.errors import Diverged, MeerkatError
+from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
@@ -122,6 +122,8 @@ class Site:
             BadFrame: it is none of this session.
         """
         frame = Frame.decode(data)
+        if frame.kind is Kind.REFUSAL and frame.run != self._run:
+            raise RunFailed("another run has taken the coordinator's place; its own invitation will come")
         if frame.run != self._run or frame.client != self.client:
             raise BadFrame("a frame of another run, or for another client")
         match frame.kind:

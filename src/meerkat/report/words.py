@@ -50,8 +50,8 @@ def outcome(summary: Mapping[str, Any], sent: float, calibrating: float) -> str:
     up, dense = sent + calibrating, summary["dense_bytes_per_client_round"]
     one = summary["payload_bytes_up_per_client_round"]
     return (
-        f"Accuracy on {judged} went from {in_digits(summary['accuracy_before'])} to {in_digits(summary['accuracy'])} in "
-        f"{summary['rounds']:,} rounds{loss}. "
+        f"Accuracy on {judged} went from {in_digits(summary['accuracy_before'])} to {in_digits(summary['accuracy'])} "
+        f"in {summary['rounds']:,} rounds{loss}. "
         f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}. "
         f"A client sent {up:,.0f} bytes in all on average{spent}, and at most {one:,} a round; sending the model "
         f"instead would have cost {dense:,} bytes a round, {dense // one:,} times as much."
