@@ -27,8 +27,8 @@ from meerkat.server import ServerConfig, ServerState
 from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
 from meerkat.zeroth_order import MaskedModel
 
-DEFAULT = ["mixed:1/10/100/107", "mixed:3/10/100/107", "mixed:5/10/100/107", "mixed:8/10/100/104", "iid/10/100/130"]
-DEFAULT += ["dirichlet:0.5/10/100/103", "dirichlet:0.1/10/100/103", "single-label/10/100/102"]
+DEFAULT = ["mixed:1/10/200/208", "mixed:3/10/200/208", "mixed:5/10/200/208", "mixed:8/10/200/205", "iid/10/200/230"]
+DEFAULT += ["dirichlet:0.5/10/200/203", "dirichlet:0.1/10/200/203", "single-label/10/200/202"]
 
 
 def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path) -> list[Path]:

@@ -18,10 +18,12 @@ LAYERS = [
     {"optimizers", "client", "runlog"},
     {"server"},
     {"engines.local", "calibration", "config"},
-    {"runfolder", "record"},
-    {"metrics", "workplace", "studies"},
+    {"runfolder", "record", "agreement", "engines.frames"},
+    {"metrics", "workplace", "studies", "engines.door", "engines.offer"},
+    {"engines.site", "engines.remote"},
     {"experiment", "audit", "results", "sites"},
-    {"history", "export", "compare"},
+    {"history", "export", "compare", "coordinator", "engines.flower.stream", "engines.flower.messages"},
+    {"engines.flower.server_app", "engines.flower.client_app"},
     {"report.look", "report.style", "report.words", "report.curves", "report.study"},
     {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
     {"report.client_figures", "report.compare_page"},
@@ -39,9 +41,8 @@ EDGE = {"tasks", "partition", "models", "data", "demo"}
 
 def _modules() -> dict[str, Path]:
     paths = {p.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): p for p in SOURCE.rglob("*.py")}
-    return {
-        name.removesuffix(".__init__"): p for name, p in paths.items() if name not in ("__init__", "engines.__init__")
-    }
+    packages = ("__init__", "engines.__init__", "engines.flower.__init__")
+    return {name.removesuffix(".__init__"): p for name, p in paths.items() if name not in packages}
 
 
 def _imports(path: Path) -> set[str]:

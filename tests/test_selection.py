@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meerkat import selection
 from meerkat.selection import Selection, Vpcs, select
 
 PAPERS = Vpcs(rule="thresholds", calibration_steps=8, initial_steps=3, later_steps=2)
@@ -116,7 +118,7 @@ def test_clients_whose_signal_is_zero_give_no_nan(rule: str) -> None:
     signal[3, 50:] = 0  # from the middle on
     found = select(dict(enumerate(signal)), dict(enumerate(signal)), vpcs)
     numbers = [*found.rho_later, *found.rho_quie, *found.later, found.rho_later_above, found.quiet_below]
-    assert np.isfinite(numbers).all()
+    assert np.isfinite([*numbers, found.loud_above]).all()
     assert set(found.extreme) == ({3} if rule == "thresholds" else {2, 3})
 
 
@@ -138,6 +140,9 @@ def test_without_any_answer_nobody_is_extreme(rule: str) -> None:
 
 # --- the automatic rule ---
 
+KINDS = ((1, 0.1), (2, 0.3))
+"""Levels and falls of IID clients: their middle, and how far their logs scatter."""
+
 mixtures = st.lists(
     st.tuples(st.sampled_from([0.1, 0.5, 1.0, 2.0]), st.sampled_from([0.5, 1.0, 3.0, 12.0])), min_size=1, max_size=12
 )
@@ -151,6 +156,7 @@ def test_the_unit_of_the_loss_does_not_matter(mixture: list[tuple[float, float]]
     assert one.extreme == other.extreme
     assert one.rho_later_above == pytest.approx(other.rho_later_above)
     assert one.quiet_below * unit == pytest.approx(other.quiet_below)
+    assert one.loud_above * unit == pytest.approx(other.loud_above)
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,12 +197,15 @@ def test_at_most_one_in_a_hundred_equals_is_flagged(count: int, fall: float) -> 
     assert share_flagged([1] * count, [fall] * count, 2000 // count).mean() <= 0.01
 
 
-def test_at_most_one_in_a_hundred_is_flagged_where_equals_scatter_by_more_than_their_steps() -> None:
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 40])
+def test_at_most_one_in_a_hundred_is_flagged_where_equals_scatter_by_more_than_their_steps(count: int) -> None:
+    """As far as they do in practice: their log rho_later by half as much again, their levels by a tenth."""
     rng = np.random.default_rng(0)
     flagged = [
-        len(automatic(federation(seed, [1] * 10, 2 * np.exp(0.3 * rng.normal(size=10)))).extreme) for seed in range(300)
+        len(automatic(federation(seed, *(middle * np.exp(s * rng.normal(size=count)) for middle, s in KINDS))).extreme)
+        for seed in range(6000 // count)
     ]
-    assert np.mean(flagged) / 10 <= 0.01
+    assert np.mean(flagged) / count <= 0.01
 
 
 def test_clients_that_decay_are_found_and_the_others_are_not() -> None:
@@ -209,6 +218,46 @@ def test_they_are_found_where_four_in_five_decay() -> None:
     found = share_flagged([1] * 10, [12] * 8 + [1] * 2)
     assert found[:8].min() > 0.95
     assert found[8:].max() <= 0.01
+
+
+def test_the_slow_are_found_where_four_in_five_decay() -> None:
+    """Half of them fall to a third, while lively clients' |g| rises: the middle of all is no guide, nor is a gap."""
+    found = share_flagged([1.5] * 8 + [1] * 2, [3] * 4 + [15] * 4 + [0.6] * 2)
+    assert found[:4].min() > 0.75
+    assert found[4:8].min() > 0.98
+    assert found[8:].max() <= 0.01
+
+
+def test_the_lively_are_not_taken_for_quiet_where_most_begin_far_above_them() -> None:
+    found = share_flagged([5] * 7 + [1] * 3, [12] * 7 + [1] * 3)
+    assert found[:7].min() > 0.98
+    assert found[7:].max() <= 0.01
+
+
+def test_who_begins_far_above_the_others_is_found_though_it_does_not_decay() -> None:
+    """The gradient of a single label is not cancelled by another's; its client may take longer than a calibration."""
+    found = share_flagged([4] * 3 + [1] * 7, [1] * 10)
+    assert found[:3].min() > 0.98
+    assert found[3:].max() <= 0.01
+    one = automatic(federation(0, [4] * 3 + [1] * 7, [1] * 10))
+    assert max(one.rho_later[:3]) < one.rho_later_above
+    assert one.extreme == (0, 1, 2)
+
+
+def log_likelihood(lively: np.ndarray, others: int) -> float:
+    """Of so many lively clients at these places, and of others anywhere above; every number of them as likely."""
+    normal = NormalDist(float(lively.mean()))
+    anywhere_within = math.exp(3.5 / 2) * math.sqrt(2 * math.pi)
+    within = sum(math.log(normal.pdf(a)) for a in lively) - others * math.log(anywhere_within)
+    return within - math.log(math.comb(len(lively) + others, others))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.floats(-3, 9), min_size=1, max_size=12))
+def test_as_many_are_taken_for_lively_as_is_most_likely(decay: list[float]) -> None:
+    ordered = np.sort(decay)
+    likely = {m: log_likelihood(ordered[:m], len(decay) - m) for m in range(math.ceil(len(decay) / 5), len(decay) + 1)}
+    assert likely[selection._lively_count(ordered)] == pytest.approx(max(likely.values()))
 
 
 def test_who_is_quiet_from_the_start_is_found_though_it_does_not_decay() -> None:

@@ -5,7 +5,7 @@ its own; theta is put back afterwards. Clients that `selection` finds extreme ma
 from then on, with a data pointer that moves on. Calibration's steps and bytes are counted like any others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -70,9 +70,10 @@ def due(state: ServerState, config: ServerConfig) -> bool:
     return state.calibrated is None or bool(every and state.round % every == 0)
 
 
-def open_calibration(state: ServerState, config: ServerConfig) -> RoundPlan:
-    """T_cali steps for every client, at the run's first learning rate."""
-    steps = dict.fromkeys(range(config.clients), config.vpcs.calibration_steps)
+def open_calibration(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
+    """T_cali steps for every client (of those available, where that is said), at the run's first learning rate."""
+    among = sorted(range(config.clients) if available is None else available)
+    steps = dict.fromkeys(among, config.vpcs.calibration_steps)
     return RoundPlan(state.round, config.lr, config.eps, config.directions, steps, "calibration")
 
 

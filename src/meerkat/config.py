@@ -55,6 +55,8 @@ METHODS: dict[Method, Recipe] = {
 """The baselines of the method's section 8, each a small difference to the same engine."""
 
 EMBEDDED = "embedded"
+SITES = "sites"
+"""The partition of a real federation, where every site holds its own rows."""
 
 
 def _split_commas(value: Any) -> Any:

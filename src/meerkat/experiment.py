@@ -7,10 +7,10 @@ and go on from there.
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from meerkat import calibration, models, path, server
 from meerkat.calibration import CalibrationRecord
-from meerkat.config import RunConfig
+from meerkat.config import SITES, RunConfig
 from meerkat.directions import Directions, run_key
 from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.metrics import (
     calibration_metric,
+    evaluation_in_words,
     evaluation_metric,
     plan_in_words,
     round_metric,
@@ -35,7 +36,7 @@ from meerkat.metrics import (
 )
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
-from meerkat.record import Opening, Replay, file_digest, gradient_digest
+from meerkat.record import Join, Opening, Replay, file_digest, gradient_digest
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
@@ -65,7 +66,7 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     workplace = replace(workplace, config=config.model_copy(update={"density": mask.density, "lr": rate}))
     # nothing is written before everything that was asked for is known to be possible
     folder = RunFolder.create(out, workplace.config)
-    _store_mask(folder, mask, workplace)
+    store_mask(folder, mask, workplace)
     return _carry_on(folder, workplace, split)
 
 
@@ -83,7 +84,9 @@ def resume(root: Path) -> dict[str, Any]:
     if summary is not None and _is_closed(folder) and folder.metrics():
         say(f"{root}: the run is finished, after {summary['rounds']} rounds")
         return summary
-    workplace = open_workplace(folder.config())
+    if (config := folder.config()).partition == SITES:
+        raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
+    workplace = open_workplace(config)
     return _carry_on(folder, workplace, Split.of(workplace))
 
 
@@ -98,6 +101,11 @@ class _Timer:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+
+    def lap(self) -> float:
+        """The seconds since this was last asked."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def around(self, losses_of: LossesOf) -> LossesOf:
         def timed_losses_of(rows: Sequence[np.ndarray]) -> Loss:
@@ -115,16 +123,16 @@ class _Timer:
         return timed_losses_of
 
 
-def _store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
+def store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(workplace.model, mask).read().cpu()
     write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
-def _settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
+def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
     """The mask in the run's folder; a run that was killed before it was there makes it again."""
     if not folder.mask_path.exists():
-        _store_mask(folder, make_mask(workplace.config, workplace.model, workplace.tokenizer), workplace)
+        store_mask(folder, make_mask(workplace.config, workplace.model, workplace.tokenizer), workplace)
     mask = folder.mask()
     check_model(folder, mask, workplace)
     theta_0 = MaskedModel(workplace.model, mask).read()
@@ -180,24 +188,11 @@ def _carry_on(folder: RunFolder, workplace: Workplace, split: Split) -> dict[str
 
 def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> dict[str, Any]:
     config = workplace.config
-    mask = _settled_mask(folder, workplace)
+    mask = settled_mask(folder, workplace)
     model = MaskedModel(workplace.model, mask)
-    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
     theta_0 = model.read()
     opening = _opening(folder, config, mask, split, theta_0)
-    records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))
-    first = next(records, None)
-    if first is None:
-        log.append(opening.to_json())
-    else:
-        logged = Opening.from_json(first, folder.log_path)
-        _check_opening(logged, opening, folder)
-        opening = logged
-    settings = opening.settings(config)
-    z = Directions(int(opening.run_key, 16), len(mask), workplace.device)
-    replayed = Replay(records, theta_0, settings, z, gradient, folder.log_path).run()
-    state = replayed.state
-
+    replayed, z, _ = replay_log(folder, log, opening, config, mask, theta_0)
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     losses_of = models.client_losses(workplace.model, split.examples, workplace.training_batch, config.objective)
@@ -208,14 +203,96 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         losses_of=timer.around(losses_of),
         together=config.batching == "auto",
     )
+    if not replayed.state.round:
+        say(plan_in_words(config, mask, [len(rows) for rows in split.partition.rows]))
+    if not any(metric["kind"] == "split" for metric in folder.metrics()):
+        folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
+    judge = Judge(workplace, model, split.evaluation)
+    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
+    return write_summary(folder, config, mask, state, split.partition.extreme)
 
-    def judge(theta: Tensor, rounds: int) -> None:
-        began = time.perf_counter()
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates theta on rows at hand."""
+
+    workplace: Workplace
+    model: MaskedModel
+    rows: models.Batch
+
+    def __call__(self, theta: Tensor, rounds: int) -> Metric:
+        """The metric of an evaluation after so many rounds."""
         with torch.no_grad():
-            model.write_(theta)
-        found = models.evaluate(workplace.model, split.evaluation, workplace.task.labels)
-        folder.note({**evaluation_metric(found, rounds), "wall_s": time.perf_counter() - began})
-        say(f"round {rounds:>4} of {config.rounds}: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}")
+            self.model.write_(theta)
+        return evaluation_metric(models.evaluate(self.workplace.model, self.rows, self.workplace.task.labels), rounds)
+
+
+class Engine(Protocol):
+    """Whoever makes clients take their steps: in this process, or at the end of a network."""
+
+    def arrivals(self, round: int) -> Sequence[Join]:
+        """The clients that came since the last round, to be logged before the next."""
+
+    def available(self) -> Sequence[int] | None:
+        """The clients that can take part in the next round; None for all."""
+
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+        """The replies to a plan, of all that were asked or of some."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """What to note of the round that was run last."""
+
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        """A round is on the disk, and the state after it."""
+
+
+def replay_log(
+    folder: RunFolder, log: RunLog, opening: Opening, config: RunConfig, mask: SparseMask, theta_0: Tensor
+) -> tuple[Replay, Directions, Opening]:
+    """Open the log, or replay what it holds: the run as far as it has come, its directions and its opening.
+
+    Raises:
+        MeerkatError: what the run rests on was changed since it began; RunFailed: its record is damaged.
+    """
+    records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))
+    first = next(records, None)
+    if first is None:
+        log.append(opening.to_json())
+    else:
+        logged = Opening.from_json(first, folder.log_path)
+        _check_opening(logged, opening, folder)
+        opening = logged
+    z = Directions(int(opening.run_key, 16), len(mask), theta_0.device)
+    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
+    return Replay(records, theta_0, opening.settings(config), z, gradient, folder.log_path).run(), z, opening
+
+
+def run_rounds(
+    folder: RunFolder,
+    log: RunLog,
+    replayed: Replay,
+    z: Directions,
+    config: RunConfig,
+    mask: SparseMask,
+    engine: Engine,
+    judge: Callable[[Tensor, int], Metric],
+    forward_s: Callable[[], float] = lambda: 0.0,
+) -> ServerState:
+    """The rounds that are left, each on the disk before the next begins.
+
+    Args:
+        replayed: the run as far as it has come.
+        judge: (theta, rounds) -> the metric of an evaluation.
+        forward_s: seconds spent in forward passes since it was last asked.
+    """
+    state, settings = replayed.state, replayed.settings
+    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(state.theta.device)
+
+    def evaluate(theta: Tensor, rounds: int) -> None:
+        began = time.perf_counter()
+        found = judge(theta, rounds)
+        folder.note({**found, "wall_s": time.perf_counter() - began})
+        say(evaluation_in_words(found, config.rounds))
 
     def due(rounds: int) -> bool:
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
@@ -228,43 +305,55 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
 
     def note(metric: dict[str, Any], record: RoundRecord | CalibrationRecord) -> None:
         # noted before it is logged: what the log holds, the metrics hold too, whenever the run is killed
-        folder.note({**metric, "wall_s": time.perf_counter() - began, "forward_s": timer.seconds})
+        folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
         log.append({"kind": metric["kind"], **record.to_json()})
 
     metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
-    else:
-        say(plan_in_words(config, mask, [len(rows) for rows in split.partition.rows]))
-    if not any(m["kind"] == "split" for m in metrics):
-        folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     if 0 not in judged:
-        judge(theta_0, 0)
+        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
     if state.round and due(state.round) and state.round not in judged:
-        judge(state.theta, state.round)
+        evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
+        for join in engine.arrivals(state.round):
+            log.append(join.to_json())
+            settings = join.settle(settings)
         if calibration.due(state, settings):
-            began, timer.seconds = time.perf_counter(), 0.0
-            plan = calibration.open_calibration(state, settings)
+            began, _ = time.perf_counter(), forward_s()
+            plan = calibration.open_calibration(state, settings, engine.available())
             say(f"calibrating {len(plan.steps)} clients, {settings.vpcs.calibration_steps} steps each")
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
-        began, timer.seconds = time.perf_counter(), 0.0
-        plan = server.open_round(state, settings)
+        began, _ = time.perf_counter(), forward_s()
+        plan = server.open_round(state, settings, engine.available())
         replies = replies_to(plan)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
         if plan.directions:
             z.prepare(replace(plan, round=state.round).place(0, 0))
         note(round_metric(closed, replies), closed)
+        engine.closed(state, closed)
         if due(state.round):
-            judge(state.theta, state.round)
-    theta_digest = path.digest(state.theta)
+            evaluate(state.theta, state.round)
     if not replayed.closed:
-        log.append({"kind": "close", "rounds": state.round, "theta": theta_digest})
+        log.append({"kind": "close", "rounds": state.round, "theta": path.digest(state.theta)})
+    return state
+
+
+def write_summary(
+    folder: RunFolder,
+    config: RunConfig,
+    mask: SparseMask,
+    state: ServerState,
+    extreme: Sequence[int] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put a finished run's outcome into its folder. `extreme` and `facts` as in `metrics.summarise`."""
     stopped = sorted(state.early_stopped)
-    summary = summarise(config, mask, split.partition.extreme, stopped, folder.metrics(), theta_digest)
+    summary = summarise(config, mask, extreme, stopped, folder.metrics(), path.digest(state.theta))
+    summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
     write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary

@@ -3,6 +3,7 @@
 Nothing of the run is computed from these; the log alone is the record.
 """
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,17 @@ def round_metric(record: RoundRecord, replies: Sequence[Reply]) -> dict[str, Any
     return {
         "kind": "round",
         "round": record.plan.round,
-        "loss": sum(record.weights[reply.client] * reply.loss for reply in replies),
+        "loss": _mean_loss(record, replies),
         "lr": record.plan.lr,
         **_traces(record.plan, record.scalars, record.inner),
         **_payload(record.plan, None if record.delta is None else len(record.delta)),
     }
+
+
+def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
+    """The participants' mean training loss, by weight; None where it is not known: no site tells its own."""
+    mean = sum(record.weights[reply.client] * reply.loss for reply in replies if len(reply.scalars))
+    return mean if math.isfinite(mean) else None
 
 
 def calibration_metric(record: CalibrationRecord) -> dict[str, Any]:
@@ -45,6 +52,7 @@ def calibration_metric(record: CalibrationRecord) -> dict[str, Any]:
             "rho_later": found.rho_later_above,
             "rho_quie": found.rho_quie_from,
             "quiet": found.quiet_below,
+            "loud": found.loud_above,
         },
         "extreme": list(found.extreme),
         "early_stopped": list(record.early_stopped),
@@ -61,6 +69,12 @@ def evaluation_metric(found: Evaluation, rounds: int) -> dict[str, Any]:
         "loss": found.loss,
         "per_class": found.per_class,
     }
+
+
+def counts_metric(correct: int, total: int, rounds: int) -> dict[str, Any]:
+    """How the model stood on the sites' own rows, of which they tell nothing but how many are right."""
+    accuracy = correct / total if total else None
+    return {"kind": "evaluation", "round": rounds, "accuracy": accuracy, "loss": None, "per_class": {}, "rows": total}
 
 
 def split_metric(labels: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
@@ -91,6 +105,13 @@ def _payload(plan: RoundPlan, delta: int | None) -> dict[str, int]:
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
+
+
+def evaluation_in_words(found: Metric, rounds: int) -> str:
+    """How the model stands, of so many rounds in all."""
+    loss = "" if found["loss"] is None else f", loss {found['loss']:.3f}"
+    accuracy = "not judged by anyone" if found["accuracy"] is None else f"accuracy {found['accuracy']:.3f}"
+    return f"round {found['round']:>4} of {rounds}: {accuracy}{loss}"
 
 
 def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> str:

@@ -43,6 +43,11 @@ class ServerOptimizer:
     alpha: float = 0.0
     """FedDyn's alpha."""
 
+    @property
+    def carried(self) -> int:
+        """How many vectors it carries from round to round."""
+        return {"sgd": 0, "momentum": 1, "adam": 2, "feddyn": 1}[self.name]
+
 
 def advance(
     optimizer: ServerOptimizer,

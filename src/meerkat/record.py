@@ -6,7 +6,7 @@ would refuse.
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,40 @@ from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.selection import Vpcs
 from meerkat.server import ServerConfig, ServerState, aggregate, client_weights, open_round, replay
 
-FORMAT = 2
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Join:
+    """A site that became a client of a federation, or came back with other data: from the next round on."""
+
+    round: int
+    client: int
+    examples: int
+    """Its rows."""
+    node: str
+    """The node that the client id belongs to from now on: no other may take its place."""
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any]) -> "Join":
+        """The record that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was not written by `to_json`.
+        """
+        join = cls(**{name: value for name, value in held.items() if name != "kind"})
+        numbers = (join.round, join.client, join.examples)
+        if not all(isinstance(n, int) for n in numbers) or join.examples < 1 or join.client < 0:
+            raise ValueError(f"a join of client {join.client!r} with {join.examples!r} rows")
+        return join
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {"kind": "join", **asdict(self)}
+
+    def settle(self, settings: ServerConfig) -> ServerConfig:
+        """The settings with this client among them."""
+        return replace(settings, examples={**settings.examples, self.client: self.examples})
 
 
 @dataclass(frozen=True)
@@ -47,9 +80,11 @@ class Opening:
     data: str
     """SHA-256 of the rows as the model sees them, and of who holds which."""
     examples: list[int]
-    """Rows of each client, by id: the weights p_k follow from them."""
+    """Rows of each client, by id: the weights p_k follow from them. None in a federation, whose clients join."""
     torch: str
     transformers: str
+    federation: str = ""
+    """A real federation's own id, hexadecimal, drawn at random; empty in a simulation."""
     format: int = FORMAT
     rule: str = "mean"
     """How replies are aggregated."""
@@ -89,7 +124,7 @@ class Opening:
             examples=dict(enumerate(self.examples)),
             weights=config.weights,
             lr_schedule=config.lr_schedule,
-            optimizer=_optimizer(config),
+            optimizer=server_optimizer(config),
             early_stop=config.early_stop if config.early_stop != "by-method" else config.recipe.early_stop,
             vpcs=Vpcs(
                 rule=config.vpcs_rule,
@@ -105,7 +140,8 @@ class Opening:
         )
 
 
-def _optimizer(config: RunConfig) -> ServerOptimizer:
+def server_optimizer(config: RunConfig) -> ServerOptimizer:
+    """The optimiser that a run's settings call for."""
     if config.recipe.update == "feddyn":
         return ServerOptimizer("feddyn", alpha=config.feddyn_alpha)
     return ServerOptimizer(
@@ -143,8 +179,12 @@ class Replay:
         """After the records gone through so far."""
         self.closed = False
         """Whether the closing record was reached."""
+        self.settings = settings
+        """What rounds are opened from, with the clients that joined so far."""
+        self.nodes: dict[int, str] = {}
+        """The node that each client id of a federation belongs to."""
         self._records = records
-        self._settings = settings
+        self._joining = not settings.examples
         self._directions = directions
         self._gradient = gradient
         self._log = log
@@ -170,7 +210,7 @@ class Replay:
             raise RunFailed(f"{self._log}: a record is damaged ({error}); restore the file from a copy") from None
 
     def _step(self, held: dict[str, Any]) -> RoundRecord | CalibrationRecord | None:
-        state, settings, log = self.state, self._settings, self._log
+        state, settings, log = self.state, self.settings, self._log
         if self.closed:
             raise RunFailed(f"{log}: records follow the closing one; the run is damaged")
         kind = held.get("kind")
@@ -180,6 +220,9 @@ class Replay:
             agree(log, "the number of rounds", str(settings.rounds), str(state.round))
             agree(log, "the last theta", held["theta"], path.digest(state.theta))
             return None
+        if kind == "join" and self._joining:
+            self._join(Join.from_json(held))
+            return None
         if kind not in ("round", "calibration"):
             raise RunFailed(f"{log}: a record of unknown kind {kind!r}; use the version that wrote it")
         if state.round == settings.rounds:
@@ -188,10 +231,24 @@ class Replay:
         agree(log, f"what stands at round {state.round}", kind, expected)
         return self._calibration(held) if kind == "calibration" else self._round(held)
 
+    def _join(self, join: Join) -> None:
+        agree(self._log, f"the round that client {join.client} joined before", str(join.round), str(self.state.round))
+        self.settings = join.settle(self.settings)
+        self.nodes[join.client] = join.node
+
+    def _available(self, plan: RoundPlan, where: str) -> list[int] | None:
+        """Whom a plan could ask. In a federation that is who was there, and the plan itself is the witness."""
+        if not self._joining:
+            return None
+        if strangers := sorted(plan.steps.keys() - self.settings.examples.keys()):
+            raise RunFailed(f"{self._log}: {where} asks client {strangers[0]}, who never joined; restore a copy")
+        return list(plan.steps)
+
     def _round(self, held: dict[str, Any]) -> RoundRecord:
-        state, settings, log = self.state, self._settings, self._log
+        state, settings, log = self.state, self.settings, self._log
         where, record = f"round {state.round}", RoundRecord.from_json(held)
-        agree(log, f"the plan of {where}", str(record.plan), str(open_round(state, settings)))
+        available = self._available(record.plan, where)
+        agree(log, f"the plan of {where}", str(record.plan), str(open_round(state, settings, available)))
         agree(log, f"the weights of {where}", str(record.weights), str(client_weights(settings, [*record.scalars])))
         replies = [Reply(k, g) for k, g in record.scalars.items()]
         again = aggregate(replies, record.weights, record.plan)
@@ -205,9 +262,12 @@ class Replay:
         return record
 
     def _calibration(self, held: dict[str, Any]) -> CalibrationRecord:
-        state, settings, log = self.state, self._settings, self._log
+        state, settings, log = self.state, self.settings, self._log
         where, record = f"the calibration before round {state.round}", CalibrationRecord.from_json(held)
-        agree(log, f"the plan of {where}", str(record.plan), str(calibration.open_calibration(state, settings)))
+        available = self._available(record.plan, where)
+        agree(
+            log, f"the plan of {where}", str(record.plan), str(calibration.open_calibration(state, settings, available))
+        )
         self._check_inner(record.plan, record.inner, where)
         again = calibration.decide(state, record.plan, record.scalars, record.inner, settings)
         agree(log, f"who stops early after {where}", str(record.early_stopped), str(again.early_stopped))

@@ -11,7 +11,6 @@ those of other clients go on. Two rules read that from T_cali calibration steps:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -20,12 +19,15 @@ Rule = Literal["automatic", "thresholds"]
 
 _SPREAD = 1.5
 """IID clients' log ratios scatter so many times as far as independent half-normal steps would; measured."""
-_DECAYED = 2.75
-"""Spreads above the lively clients from which a client's decay is not chance."""
+_BEYOND = 2.5
+"""Spreads above the lively clients from which a client's decay, or its first level, is not chance."""
 _QUIET = 3.75
 """Spreads under the others' median from which a client's level is not chance, however it got there."""
 _LIVELY = 0.2
-"""At least this share of the clients is taken to be lively: those that decayed least are the reference."""
+"""At least this share of the clients is taken to be lively."""
+_PRICE = 3.5
+"""What leaving a client out of the lively ones must save, in squared spreads: were those left out to lie anywhere
+within w spreads, 2 log(w / sqrt(2 pi)). This is w = 14, some factor 60 at 30 and 30 steps."""
 _TINY = 1e-30
 
 
@@ -69,6 +71,8 @@ class Selection:
     quiet_below: float
     """Under the paper's rule the level under which a step is quiescent; under the automatic one, that under
     which a client is extreme whatever its rho_later: quiet from the start."""
+    loud_above: float
+    """Under the automatic rule the initial mean above which a client is extreme whatever its rho_later; else 0."""
 
 
 def select(
@@ -83,19 +87,20 @@ def select(
     """
     clients = tuple(sorted(magnitude))
     if not clients:
-        return Selection((), (), (), (), (), 0.0, 0.0, 0.0)
+        return Selection((), (), (), (), (), 0.0, 0.0, 0.0, 0.0)
     traces = magnitude if vpcs.rule == "automatic" else gradip
     a = np.abs(np.stack([traces[client] for client in clients]))
     initial, late = a[:, : vpcs.initial_steps], a[:, -vpcs.later_steps :]
     early_mean, late_mean = initial.mean(1), late.mean(1)
     rho_later = np.maximum(early_mean, _TINY) / np.maximum(late_mean, _TINY)
     if vpcs.rule == "automatic":
-        above, below = _found_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
+        above, below, loud = _found_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
         rho_quie = (late < below).mean(1)
-        extreme = (rho_later > above) | (late_mean < below)
+        extreme = (rho_later > above) | (late_mean < below) | (early_mean > loud)
         share = 0.0
     else:
         above, below, share = vpcs.rho_later, vpcs.sigma * float(np.median(early_mean)), vpcs.rho_quie
+        loud = 0.0
         rho_quie = (late < below).mean(1)
         extreme = (rho_later > above) & (rho_quie >= share)
     return Selection(
@@ -107,27 +112,45 @@ def select(
         rho_later_above=above,
         rho_quie_from=share,
         quiet_below=below,
+        loud_above=loud,
     )
 
 
 def _found_thresholds(
     rho_later: np.ndarray, early_mean: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs, directions: int
-) -> tuple[float, float]:
-    """What rho_later must exceed, and what the later level must stay under, to be no work of chance.
+) -> tuple[float, float, float]:
+    """What rho_later must exceed, the later level stay under, or the initial one exceed, to be no work of chance.
 
     |g| along a direction is half-normal about its client's gradient norm, so the log of a mean over m steps of P
-    directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. The centre of the lively
-    clients is read from those that decayed least, raised by where the least of as many equals are to be expected.
-    Clients that were quiet at once had nothing to decay from and tell nothing of it.
+    directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. Clients are held against
+    the lively ones: those that were not quiet at once (who had nothing to decay from) and decayed least.
     """
     per_step = (math.pi / 2 - 1) / directions
     spread = _SPREAD * math.sqrt(per_step / vpcs.initial_steps + per_step / vpcs.later_steps)
-    awake = early_mean >= float(np.median(early_mean)) * math.exp(-_QUIET * spread)
+    quiet = math.exp(-_QUIET * spread)
+    awake = (early_mean >= np.median(early_mean) * quiet) | (late_mean >= np.median(late_mean))
     decay = np.sort(np.log(rho_later[awake]))
-    least = math.ceil(_LIVELY * len(decay))
-    ranks = [NormalDist().inv_cdf((i + 0.625) / (len(decay) + 0.25)) for i in range(least)]
-    centre = float(np.mean(decay[:least])) - spread * float(np.mean(ranks))
-    above = math.exp(max(centre + _DECAYED * spread, 0.0))  # what has not decayed at all is not extreme by decay
-    lively = late_mean[awake & (rho_later <= above)]
-    below = float(np.median(lively)) * math.exp(-_QUIET * spread) if len(lively) else 0.0
-    return above, below
+    count = _lively_count(decay / spread)
+    # another client's distance from the mean of so many: both are uncertain
+    limit = float(np.mean(decay[:count])) + _BEYOND * spread * math.sqrt(1 + 1 / count)
+    above = math.exp(max(limit, 0.0))  # what has not decayed at all is not extreme by decay
+    lively = awake & (rho_later <= above)
+    below = float(np.median(late_mean[lively])) * quiet
+    loud = float(np.median(early_mean[lively])) * math.exp(_BEYOND * spread)
+    return above, below, loud
+
+
+def _lively_count(decay: np.ndarray) -> int:
+    """How many of those that decayed least are most likely equals, the others anything.
+
+    Args:
+        decay: log rho_later of clients over its spread, float64 [K], ascending.
+
+    Equals scatter normally, by one, about their mean; others lie anywhere above, which costs _PRICE each. How many
+    are lively is unknown, and each number equally likely beforehand: so who they are has K over m possibilities.
+    """
+    clients = len(decay)
+    counts = np.arange(math.ceil(_LIVELY * clients), clients + 1)
+    misfits = [float(np.square(decay[:m] - decay[:m].mean()).sum()) for m in counts]
+    choices = [math.log(math.comb(clients, m)) for m in counts]
+    return int(counts[np.argmin(misfits + _PRICE * (clients - counts) + 2 * np.array(choices))])

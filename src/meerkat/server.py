@@ -6,7 +6,7 @@ It never sees data, and sees the model only as theta.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -47,7 +47,7 @@ class ServerConfig:
     clients: int
     clients_per_round: int
     examples: Mapping[int, int]
-    """Rows of each client, by id: p_k in proportion to them, or equal."""
+    """Rows of each client, by id: p_k in proportion to them, or equal. In a federation, of those that joined so far."""
     weights: Literal["examples", "equal"] = "examples"
     lr_schedule: Schedule = "constant"
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
@@ -76,16 +76,25 @@ class ServerState:
     """The round that the last calibration stood before."""
 
 
-def participants(config: ServerConfig, round: int) -> list[int]:
-    """The clients asked in a round, ascending: a fresh sample each time, a function of (seed, round)."""
-    if config.clients_per_round == config.clients:
-        return list(range(config.clients))
-    order = seeds.permutation(config.clients, config.seed, "participants", round)
-    return sorted(order[: config.clients_per_round].tolist())
+def participants(config: ServerConfig, round: int, available: Collection[int] | None = None) -> list[int]:
+    """The clients asked in a round, ascending: a fresh sample each time, a function of (seed, round, available).
+
+    Args:
+        available: the clients to draw from; None for all.
+    """
+    among = sorted(range(config.clients) if available is None else available)
+    if config.clients_per_round >= len(among):
+        return among
+    order = seeds.permutation(len(among), config.seed, "participants", round)
+    return sorted(among[i] for i in order[: config.clients_per_round])
 
 
-def open_round(state: ServerState, config: ServerConfig) -> RoundPlan:
-    """Who takes part in the next round, how many steps each makes, and at what rate."""
+def open_round(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
+    """Who takes part in the next round, how many steps each makes, and at what rate.
+
+    Args:
+        available: the clients that can take part; None for all, as in a simulation.
+    """
     share = SCHEDULES[config.lr_schedule](state.round / config.rounds)
     return RoundPlan(
         round=state.round,
@@ -94,7 +103,7 @@ def open_round(state: ServerState, config: ServerConfig) -> RoundPlan:
         directions=config.directions,
         steps={
             client: 1 if client in state.early_stopped else config.local_steps
-            for client in participants(config, state.round)
+            for client in participants(config, state.round, available)
         },
         alpha=config.optimizer.alpha,
     )
@@ -105,6 +114,12 @@ def client_weights(config: ServerConfig, clients: Sequence[int]) -> dict[int, fl
     shares = {k: float(config.examples[k]) if config.weights == "examples" else 1.0 for k in clients}
     total = math.fsum(shares.values())
     return {k: share / total for k, share in shares.items()}
+
+
+def share_of(config: ServerConfig, clients: Iterable[int]) -> float:
+    """The weight of some clients over that of all, in [0, 1]."""
+    of_all = client_weights(config, [*config.examples])
+    return math.fsum(of_all[k] for k in clients)
 
 
 def aggregate(replies: Sequence[Reply], weights: Mapping[int, float], plan: RoundPlan) -> np.ndarray:
@@ -158,8 +173,7 @@ def close_round(
 
 def replay(state: ServerState, record: RoundRecord, config: ServerConfig, directions: Directions) -> ServerState:
     """The state after a round that was closed before: what resuming, auditing and joining late all do."""
-    of_all = client_weights(config, [*config.examples])
-    share = math.fsum(of_all[k] for k in record.scalars)
+    share = share_of(config, record.scalars)
     theta, moments = optimizers.advance(config.optimizer, state.theta, state.moments, record, share, directions)
     return replace(
         state,

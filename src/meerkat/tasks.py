@@ -93,14 +93,35 @@ def load_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
+    return parse_task(read_task_file(name), name)
+
+
+def read_task_file(name: str) -> str:
+    """The text of a task file.
+
+    Raises:
+        MeerkatError: it is not there, or not a .toml file.
+    """
     path = Path(name)
     if path.suffix != ".toml":
         raise MeerkatError(f"task '{name}': must be one of {', '.join(TASKS)}, or a .toml file of your own")
     try:
-        held = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise MeerkatError(f"task file '{name}': {error.strerror}; give the path of a task file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise MeerkatError(f"task file '{name}': not valid TOML ({error})") from None
+
+
+def parse_task(text: str, name: str) -> Task:
+    """A task from the text of its file; `name` is the file's.
+
+    Raises:
+        MeerkatError: the text does not describe a task.
+    """
+    try:
+        held = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise MeerkatError(f"task file '{name}': not valid TOML ({error})") from None
     template, labels = held.get("template"), held.get("labels")
     if not isinstance(template, str) or not template.endswith("{label}") or template.count("{label}") != 1:
@@ -121,7 +142,7 @@ def load_task(name: str) -> Task:
     if formatted := [field for field, form, conversion in parts if form or conversion]:
         raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
     needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
-    return Task(str(held.get("name", path.stem)), template, tuple(labels), needs=needs)
+    return Task(str(held.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
 
 
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:

@@ -59,8 +59,11 @@ class Workplace:
         )
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     """Fill in what the settings leave to us, and make local paths absolute, so that a run can be resumed anywhere.
+
+    Args:
+        rows: whether rows of the task are needed here.
 
     Raises:
         MeerkatError: something is needed that was not given.
@@ -68,7 +71,7 @@ def resolve(config: RunConfig) -> RunConfig:
     task = config.task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
     if not task:
         raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
-    if not config.data and task not in demo.TASKS:
+    if rows and not config.data and task not in demo.TASKS:
         raise MeerkatError(
             f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
         )
@@ -88,6 +91,11 @@ def resolve_model(config: RunConfig) -> RunConfig:
     """The part of `resolve` that a mask alone needs."""
     if config.recipe.moves == "sensitivity" and config.model != EMBEDDED and not (config.text or config.mask):
         raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
+    return resolve_place(config)
+
+
+def resolve_place(config: RunConfig) -> RunConfig:
+    """The part of `resolve` that is about this machine: device, threads, sizes of passes, absolute paths."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     kind = device.partition(":")[0]
     filled: dict[str, Any] = {

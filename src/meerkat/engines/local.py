@@ -12,7 +12,7 @@ import numpy as np
 from meerkat.client import correction, local_steps
 from meerkat.directions import Directions
 from meerkat.first_order import gradient_steps
-from meerkat.rounds import Reply, RoundPlan
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.server import ServerState
 from meerkat.zeroth_order import Loss, MaskedModel, projected_gradient
 
@@ -36,6 +36,20 @@ class LocalEngine:
     batch_of: BatchOf
     losses_of: LossesOf
     together: bool = True
+
+    def arrivals(self, _: int) -> tuple[()]:
+        """Nobody comes: all clients were there from the start."""
+        return ()
+
+    def available(self) -> None:
+        """All clients can take part."""
+
+    def facts(self) -> dict[str, float]:
+        """Nothing is to be told of a round beside its record."""
+        return {}
+
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        """Clients here read theta from the state: there is nobody to tell."""
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """The replies to a plan, by ascending client id."""

@@ -145,8 +145,12 @@ def rho_plane(record: CalibrationRecord, extreme: Sequence[int] | None, automati
         region: dict[str, Any] = {"color": RED, "alpha": 0.07, "lw": 0, "zorder": 0}
         if automatic:
             axes.fill_between([found.rho_later_above, high], bottom, top, **region)
+            rest = np.geomspace(low, max(low, min(found.rho_later_above, high)), 100)
+            loud = found.loud_above / rest  # an initial mean is decay times later mean
+            axes.plot(rest, loud, color=INK, lw=1, ls="--")
             if level > bottom:
-                axes.fill_between([low, min(found.rho_later_above, high)], bottom, level, **region)
+                axes.fill_between(rest, bottom, np.minimum(level, loud), **region)
+            axes.fill_between(rest, np.clip(loud, bottom, top), top, **region)
         else:
             axes.fill_between([found.rho_later_above, high], level, top, **region)
         _name_points(axes, x, y, kinds)

@@ -103,7 +103,10 @@ def _calibration(page: Page, story: Story, record: CalibrationRecord) -> None:
     automatic = story.config.vpcs_rule == "automatic"
     figure = draw.rho_plane(record, story.extreme, automatic)
     if automatic:
-        rule = "right of the upright dashed line it decayed more than chance explains, under the level one it was quiet"
+        rule = (
+            "right of the upright dashed line it decayed more than chance explains, under the level one it was quiet, "
+            "above the slanting one it began louder than the others"
+        )
     else:
         rule = "it lies to the right of the upright and above the level dashed line"
     picked = " This method then stops as many at random." if _stops(story) == "random" else ""

@@ -1,0 +1,249 @@
+"""The coordinator of a real federation: its federation.toml, and a run from beginning to end over a network.
+
+It holds model, mask and run folder, and no row of the sites'. How nodes are reached and told of the run is the
+`Control`'s business: Flower's, in practice.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from meerkat import path
+from meerkat.config import SITES, RunConfig, make_config, read_toml
+from meerkat.directions import run_key
+from meerkat.engines.door import Door
+from meerkat.engines.frames import LIMIT
+from meerkat.engines.offer import Offer
+from meerkat.engines.remote import Link, RemoteEngine, Terms
+from meerkat.errors import MeerkatError
+from meerkat.experiment import Judge, replay_log, run_rounds, settled_mask, store_mask, write_summary
+from meerkat.mask import SparseMask
+from meerkat.progress import say
+from meerkat.record import Opening, file_digest, gradient_digest
+from meerkat.rounds import RoundRecord
+from meerkat.runfolder import RunFolder
+from meerkat.runlog import RunLog
+from meerkat.server import ServerState
+from meerkat.workplace import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
+from meerkat.zeroth_order import MaskedModel
+
+_STATUS_S = 10.0
+"""Seconds between lines on how the federation stands."""
+
+
+class FederationConfig(BaseModel):
+    """Table [federation] of federation.toml: how nodes are reached, and how long they are waited for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stream: str = Field(
+        "", description="host:port of the session stream, as sites reach it; empty to send frames as Flower messages"
+    )
+    listen: str = Field("", description="host:port to listen on [default: the stream's own]")
+    certificate: str = Field("", description="the coordinator's certificate, PEM; its host is the stream's")
+    private_key: str = Field("", description="the certificate's key, PEM")
+    clients_minimum: int = Field(1, ge=1, description="clients that must be here for a round to open")
+    clients_wanted: int = Field(0, ge=0, description="clients that the first round waits for; 0 for all")
+    start_s: float = Field(60.0, ge=0, description="seconds that they are waited for")
+    quorum: int = Field(1, ge=1, description="replies that a round needs to close without the others")
+    deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without the slow")
+    patience_s: float = Field(600.0, gt=0, description="seconds that too few clients are waited for")
+    site_patience_s: float = Field(
+        30.0, gt=0, description="seconds for which a site tries to come back before it is free for another run"
+    )
+    evaluate: Literal["coordinator", "sites"] = Field(
+        "coordinator", description="who judges: the coordinator on its own rows, or the sites that agree on theirs"
+    )
+
+    def terms(self, clients: int) -> Terms:
+        """How the engine waits."""
+        return Terms(
+            clients_minimum=self.clients_minimum,
+            clients_wanted=self.clients_wanted or clients,
+            start_s=self.start_s,
+            quorum=self.quorum,
+            deadline_s=self.deadline_s,
+            patience_s=self.patience_s,
+        )
+
+
+def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
+    """The settings in a federation.toml: table [run] as `meerkat simulate` has them, and table [federation].
+
+    Raises:
+        MeerkatError: no such file, an unknown key, or a value that is not allowed.
+    """
+    held = read_toml(file)
+    if unknown := sorted(held.keys() - {"run", "federation"}):
+        raise MeerkatError(f"{file}: table [{unknown[0]}] is unknown; there are [run] and [federation]")
+    run = {**held.get("run", {}), "partition": SITES}
+    for name in ("model", "data", "text", "mask", "task"):
+        run[name] = _beside(file, run[name]) if name in run else ""
+    run = {name: value for name, value in run.items() if value != ""}
+    config = make_config(run, spell=f"{file}: [run] ")
+    try:
+        federation = FederationConfig(**held.get("federation", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, allowed = ".".join(map(str, first["loc"])), ", ".join(FederationConfig.model_fields)
+        said = f"unknown; must be one of {allowed}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise MeerkatError(f"{file}: [federation] {name}: {said}") from None
+    paths = {name: _beside(file, getattr(federation, name)) for name in ("certificate", "private_key")}
+    federation = federation.model_copy(update=paths)
+    _check(file, config, federation)
+    return config, federation
+
+
+def _beside(file: Path, value: str) -> str:
+    beside = file.parent / value
+    return str(beside.resolve()) if value and beside.exists() else value
+
+
+def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
+    if config.recipe.update == "first-order":
+        raise MeerkatError(f"{file}: method {config.method}: sends 4n bytes a round; a federation takes scalar methods")
+    if config.recipe.moves == "task":
+        raise MeerkatError(f"{file}: method {config.method}: needs the sites' rows in one place; use meerkat")
+    if federation.stream and not (federation.certificate and federation.private_key):
+        raise MeerkatError(
+            f"{file}: stream {federation.stream}: needs certificate and private_key; see 'meerkat certify'"
+        )
+    for name in ("clients_minimum", "clients_wanted", "quorum"):
+        if (value := getattr(federation, name)) > config.clients:
+            raise MeerkatError(f"{file}: {name} {value}: must be at most [run] clients, {config.clients}")
+    scalars = config.directions * max(config.local_steps, config.calibration_steps)
+    if 4 * scalars > LIMIT // 2:
+        raise MeerkatError(
+            f"{file}: {scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"
+        )
+
+
+class Control(Protocol):
+    """Reaches nodes before they have a session: tells each of the run, again when its session ended early."""
+
+    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+        """Begin to invite nodes, from a thread of its own; `stop` is called when the run is to end."""
+
+    def link(self, door: Door) -> Link:
+        """Where frames go."""
+
+    def close(self) -> None:
+        """Invite nobody any more; wait until the nodes are free."""
+
+
+def coordinate(config: RunConfig, federation: FederationConfig, out: Path, control: Control) -> dict[str, Any]:
+    """Run a federation, or go on with one, in a run folder. Returns the summary.
+
+    Raises:
+        MeerkatError: the settings cannot be met, or are not those that the run began with.
+        RunFailed: the run went wrong on the way; what was logged stays, and can be gone on with.
+    """
+    config = resolve(config, rows=federation.evaluate == "coordinator")
+    going_on = (out / "config.toml").is_file()
+    if not going_on:
+        RunFolder.check_free(out)
+    workplace = open_workplace(config)
+    if going_on:
+        folder = RunFolder.open(out)
+        workplace = replace(workplace, config=_same(config, folder))
+    else:
+        mask = make_mask(config, workplace.model, workplace.tokenizer)
+        rate = config.lr or default_lr(config.method, len(mask))
+        settled = config.model_copy(update={"density": mask.density, "lr": rate})
+        workplace = replace(workplace, config=settled)
+        folder = RunFolder.create(out, settled)
+        store_mask(folder, mask, workplace)
+    log = RunLog(folder.log_path)
+    try:
+        if log.dropped:
+            say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
+        return _coordinate(workplace, federation, folder, log, control)
+    finally:
+        log.close()
+
+
+def _same(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The settings that a run began with, if those given now do not differ."""
+    held = folder.config()
+    left_to_us = {"density"} | ({"lr"} if not config.lr else set())
+    for name, value in config.model_dump().items():
+        if name not in left_to_us and value != (then := getattr(held, name)):
+            raise MeerkatError(
+                f"run folder '{folder.root}': the run in it began with {name} {then!r}, not {value!r}; "
+                "restore the setting, or give another run folder"
+            )
+    return held
+
+
+def _coordinate(
+    workplace: Workplace, federation: FederationConfig, folder: RunFolder, log: RunLog, control: Control
+) -> dict[str, Any]:
+    config = workplace.config
+    mask = settled_mask(folder, workplace)
+    model = MaskedModel(workplace.model, mask)
+    theta_0 = model.read()
+    fresh = _opening(folder, config, mask, theta_0)
+    replayed, z, opening = replay_log(folder, log, fresh, config, mask, theta_0)
+    terms = federation.terms(config.clients)
+    door = Door(opening.federation, config.clients, mask.fingerprint, mask.digest(), replayed.nodes)
+    offer = Offer.of(config, mask, opening.theta, opening.federation, federation.stream, federation.site_patience_s)
+    why = "the coordinator stopped"
+    with closing(control), closing(control.link(door)) as link:
+        engine = _Watched(link, door, replayed.settings, terms, opening.federation, replayed.state)
+        control.open(door, offer, engine.stop)
+        say(
+            f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
+            f"parameters move, learning rate {config.lr:g}; up to {config.clients} clients, {config.rounds} rounds"
+        )
+        try:
+            judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
+            state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+            why = "the run is finished"
+        finally:
+            engine.end(why)
+    return write_summary(folder, config, mask, state, facts=engine.outcome())
+
+
+def _judge(workplace: Workplace, model: MaskedModel) -> Judge:
+    """A judge on the coordinator's own validation rows."""
+    rows = load_split(workplace.config, workplace.task, "validation")
+    return Judge(workplace, model, workplace.evaluation_batch(workplace.examples(rows)))
+
+
+def _opening(folder: RunFolder, config: RunConfig, mask: SparseMask, theta_0: Tensor) -> Opening:
+    """A federation's opening: the sites' rows are not known here, and they join one by one."""
+    return Opening(
+        run_key=f"{run_key(config.seed):032x}",
+        config=file_digest(folder.config_path),
+        model=mask.fingerprint,
+        mask=mask.digest(),
+        gradient=gradient_digest(mask),
+        theta=path.digest(theta_0),
+        data="",
+        examples=[],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        federation=secrets.token_hex(8),
+    )
+
+
+class _Watched(RemoteEngine):
+    """A remote engine that says every few seconds how the federation stands."""
+
+    _said = 0.0
+
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        """See `experiment.Engine`."""
+        super().closed(state, record)
+        if (now := time.monotonic()) - self._said >= _STATUS_S:
+            self._said = now
+            say(self.status())

@@ -1,0 +1,438 @@
+"""Clients at the other end of a network: who is there, what each has to be told, whose replies count.
+
+A round asks clients that are here and idle, and closes when all of them have answered, or at its deadline with
+a quorum. Who is slower is not asked again before it has answered, and then catches up: with the rounds closed
+since, or with theta itself where that is shorter. Frames go through a `Link`: a stream of one's own, or the
+control plane's messages.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meerkat import path
+from meerkat.directions import Phase
+from meerkat.engines import frames
+from meerkat.engines.door import Door, Guest
+from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.errors import RunFailed
+from meerkat.metrics import counts_metric
+from meerkat.progress import say
+from meerkat.record import Join
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.runfolder import Metric
+from meerkat.server import ServerConfig, ServerState, share_of
+
+_WAKE_S = 0.5
+"""Seconds that a wait lasts at most before it looks up."""
+_PATIENT = 3
+"""How often in a row a client may fail, or hold another theta, before it is shown out."""
+
+
+class Event(NamedTuple):
+    """Something that a link has to tell."""
+
+    what: Literal["arrived", "frame", "left"]
+    client: int
+    data: bytes = b""
+    """The frame's bytes."""
+    guest: Guest | None = None
+    """Who arrived."""
+
+
+class Link(Protocol):
+    """Carries frames. What is given for a client goes out in order, or the client leaves."""
+
+    bytes_sent: int
+    """Of frames, to all clients."""
+    bytes_received: int
+
+    def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
+        """Send each client its frames; returns at once."""
+
+    def receive(self, timeout_s: float) -> Event | None:
+        """The next event, or None when none came in time."""
+
+    def drop(self, client: int, last: bytes) -> None:
+        """Send a client a last frame, and let it go."""
+
+    def close(self) -> None:
+        """Let all go, and give back what was taken to reach them."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a federation waits."""
+
+    clients_minimum: int = 1
+    """Clients that must be here and idle for a round to open."""
+    clients_wanted: int = 1
+    """Clients that the first round waits for, as long as `start_s` seconds."""
+    start_s: float = 60.0
+    quorum: int = 1
+    """Replies that a round needs to close at its deadline, or without those who left."""
+    deadline_s: float = 60.0
+    """Seconds after which a round closes without the slow."""
+    patience_s: float = 600.0
+    """Seconds for which too few clients are waited for before the run stops, to be gone on with later."""
+
+
+class Trail:
+    """The last closed rounds, as clients need them to follow: as many as are shorter than the state itself."""
+
+    def __init__(self, state_bytes: int, round: int, digest: bytes) -> None:
+        """A trail that begins where a run stands: after so many rounds, at the theta of a digest."""
+        self.round = round
+        self.digest = digest
+        """SHA-256 of theta now."""
+        self._room = state_bytes
+        self._bytes = 0
+        self._held: deque[tuple[bytes, Closed, frozenset[int], int]] = deque()
+
+    def add(self, closed: Closed, counted: frozenset[int], digest: bytes) -> None:
+        """Go on by one round, after which theta has this digest."""
+        size = len(closed.encode())
+        self._held.append((self.digest, closed, counted, size))
+        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + size
+        while self._bytes > self._room:
+            self._bytes -= self._held.popleft()[3]
+
+    def holds(self, round: int, digest: bytes) -> bool:
+        """Whether a client whose theta of a round has this digest can follow from there."""
+        if round == self.round:
+            return digest == self.digest
+        back = self.round - round
+        return 0 < back <= len(self._held) and self._held[-back][0] == digest
+
+    def since(self, round: int, client: int) -> list[Closed]:
+        """The rounds from one on, as a client is told of them."""
+        back = self.round - round
+        rounds = [self._held[i] for i in range(len(self._held) - back, len(self._held))]
+        return [Closed(c.lr, c.share, c.aggregate, client in counted) for _, c, counted, _ in rounds]
+
+    def reaches(self, round: int) -> bool:
+        """Whether the rounds from one on are all held."""
+        return self.round - round <= len(self._held)
+
+
+@dataclass
+class _Member:
+    guest: Guest
+    round: int | None
+    """The round that its theta stands at, as far as is known; None where it needs the whole state."""
+    here: bool = True
+    busy: tuple[int, Phase] | None = None
+    """What it was asked and has not answered."""
+    trouble: int = 0
+    """How often in a row it failed, or held another theta."""
+
+
+class RemoteEngine:
+    """Runs rounds over a link. See `experiment.Engine`."""
+
+    def __init__(
+        self, link: Link, door: Door, settings: ServerConfig, terms: Terms, run: str, state: ServerState
+    ) -> None:
+        """Take up a run where its log ends: `run` is the federation's id, hexadecimal."""
+        self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
+        """Frames that did not count, by why."""
+        self.caught_up = {"rounds": 0, "state": 0}
+        """How often a client was caught up by more than one round, or by the whole state."""
+        self._link = link
+        self._door = door
+        self._settings = settings
+        self._terms = terms
+        self._run = bytes.fromhex(run)
+        self._state = state
+        state_bytes = 4 * len(state.theta) * (1 + settings.optimizer.carried + bool(settings.optimizer.alpha))
+        self._trail = Trail(state_bytes, state.round, bytes.fromhex(path.digest(state.theta)))
+        self._members: dict[int, _Member] = {}
+        self._joined: dict[int, Guest] = {}
+        self._begun = False
+        self._plan: RoundPlan | None = None
+        self._replied: dict[int, np.ndarray] = {}
+        self._counted: dict[int, tuple[int, int]] = {}
+        self._round_s = 0.0
+        self._stopped = ""
+
+    def stop(self, why: str) -> None:
+        """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
+        self._stopped = why
+
+    def arrivals(self, round: int) -> list[Join]:
+        """Wait until a round can open; the clients that are to be logged before it.
+
+        Raises:
+            RunFailed: too few clients came in time.
+        """
+        least, began, told = self._terms.clients_minimum, time.monotonic(), False
+        full = max(least, min(self._terms.clients_wanted, self._settings.clients))
+        while (event := self._link.receive(0)) is not None:
+            self._handle(event)
+        while True:
+            waited, here = time.monotonic() - began, len(self.available())
+            wanted = full if not self._begun and waited < self._terms.start_s else least
+            if here >= wanted:
+                break
+            if waited > self._terms.patience_s:
+                raise RunFailed(
+                    f"round {round}: {here} clients are here and idle, {wanted} are needed, and no more came for "
+                    f"{waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
+                )
+            if not told and waited > 2:
+                say(f"round {round}: {here} clients are here and idle, waiting for {wanted}")
+                told = True
+            self._wait(_WAKE_S)
+        self._begun = True
+        joined = [
+            Join(round, client, guest.examples, guest.node)
+            for client, guest in sorted(self._joined.items())
+            if self._settings.examples.get(client) != guest.examples
+        ]
+        self._joined.clear()
+        for join in joined:
+            self._settings = join.settle(self._settings)
+        return joined
+
+    def available(self) -> list[int]:
+        """The clients that are here and idle, ascending. Those that are not logged yet wait for the next round."""
+        return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
+
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+        """Ask a plan's participants: the replies that came in time, by ascending client id.
+
+        Raises:
+            RunFailed: fewer than the quorum answered for too long.
+        """
+        self._state, self._plan, self._replied = state, plan, {}
+        began = time.monotonic()
+        self._link.send({client: self._asking(client, plan) for client in plan.steps})
+        least = min(self._terms.quorum, len(plan.steps))
+        while True:
+            waited = time.monotonic() - began
+            owing = [k for k in plan.steps if self._members[k].busy == (plan.round, plan.phase)]
+            if len(self._replied) >= least and (not owing or waited >= self._terms.deadline_s):
+                break
+            if waited > self._terms.deadline_s + self._terms.patience_s:
+                raise RunFailed(
+                    f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
+                    "what was logged is safe: start again with the same run folder to go on"
+                )
+            self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
+        if owing:
+            say(f"round {plan.round}: closed at its deadline without {_named(owing)}")
+        self._round_s, self._plan = time.monotonic() - began, None
+        return [Reply(client, self._replied[client]) for client in sorted(self._replied)]
+
+    def facts(self) -> dict[str, Any]:
+        """Of the last round, seconds until it had its replies; who is here; what did not count so far."""
+        here = sum(member.here for member in self._members.values())
+        dropped = {name: count for name, count in self.counts.items() if count}
+        return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
+
+    def status(self) -> str:
+        """How the federation stands, in a line."""
+        here = [k for k, member in self._members.items() if member.here]
+        late = [k for k in here if self._members[k].busy is not None]
+        slow = f", {_named(late)} late" if late else ""
+        sent, received = self._link.bytes_sent, self._link.bytes_received
+        return (
+            f"round {self._trail.round} of {self._settings.rounds}: {len(here)} clients here{slow}; "
+            f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """What the summary tells of the network: frames' bytes, both ways, and what did not count."""
+        return {
+            "frame_bytes_down": self._link.bytes_sent,
+            "frame_bytes_up": self._link.bytes_received,
+            "dropped": self.counts,
+            "caught_up": self.caught_up,
+        }
+
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        """Remember what clients need to follow a round that is on the disk."""
+        self._state = state
+        share = share_of(self._settings, record.scalars)
+        closed = Closed(record.plan.lr, share, record.aggregate, counted=False)
+        self._trail.add(closed, frozenset(record.scalars), bytes.fromhex(record.theta_digest))
+
+    def judge(self, _: Tensor, rounds: int) -> Metric:
+        """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
+        asked = [k for k in self.available() if self._members[k].guest.evaluates]
+        self._counted = {}
+        self._link.send({client: self._telling(client, Kind.JUDGE) for client in asked})
+        end = time.monotonic() + self._terms.deadline_s
+        while (left := end - time.monotonic()) > 0 and any(
+            self._members[k].here and k not in self._counted for k in asked
+        ):
+            self._wait(left)
+        counts = list(self._counted.values())
+        return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
+
+    def end(self, why: str) -> None:
+        """Bring everyone who is idle up to date, and say that the run is over."""
+        words = frames.encode_words({"why": why})
+        for client in [k for k, member in self._members.items() if member.here]:
+            told = self._telling(client, Kind.CLOSED) if self._members[client].busy is None else []
+            last = self._frame(Kind.END, client, words)
+            self._link.send({client: told})
+            self._link.drop(client, last)
+            self._members[client].here = False
+
+    # what is said to clients
+
+    def _frame(self, kind: Kind, client: int, body: bytes) -> bytes:
+        return Frame(kind, self._run, client, self._trail.round, self._trail.digest, body).encode()
+
+    def _asking(self, client: int, plan: RoundPlan) -> list[bytes]:
+        """The frames that ask for a plan's steps."""
+        self._members[client].busy = (plan.round, plan.phase)
+        pointer = self._state.steps_made.get(client, 0)
+        return self._telling(client, Kind.WORK, Work(plan.phase, plan.lr, plan.steps[client], pointer))
+
+    def _telling(self, client: int, kind: Kind, work: Work | None = None) -> list[bytes]:
+        """The frames that bring a client to the present theta, the last of them of a kind."""
+        member, work, first = self._members[client], work or Work(), []
+        closed: list[Closed] = []
+        if member.round is None or not self._trail.reaches(member.round):
+            first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(self._values(client))]
+            self.caught_up["state"] += 1
+        else:
+            closed = self._trail.since(member.round, client)
+            self.caught_up["rounds"] += len(closed) > 1
+        member.round = self._trail.round
+        told = Work(work.phase, work.lr, work.steps, work.pointer, tuple(closed))
+        return [*first, self._frame(kind, client, told.encode())]
+
+    def _values(self, client: int) -> np.ndarray:
+        """Theta, the optimiser's moments and FedDyn's h_k, float32 one after another."""
+        state, by = self._state, self._settings.optimizer
+        none = torch.zeros_like(state.theta)
+        held = [state.theta, *(state.moments or (none,) * by.carried)]
+        if by.alpha:
+            held.append(state.corrections.get(client, none))
+        return torch.cat(held).cpu().numpy()
+
+    # what clients say
+
+    def _wait(self, at_most_s: float) -> None:
+        """Handle the next event, if one comes in time."""
+        event = self._link.receive(min(max(at_most_s, 0.0), _WAKE_S))
+        if self._stopped:
+            raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
+        if event is not None:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        if event.what == "arrived" and event.guest is not None:
+            self._welcome(event.guest)
+        elif (member := self._members.get(event.client)) is None or not member.here:
+            self.counts["foreign"] += event.what == "frame"
+        elif event.what == "left":
+            member.here, member.busy = False, None
+            say(f"client {event.client} left")
+        else:
+            try:
+                self._hear(event.client, member, Frame.decode(event.data))
+            except BadFrame as error:
+                self.counts["malformed"] += 1
+                self._show_out(event.client, str(error))
+
+    def _welcome(self, guest: Guest) -> None:
+        client = guest.client
+        back = "back" if client in self._members else "here"
+        say(f"client {client} is {back}, with {guest.examples} rows")
+        at = guest.round if self._trail.holds(guest.round, guest.digest) else None
+        self._members[client] = _Member(guest, at)
+        self._joined[client] = guest
+        plan = self._plan
+        owes = plan is not None and client in plan.steps and client not in self._replied
+        if plan is not None and owes and self._settings.examples.get(client) == guest.examples:
+            self._link.send({client: self._asking(client, plan)})
+
+    def _hear(self, client: int, member: _Member, frame: Frame) -> None:
+        if (frame.run, frame.client) != (self._run, client):
+            self.counts["foreign"] += 1
+            raise BadFrame("a frame of another run or client")
+        match frame.kind:
+            case Kind.REPLY:
+                self._take(client, member, frame)
+            case Kind.BEHIND:
+                self.counts["behind"] += 1
+                member.round = None
+                self._once_more(client, member, "its theta does not come out as everyone's")
+            case Kind.FAILED:
+                self.counts["failed"] += 1
+                _, said = frames.decode_words(frame.body)
+                why = said.get("why") if said.get("why") in frames.FAILURES else "error"
+                say(f"client {client} could not make its steps: {why}")
+                member.busy, member.trouble = None, member.trouble + 1
+                if member.trouble == _PATIENT:
+                    self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
+            case Kind.COUNTS:
+                self._counted[client] = frames.decode_counts(frame.body)
+            case Kind.REFUSAL:
+                _, said = frames.decode_words(frame.body)
+                say(f"client {client} takes no part: {_line(said.get('why'))}")
+                self._show_out(client, "as it wished")
+            case _:
+                raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a site does not send")
+
+    def _take(self, client: int, member: _Member, frame: Frame) -> None:
+        phase, scalars = frames.decode_scalars(frame.body)
+        if member.busy != (frame.round, phase):
+            self.counts["duplicate"] += 1
+            return
+        member.busy = None
+        plan = self._plan
+        if plan is None or (plan.round, plan.phase) != (frame.round, phase) or client not in plan.steps:
+            self.counts["late"] += 1
+            return
+        if frame.digest != self._trail.digest:
+            self.counts["behind"] += 1
+            member.round = None
+            self._once_more(client, member, "it replies from another theta")
+            return
+        if scalars.shape != (plan.steps[client], plan.directions):
+            raise BadFrame(
+                f"a reply of {scalars.shape[0]} steps in {scalars.shape[1]} directions, where {plan.steps[client]} "
+                f"in {plan.directions} were asked for"
+            )
+        if not np.isfinite(scalars).all():
+            raise BadFrame("a reply with a scalar that is not finite")
+        member.trouble = 0
+        self._replied[client] = scalars
+
+    def _once_more(self, client: int, member: _Member, why: str) -> None:
+        """Ask again with the whole state, where the round still waits for it."""
+        member.busy, member.trouble = None, member.trouble + 1
+        if member.trouble == _PATIENT:
+            self._show_out(client, why)
+        elif self._plan is not None and client in self._plan.steps and client not in self._replied:
+            self._link.send({client: self._asking(client, self._plan)})
+
+    def _show_out(self, client: int, why: str) -> None:
+        """End a client's session; the round goes on without it."""
+        say(f"client {client} is shown out: {why}")
+        member = self._members[client]
+        member.here, member.busy = False, None
+        self._door.shut_out(client)
+        self._link.drop(client, self._door.refuse(why, client))
+
+
+def _named(clients: Sequence[int]) -> str:
+    """Clients in words; at most ten are named."""
+    listed = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
+    return f"client{'s' * (len(clients) > 1)} {listed}"
+
+
+def _line(text: object) -> str:
+    """Foreign text as one printable line."""
+    return "".join(c if c.isprintable() else " " for c in str(text))[:300]

@@ -1,0 +1,238 @@
+"""A site's side of a federation: frames in, frames out, and the steps of one client in between.
+
+It knows no network. Everything that it decides for itself stands in agreement.py; what it computes is what a
+client of a simulation does, by the same functions, so that both have the same bits.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from meerkat import __version__, models, optimizers, path
+from meerkat.agreement import SiteConfig
+from meerkat.client import local_steps
+from meerkat.data import load_rows
+from meerkat.directions import Directions, run_key
+from meerkat.engines import frames
+from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
+from meerkat.engines.offer import Offer
+from meerkat.errors import Diverged, MeerkatError
+from meerkat.partition import ClientRows
+from meerkat.record import server_optimizer
+from meerkat.rounds import RoundPlan, RoundRecord
+from meerkat.tasks import check_rows
+from meerkat.workplace import Workplace, open_model, resolve_place
+from meerkat.zeroth_order import Loss, MaskedModel
+
+
+class Site:
+    """One client of one run: model, mask and rows, loaded once, and theta as far as it has followed the run."""
+
+    def __init__(self, offer: Offer, own: SiteConfig) -> None:
+        """Load everything that the run needs.
+
+        Raises:
+            Refused: the site has not agreed to what is offered.
+            MeerkatError: model or data cannot be read, or are not the run's.
+        """
+        asked = offer.config({"model": own.model, "data": own.data, "device": own.device})
+        task = offer.load_task()
+        own.check_settings(asked, task.name)
+        self.config = resolve_place(asked)
+        model, tokenizer = open_model(self.config)
+        self.mask = offer.load_mask()
+        self.mask.check_fits(model)
+        own.check_mask(self.mask, model)
+        self._workplace = Workplace(self.config, model, tokenizer, task, next(model.parameters()).device)
+        self._model = MaskedModel(model, self.mask)
+        self._theta = self._model.read()
+        if path.digest(self._theta) != offer.theta:
+            raise MeerkatError(
+                f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
+            )
+        rows = load_rows(own.data, "train")
+        check_rows(task, rows, f"data '{own.data}', train")
+        self._rows = ClientRows(own.client, np.arange(len(rows)), self.config.batch_size, self.config.seed)
+        self._losses_of = models.client_losses(
+            model, self._workplace.examples(rows), self._workplace.training_batch, self.config.objective
+        )
+        self._validation: models.Batch | None = None
+        if own.evaluate:
+            judged = load_rows(own.data, "validation")
+            check_rows(task, judged, f"data '{own.data}', validation")
+            self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
+        self.client = own.client
+        self.round = 0
+        """Rounds that the site's theta has followed."""
+        self.ended = ""
+        """Why the session is over, or nothing."""
+        self.refused = False
+        """Whether the coordinator will not have the site: there is no coming back."""
+        self.welcomed = False
+        """Whether the coordinator let the site in."""
+        self._run = bytes.fromhex(offer.run)
+        self._secret = bytes.fromhex(offer.token)
+        self._optimizer = server_optimizer(self.config)
+        self._moments: optimizers.Moments = ()
+        self._h = torch.zeros_like(self._theta) if self._optimizer.alpha else None
+        self._z = Directions(run_key(self.config.seed), len(self.mask), self._theta.device)
+        self._digest = bytes.fromhex(offer.theta)
+        self._parts = StateParts(self._state_size())
+        self._last: tuple[tuple[int, str, bytes], np.ndarray, bytes] | None = None
+
+    def hello(self) -> bytes:
+        """The first frame of a stream: who this is, with the token or, later, the session's secret."""
+        said = {
+            "examples": len(self._rows.rows),
+            "model": self.mask.fingerprint,
+            "mask": self.mask.digest(),
+            "evaluates": self._validation is not None,
+            "versions": {"meerkat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        return self._frame(Kind.HELLO, frames.encode_words(said, self._secret))
+
+    def keep(self) -> dict[str, int | bytes]:
+        """All that changes in a session, for another process to take up: see `take_up`."""
+        none = torch.zeros_like(self._theta)
+        values = [self._theta, *(self._moments or (none,) * self._optimizer.carried)]
+        values += [] if self._h is None else [self._h]
+        return {
+            "round": self.round,
+            "values": torch.cat(values).cpu().numpy().astype("<f4", copy=False).tobytes(),
+            "last": b"" if self._last is None else self._last[2],
+        }
+
+    def take_up(self, kept: Mapping[str, Any]) -> None:
+        """Go on where a session was kept."""
+        self._take(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
+        if kept["last"]:
+            last = Frame.decode(kept["last"])
+            phase, scalars = frames.decode_scalars(last.body)
+            self._last = ((last.round, phase, last.digest), scalars, kept["last"])
+
+    def answer(self, data: bytes) -> bytes | None:
+        """The frame that answers one of the coordinator's, or None where none is due.
+
+        A request that comes again, about the same round and theta, gets the same bytes again.
+
+        Raises:
+            BadFrame: it is none of this session.
+        """
+        frame = Frame.decode(data)
+        if frame.run != self._run or frame.client != self.client:
+            raise BadFrame("a frame of another run, or for another client")
+        match frame.kind:
+            case Kind.WELCOME:
+                self._secret, _ = frames.decode_words(frame.body, 32)
+                self.welcomed = True
+            case Kind.STATE:
+                if (values := self._parts.add(frame.body)) is not None:
+                    self._take(values, frame.round)
+            case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
+                return self._follow_and_do(frame, Work.decode(frame.body))
+            case Kind.END | Kind.REFUSAL:
+                _, said = frames.decode_words(frame.body)
+                self.ended, self.refused = str(said.get("why", "")) or "no reason given", frame.kind is Kind.REFUSAL
+            case _:
+                raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a coordinator does not send")
+        return None
+
+    def refusal(self, why: str) -> bytes:
+        """The frame that says that the site takes no further part, and why."""
+        return self._frame(Kind.REFUSAL, frames.encode_words({"why": why}))
+
+    def _follow_and_do(self, frame: Frame, work: Work) -> bytes | None:
+        """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
+        first = frame.round - len(work.closed)
+        for number, closed in enumerate(work.closed, first):
+            if number == self.round:
+                self._follow(closed)
+        if (self.round, self._digest) != (frame.round, frame.digest):
+            return self._frame(Kind.BEHIND)
+        try:
+            if frame.kind is Kind.WORK:
+                return self._work(work)
+            return self._judge() if frame.kind is Kind.JUDGE else None
+        except Diverged:
+            failure = "diverged"
+        except (MemoryError, torch.OutOfMemoryError):
+            failure = "out of memory"
+        return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
+
+    def _plan(self, lr: float, steps: int, phase: str = "training") -> RoundPlan:
+        return RoundPlan(
+            round=self.round,
+            lr=lr,
+            eps=self.config.eps,
+            directions=self.config.directions,
+            steps={self.client: steps},
+            phase="calibration" if phase == "calibration" else "training",
+            alpha=self._optimizer.alpha if phase == "training" else 0.0,
+        )
+
+    def _follow(self, closed: Closed) -> None:
+        """What the server did when it closed the round that this site's theta stands at."""
+        if closed.aggregate.shape[1] != self.config.directions:
+            raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
+        plan = self._plan(closed.lr, len(closed.aggregate))
+        record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
+        if self._h is not None and closed.counted and self._last and self._last[0][:2] == (self.round, "training"):
+            *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
+            self._h = self._h - moved * plan.alpha
+        self._theta, self._moments = optimizers.advance(
+            self._optimizer, self._theta, self._moments, record, closed.share, self._z
+        )
+        self._settle(self.round + 1)
+
+    def _settle(self, round: int) -> None:
+        self.round = round
+        self._digest = bytes.fromhex(path.digest(self._theta))
+
+    def _state_size(self) -> int:
+        return len(self._theta) * (1 + self._optimizer.carried + (self._h is not None))
+
+    def _take(self, values: np.ndarray, round: int) -> None:
+        """Put a whole state in the place of one's own: theta, the optimiser's moments, FedDyn's h_k."""
+        theta, *rest = torch.from_numpy(values).to(self._theta.device).split(len(self._theta))
+        self._theta, self._moments = theta, tuple(rest[: self._optimizer.carried])
+        if self._h is not None:
+            self._h = rest[-1]
+        self._settle(round)
+
+    def _work(self, work: Work) -> bytes:
+        about = (self.round, work.phase, self._digest)
+        if self._last is not None and self._last[0] == about:
+            return self._last[2]
+        if not 0 < work.steps <= max(self.config.local_steps, self.config.calibration_steps):
+            raise BadFrame(f"{work.steps} steps asked for, in a run of {self.config.local_steps} a round")
+        plan = self._plan(work.lr, work.steps, work.phase)
+        reply, _ = local_steps(
+            self._model, self._theta, plan, self.client, self._losses_along(work.pointer), self._z, self._h
+        )
+        made = self._frame(Kind.REPLY, frames.encode_scalars(work.phase, reply.scalars))
+        self._last = (about, reply.scalars, made)
+        if work.phase == "training":
+            self._z.prepare(self._plan(work.lr, work.steps).place(0, 0)._replace(round=self.round + 1))
+        return made
+
+    def _losses_along(self, pointer: int) -> Callable[[int], Loss]:
+        def loss_at(step: int) -> Loss:
+            losses = self._losses_of([self._rows.batch(pointer + step)])
+            return lambda: losses()[0]
+
+        return loss_at
+
+    def _judge(self) -> bytes:
+        if self._validation is None:
+            raise BadFrame("asked to evaluate, which this site has not agreed to (its site.toml, evaluate)")
+        with torch.no_grad():
+            self._model.write_(self._theta)
+        found = models.evaluate(self._workplace.model, self._validation, self._workplace.task.labels)
+        total = len(found.predictions)
+        return self._frame(Kind.COUNTS, frames.encode_counts(round(found.accuracy * total), total))
+
+    def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
+        return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
