@@ -190,6 +190,9 @@ class RunConfig(BaseModel):
         description="share of the training rows held back and evaluated on in place of the validation set, "
         "to choose settings with",
     )
+    tracker: Literal["none", "tensorboard"] = Field(
+        "none", description="where metrics are shown while the run goes on, beside the run folder"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto for the GPU where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of the weights; theta is float32 always"

@@ -33,6 +33,7 @@ from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import RunLog
 from meerkat.server import ServerState
+from meerkat.trackers import tracking
 from meerkat.workplace import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import MaskedModel
 
@@ -206,7 +207,9 @@ def _coordinate(
         )
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
-            state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+            with tracking(config.tracker, folder.root, replayed.state.round) as follower:
+                folder.follow(follower)
+                state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
             why = "the run is finished"
         finally:
             engine.end(why)

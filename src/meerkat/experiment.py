@@ -41,6 +41,7 @@ from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
 from meerkat.server import ServerState
+from meerkat.trackers import tracking
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -208,7 +209,9 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
-    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
+    with tracking(config.tracker, folder.root, replayed.state.round) as follower:
+        folder.follow(follower)
+        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
 
