@@ -102,7 +102,8 @@ class Site:
             BadFrame: it is none of this session.
         """
         frame = Frame.decode(data)
-        if frame.run != self._run or frame.client != self.client:
+        # a coordinator that turns a site away may not know which client it is, or be another run's
+        if frame.kind is not Kind.REFUSAL and (frame.run != self._run or frame.client != self.client):
             raise BadFrame("a frame of another run, or for another client")
         match frame.kind:
             case Kind.WELCOME:
