@@ -6,6 +6,7 @@ its answer at the session's end, and no second offer to one that will not come a
 """
 
 import base64
+import contextlib
 import json
 import os
 import random
@@ -280,10 +281,8 @@ class Proxy:
         with self._lock:
             if end in self._open:
                 self._open.remove(end)
-                try:
+                with contextlib.suppress(OSError):  # the other side was faster
                     end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the other side was faster
                 end.close()
 
     def cut(self) -> None:
@@ -461,6 +460,10 @@ class Federation:
         """Closed rounds in the log; -1 as long as there is none."""
         log = self.out / "rounds.log"
         return log.read_bytes().count(b'{"kind":"round"') if log.exists() else -1
+
+    def calibrates(self) -> bool:
+        """Whether a calibration was begun."""
+        return self.log.exists() and "calibrating" in self.log.read_text()
 
     def notes(self, node: int) -> list[dict[str, Any]]:
         """What a node wrote down of its sessions."""

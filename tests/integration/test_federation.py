@@ -1,6 +1,7 @@
 """Killed, stopped and cut off, a federation ends as its record says, and nobody is left waiting."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 from federation_processes import (
-    DEADLINE_S,
     NODES,
     ROUNDS,
     Course,
@@ -26,6 +26,7 @@ from meerkat.certificates import certify
 from meerkat.config import RunConfig
 from meerkat.engines.flower.stream import NOTICED_S
 from meerkat.experiment import simulate
+from meerkat.runlog import LogReader
 from meerkat.sites import write_sites
 
 FINISHED = "the run is finished"
@@ -149,13 +150,123 @@ def test_a_killed_coordinator_goes_on(federation: Make, simulated: Callable[[dic
     assert len(go_through(federation, schedule, simulated).met) == 1
 
 
-def test_a_node_that_is_stopped_misses_rounds_and_catches_up(
+def records(federation: Federation, kind: str) -> list[dict[str, Any]]:
+    return [record for record in LogReader(federation.out / "rounds.log") if record["kind"] == kind]
+
+
+def test_a_node_that_is_stopped_past_the_deadline_misses_rounds_and_catches_up(federation: Make) -> None:
+    with federation({"rounds": 100}) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 5, 30, "a few rounds")
+        made.signal(2, signal.SIGSTOP)
+        stopped = made.rounds()
+        made.wait_for(lambda: made.rounds() >= stopped + 3, 30, "rounds without the stopped")
+        made.signal(2, signal.SIGCONT)
+        made.finish()
+        digest = check_outcome(made)
+        took_part = [2 in json_clients(record) for record in records(made, "round")]
+        assert False in took_part
+        assert took_part.index(False) >= 5
+        assert True in took_part[took_part.index(False) :]
+        ends = [made.notes(node)[-1] for node in range(NODES)]
+        assert [(end["why"], end["round"], end["digest"]) for end in ends] == NODES * [(FINISHED, 100, digest)]
+
+
+def json_clients(record: dict[str, Any]) -> list[int]:
+    """Who replied in a round."""
+    return [client for client, made in zip(record["clients"], record["made"], strict=True) if made]
+
+
+def test_a_coordinator_that_is_told_to_stop_frees_its_nodes_at_once_and_goes_on_later(
     federation: Make, simulated: Callable[[dict[str, Any]], str]
 ) -> None:
-    with federation({"rounds": 40}) as made:
-        course = Course(made, once(2, False, Fault("stop", 2, 5, 0.0, 3 * DEADLINE_S)))
-        course.run(60)
-    print(simulated)
+    with federation(**WHOLE) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 5, 30, "a few rounds")
+        made.signal(-1, signal.SIGTERM)
+        assert made.poll(-1, wait=True) == 1
+        made.wait_for(lambda: all(map(made.is_free, range(NODES))), 2, "the nodes are free")
+        assert [made.notes(node)[-1]["why"] for node in range(NODES)] == NODES * ["the coordinator stopped"]
+        stopped = audit.verify(made.out)
+        assert not stopped.finished
+        assert 5 <= stopped.rounds < ROUNDS
+        assert "coordinator: the run was stopped; what was logged is safe" in made.log.read_text()
+        made.start(-1)
+        made.finish()
+        assert check_outcome(made) == simulated({})
+
+
+def test_nodes_are_free_again_after_a_coordinator_that_is_gone(federation: Make) -> None:
+    with federation(site_patience_s=1.0, **WHOLE) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 3, 30, "a few rounds")
+        made.kill(-1)
+        made.wait_for(lambda: all(map(made.is_free, range(NODES))), 1.0 + NOTICED_S, "the nodes are free")
+        for node in range(NODES):
+            assert "no stream for 1 s" in made.notes(node)[-1]["why"]
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(
+    federation: Make, simulated: Callable[[dict[str, Any]], str]
+) -> None:
+    settings = {"rounds": 40}
+    with federation(settings, **WHOLE) as made:
+        for node in range(NODES):
+            made.start(node)
+        made.start(-1, room=16_000)
+        assert made.poll(-1, wait=True) == 1
+        made.wait_for(lambda: all(map(made.is_free, range(NODES))), 2, "the nodes are free")
+        (line,) = [line for line in made.log.read_text().splitlines() if line.startswith("coordinator: ")]
+        assert "File too large" in line
+        assert "make room" in line
+        assert "Traceback" not in made.log.read_text()
+        assert 0 < audit.verify(made.out).rounds < 40
+        made.start(-1)
+        made.finish()
+        assert check_outcome(made) == simulated(settings)
+
+
+CALIBRATED = {
+    "local_steps": 3,
+    "method": "meerkat-vp",
+    "calibration_steps": 60,
+    "initial_steps": 20,
+    "later_steps": 20,
+    "rounds": 4,
+}
+
+
+def test_who_comes_while_clients_are_calibrated_joins_the_next_round(federation: Make) -> None:
+    with federation(CALIBRATED, clients_wanted=2, clients_minimum=2, quorum=2) as made:
+        for who in (-1, 0, 1):
+            made.start(who)
+        made.wait_for(made.calibrates, 30, "the calibration")
+        made.signal(1, signal.SIGSTOP)
+        made.start(2)
+        made.wait_for(lambda: "client 2 is here" in made.log.read_text(), 30, "the third")
+        assert not records(made, "calibration")
+        made.signal(1, signal.SIGCONT)
+        made.finish()
+        check_outcome(made)
+        assert [record["round"] for record in records(made, "join")] == [0, 0, 0]
+        assert records(made, "round")[0]["clients"] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_round_waits_for_clients_when_all_have_left_since_they_were_calibrated(federation: Make) -> None:
+    with federation(CALIBRATED, clients_wanted=2, deadline_s=30.0) as made:
+        for who in (-1, 0, 1):
+            made.start(who)
+        made.wait_for(made.calibrates, 30, "the calibration")
+        made.signal(1, signal.SIGSTOP)
+        time.sleep(3)  # the other one has answered
+        made.kill(0)
+        made.kill(1)
+        made.wait_for(lambda: bool(records(made, "calibration")), 10, "the calibration's end")
+        made.start(0)
+        made.finish()
+        check_outcome(made)
+        assert list(map(json_clients, records(made, "round"))) == 4 * [[0]]
 
 
 @pytest.mark.slow
@@ -164,4 +275,3 @@ def test_any_faults(seed: int, federation: Make, simulated: Callable[[dict[str, 
     began = time.monotonic()
     course = go_through(federation, Schedule.drawn(seed), simulated)
     print(f"{len(course.met)} faults, {time.monotonic() - began:.1f} s")
-    print(NOTICED_S)
