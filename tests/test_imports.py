@@ -22,7 +22,7 @@ LAYERS = [
     {"metrics", "workplace", "studies", "engines.door", "engines.offer"},
     {"engines.site", "engines.remote"},
     {"experiment", "audit", "results", "sites"},
-    {"history", "export", "compare", "coordinator", "engines.flower.stream"},
+    {"history", "export", "compare", "coordinator", "engines.flower.stream", "engines.flower.messages"},
     {"engines.flower.server_app", "engines.flower.client_app"},
     {"report.look", "report.style", "report.words", "report.curves", "report.study"},
     {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},

@@ -83,6 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     divide.add_argument("--out", required=True, metavar="DIR", help="folder for site-0, site-1, ...; new or empty")
     _add_settings(divide, SPLIT_SETTINGS)
 
+    sign = command("certify", "Make a federation's certificate authority, certificate and node keys.", _certify)
+    sign.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the files; new or empty")
+    sign.add_argument(
+        "--host",
+        required=True,
+        action="append",
+        metavar="HOST",
+        help="name or address that sites reach the coordinator by; may be given again",
+    )
+    sign.add_argument("--nodes", default=0, metavar="N", type=int, help="sites to make a key for [default: 0]")
+    sign.add_argument("--days", default=365, metavar="N", type=int, help="validity of the certificates [default: 365]")
+
     compare = command(
         "compare", "Compare methods and settings over several seeds, each at its own learning rate.", _compare
     )
@@ -251,6 +263,19 @@ def _partition(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {sum(counts)} rows in {len(counts)} folders")
         for client, count in enumerate(counts):
             print(f"  site-{client}  {count} rows")
+
+
+def _certify(arguments: argparse.Namespace) -> None:
+    try:
+        from meerkat.certificates import certify
+    except ImportError:
+        raise MeerkatError("certify: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
+    made = certify(arguments.out, arguments.host, arguments.nodes, arguments.days)
+    if arguments.json:
+        print(json.dumps({name: str(path) for name, path in made.items()}))
+    else:
+        for name, path in made.items():
+            print(f"{name:>14}  {path}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ It knows no network. Everything that it decides for itself stands in agreement.p
 client of a simulation does, by the same functions, so that both have the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from meerkat.directions import Directions, run_key
 from meerkat.engines import frames
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.engines.offer import Offer
-from meerkat.errors import Diverged, MeerkatError
+from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
@@ -93,6 +94,25 @@ class Site:
         }
         return self._frame(Kind.HELLO, frames.encode_words(said, self._secret))
 
+    def keep(self) -> dict[str, int | bytes]:
+        """All that changes in a session, for another process to take up: see `take_up`."""
+        none = torch.zeros_like(self._theta)
+        values = [self._theta, *(self._moments or (none,) * self._optimizer.carried)]
+        values += [] if self._h is None else [self._h]
+        return {
+            "round": self.round,
+            "values": torch.cat(values).cpu().numpy().astype("<f4", copy=False).tobytes(),
+            "last": b"" if self._last is None else self._last[2],
+        }
+
+    def take_up(self, kept: Mapping[str, Any]) -> None:
+        """Go on where a session was kept."""
+        self._take(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
+        if kept["last"]:
+            last = Frame.decode(kept["last"])
+            phase, scalars = frames.decode_scalars(last.body)
+            self._last = ((last.round, phase, last.digest), scalars, kept["last"])
+
     def answer(self, data: bytes) -> bytes | None:
         """The frame that answers one of the coordinator's, or None where none is due.
 
@@ -102,8 +122,10 @@ class Site:
             BadFrame: it is none of this session.
         """
         frame = Frame.decode(data)
-        # a coordinator that turns a site away may not know which client it is, or be another run's
-        if frame.kind is not Kind.REFUSAL and (frame.run != self._run or frame.client != self.client):
+        if frame.kind is Kind.REFUSAL and frame.run != self._run:
+            raise RunFailed("another run has taken the coordinator's place; its own invitation will come")
+        # a coordinator that turns a site away may not know which client it is
+        if frame.run != self._run or (frame.client != self.client and frame.kind is not Kind.REFUSAL):
             raise BadFrame("a frame of another run, or for another client")
         match frame.kind:
             case Kind.WELCOME:
@@ -111,7 +133,7 @@ class Site:
                 self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
-                    self._take(values, frame)
+                    self._take(values, frame.round)
             case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
@@ -175,13 +197,13 @@ class Site:
     def _state_size(self) -> int:
         return len(self._theta) * (1 + self._optimizer.carried + (self._h is not None))
 
-    def _take(self, values: np.ndarray, frame: Frame) -> None:
+    def _take(self, values: np.ndarray, round: int) -> None:
         """Put a whole state in the place of one's own: theta, the optimiser's moments, FedDyn's h_k."""
         theta, *rest = torch.from_numpy(values).to(self._theta.device).split(len(self._theta))
         self._theta, self._moments = theta, tuple(rest[: self._optimizer.carried])
         if self._h is not None:
             self._h = rest[-1]
-        self._settle(frame.round)
+        self._settle(round)
 
     def _work(self, work: Work) -> bytes:
         about = (self.round, work.phase, self._digest)

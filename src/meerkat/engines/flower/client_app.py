@@ -1,14 +1,16 @@
-"""Meerkat's ClientApp: a site's session, inside one Flower message.
+"""Meerkat's ClientApp: a site's session inside one Flower message, or, without a stream, over many.
 
 Node config: `site`, the path of the site's own site.toml.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from meerkat.agreement import SiteConfig
+from meerkat.engines.flower.messages import pack, unpack
 from meerkat.engines.flower.stream import attend
 from meerkat.engines.offer import Offer
 from meerkat.engines.site import Site
@@ -20,31 +22,83 @@ app = ClientApp()
 
 @app.train("session")
 def session(message: Message, context: Context) -> Message:
-    """Take part in a run until it is over. The answer tells how the session ended, and whether to invite again."""
+    """Take part in a run until it is over. The answer tells how the session ended, and whether to invite again.
+
+    Where frames travel in messages, the answer is the site's first frame, and `frames` goes on.
+    """
+    return _told(message, lambda: _take_part(message, context))
+
+
+@app.train("frames")
+def frames(message: Message, context: Context) -> Message:
+    """Answer the frames of one message, as the site that `session` kept."""
+    return _told(message, lambda: _answer(message, context))
+
+
+def _told(message: Message, act: Callable[[], RecordDict]) -> Message:
+    """The answer to a message; what went wrong is told in one line, here and there."""
     try:
-        why, again = _take_part(message, context), True
+        content = act()
     except RunFailed as error:  # a stream that broke, a machine that ran full: another try may do
-        why, again = str(error), True
+        content = _ended(str(error), again=True)
     except MeerkatError as error:
-        why, again = str(error), False
+        content = _ended(str(error), again=False)
+    except (KeyboardInterrupt, SystemExit):  # without an answer Flower would wait for one without end
+        content = _ended("the site was interrupted", again=True)
+    return Message(content, reply_to=message)
+
+
+def _ended(why: str, again: bool) -> RecordDict:
     say(f"meerkat: {why}")
-    return Message(RecordDict({"session": ConfigRecord({"why": why, "again": again})}), reply_to=message)
+    return RecordDict({"session": ConfigRecord({"why": why, "again": again})})
 
 
-def _take_part(message: Message, context: Context) -> str:
+def _take_part(message: Message, context: Context) -> RecordDict:
+    held = message.content["offer"]
+    offer, own = Offer.decode(str(held["offer"]), bytes(held["mask"])), _own(context)
+    authority = _authority(own) if offer.stream else b""
+    site = Site(offer, own)
+    if offer.stream:
+        say(f"client {own.client}: in federation {offer.run}, at {offer.stream}")
+        attend(site, offer.stream, authority, offer.patience_s)
+        return _ended(f"{site.ended}, after round {site.round}", again=True)
+    if "site" in context.state and context.state["offer"]["run"] == offer.run:
+        site.take_up(context.state["site"])
+    say(f"client {own.client}: in federation {offer.run}, over Flower's messages")
+    context.state["offer"] = ConfigRecord({"run": offer.run, "offer": held["offer"], "mask": held["mask"]})
+    context.state["site"] = ConfigRecord(site.keep())
+    return RecordDict({"hello": ConfigRecord({"frame": site.hello()})})
+
+
+def _answer(message: Message, context: Context) -> RecordDict:
+    if "site" not in context.state:
+        raise RunFailed("the site's state is gone; the next invitation begins anew")
+    held = context.state["offer"]
+    site = Site(Offer.decode(str(held["offer"]), bytes(held["mask"])), _own(context))
+    site.take_up(context.state["site"])
+    try:
+        answers = [site.answer(frame) for frame in unpack(message.content)]
+    except MeerkatError as error:
+        answers = [site.refusal(str(error))]
+        say(f"meerkat: {error}")
+    context.state["site"] = ConfigRecord(site.keep())
+    if site.ended:
+        say(f"meerkat: {site.ended}, after round {site.round}")
+    return pack([answer for answer in answers if answer is not None])
+
+
+def _own(context: Context) -> SiteConfig:
     file = str(context.node_config.get("site", ""))
     if not file:
         raise MeerkatError("node config 'site': missing; flower-supernode ... --node-config 'site=\"/path/site.toml\"'")
-    own = SiteConfig.load(Path(file))
-    held = message.content["offer"]
-    offer = Offer.decode(str(held["offer"]), bytes(held["mask"]))
+    return SiteConfig.load(Path(file))
+
+
+def _authority(own: SiteConfig) -> bytes:
+    """The federation's CA certificate, PEM."""
     if not own.certificate_authority:
-        raise MeerkatError(f"{file}: certificate_authority: missing; the path of the federation's CA certificate")
+        raise MeerkatError("site.toml: certificate_authority: missing; give the path of the federation's CA")
     try:
-        authority = Path(own.certificate_authority).read_bytes()
+        return Path(own.certificate_authority).read_bytes()
     except OSError as error:
-        raise MeerkatError(f"{file}: certificate_authority '{own.certificate_authority}': {error.strerror}") from None
-    site = Site(offer, own)
-    say(f"client {own.client}: in federation {offer.run}, at {offer.stream}")
-    attend(site, offer.stream, authority, offer.patience_s)
-    return f"{site.ended}, after round {site.round}"
+        raise MeerkatError(f"certificate_authority '{own.certificate_authority}': {error.strerror}") from None

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from meerkat.coordinator import FederationConfig, coordinate, read_federation
 from meerkat.engines.door import Door
+from meerkat.engines.flower.messages import MessageLink
 from meerkat.engines.flower.stream import StreamLink
 from meerkat.engines.offer import Offer
 from meerkat.engines.remote import Link
@@ -39,13 +40,17 @@ class FlowerControl:
         self._out: dict[str, int] = {}
         """Messages that were not answered, and their nodes."""
         self._not_before: dict[int, float] = {}
+        self._messages: MessageLink | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def link(self, door: Door) -> Link:
-        """The session stream."""
+        """The session stream, or where there is none, Flower's messages."""
         own = self._federation
-        return StreamLink(door, own.listen or own.stream, Path(own.certificate), Path(own.private_key))
+        if own.stream:
+            return StreamLink(door, own.listen or own.stream, Path(own.certificate), Path(own.private_key))
+        self._messages = MessageLink(self._grid, door)
+        return self._messages
 
     def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
         """Invite nodes from a thread of its own. Flower's word that the run was stopped comes up in there."""
@@ -65,7 +70,7 @@ class FlowerControl:
         """Invite nobody any more, and wait a while until the nodes' sessions have ended."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_POLL_S)  # no longer: Flower holds it in a call when it stops an app
         end = time.monotonic() + _DRAIN_S
         while self._out and time.monotonic() < end:
             self._collect()
@@ -74,6 +79,7 @@ class FlowerControl:
     def _look(self, door: Door, offer: Offer) -> None:
         self._collect()
         busy, now = set(self._out.values()), time.monotonic()
+        busy |= self._messages.nodes() if self._messages is not None else set()
         free = [n for n in self._grid.get_node_ids() if n not in busy and self._not_before.get(n, 0.0) <= now]
         if not free:
             return
@@ -93,11 +99,19 @@ class FlowerControl:
             self._not_before[node] = time.monotonic() + _AGAIN_S
             if answer.has_error():
                 say(f"node {node}: its session failed: {answer.error.reason}")
+            elif self._messages is not None and "hello" in answer.content:
+                self._welcome(node, bytes(answer.content["hello"]["frame"]))
             elif not (said := answer.content["session"])["again"]:
                 self._not_before[node] = float("inf")
                 say(f"node {node}: takes no part: {said['why']}")
             elif not self._closing.is_set():
                 say(f"node {node}: its session ended: {said['why']}")
+
+    def _welcome(self, node: int, hello: bytes) -> None:
+        """Without a stream a node stays invited for as long as its messages are answered."""
+        if self._messages is not None and (why := self._messages.admit(node, hello)):
+            self._not_before[node] = float("inf")
+            say(f"node {node}: is refused: {why}")
 
 
 def _invitation(offer: Offer, token: str, node: int) -> Message:

@@ -1,0 +1,126 @@
+"""Frames inside Flower's own messages: for networks that allow no second port, and many local steps a round.
+
+Every message meets a fresh process on the site, so between messages the site is kept in Flower's context of the
+run. A round takes seconds where the stream takes milliseconds; the scalars, and so theta, are the same.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from meerkat.agreement import Refused
+from meerkat.engines.door import Door
+from meerkat.engines.frames import BadFrame
+from meerkat.engines.remote import Event
+from meerkat.progress import say
+
+FRAMES = "train.frames"
+"""The message type that carries frames, and brings frames back."""
+_POLL_S = 0.2
+
+
+class MessageLink:
+    """The coordinator's end. See `remote.Link`."""
+
+    def __init__(self, grid: Grid, door: Door) -> None:
+        self.bytes_sent = self.bytes_received = 0
+        """Of frames, to and from all clients; Flower's own messages around them are longer."""
+        self._grid = grid
+        self._door = door
+        self._nodes: dict[int, int] = {}
+        self._out: dict[str, int] = {}
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def admit(self, node: int, hello: bytes) -> str:
+        """Let a site in by its first frame. Returns why not, or nothing."""
+        try:
+            guest = self._door.admit(hello)
+        except (Refused, BadFrame) as error:
+            return str(error)
+        with self._lock:
+            self._nodes[guest.client] = node
+        self._events.put(Event("arrived", guest.client, guest=guest))
+        return ""
+
+    def nodes(self) -> set[int]:
+        """The nodes that take part."""
+        with self._lock:
+            return set(self._nodes.values())
+
+    def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
+        """Send each client its frames in one message; those of a client that is gone are lost with it."""
+        here = [(client, each) for client, each in frames.items() if client in self._nodes and each]
+        if not here:
+            return
+        self.bytes_sent += sum(len(frame) for _, each in here for frame in each)
+        ids = self._grid.push_messages([self._message(client, each) for client, each in here])
+        for (client, _), sent in zip(here, ids, strict=True):
+            if sent is None:
+                self._gone(client)
+            else:
+                self._out[sent] = client
+
+    def receive(self, timeout_s: float) -> Event | None:
+        """The next event, or None when none came in time."""
+        end = time.monotonic() + timeout_s
+        while self._events.empty():
+            self._pull()
+            left = end - time.monotonic()
+            if not self._events.empty() or left <= 0:
+                break
+            time.sleep(min(_POLL_S, left))
+        try:
+            return self._events.get_nowait()
+        except queue.Empty:
+            return None
+
+    def drop(self, client: int, last: bytes) -> None:
+        """Send a client a last frame, and let it go; nobody waits for its answer."""
+        if client in self._nodes:
+            self._grid.push_messages([self._message(client, [last])])
+            with self._lock:
+                self._nodes.pop(client, None)
+
+    def close(self) -> None:
+        """Nothing was taken that has to be given back."""
+
+    def _message(self, client: int, frames: Sequence[bytes]) -> Message:
+        return Message(pack(frames), dst_node_id=self._nodes[client], message_type=FRAMES)
+
+    def _pull(self) -> None:
+        if not self._out:
+            return
+        for answer in self._grid.pull_messages(list(self._out)):
+            client = self._out.pop(answer.metadata.reply_to_message_id, None)
+            if client is None:
+                continue
+            if answer.has_error():
+                say(f"client {client}: {answer.error.reason}")
+                self._gone(client)
+                continue
+            for frame in unpack(answer.content):
+                self.bytes_received += len(frame)
+                self._events.put(Event("frame", client, frame))
+
+    def _gone(self, client: int) -> None:
+        with self._lock:
+            gone = self._nodes.pop(client, None)
+        if gone is not None:
+            self._events.put(Event("left", client))
+
+
+def pack(frames: Sequence[bytes]) -> RecordDict:
+    """A message's content that carries frames."""
+    return RecordDict({"frames": ConfigRecord({"frames": list(frames)})})
+
+
+def unpack(content: Any) -> list[bytes]:
+    """The frames that a message carries; what is no bytes comes out as none, and is found malformed."""
+    held = content["frames"]["frames"] if "frames" in content else []
+    return [bytes(frame) if isinstance(frame, bytes) else b"" for frame in held]
