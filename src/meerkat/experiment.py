@@ -40,7 +40,7 @@ from meerkat.record import Join, Opening, Replay, file_digest, gradient_digest
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
-from meerkat.server import ServerState
+from meerkat.server import ServerConfig, ServerState
 from meerkat.trackers import tracking
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
@@ -319,10 +319,15 @@ def run_rounds(
         evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
     if state.round and due(state.round) and state.round not in judged:
         evaluate(state.theta, state.round)
-    for _ in track(range(state.round, config.rounds), "rounds"):
+
+    def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
             settings = join.settle(settings)
+        return settings
+
+    for _ in track(range(state.round, config.rounds), "rounds"):
+        settings = gather(settings)
         if calibration.due(state, settings):
             began, _ = time.perf_counter(), forward_s()
             plan = calibration.open_calibration(state, settings, engine.available())
@@ -330,6 +335,7 @@ def run_rounds(
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
+            settings = gather(settings)  # meanwhile clients may have come, or left
         began, _ = time.perf_counter(), forward_s()
         plan = server.open_round(state, settings, engine.available())
         replies = replies_to(plan)
