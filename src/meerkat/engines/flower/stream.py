@@ -45,6 +45,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
     ("grpc.http2.bdp_probe", 0),  # frames are small: probing the bandwidth would cost more bytes than they do
     ("grpc.enable_retries", 0),
+    ("grpc.so_reuseport", 0),  # two coordinators on one port would share out its callers between them
 )
 
 
