@@ -225,9 +225,9 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                         break
             except grpc.RpcError as error:
                 trouble = _line_of(error)
+            call.say(None)
             if call.idle:
                 raise RunFailed(f"coordinator {address}: not a frame for {idle_s:g} s; the site is free again")
-            call.say(None)
         if site.ended:
             break
         if time.monotonic() - heard > patience_s:
