@@ -292,4 +292,4 @@ def _line_of(error: grpc.RpcError) -> str:
     """What went wrong with a stream, in one line."""
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)()
-    return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:200]
+    return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:400]
