@@ -135,6 +135,7 @@ class Coordinator:
         self.door = Door(RUN, clients, MODEL, MASK)
         self.link = StreamLink(self.door, f"127.0.0.1:{port}", keys["server"], keys["server key"])
         self.port = self.link.port
+        self._closed = False
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
         self.state = ServerState(0, torch.zeros(LENGTH))
         self.z = Directions(1, LENGTH)
@@ -165,5 +166,7 @@ class Coordinator:
         return path.digest(self.state.theta)
 
     def close(self, why: str = "finished") -> None:
-        self.engine.end(why)
-        self.link.close()
+        if not self._closed:
+            self._closed = True
+            self.engine.end(why)
+            self.link.close()
