@@ -121,8 +121,8 @@ class Site:
         """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
         first = frame.round - len(work.closed)
         for number, closed in enumerate(work.closed, first):
-            if number == self.round:
-                self._follow(closed)
+            if number == self.round and not self._follow(closed):
+                return self._frame(Kind.BEHIND)
         if (self.round, self._digest) != (frame.round, frame.digest):
             return self._frame(Kind.BEHIND)
         try:
@@ -146,19 +146,26 @@ class Site:
             alpha=self._optimizer.alpha if phase == "training" else 0.0,
         )
 
-    def _follow(self, closed: Closed) -> None:
-        """What the server did when it closed the round that this site's theta stands at."""
+    def _follow(self, closed: Closed) -> bool:
+        """What the server did when it closed the round that this site's theta stands at.
+
+        Returns whether that can be known: FedDyn's h_k moves by the site's own scalars of the round, which a site
+        that was started anew does not have.
+        """
         if closed.aggregate.shape[1] != self.config.directions:
             raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
         plan = self._plan(closed.lr, len(closed.aggregate))
         record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
-        if self._h is not None and closed.counted and self._last and self._last[0][:2] == (self.round, "training"):
+        if self._h is not None and closed.counted:
+            if self._last is None or self._last[0][:2] != (self.round, "training"):
+                return False
             *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
             self._h = self._h - moved * plan.alpha
         self._theta, self._moments = optimizers.advance(
             self._optimizer, self._theta, self._moments, record, closed.share, self._z
         )
         self._settle(self.round + 1)
+        return True
 
     def _settle(self, round: int) -> None:
         self.round = round
