@@ -224,8 +224,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"server_lr {self.server_lr:g}: sgd has none; use lr, or server_optimizer momentum or adam"
             )
-        stops = recipe.early_stop if self.early_stop == "by-method" else self.early_stop
-        if stops != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
+        if self.stopping != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
             raise ValueError(
                 f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "
                 f"{self.initial_steps + self.later_steps}"
@@ -236,6 +235,11 @@ class RunConfig(BaseModel):
     def recipe(self) -> Recipe:
         """What the method's name stands for."""
         return METHODS[self.method]
+
+    @property
+    def stopping(self) -> EarlyStop:
+        """Who stops early: as set, or as the method has it."""
+        return self.recipe.early_stop if self.early_stop == "by-method" else self.early_stop
 
     def to_toml(self) -> str:
         """The settings as TOML."""
