@@ -6,6 +6,7 @@ since, or with theta itself where that is shorter. Frames go through a `Link`: a
 control plane's messages.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric
 from meerkat.server import ServerConfig, ServerState, share_of
 
+_LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
 _PATIENT = 3
@@ -168,6 +170,7 @@ class RemoteEngine:
     def tell(self, event: str, text: str, **facts: Any) -> None:
         """Say what happened, in a line; `event` and `facts` are the same for a machine."""
         say(text)
+        _LOG.debug(event, extra={"facts": facts})
 
     def arrivals(self, round: int) -> list[Join]:
         """Wait until a round can open; the clients that are to be logged before it.
