@@ -40,7 +40,7 @@ from meerkat.record import Join, Opening, Replay, file_digest, gradient_digest
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
-from meerkat.server import ServerState
+from meerkat.server import ServerConfig, ServerState
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -292,6 +292,12 @@ def run_rounds(
         folder.note({**found, "wall_s": time.perf_counter() - began})
         say(evaluation_in_words(found, config.rounds))
 
+    def gather(settings: ServerConfig) -> ServerConfig:
+        for join in engine.arrivals(state.round):
+            log.append(join.to_json())
+            settings = join.settle(settings)
+        return settings
+
     def due(rounds: int) -> bool:
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
 
@@ -315,9 +321,7 @@ def run_rounds(
     if state.round and due(state.round) and state.round not in judged:
         evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
-        for join in engine.arrivals(state.round):
-            log.append(join.to_json())
-            settings = join.settle(settings)
+        settings = gather(settings)
         if calibration.due(state, settings):
             began, _ = time.perf_counter(), forward_s()
             plan = calibration.open_calibration(state, settings, engine.available())
@@ -325,6 +329,7 @@ def run_rounds(
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
+            settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
         plan = server.open_round(state, settings, engine.available())
         replies = replies_to(plan)
