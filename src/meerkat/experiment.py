@@ -41,6 +41,7 @@ from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
 from meerkat.server import ServerConfig, ServerState
+from meerkat.trackers import tracking
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -208,7 +209,9 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
-    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
+    with tracking(config.tracker, folder.root, replayed.state.round) as follower:
+        folder.follow(follower)
+        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
 
@@ -308,21 +311,22 @@ def run_rounds(
         folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
         log.append({"kind": metric["kind"], **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
-    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
-    if state.round:
-        say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
-    if 0 not in judged:
-        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
-    if state.round and due(state.round) and state.round not in judged:
-        evaluate(state.theta, state.round)
-
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
             settings = join.settle(settings)
         return settings
 
+    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
+    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
+    if state.round:
+        say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
+    if state.round < config.rounds:
+        settings = gather(settings)  # first of all: a judge may need clients, too
+    if 0 not in judged:
+        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
+    if state.round and due(state.round) and state.round not in judged:
+        evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
         settings = gather(settings)
         if calibration.due(state, settings):

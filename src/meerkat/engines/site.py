@@ -216,8 +216,11 @@ class Site:
         about = (self.round, work.phase, self._digest)
         if self._last is not None and self._last[0] == about:
             return self._last[2]
-        if not 0 < work.steps <= max(self.config.local_steps, self.config.calibration_steps):
-            raise BadFrame(f"{work.steps} steps asked for, in a run of {self.config.local_steps} a round")
+        most = self.config.local_steps
+        if work.phase == "calibration":
+            most = self.config.calibration_steps if self.config.stopping != "none" else 0
+        if not 0 < work.steps <= most or self.round >= self.config.rounds:
+            raise BadFrame(f"{work.steps} steps of {work.phase} asked for in round {self.round}: not as agreed")
         plan = self._plan(work.lr, work.steps, work.phase)
         reply, _ = local_steps(
             self._model, self._theta, plan, self.client, self._losses_along(work.pointer), self._z, self._h
