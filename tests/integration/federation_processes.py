@@ -8,6 +8,7 @@ its answer at the session's end, and no second offer to one that will not come a
 import base64
 import contextlib
 import json
+import math
 import os
 import random
 import resource
@@ -40,6 +41,8 @@ LOOPBACK = "127.0.0.1"
 NODES = 3
 DRAIN_S = 3.0
 """Seconds that nodes have to end their sessions when the run is over."""
+AGAIN_S = 5.0
+"""Seconds before a node that told how its session ended is invited again, as Flower's control has it."""
 
 
 # in the coordinator's process
@@ -53,8 +56,8 @@ class SocketControl:
         self._listener = socket.create_server((LOOPBACK, port))
         self._out: set[str] = set()
         """Nodes in a session."""
-        self._never: set[str] = set()
-        """Nodes that said not to be invited again."""
+        self._not_before: dict[str, float] = {}
+        """When a node may be invited again; never, if it said so."""
         self.stop: Callable[[str], None] = lambda _: None
 
     def link(self, door: Door) -> Link:
@@ -78,15 +81,15 @@ class SocketControl:
         try:
             with asking, asking.makefile("rwb") as stream:
                 node = stream.readline().decode().strip()
-                if node in self._never:
+                if time.monotonic() < self._not_before.get(node, 0.0):
                     return
                 self._out.add(node)
                 try:
                     text, mask = offer.encode(door.token(node))
                     stream.write(json.dumps([text, base64.b64encode(mask).decode()]).encode() + b"\n")
                     stream.flush()
-                    if json.loads(stream.readline() or b"true") is False:
-                        self._never.add(node)
+                    if answer := stream.readline():
+                        self._not_before[node] = time.monotonic() + AGAIN_S if json.loads(answer) else math.inf
                 finally:
                     self._out.discard(node)
         except OSError:
@@ -433,6 +436,8 @@ class Federation:
             given = {"run": self.settings, "federation": self.terms, "out": str(self.out), "room": room}
         else:
             given = {"site": self._sites[who], "notes": str(self.root / f"notes-{who}")}
+            with (self.root / f"notes-{who}").open("a") as notes:
+                notes.write('{"what": "starts"}\n')
         what = "node" if who >= 0 else "coordinator"
         log = self.root / f"log-{who}" if who >= 0 else self.log
         self.pids[who] = self.nursery.start(what, log, self.tmp, control_port=self.control_port, **given)
@@ -440,6 +445,10 @@ class Federation:
     def start_all(self) -> None:
         for who in range(-1, NODES):
             self.start(who)
+
+    def nodes(self) -> list[int]:
+        """Those that are there."""
+        return sorted(who for who in self.pids if who >= 0)
 
     def signal(self, who: int, sign: int) -> None:
         os.kill(self.pids[who], sign)
@@ -471,7 +480,7 @@ class Federation:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def is_free(self, node: int) -> bool:
-        return not (notes := self.notes(node)) or notes[-1]["what"] == "free"
+        return self.notes(node)[-1]["what"] != "begins"
 
     def wait_for(self, condition: Callable[[], bool], limit_s: float, what: str) -> float:
         """Wait until something is so; the seconds that it took."""
@@ -486,9 +495,7 @@ class Federation:
         status: list[int | None] = []
         self.wait_for(lambda: bool(status.append(self.poll(-1)) or status[-1] is not None), limit_s, "the run's end")
         assert status[-1] == 0, self.told()
-        for node in range(NODES):
-            if node in self.pids:
-                self.wait_for(lambda node=node: self.is_free(node), 30.0, f"node {node} is free")
+        self.wait_for(lambda: all(map(self.is_free, self.nodes())), 30.0, "the nodes are free")
 
     def told(self) -> str:
         """The last that everyone said, for a failure's message."""
@@ -539,7 +546,8 @@ class Course:
                 break
             time.sleep(0.002)
         for who, (_, what) in [*self._undo.items()]:
-            self._end_fault(who, what)
+            if what == "stop":
+                self._end_fault(who, what)
 
     def _end_fault(self, who: int, what: str) -> None:
         del self._undo[who]

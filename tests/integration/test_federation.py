@@ -109,7 +109,7 @@ def go_through(make: Make, schedule: Schedule, simulated: Callable[[dict[str, An
         course = Course(federation, schedule)
         try:
             course.run(limit_s=90)
-            federation.wait_for(lambda: all(map(federation.is_free, range(NODES))), 30, "the nodes are free")
+            federation.wait_for(lambda: all(map(federation.is_free, federation.nodes())), 30, "the nodes are free")
             digest = check_outcome(federation)
             if schedule.whole:
                 assert digest == simulated(schedule.settings)
@@ -125,7 +125,7 @@ def go_through(make: Make, schedule: Schedule, simulated: Callable[[dict[str, An
 
 def check_nodes(federation: Federation, course: Course, digest: str) -> None:
     """Who was there to the end has the run's theta; nobody was sent away for good."""
-    for node in range(NODES):
+    for node in federation.nodes():
         notes = federation.notes(node)
         for note in notes:
             if note.get("why") == FINISHED:
@@ -172,6 +172,20 @@ def test_a_node_that_is_stopped_past_the_deadline_misses_rounds_and_catches_up(f
         assert [(end["why"], end["round"], end["digest"]) for end in ends] == NODES * [(FINISHED, 100, digest)]
 
 
+def test_a_node_that_is_late_at_the_end_still_gets_the_last_theta(federation: Make) -> None:
+    with federation() as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 5, 30, "a few rounds")
+        made.signal(2, signal.SIGSTOP)
+        made.wait_for(lambda: bool(records(made, "close")), 30, "the last round")
+        made.signal(2, signal.SIGCONT)
+        made.finish()
+        digest = check_outcome(made)
+        for node in range(NODES):
+            end = made.notes(node)[-1]
+            assert (end["why"], end["round"], end["digest"]) == (FINISHED, ROUNDS, digest)
+
+
 def json_clients(record: dict[str, Any]) -> list[int]:
     """Who replied in a round."""
     return [client for client, made in zip(record["clients"], record["made"], strict=True) if made]
@@ -204,6 +218,35 @@ def test_nodes_are_free_again_after_a_coordinator_that_is_gone(federation: Make)
         made.wait_for(lambda: all(map(made.is_free, range(NODES))), 1.0 + NOTICED_S, "the nodes are free")
         for node in range(NODES):
             assert "no stream for 1 s" in made.notes(node)[-1]["why"]
+
+
+def test_a_node_that_heard_nothing_for_long_still_tries_to_come_back(federation: Make) -> None:
+    with federation(site_patience_s=1.0, **WHOLE) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 3, 30, "a few rounds")
+        made.signal(1, signal.SIGSTOP)
+        time.sleep(2.0)
+        made.proxy.cut()
+        made.signal(1, signal.SIGCONT)
+        made.finish()
+        check_outcome(made)
+        for node in range(NODES):
+            assert [note["what"] for note in made.notes(node)] == ["starts", "begins", "free"]
+
+
+@pytest.mark.slow
+def test_nodes_leave_a_frozen_coordinator_and_come_back_when_it_goes_on(
+    federation: Make, simulated: Callable[[dict[str, Any]], str]
+) -> None:
+    with federation(site_patience_s=4.0, **WHOLE) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 3, 30, "a few rounds")
+        made.signal(-1, signal.SIGSTOP)
+        # a second for the last try, and some for a busy machine
+        made.wait_for(lambda: all(map(made.is_free, range(NODES))), 4.0 + NOTICED_S + 5.0, "the nodes are free")
+        made.signal(-1, signal.SIGCONT)
+        made.finish()
+        assert check_outcome(made) == simulated({})
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(
