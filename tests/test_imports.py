@@ -23,7 +23,7 @@ LAYERS = [
     {"engines.site", "engines.remote"},
     {"experiment", "audit", "results", "sites"},
     {"history", "export", "compare", "coordinator", "engines.flower.stream", "engines.flower.messages"},
-    {"engines.flower.server_app", "engines.flower.client_app"},
+    {"engines.flower.server_app", "engines.flower.client_app", "doctor"},
     {"report.look", "report.style", "report.words", "report.curves", "report.study"},
     {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
     {"report.client_figures", "report.compare_page"},
