@@ -283,8 +283,10 @@ def _certify(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from meerkat.doctor import examine, in_lines, judge
-
+    try:
+        from meerkat.doctor import examine, in_lines, judge
+    except ImportError:
+        raise MeerkatError("doctor: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
     outcome = examine(arguments.file, arguments.connect)
     print(json.dumps(outcome) if arguments.json else in_lines(outcome))
     judge(outcome)
