@@ -171,6 +171,20 @@ def test_a_model_larger_than_memory_is_not_loaded(site: Path, monkeypatch: pytes
     assert "model" not in found
 
 
+def test_the_hub_is_not_asked(
+    site: Path, tmp_path: Path, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    site.write_text(site.read_text() + 'model = "org/no-such-model"\n')
+    assert levels(site)["model"] == "warn"
+    run = 'model = "org/no-such-model"\ntask = "sst2"\ndata = "org/rows"\ntext = "org/text"\n'
+    found = said(coordinator(tmp_path, keys, run), "data")
+    assert "hub names were not looked up: org/text, org/rows" in found
+
+
 def test_certificates_are_told_apart(site: Path, keys: dict[str, Path], tmp_path: Path) -> None:
     site.write_text(site.read_text().replace("ca.crt", "server.crt"))
     assert "give ca.crt" in said(site, "authority")

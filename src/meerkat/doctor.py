@@ -1,7 +1,7 @@
 """`meerkat doctor`: what is wrong with a site or a coordinator, before a run finds out.
 
 A check is a function that gives findings, one line each. None stops another, and what one raises is a finding too.
-Hub names are looked up in the cache alone: nothing leaves this machine but the handshake that `--connect` asks for.
+Hub names are looked up in the cache at most: nothing leaves this machine but the handshake that `--connect` asks for.
 """
 
 import importlib.metadata
@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.requirements import Requirement
+from transformers.utils import logging
 
 from meerkat import demo
 from meerkat.agreement import SiteConfig
@@ -48,7 +51,6 @@ def examine(file: Path, connect: str = "") -> dict[str, Any]:
     if connect and kind == "coordinator":
         raise MeerkatError("--connect: is for a site, to reach its coordinator; leave it out with a federation.toml")
     address = host_and_port(connect, "--connect") if connect else None
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     own = _coordinator(file) if kind == "coordinator" else _site(file, address)
     machine: dict[str, Callable[[], Findings]] = {
         "versions": versions,
@@ -164,11 +166,14 @@ def model(name: str, device: str, pinned: str = "", mask: str = "") -> Findings:
         return
     if folder.exists():
         yield ok("memory", found)
-    elif not folder.is_absolute() and not name.startswith("."):
-        found = f"'{name}': no folder here, so a hub name; looked for in the hub's cache alone"
-        yield warn("model", found, "if it is meant to be a folder, check the path")
-    from transformers.utils import logging
-
+    elif _is_hub_name(name):
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            yield warn(
+                "model", f"'{name}': no folder, and not in the hub's cache", "a run would fetch it, if it is there"
+            )
+            return
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded, _ = load_model(str(folder), place)
@@ -198,13 +203,20 @@ def site_rows(own: SiteConfig) -> Findings:
 
 def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Findings:
     """What the coordinator itself reads: text for the mask, and rows to judge on."""
-    if config.text:
+    if hub := [name for name in (config.text, config.data) if _is_hub_name(name)]:
+        yield warn("data", f"hub names were not looked up: {', '.join(hub)}", "if folders are meant, check the paths")
+    if config.text and config.text not in hub:
         next(read_texts(config.text))
         yield ok("text", f"{config.text} can be read")
     if federation.evaluate == "sites":
         yield ok("data", "none needed here: sites judge on their own rows")
-    else:
+    elif config.data not in hub:
         yield ok("data", f"validation: {len(load_split(config, open_task(config), 'validation'))} rows")
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a model or data would be looked for on the hub."""
+    return bool(name) and not (Path(name).exists() or Path(name).is_absolute() or name.startswith("."))
 
 
 def _available() -> int:

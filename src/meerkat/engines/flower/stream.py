@@ -89,7 +89,8 @@ class StreamLink:
         except RuntimeError:
             self._stop_loop()
             raise MeerkatError(
-                f"stream {listen}: cannot listen there; is the port taken, the key the certificate's?"
+                f"stream {listen}: cannot listen there; is the port taken, the host another machine's (give 'listen'), "
+                "the key not the certificate's? 'meerkat doctor' tells which"
             ) from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
@@ -126,7 +127,7 @@ class StreamLink:
     # in the loop's thread
 
     async def _listen(self, listen: str, credentials: grpc.ServerCredentials) -> int:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)))  # or two runs would share a port
         handler = grpc.stream_stream_rpc_method_handler(self._attend, _as_is, _as_is)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
         port: int = self._server.add_secure_port(listen, credentials)
