@@ -190,6 +190,9 @@ class RunConfig(BaseModel):
         description="share of the training rows held back and evaluated on in place of the validation set, "
         "to choose settings with",
     )
+    tracker: Literal["none", "tensorboard"] = Field(
+        "none", description="where metrics are shown while the run goes on, beside the run folder"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto for the GPU where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of the weights; theta is float32 always"
@@ -221,8 +224,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"server_lr {self.server_lr:g}: sgd has none; use lr, or server_optimizer momentum or adam"
             )
-        stops = recipe.early_stop if self.early_stop == "by-method" else self.early_stop
-        if stops != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
+        if self.stopping != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
             raise ValueError(
                 f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "
                 f"{self.initial_steps + self.later_steps}"
@@ -233,6 +235,11 @@ class RunConfig(BaseModel):
     def recipe(self) -> Recipe:
         """What the method's name stands for."""
         return METHODS[self.method]
+
+    @property
+    def stopping(self) -> EarlyStop:
+        """Who stops early: as set, or as the method has it."""
+        return self.recipe.early_stop if self.early_stop == "by-method" else self.early_stop
 
     def to_toml(self) -> str:
         """The settings as TOML."""

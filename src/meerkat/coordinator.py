@@ -33,6 +33,7 @@ from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import RunLog
 from meerkat.server import ServerState
+from meerkat.trackers import tracking
 from meerkat.workplace import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import MaskedModel
 
@@ -213,7 +214,7 @@ def _coordinate(
     offer = Offer.of(config, mask, opening.theta, opening.federation, federation.stream, federation.site_patience_s)
     why = "the coordinator stopped"
     with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(link, door, replayed.settings, terms, opening.federation, replayed.state)
+        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state)
         control.open(door, offer, engine.stop)
         say(
             f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
@@ -221,7 +222,9 @@ def _coordinate(
         )
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
-            state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+            with tracking(config.tracker, folder.root, replayed.state.round) as follower:
+                folder.follow(follower)
+                state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
             why = "the run is finished"
         finally:
             engine.end(why)
@@ -252,9 +255,17 @@ def _opening(folder: RunFolder, config: RunConfig, mask: SparseMask, theta_0: Te
 
 
 class _Watched(RemoteEngine):
-    """A remote engine that says every few seconds how the federation stands."""
+    """A remote engine that says every few seconds how the federation stands, and keeps its events."""
 
-    _said = 0.0
+    def __init__(self, folder: RunFolder, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._folder = folder
+        self._said = 0.0
+
+    def tell(self, event: str, text: str, **facts: Any) -> None:
+        """See `RemoteEngine`."""
+        super().tell(event, text, **facts)
+        self._folder.tell(event, round=self._trail.round, **facts)
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """See `experiment.Engine`."""

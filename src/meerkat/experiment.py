@@ -40,7 +40,8 @@ from meerkat.record import Join, Opening, Replay, file_digest, gradient_digest
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
-from meerkat.server import ServerState
+from meerkat.server import ServerConfig, ServerState
+from meerkat.trackers import tracking
 from meerkat.workplace import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -208,7 +209,9 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
-    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
+    with tracking(config.tracker, folder.root, replayed.state.round) as follower:
+        folder.follow(follower)
+        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
 
@@ -308,18 +311,24 @@ def run_rounds(
         folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
         log.append({"kind": metric["kind"], **record.to_json()})
 
+    def gather(settings: ServerConfig) -> ServerConfig:
+        for join in engine.arrivals(state.round):
+            log.append(join.to_json())
+            settings = join.settle(settings)
+        return settings
+
     metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
+    if state.round < config.rounds:
+        settings = gather(settings)  # first of all: a judge may need clients, too
     if 0 not in judged:
         evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
     if state.round and due(state.round) and state.round not in judged:
         evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
-        for join in engine.arrivals(state.round):
-            log.append(join.to_json())
-            settings = join.settle(settings)
+        settings = gather(settings)
         if calibration.due(state, settings):
             began, _ = time.perf_counter(), forward_s()
             plan = calibration.open_calibration(state, settings, engine.available())
@@ -327,6 +336,7 @@ def run_rounds(
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
+            settings = gather(settings)  # meanwhile clients may have come, or left
         began, _ = time.perf_counter(), forward_s()
         plan = server.open_round(state, settings, engine.available())
         replies = replies_to(plan)

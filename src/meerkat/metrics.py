@@ -164,7 +164,7 @@ def summarise(
         "eps": config.eps,
         "params_total": mask.total,
         "params_masked": len(mask),
-        "evaluated_on": "held-back" if config.held_back else "validation",
+        "evaluated_on": "sites" if "rows" in judged[-1] else "held-back" if config.held_back else "validation",
         "accuracy_before": judged[0]["accuracy"],
         "accuracy": judged[-1]["accuracy"],
         "loss_before": judged[0]["loss"],

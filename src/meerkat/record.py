@@ -125,7 +125,7 @@ class Opening:
             weights=config.weights,
             lr_schedule=config.lr_schedule,
             optimizer=server_optimizer(config),
-            early_stop=config.early_stop if config.early_stop != "by-method" else config.recipe.early_stop,
+            early_stop=config.stopping,
             vpcs=Vpcs(
                 rule=config.vpcs_rule,
                 calibration_steps=config.calibration_steps,

@@ -3,12 +3,14 @@
 config.toml        all settings, resolved          mask.safetensors   what moves, and its base values
 rounds.log         the record (runlog.py)          metrics.jsonl      losses, accuracies, times
 summary.json       the outcome                     curves.png/.svg    the picture
+events.jsonl       who came and went, in a federation
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,12 @@ class RunFolder:
         self.log_path = root / "rounds.log"
         self.metrics_path = root / "metrics.jsonl"
         self.summary_path = root / "summary.json"
+        self.events_path = root / "events.jsonl"
+        self._followers: list[Callable[[Metric], None]] = []
+
+    def follow(self, follower: Callable[[Metric], None]) -> None:
+        """Have each metric that is noted from now on given to a follower, too."""
+        self._followers.append(follower)
 
     @classmethod
     def check_free(cls, root: Path) -> None:
@@ -94,6 +102,14 @@ class RunFolder:
                 append_whole(file, (json.dumps(metric) + "\n").encode())
             finally:
                 os.close(file)
+        for follower in self._followers:
+            follower(metric)
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Add one event to the federation's structured log: who came, who left, what did not count. Not synced."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        with told_plainly(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[Metric]:
         """All metrics, a torn last line left out.

@@ -79,7 +79,7 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
         "eps": config.eps or config.recipe.eps,
-        "early_stop": config.recipe.early_stop if config.early_stop == "by-method" else config.early_stop,
+        "early_stop": config.stopping,
         "server_lr": config.server_lr or {"adam": 1e-2}.get(config.server_optimizer, 1.0),
     }
     if filled["early_stop"] != "none" and config.local_steps == 1:

@@ -152,6 +152,8 @@ class Work:
             end = at + _CLOSED.size + 4 * made * directions
             if end > len(body):
                 raise BadFrame("a body that is cut short")
+            if not made:
+                raise BadFrame("a closed round without a step")
             aggregate = np.frombuffer(body[at + _CLOSED.size : end], dtype="<f4").astype("f4")
             closed.append(Closed(rate, share, aggregate.reshape(made, directions), bool(counted)))
             at = end
@@ -212,20 +214,23 @@ class StateParts:
         self._parts: list[bytes] = []
 
     def add(self, body: bytes) -> np.ndarray | None:
-        """Take the next part; the values, float32 [count], once it was the last.
+        """Take the next part; the values, float32 [count], once it was the last. The first begins anew.
 
         Raises:
             BadFrame: it is not the next part of as many values.
         """
         number, parts, size = _unpack(_PART, body)
+        if number == 0:  # a stream that broke may have left some of an earlier state
+            self._parts = []
         if size != self._bytes or number != len(self._parts) or number >= parts:
             raise BadFrame(f"part {number} of a state of {size:,} bytes, where {self._bytes:,} are expected")
         self._parts.append(body[_PART.size :])
-        if number + 1 < parts:
+        held, last = sum(map(len, self._parts)), number + 1 == parts
+        if held > size or (last and held < size):
+            raise BadFrame(f"a state of {held:,} bytes, where {size:,} were announced")
+        if not last:
             return None
         data, self._parts = b"".join(self._parts), []
-        if len(data) != size:
-            raise BadFrame(f"a state of {len(data):,} bytes, where {size:,} were announced")
         return np.frombuffer(data, dtype="<f4").astype("f4")
 
 

@@ -6,6 +6,7 @@ since, or with theta itself where that is shorter. Frames go through a `Link`: a
 control plane's messages.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric
 from meerkat.server import ServerConfig, ServerState, share_of
 
+_LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
 _PATIENT = 3
@@ -165,6 +167,11 @@ class RemoteEngine:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
         self._stopped = why
 
+    def tell(self, event: str, text: str, **facts: Any) -> None:
+        """Say what happened, in a line; `event` and `facts` are the same for a machine."""
+        say(text)
+        _LOG.debug(event, extra={"facts": facts})
+
     def arrivals(self, round: int) -> list[Join]:
         """Wait until a round can open; the clients that are to be logged before it.
 
@@ -186,7 +193,9 @@ class RemoteEngine:
                     f"{waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
                 )
             if not told and waited > 2:
-                say(f"round {round}: {here} clients are here and idle, waiting for {wanted}")
+                self.tell(
+                    "waiting", f"round {round}: {here} clients are here and idle, waiting for {wanted}", here=here
+                )
                 told = True
             self._wait(_WAKE_S)
         self._begun = True
@@ -226,7 +235,7 @@ class RemoteEngine:
                 )
             self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
         if owing:
-            say(f"round {plan.round}: closed at its deadline without {_named(owing)}")
+            self.tell("deadline", f"round {plan.round}: closed at its deadline without {_named(owing)}", clients=owing)
         self._round_s, self._plan = time.monotonic() - began, None
         return [Reply(client, self._replied[client]) for client in sorted(self._replied)]
 
@@ -337,7 +346,7 @@ class RemoteEngine:
             self.counts["foreign"] += event.what == "frame"
         elif event.what == "left":
             member.here, member.busy = False, None
-            say(f"client {event.client} left")
+            self.tell("left", f"client {event.client} left", client=event.client)
         else:
             try:
                 self._hear(event.client, member, Frame.decode(event.data))
@@ -348,7 +357,7 @@ class RemoteEngine:
     def _welcome(self, guest: Guest) -> None:
         client = guest.client
         back = "back" if client in self._members else "here"
-        say(f"client {client} is {back}, with {guest.examples} rows")
+        self.tell("arrived", f"client {client} is {back}, with {guest.examples} rows", client=client, node=guest.node)
         at = guest.round if self._trail.holds(guest.round, guest.digest) else None
         self._members[client] = _Member(guest, at)
         self._joined[client] = guest
@@ -372,7 +381,7 @@ class RemoteEngine:
                 self.counts["failed"] += 1
                 _, said = frames.decode_words(frame.body)
                 why = said.get("why") if said.get("why") in frames.FAILURES else "error"
-                say(f"client {client} could not make its steps: {why}")
+                self.tell("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
                 member.busy, member.trouble = None, member.trouble + 1
                 if member.trouble == _PATIENT:
                     self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
@@ -380,7 +389,8 @@ class RemoteEngine:
                 self._counted[client] = frames.decode_counts(frame.body)
             case Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
-                say(f"client {client} takes no part: {_line(said.get('why'))}")
+                why = _line(said.get("why"))
+                self.tell("declined", f"client {client} takes no part: {why}", client=client, why=why)
                 self._show_out(client, "as it wished")
             case _:
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a site does not send")
@@ -420,7 +430,7 @@ class RemoteEngine:
 
     def _show_out(self, client: int, why: str) -> None:
         """End a client's session; the round goes on without it."""
-        say(f"client {client} is shown out: {why}")
+        self.tell("shown out", f"client {client} is shown out: {why}", client=client, why=why)
         member = self._members[client]
         member.here, member.busy = False, None
         self._door.shut_out(client)

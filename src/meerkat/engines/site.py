@@ -19,7 +19,7 @@ from meerkat.directions import Directions, run_key
 from meerkat.engines import frames
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.engines.offer import Offer
-from meerkat.errors import Diverged, MeerkatError
+from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
@@ -122,7 +122,10 @@ class Site:
             BadFrame: it is none of this session.
         """
         frame = Frame.decode(data)
-        if frame.run != self._run or frame.client != self.client:
+        if frame.kind is Kind.REFUSAL and frame.run != self._run:
+            raise RunFailed("another run has taken the coordinator's place; its own invitation will come")
+        # a coordinator that turns a site away may not know which client it is
+        if frame.run != self._run or (frame.client != self.client and frame.kind is not Kind.REFUSAL):
             raise BadFrame("a frame of another run, or for another client")
         match frame.kind:
             case Kind.WELCOME:
@@ -148,8 +151,8 @@ class Site:
         """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
         first = frame.round - len(work.closed)
         for number, closed in enumerate(work.closed, first):
-            if number == self.round:
-                self._follow(closed)
+            if number == self.round and not self._follow(closed):
+                return self._frame(Kind.BEHIND)
         if (self.round, self._digest) != (frame.round, frame.digest):
             return self._frame(Kind.BEHIND)
         try:
@@ -173,19 +176,26 @@ class Site:
             alpha=self._optimizer.alpha if phase == "training" else 0.0,
         )
 
-    def _follow(self, closed: Closed) -> None:
-        """What the server did when it closed the round that this site's theta stands at."""
+    def _follow(self, closed: Closed) -> bool:
+        """What the server did when it closed the round that this site's theta stands at.
+
+        Returns whether that can be known: FedDyn's h_k moves by the site's own scalars of the round, which a site
+        that was started anew does not have.
+        """
         if closed.aggregate.shape[1] != self.config.directions:
             raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
         plan = self._plan(closed.lr, len(closed.aggregate))
         record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
-        if self._h is not None and closed.counted and self._last and self._last[0][:2] == (self.round, "training"):
+        if self._h is not None and closed.counted:
+            if self._last is None or self._last[0][:2] != (self.round, "training"):
+                return False
             *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
             self._h = self._h - moved * plan.alpha
         self._theta, self._moments = optimizers.advance(
             self._optimizer, self._theta, self._moments, record, closed.share, self._z
         )
         self._settle(self.round + 1)
+        return True
 
     def _settle(self, round: int) -> None:
         self.round = round
@@ -206,8 +216,11 @@ class Site:
         about = (self.round, work.phase, self._digest)
         if self._last is not None and self._last[0] == about:
             return self._last[2]
-        if not 0 < work.steps <= max(self.config.local_steps, self.config.calibration_steps):
-            raise BadFrame(f"{work.steps} steps asked for, in a run of {self.config.local_steps} a round")
+        most = self.config.local_steps
+        if work.phase == "calibration":
+            most = self.config.calibration_steps if self.config.stopping != "none" else 0
+        if not 0 < work.steps <= most or self.round >= self.config.rounds:
+            raise BadFrame(f"{work.steps} steps of {work.phase} asked for in round {self.round}: not as agreed")
         plan = self._plan(work.lr, work.steps, work.phase)
         reply, _ = local_steps(
             self._model, self._theta, plan, self.client, self._losses_along(work.pointer), self._z, self._h

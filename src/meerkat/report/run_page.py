@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 import meerkat.report.run_figures as draw
-from meerkat.config import RunConfig
+from meerkat.config import SITES, RunConfig
 from meerkat.errors import RunFailed
 from meerkat.report.look import CYCLE, data_size
 from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph, table
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
 from meerkat.report.story import Story
-from meerkat.report.words import outcome, so_far, unfinished
+from meerkat.report.words import in_digits, outcome, so_far, unfinished
 
 
 def write_run_report(root: Path) -> Path:
@@ -59,8 +59,9 @@ def _outcome(page: Page, story: Story) -> None:
         page.add(paragraph(so_far(judged), "lead"))
     shown = []
     if judged:
-        shown.append(("accuracy", f"{judged[-1]['accuracy']:.3f}", f"{judged[0]['accuracy']:.3f} before"))
-        shown.append(("loss", f"{judged[-1]['loss']:.3f}", f"{judged[0]['loss']:.3f} before"))
+        for name in ("accuracy", "loss"):
+            if judged[-1][name] is not None:
+                shown.append((name, in_digits(judged[-1][name]), f"{in_digits(judged[0][name])} before"))
     if story.mask is not None:
         moving, total = len(story.mask), story.mask.total
         shown.append(("parameters moved", f"{moving:,}", f"{draw.percent(moving / total)} of {total:,}"))
@@ -75,7 +76,9 @@ def _outcome(page: Page, story: Story) -> None:
             ("stopped early", f"{len(story.stopped):,}", f"of {config.clients:,} clients; {known}".rstrip("; "))
         )
     if (wall := sum(m.get("wall_s", 0.0) for m in story.metrics)) > 0:
-        shown.append(("wall time", _time(wall), "simulated on one machine"))
+        shown.append(
+            ("wall time", _time(wall), "over a network" if config.partition == SITES else "simulated on one machine")
+        )
     page.add(numbers(shown))
 
 
@@ -104,14 +107,18 @@ def _curves(page: Page, story: Story) -> None:
         page.add(absent("No curves: no evaluation was noted in metrics.jsonl."))
         return
     on = "held-back training rows" if story.config.held_back else "validation rows"
+    on = "the sites' own validation rows" if "rows" in judged[-1] else on
     rounds = [m["round"] for m in judged]
     spent = [story.payload(m["round"]) for m in judged]
     accuracy, loss = [m["accuracy"] for m in judged], [m["loss"] for m in judged]
     worked = story.of_kind("round")
-    training = ([m["round"] + 0.5 for m in worked], _smooth([m["loss"] for m in worked]))
+    losses = [m["loss"] for m in worked]
+    told = any(value is not None for value in losses)
+    training = ([m["round"] + 0.5 for m in worked], _smooth(losses)) if told else None
     calibration = story.payload(kinds=("calibration",)) if len(story.of_kind("calibration")) == 1 else 0.0
     shaded = "; the shaded stretch is what calibration cost before the first round" if calibration else ""
-    page.figures(
+    pale = ", and in grey on the clients' own training batches, as a running mean" if told else ""
+    shown = [
         (
             "accuracy-rounds",
             draw.curve(rounds, accuracy, "accuracy", over="round"),
@@ -122,7 +129,7 @@ def _curves(page: Page, story: Story) -> None:
             "loss-rounds",
             draw.curve(rounds, loss, "loss", over="round", beside=training),
             "Loss over rounds",
-            f"Mean loss on {on}, and in grey on the clients' own training batches, as a running mean; lower is better.",
+            f"Mean loss on {on}{pale}; lower is better.",
         ),
         (
             "accuracy-bytes",
@@ -136,7 +143,8 @@ def _curves(page: Page, story: Story) -> None:
             "Loss over payload",
             f"The same loss against the bytes a client has sent and received, on average{shaded}.",
         ),
-    )
+    ]
+    page.figures(*(each for each in shown if loss[-1] is not None or not each[0].startswith("loss")))
     classes = judged[-1].get("per_class") or {}
     if not classes:
         return
@@ -182,6 +190,10 @@ def _traffic(page: Page, story: Story) -> None:
             " The grey bar is what exchanging the model's weights in each of these rounds would have cost, "
             f"{f'{times:,.0f}' if times >= 100 else f'{times:.3g}'} times as much."
         )
+    if story.summary is not None and "frame_bytes_up" in story.summary:
+        for said_of, way in (("frames sent", "up"), ("frames received", "down")):
+            amounts.insert(-1, (said_of, story.summary[f"frame_bytes_{way}"] / story.config.clients))
+        said += " Frames are the payload with run, round and digest around it, and all that was said beside rounds."
     page.figures(("bytes", draw.traffic(amounts, dense), "Payload a client", said))
 
 

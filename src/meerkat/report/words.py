@@ -6,17 +6,28 @@ from typing import Any
 
 from meerkat.config import METHODS
 
+_JUDGED = {
+    "validation": "validation rows",
+    "held-back": "held-back training rows",
+    "sites": "the sites' own validation rows",
+}
+
+
+def in_digits(value: float | None) -> str:
+    """An accuracy or a loss; where nobody judged, that is said."""
+    return "(not judged)" if value is None else f"{value:.3f}"
+
 
 def in_words(summary: dict[str, Any], folder: Path) -> str:
     """A finished run in plain words."""
     up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
     whole = summary["payload_bytes_up"] / summary["clients"]
     and_more = ", calibration included" if summary["calibration_steps"] else ""
-    judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
+    judged = _JUDGED[summary["evaluated_on"]]
     return "\n".join(
         [
-            f"{summary['method']} on {summary['task']}: accuracy {summary['accuracy_before']:.3f} before, "
-            f"{summary['accuracy']:.3f} after {summary['rounds']} rounds, on {judged}.",
+            f"{summary['method']} on {summary['task']}: accuracy {in_digits(summary['accuracy_before'])} before, "
+            f"{in_digits(summary['accuracy'])} after {summary['rounds']} rounds, on {judged}.",
             f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}.",
             f"Each client sent {up} bytes a round, about {whole:,.0f} in all{and_more}. "
             f"Sending the model instead would have cost {dense:,} bytes a round, {dense // up:,} times as much.",
@@ -32,13 +43,15 @@ def _work(summary: Mapping[str, Any]) -> str:
 
 def outcome(summary: Mapping[str, Any], sent: float, calibrating: float) -> str:
     """A finished run in a paragraph; sent and calibrating are the mean bytes that a client sent."""
-    judged = {"validation": "validation rows", "held-back": "held-back training rows"}[summary["evaluated_on"]]
+    judged = _JUDGED[summary["evaluated_on"]]
+    losses = (summary["loss_before"], summary["loss"])
+    loss = "" if None in losses else f", and the loss from {in_digits(losses[0])} to {in_digits(losses[1])}"
     spent = f", {calibrating:,.0f} of them to calibrate" if calibrating else ""
     up, dense = sent + calibrating, summary["dense_bytes_per_client_round"]
     one = summary["payload_bytes_up_per_client_round"]
     return (
-        f"Accuracy on {judged} went from {summary['accuracy_before']:.3f} to {summary['accuracy']:.3f} in "
-        f"{summary['rounds']:,} rounds, and the loss from {summary['loss_before']:.3f} to {summary['loss']:.3f}. "
+        f"Accuracy on {judged} went from {in_digits(summary['accuracy_before'])} to {in_digits(summary['accuracy'])} "
+        f"in {summary['rounds']:,} rounds{loss}. "
         f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}. "
         f"A client sent {up:,.0f} bytes in all on average{spent}, and at most {one:,} a round; sending the model "
         f"instead would have cost {dense:,} bytes a round, {dense // one:,} times as much."
@@ -58,9 +71,10 @@ def so_far(judged: Sequence[Mapping[str, Any]]) -> str:
     if not judged:
         return "The model was not judged yet."
     if len(judged) == 1:
-        return f"Before the first round the model's accuracy is {judged[0]['accuracy']:.3f}."
+        return f"Before the first round the model's accuracy is {in_digits(judged[0]['accuracy'])}."
     last = judged[-1]
-    return f"Accuracy was {judged[0]['accuracy']:.3f} before and {last['accuracy']:.3f} after {last['round']:,} rounds."
+    first, now = in_digits(judged[0]["accuracy"]), in_digits(last["accuracy"])
+    return f"Accuracy was {first} before and {now} after {last['round']:,} rounds."
 
 
 def found_out(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:

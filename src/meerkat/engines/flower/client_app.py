@@ -43,6 +43,8 @@ def _told(message: Message, act: Callable[[], RecordDict]) -> Message:
         content = _ended(str(error), again=True)
     except MeerkatError as error:
         content = _ended(str(error), again=False)
+    except (KeyboardInterrupt, SystemExit):  # without an answer Flower would wait for one without end
+        content = _ended("the site was interrupted", again=True)
     return Message(content, reply_to=message)
 
 

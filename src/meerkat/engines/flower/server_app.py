@@ -70,7 +70,7 @@ class FlowerControl:
         """Invite nobody any more, and wait a while until the nodes' sessions have ended."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_POLL_S)  # no longer: Flower holds it in a call when it stops an app
         end = time.monotonic() + _DRAIN_S
         while self._out and time.monotonic() < end:
             self._collect()

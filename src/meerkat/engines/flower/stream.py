@@ -8,6 +8,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ _SERVICE, _METHOD = "meerkat.Session", "Frames"
 _HELLO_S = 10.0
 """Seconds that a caller has for its first frame."""
 _UNREAD = 8
-"""Frames of one site that may wait to be handled; more are left in the network."""
+"""Events of one site, over all its streams, that may wait to be handled; more are left in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
 NOTICED_S = _KEEPALIVE_S + _KEEPALIVE_TIMEOUT_S
 """Seconds after which a silent peer is taken to be gone."""
@@ -45,6 +46,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
     ("grpc.http2.bdp_probe", 0),  # frames are small: probing the bandwidth would cost more bytes than they do
     ("grpc.enable_retries", 0),
+    ("grpc.so_reuseport", 0),  # two coordinators on one port would share out its callers between them
 )
 
 
@@ -58,7 +60,6 @@ class _Session:
 
     client: int
     outgoing: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
-    unread: int = 0
 
 
 class StreamLink:
@@ -75,7 +76,11 @@ class StreamLink:
         self.refused = 0
         """Streams that were not let in."""
         self._door = door
-        self._events: queue.SimpleQueue[tuple[_Session | None, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._told: Counter[int] = Counter()
+        """Events of each client, over all its streams. Only the loop's thread writes it."""
+        self._taken: Counter[int] = Counter()
+        """Those of them that were taken. Only the thread that receives writes it."""
         self._sessions: dict[int, _Session] = {}
         try:
             pair = (private_key.read_bytes(), certificate.read_bytes())
@@ -100,11 +105,10 @@ class StreamLink:
     def receive(self, timeout_s: float) -> Event | None:
         """The next event, or None when none came in time."""
         try:
-            session, event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
-        if session is not None:
-            session.unread -= 1
+        self._taken[event.client] += 1
         return event
 
     def drop(self, client: int, last: bytes) -> None:
@@ -169,8 +173,7 @@ class StreamLink:
             before.outgoing.put_nowait(None)
         self._sessions[guest.client] = session
         await context.write(guest.welcome)
-        session.unread += 1
-        self._events.put((session, Event("arrived", guest.client, guest=guest)))
+        self._tell(Event("arrived", guest.client, guest=guest))
         reader = asyncio.create_task(self._read(session, context))
         try:
             while (frame := await session.outgoing.get()) is not None:
@@ -180,16 +183,22 @@ class StreamLink:
             reader.cancel()
             if self._sessions.get(guest.client) is session:
                 del self._sessions[guest.client]
-                self._events.put((None, Event("left", guest.client)))
+                self._tell(Event("left", guest.client))
+
+    def _tell(self, event: Event) -> None:
+        self._told[event.client] += 1
+        self._events.put(event)
 
     async def _read(self, session: _Session, context: Any) -> None:
+        client = session.client
         try:
-            while isinstance(data := await context.read(), bytes):
-                self.bytes_received += len(data)
-                session.unread += 1
-                self._events.put((session, Event("frame", session.client, data)))
-                while session.unread >= _UNREAD:
+            while True:
+                while self._told[client] - self._taken[client] >= _UNREAD:
                     await asyncio.sleep(0.01)
+                if not isinstance(data := await context.read(), bytes):
+                    break
+                self.bytes_received += len(data)
+                self._tell(Event("frame", client, data))
         except (grpc.RpcError, grpc.aio.UsageError):
             pass  # the connection broke: it ends like one that was closed
         session.outgoing.put_nowait(None)
@@ -225,9 +234,9 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                         break
             except grpc.RpcError as error:
                 trouble = _line_of(error)
+            call.say(None)
             if call.idle:
                 raise RunFailed(f"coordinator {address}: not a frame for {idle_s:g} s; the site is free again")
-            call.say(None)
         if site.ended:
             break
         if time.monotonic() - heard > patience_s:
@@ -292,4 +301,4 @@ def _line_of(error: grpc.RpcError) -> str:
     """What went wrong with a stream, in one line."""
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)()
-    return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:200]
+    return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:400]

@@ -1,0 +1,237 @@
+"""Time of a round of trivial work between processes over TLS, with the run log; a bare gRPC echo beside it.
+
+    python benchmarks/round_latency.py [--json] [--rounds 1000] [--nodes 4] [--folder DIR]
+
+A round goes the whole way: experiment.run_rounds, RemoteEngine, session streams to every node, its metrics and its
+record on the disk. Seconds in fsync are told apart. Rounds and echoes take turns, a fifth of them each; an echo sends
+as many bytes as a round's frame to every node and waits for all, with nothing of Meerkat's in between. Bytes are TCP
+payload a client and round in the larger direction, counted in a proxy. Spreads are 10th and 90th percentile.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import queue
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import grpc.aio
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # stub and proxy are the tests' own
+from proxy import Proxy
+from stub import RUN, Coordinator, StubSite
+
+from meerkat.certificates import certify
+from meerkat.engines.flower.stream import attend
+from meerkat.engines.remote import RemoteEngine, Terms
+from meerkat.experiment import run_rounds
+from meerkat.rounds import RoundRecord
+from meerkat.runfolder import RunFolder
+from meerkat.runlog import RunLog
+from meerkat.server import ServerState
+
+METHOD, FRAME_BYTES = "/echo.Echo/Frames", 102
+"""A frame that closes one round of T = 1 and asks for the next has so many bytes."""
+TURNS = 5
+
+
+def _as_is(data: bytes) -> bytes:
+    return data
+
+
+def node(client: int, token: str, port: int, echo_port: int, authority: bytes) -> None:
+    """A node's process: attends, and echoes beside it."""
+    threading.Thread(target=echo_back, args=(echo_port, authority), daemon=True).start()
+    attend(StubSite(client, token), f"127.0.0.1:{port}", authority, patience_s=20.0)
+
+
+def echo_back(port: int, authority: bytes) -> None:
+    outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with grpc.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(authority)) as channel:
+        for data in channel.stream_stream(METHOD, _as_is, _as_is)(iter(outgoing.get, None), wait_for_ready=True):
+            outgoing.put(data)
+
+
+def echo(control: Connection, nodes: int, certificate: bytes, key: bytes) -> None:
+    """The echo's own process: says its port, then answers each number of echoes with the seconds of each."""
+    asyncio.run(_echo(control, nodes, certificate, key))
+
+
+async def _echo(control: Connection, nodes: int, certificate: bytes, key: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    contexts: list[Any] = []
+    over, all_here = asyncio.Event(), asyncio.Event()
+
+    async def stream(_: Any, context: Any) -> None:
+        contexts.append(context)
+        if len(contexts) == nodes:
+            all_here.set()
+        await over.wait()
+
+    server = grpc.aio.server()
+    handler = grpc.stream_stream_rpc_method_handler(stream, _as_is, _as_is)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo.Echo", {"Frames": handler}),))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+    await server.start()
+    control.send(port)
+    while count := await loop.run_in_executor(None, control.recv):
+        await all_here.wait()
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            await asyncio.gather(*(context.write(bytes(FRAME_BYTES)) for context in contexts))
+            await asyncio.gather(*(context.read() for context in contexts))
+            times.append(time.perf_counter() - began)
+        control.send(times)
+    over.set()
+    await server.stop(1)
+
+
+class Clock:
+    """Seconds of each round from the end of the last one, those in fsync apart."""
+
+    def __init__(self) -> None:
+        self.rounds: list[float] = []
+        self.syncs: list[float] = []
+        self._synced = 0.0
+        self._began: tuple[float, float] | None = None
+        self._fsync = os.fsync
+        os.fsync = self._timed
+
+    def _timed(self, file: Any) -> None:
+        began = time.perf_counter()
+        self._fsync(file)
+        self._synced += time.perf_counter() - began
+
+    def pause(self) -> None:
+        """What comes now is no round."""
+        self._began = None
+
+    def lap(self) -> None:
+        """A round has ended."""
+        now, synced = time.perf_counter(), self._synced
+        if self._began is not None:
+            self.syncs.append(synced - self._began[1])
+            self.rounds.append(now - self._began[0] - self.syncs[-1])
+        self._began = now, synced
+
+
+class Engine(RemoteEngine):
+    """Tells a clock when a round is on the disk."""
+
+    clock: Clock
+
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        super().closed(state, record)
+        self.clock.lap()
+
+
+def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
+    """The times of rounds and of echoes, in seconds."""
+    held = Coordinator(keys, nodes, Terms(nodes, nodes), rounds)
+    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes), RUN, held.state)
+    held.engine = engine
+    spawn = multiprocessing.get_context("spawn")
+    control, end = spawn.Pipe()
+    pair = keys["server"].read_bytes(), keys["server key"].read_bytes()
+    processes = [spawn.Process(target=echo, args=(end, nodes, *pair), daemon=True)]
+    processes[0].start()
+    echo_port = control.recv()
+    for client in range(nodes):
+        token = held.door.token(f"node {client}")
+        arguments = (client, token, held.port, echo_port, held.authority)
+        processes.append(spawn.Process(target=node, args=arguments, daemon=True))
+        processes[-1].start()
+    clock = engine.clock = Clock()
+    echoes: list[float] = []
+
+    def judge(_: Any, at: int) -> dict[str, Any]:
+        if at:  # echoes in place of an evaluation
+            control.send(rounds // TURNS)
+            echoes.extend(control.recv())
+        clock.pause()
+        return {"kind": "evaluation", "round": at, "accuracy": None, "loss": None}
+
+    folder = RunFolder(root)
+    log = RunLog(folder.log_path)
+    replayed: Any = SimpleNamespace(state=held.state, settings=held.settings, closed=False)
+    config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS)
+    mask: Any = SimpleNamespace(pretraining_gradient=None, theta_0=None)
+    run_rounds(folder, log, replayed, held.z, config, mask, engine, judge)
+    log.close()
+    held.close()
+    control.send(0)
+    for process in processes:
+        process.join()
+    return clock, echoes
+
+
+def bytes_a_round(keys: dict[str, Path], rounds: int = 200) -> float:
+    """TCP payload of a client and round, TLS and HTTP/2 in it, in the larger direction."""
+    held = Coordinator(keys, 1)
+    proxy = Proxy(held.port)
+    attending = held.attending(0, proxy.port)
+    list(held.rounds(20))
+    up, down = proxy.up, proxy.down
+    list(held.rounds(rounds))
+    used = max(proxy.up - up, proxy.down - down) / rounds
+    held.close()
+    attending.end()
+    proxy.close()
+    return used
+
+
+def milliseconds(times: list[float]) -> float:
+    return round(1e3 * statistics.median(times), 3)
+
+
+def spread(times: list[float]) -> list[float]:
+    tenths = statistics.quantiles(times, n=10)
+    return [round(1e3 * tenths[0], 3), round(1e3 * tenths[-1], 3)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="where the run log is written [default: the system's for such]")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        keys = certify(Path(folder) / "keys", ["127.0.0.1"], nodes=0)
+        clock, echoes = measure(keys, arguments.nodes, arguments.rounds, Path(folder))
+        used = bytes_a_round(keys)
+    result = {
+        "name": "round_latency",
+        "median_ms": milliseconds(clock.rounds),
+        "spread": spread(clock.rounds),
+        "bytes": round(used, 1),
+        "fsync_ms": milliseconds(clock.syncs),
+        "fsync_spread": spread(clock.syncs),
+        "echo_ms": milliseconds(echoes),
+        "echo_spread": spread(echoes),
+        "measured_on": f"{arguments.nodes} node processes on this machine, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}, {arguments.rounds} rounds of T = 1",
+    }
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"a round takes       {result['median_ms']} ms without fsync (spread {result['spread']})")
+        print(f"its fsyncs take     {result['fsync_ms']} ms (spread {result['fsync_spread']})")
+        print(f"a bare gRPC echo    {result['echo_ms']} ms (spread {result['echo_spread']})")
+        print(f"on the wire         {result['bytes']} bytes a client and round in the larger direction")
+        print(result["measured_on"])
+
+
+if __name__ == "__main__":
+    main()

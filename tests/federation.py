@@ -1,0 +1,455 @@
+"""A real federation without a network: sites, a door and a remote engine, and a wire between them that may misbehave.
+
+Time is the wire's own: nothing sleeps.
+"""
+
+import heapq
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from meerkat import calibration, experiment, models, path, server
+from meerkat.agreement import SiteConfig
+from meerkat.config import RunConfig, make_config
+from meerkat.data import load_rows
+from meerkat.directions import Directions, run_key
+from meerkat.engines import remote
+from meerkat.engines.door import Door
+from meerkat.engines.frames import BadFrame, Frame, Kind
+from meerkat.engines.local import LocalEngine
+from meerkat.engines.offer import Offer
+from meerkat.engines.remote import Event, RemoteEngine, Terms
+from meerkat.engines.site import Site
+from meerkat.mask import SparseMask
+from meerkat.partition import ClientRows, partition
+from meerkat.record import Join, Opening, Replay, file_digest, gradient_digest
+from meerkat.rounds import RoundRecord
+from meerkat.runfolder import RunFolder
+from meerkat.runlog import LogReader, RunLog
+from meerkat.server import ServerConfig, ServerState
+from meerkat.workplace import make_mask, open_workplace, resolve
+from meerkat.zeroth_order import MaskedModel
+
+RUN = "0123456789abcdef"
+Meddle = Callable[[int, bytes, bool], Sequence[tuple[float, bytes]] | None]
+"""(client, frame, whether it goes up) -> what arrives after how many seconds; None breaks the stream."""
+
+
+def faithful(_: int, data: bytes, __: bool) -> Sequence[tuple[float, bytes]]:
+    """Everything arrives, at once."""
+    return [(0.0, data)]
+
+
+@dataclass
+class Setting:
+    """A federation's run, as all sides know it: made once, and cheap to begin again and again."""
+
+    root: Path
+    """A folder with model, data, and text."""
+    folder: Path
+    """Where the sites' rows go."""
+    config: RunConfig
+    mask: SparseMask
+    sizes: list[int]
+
+    @classmethod
+    def make(cls, root: Path, folder: Path, **changes: Any) -> "Setting":
+        """A run on the tiny model, its rows dealt out to `clients` sites."""
+        given = {
+            "model": str(root / "model"),
+            "task": "sst2",
+            "data": str(root / "data"),
+            "text": str(root / "text.jsonl"),
+            "density": 0.01,
+            "clients": 3,
+            "partition": "iid",
+            "rounds": 4,
+            "batch_size": 4,
+            "lr": 0.01,
+            "threads": 1,
+            "device": "cpu",
+            **changes,
+        }
+        config = resolve(make_config(given))
+        workplace = open_workplace(config)
+        mask = make_mask(config, workplace.model, workplace.tokenizer)
+        rows = load_rows(config.data, "train")
+        dealt = partition(config.partition, rows, config.clients, config.seed).rows
+        for client, held in enumerate(dealt):
+            write_rows(folder / str(client), [rows[i] for i in held])
+        return cls(root, folder, config, mask, [len(held) for held in dealt])
+
+    def but(self, **changes: Any) -> "Setting":
+        """The same with other settings, on the same mask and rows."""
+        return replace(self, config=self.config.model_copy(update=changes))
+
+    @cached_property
+    def theta_0(self) -> Tensor:
+        """The moving entries' values."""
+        return MaskedModel(open_workplace(self.config).model, self.mask).read()
+
+    @cached_property
+    def opening(self) -> Opening:
+        """The log's first record: nobody has joined."""
+        return Opening(
+            run_key=f"{run_key(self.config.seed):032x}",
+            config="",
+            model=self.mask.fingerprint,
+            mask=self.mask.digest(),
+            gradient=gradient_digest(self.mask),
+            theta=path.digest(self.theta_0),
+            data="",
+            examples=[],
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            federation=RUN,
+        )
+
+    @property
+    def settings(self) -> ServerConfig:
+        """What the server opens rounds from, before anybody joined."""
+        return self.opening.settings(self.config)
+
+    @property
+    def directions(self) -> Directions:
+        """The run's directions."""
+        return Directions(run_key(self.config.seed), len(self.mask))
+
+    def door(self, nodes: dict[int, str] | None = None) -> Door:
+        """A door of the run."""
+        return Door(RUN, self.config.clients, self.mask.fingerprint, self.mask.digest(), nodes)
+
+    def offer(self, token: str = "") -> Offer:
+        """The run's offer."""
+        made = Offer.of(self.config, self.mask, path.digest(self.theta_0), RUN, "", 60.0)
+        return replace(made, token=token or bytes(32).hex())
+
+    def site(self, client: int, token: str = "", **own: Any) -> Site:
+        """A site, as it is after the offer came; `own` of its site.toml."""
+        given = {"client": client, "data": str(self.folder / str(client)), "model": str(self.root / "model"), **own}
+        return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}))
+
+    def simulated(self) -> list[str]:
+        """Theta's digest after each round of the same federation in one process, one client after another."""
+        workplace = open_workplace(self.config)
+        model, z = MaskedModel(workplace.model, self.mask), self.directions
+        rows = load_rows(self.config.data, "train")
+        held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
+        clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
+        losses_of = models.client_losses(
+            workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
+        )
+        engine = LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+        settings = replace(self.settings, examples=dict(enumerate(self.sizes)))
+        state, gradient, digests = ServerState(0, model.read()), self.mask.pretraining_gradient, []
+        while state.round < settings.rounds:
+            if calibration.due(state, settings):
+                plan = calibration.open_calibration(state, settings)
+                replies = engine.run(state, plan)
+                state, _ = calibration.close_calibration(state, plan, replies, settings, z, gradient)
+            plan = server.open_round(state, settings)
+            state, record = server.close_round(state, plan, engine.run(state, plan), settings, z, gradient)
+            digests.append(record.theta_digest)
+        return digests
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A site's data: the same rows to train on and to evaluate on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Wire:
+    """A Link in memory, with a clock of its own. A stream keeps its order, each way; streams do not wait for others."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.now = 0.0
+        self.sites: dict[int, Site] = {}
+        """Whose stream stands."""
+        self.up: list[Frame] = []
+        """What sites said."""
+        self.down: list[tuple[int, Frame]] = []
+        """What they were told."""
+        self.complaints: list[str] = []
+        """What sites found wrong with frames."""
+        self.meddle: Meddle = faithful
+        self.on_left: Callable[[int, Site], None] = lambda _, __: None
+        """Called when a stream is gone; not after the coordinator's last frame."""
+        self._queue: list[tuple[float, int, Callable[[], Event | None]]] = []
+        self._number = count()
+        self._streams: dict[int, int] = {}
+        self._busy_until: dict[tuple[int, bool], float] = {}
+
+    def monotonic(self) -> float:
+        """The wire stands in for the module `time`."""
+        return self.now
+
+    def after(self, seconds: float, action: Callable[[], Event | None]) -> None:
+        """Do something later: its event, if it gives one, is told."""
+        heapq.heappush(self._queue, (self.now + seconds, next(self._number), action))
+
+    def connect(self, site: Site) -> None:
+        """A site's stream, from its hello on. Raises what the door raises."""
+        guest = self.door.admit(site.hello())
+        self._break(guest.client)
+        site.answer(guest.welcome)
+        self.sites[guest.client] = site
+        self._streams[guest.client] = next(self._number)
+        self._tell(Event("arrived", guest.client, guest=guest))
+
+    def disconnect(self, client: int) -> None:
+        """A site's stream breaks: what was on the way, each way, is lost."""
+        if site := self._break(client):
+            self.on_left(client, site)
+
+    def settle(self) -> None:
+        """Let everything that is on the way arrive."""
+        while self._queue:
+            self.receive(1e6)
+
+    def say(self, client: int, data: bytes) -> None:
+        """A frame from a client, whatever it is, at once."""
+        self._tell(Event("frame", client, data))
+
+    # the coordinator's side: see remote.Link
+
+    def send(self, frames: dict[int, list[bytes]]) -> None:
+        for client, held in frames.items():
+            for data in held:
+                self.down.append((client, Frame.decode(data)))
+                self._carry(client, data, up=False)
+
+    def receive(self, timeout_s: float) -> Event | None:
+        until = self.now + timeout_s
+        while self._queue and self._queue[0][0] <= until:
+            at, _, action = heapq.heappop(self._queue)
+            self.now = max(self.now, at)
+            if (event := action()) is not None:
+                return event
+        self.now = until
+        return None
+
+    def drop(self, client: int, last: bytes) -> None:
+        self.down.append((client, Frame.decode(last)))
+        self._carry(client, last, up=False)
+
+    # what is on the way
+
+    def _tell(self, event: Event) -> None:
+        self.after(0.0, lambda: event)
+
+    def _break(self, client: int) -> Site | None:
+        site = self.sites.pop(client, None)
+        self._streams.pop(client, None)
+        for up in (True, False):
+            self._busy_until.pop((client, up), None)
+        if site is not None:
+            self._tell(Event("left", client))
+        return site
+
+    def _carry(self, client: int, data: bytes, up: bool) -> None:
+        if client not in self.sites:
+            return
+        arriving = self.meddle(client, data, up)
+        if arriving is None:
+            self.disconnect(client)
+            return
+        stream = self._streams[client]
+        for delay, held in arriving:
+            at = max(self._busy_until.get((client, up), 0.0), self.now + delay)
+            self._busy_until[client, up] = at
+            arrive = self._heard if up else self._at_site
+            self.after(at - self.now, lambda held=held, arrive=arrive: arrive(client, stream, held))
+
+    def _heard(self, client: int, stream: int, data: bytes) -> Event | None:
+        return Event("frame", client, data) if self._streams.get(client) == stream else None
+
+    def _at_site(self, client: int, stream: int, data: bytes) -> None:
+        if self._streams.get(client) != stream:
+            return
+        site = self.sites[client]
+        try:
+            answer = site.answer(data)
+        except BadFrame as error:
+            self.complaints.append(str(error))
+            self.disconnect(client)
+            return
+        if site.ended:
+            self._break(client)
+            if site.refused:
+                self.on_left(client, site)
+        elif answer is not None:
+            self.up.append(Frame.decode(answer))
+            self._carry(client, answer, up=True)
+
+
+@dataclass
+class Federation:
+    """A coordinator and its wire."""
+
+    setting: Setting
+    terms: Terms = field(default_factory=lambda: Terms(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    nodes: dict[int, str] | None = None
+    state: ServerState | None = None
+    settings: ServerConfig | None = None
+
+    def __post_init__(self) -> None:
+        self.door = self.setting.door(self.nodes)
+        self.wire = Wire(self.door)
+        self.z = self.setting.directions
+        self.settings = self.settings or self.setting.settings
+        self.state = self.state or ServerState(0, self.setting.theta_0)
+        self.engine = RemoteEngine(self.wire, self.door, self.settings, self.terms, RUN, self.state)
+        self.records: list[dict[str, Any]] = []
+
+    @classmethod
+    def of(
+        cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **terms: Any
+    ) -> "Federation":
+        """A federation whose clock the engine looks at, with all clients there, or the first few."""
+        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **terms}
+        made = cls(setting, Terms(**given))
+        monkeypatch.setattr(remote, "time", made.wire)
+        for client in range(setting.config.clients if join is None else join):
+            made.enter(client)
+        return made
+
+    def enter(self, client: int, node: str = "", **own: Any) -> Site:
+        """A fresh site comes in by a token."""
+        site = self.setting.site(client, self.door.token(node or f"node {client}"), **own)
+        self.wire.connect(site)
+        return site
+
+    def gather(self) -> list[Join]:
+        """The clients that join before the next round."""
+        joined = self.engine.arrivals(self.state.round)
+        for join in joined:
+            self.records.append(join.to_json())
+            self.settings = join.settle(self.settings)
+        return joined
+
+    def round(self) -> RoundRecord:
+        """One round from arrivals to its closing, a calibration before it where one is due."""
+        gradient = self.setting.mask.pretraining_gradient
+        self.gather()
+        if calibration.due(self.state, self.settings):
+            plan = calibration.open_calibration(self.state, self.settings, self.engine.available())
+            replies = self.engine.run(self.state, plan)
+            self.state, found = calibration.close_calibration(
+                self.state, plan, replies, self.settings, self.z, gradient
+            )
+            self.records.append({"kind": "calibration", **found.to_json()})
+            self.gather()
+        plan = server.open_round(self.state, self.settings, self.engine.available())
+        replies = self.engine.run(self.state, plan)
+        self.state, record = server.close_round(self.state, plan, replies, self.settings, self.z, gradient)
+        self.records.append({"kind": "round", **record.to_json()})
+        self.engine.closed(self.state, record)
+        return record
+
+    def replayed(self) -> Replay:
+        """What the records so far say, gone through from theta_0."""
+        return replay(self.setting, self.records)
+
+    def end(self) -> None:
+        """End the run, and let everything arrive."""
+        self.engine.end("the run is over")
+        self.wire.settle()
+
+    def lived(self, folder: Path) -> ServerState:
+        """The whole run by experiment.run_rounds, with a log on the disk."""
+        setting = self.setting
+        made = RunFolder.create(folder, setting.config)
+        experiment.store_mask(made, setting.mask, open_workplace(setting.config))
+        log = RunLog(made.log_path)
+        try:
+            opening = replace(setting.opening, config=file_digest(made.config_path))
+            replayed, z = experiment.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
+            state = experiment.run_rounds(
+                made, log, replayed, z, setting.config, setting.mask, self.engine, judged_nothing
+            )
+        finally:
+            log.close()
+        _, *self.records = LogReader(made.log_path)
+        return state
+
+
+def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
+    """An evaluation of a run that nobody evaluates."""
+    return {"kind": "evaluation", "round": rounds, "accuracy": 0.0, "loss": None}
+
+
+def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
+    """A federation's records, gone through from theta_0."""
+    again = json.loads(json.dumps(list(records)))
+    return Replay(
+        again,
+        setting.theta_0,
+        setting.settings,
+        setting.directions,
+        setting.mask.pretraining_gradient,
+        Path("rounds.log"),
+    ).run()
+
+
+def frame(kind: Kind, client: int, state: ServerState, body: bytes = b"", run: str = RUN) -> bytes:
+    """A frame about a state."""
+    digest = bytes.fromhex(path.digest(state.theta))
+    return Frame(kind, bytes.fromhex(run), client, state.round, digest, body).encode()
+
+
+class Faults:
+    """A seeded schedule of trouble: delays, duplicates, broken streams, restarts and damaged bytes."""
+
+    def __init__(self, federation: Federation, seed: int) -> None:
+        self.federation = federation
+        self.random = random.Random(seed)
+        self.damaged: set[int] = set()
+        """Clients that were told something damaged since they came."""
+        federation.wire.on_left = self._left
+
+    def __call__(self, client: int, data: bytes, up: bool) -> Sequence[tuple[float, bytes]] | None:
+        chance, delay = self.random.random(), self.random.random() * 2
+        if chance < 0.05:
+            return None
+        if chance < 0.10:
+            return [(delay + 12.0, data)]
+        if chance < 0.16 and up:
+            return [(delay, data), (delay * 2, data)]
+        if chance < 0.20:
+            if not up:
+                self.damaged.add(client)
+            return [(delay, self._damage(data))]
+        return [(delay, data)]
+
+    def _damage(self, data: bytes) -> bytes:
+        if self.random.random() < 0.3:
+            return data[: self.random.randrange(len(data))]
+        at = self.random.randrange(len(data))
+        return data[:at] + bytes([data[at] ^ (1 << self.random.randrange(8))]) + data[at + 1 :]
+
+    def _left(self, client: int, site: Site) -> None:
+        """Come back in a while, by the secret or as a process of its own."""
+        fresh = site.refused or self.random.random() < 0.3
+        self.federation.wire.after(self.random.random() * 8, lambda: self._back(client, None if fresh else site))
+
+    def _back(self, client: int, site: Site | None) -> None:
+        if client in self.federation.wire.sites:
+            return
+        self.damaged.discard(client)
+        if site is None:
+            self.federation.enter(client)
+        else:
+            self.federation.wire.connect(site)

@@ -1,0 +1,580 @@
+"""A small real federation in processes of its own, to be killed, stopped and cut off: no Flower, but all the rest.
+
+Run as a program, this file is a nursery: it loads torch and transformers once and forks a coordinator or a node
+whenever it is told to, by a line of JSON. A node is invited as Flower's control invites it: one offer a session,
+its answer at the session's end, and no second offer to one that will not come again.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meerkat.agreement import SiteConfig
+from meerkat.config import EMBEDDED, SITES, RunConfig
+from meerkat.coordinator import FederationConfig, coordinate
+from meerkat.engines.door import Door
+from meerkat.engines.flower.stream import StreamLink, attend
+from meerkat.engines.frames import Frame
+from meerkat.engines.offer import Offer
+from meerkat.engines.remote import Link
+from meerkat.engines.site import Site
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.workplace import open_model
+
+LOOPBACK = "127.0.0.1"
+NODES = 3
+DRAIN_S = 3.0
+"""Seconds that nodes have to end their sessions when the run is over."""
+
+
+# in the coordinator's process
+
+
+class SocketControl:
+    """Gives each node that asks an offer, over a plain loopback socket. See `coordinator.Control`."""
+
+    def __init__(self, port: int, federation: FederationConfig) -> None:
+        self._federation = federation
+        self._listener = socket.create_server((LOOPBACK, port))
+        self._out: set[str] = set()
+        """Nodes in a session."""
+        self._never: set[str] = set()
+        """Nodes that said not to be invited again."""
+        self.stop: Callable[[str], None] = lambda _: None
+
+    def link(self, door: Door) -> Link:
+        own = self._federation
+        return StreamLink(door, own.listen, Path(own.certificate), Path(own.private_key))
+
+    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+        self.stop = stop
+
+        def invite() -> None:
+            while True:
+                try:
+                    asking, _ = self._listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=self._session, args=(asking, door, offer), daemon=True).start()
+
+        threading.Thread(target=invite, daemon=True).start()
+
+    def _session(self, asking: socket.socket, door: Door, offer: Offer) -> None:
+        try:
+            with asking, asking.makefile("rwb") as stream:
+                node = stream.readline().decode().strip()
+                if node in self._never:
+                    return
+                self._out.add(node)
+                try:
+                    text, mask = offer.encode(door.token(node))
+                    stream.write(json.dumps([text, base64.b64encode(mask).decode()]).encode() + b"\n")
+                    stream.flush()
+                    if json.loads(stream.readline() or b"true") is False:
+                        self._never.add(node)
+                finally:
+                    self._out.discard(node)
+        except OSError:
+            pass  # the node is gone
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        end = time.monotonic() + DRAIN_S
+        while self._out and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def run_coordinator(run: dict[str, Any], federation: dict[str, Any], out: str, control_port: int, room: int) -> int:
+    """Coordinate until the end; SIGTERM stops it as Flower's word does. `room`: bytes that a file may have, if any."""
+    settings = FederationConfig(**federation)
+    control = SocketControl(control_port, settings)
+    signal.signal(signal.SIGTERM, lambda *_: control.stop("the run was stopped"))
+    if room:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        coordinate(RunConfig(**run), settings, Path(out), control)
+    except MeerkatError as error:
+        print(f"coordinator: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+# in a node's process
+
+
+def run_node(site: dict[str, Any], control_port: int, notes: str) -> int:
+    """Ask for offers and take part, for ever; each session leaves lines in `notes`."""
+    own = SiteConfig(**site)
+    authority = Path(own.certificate_authority).read_bytes()
+
+    def note(**said: Any) -> None:
+        with Path(notes).open("a") as file:
+            file.write(json.dumps({"at": time.monotonic(), **said}) + "\n")
+
+    while True:
+        try:
+            with socket.create_connection((LOOPBACK, control_port)) as asking, asking.makefile("rwb") as stream:
+                stream.write(f"node {own.client}\n".encode())
+                stream.flush()
+                if line := stream.readline():
+                    text, mask = json.loads(line)
+                    offer = Offer.decode(text, base64.b64decode(mask))
+                    stream.write(json.dumps(take_part(offer, own, authority, note)).encode() + b"\n")
+        except OSError:
+            pass
+        time.sleep(0.05)
+
+
+def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..., None]) -> bool:
+    """One session, and whether to invite this node again: what the ClientApp does."""
+    note(what="begins")
+    site, again = None, True
+    try:
+        site = Site(offer, own)
+        attend(site, offer.stream, authority, offer.patience_s)
+        why = site.ended
+    except RunFailed as error:
+        why = f"failed: {error}"
+    except MeerkatError as error:
+        why, again = f"{type(error).__name__}: {error}", False
+    stands = {} if site is None else {"round": site.round, "digest": Frame.decode(site.hello()).digest.hex()}
+    note(what="free", why=why, **stands)
+    return again
+
+
+# in the nursery's process
+
+
+def _nursery() -> None:
+    open_model(RunConfig(threads=1, device="cpu"))  # what loading a model imports is there before anyone is forked
+    print("ready", flush=True)
+    children: set[int] = set()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "poll" in asked:
+            pid, status = os.waitpid(asked["poll"], 0 if asked["wait"] else os.WNOHANG)
+            children.discard(pid)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            _be(asked)
+        children.add(pid)
+        print(pid, flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _be(asked: dict[str, Any]) -> None:
+    """Become what was asked for, in a forked child."""
+    status = 70
+    try:
+        os.setpgid(0, 0)
+        said = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for here, there in ((nothing, 0), (said, 1), (said, 2)):
+            os.dup2(here, there)
+        tempfile.tempdir = asked["tmp"]
+        status = {"coordinator": run_coordinator, "node": run_node}[asked["what"]](**asked["with"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# in the test's process
+
+
+class Nursery:
+    """The program above, as tests talk to it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def _ask(self, **asked: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, what: str, log: Path, tmp: Path, **given: Any) -> int:
+        """Start a coordinator or a node; its process id."""
+        return int(self._ask(what=what, log=str(log), tmp=str(tmp), **{"with": given}))
+
+    def poll(self, pid: int, wait: bool = False) -> int | None:
+        """A process' exit status, once: then it is gone for good."""
+        return self._ask(poll=pid, wait=wait)
+
+    def close(self) -> None:
+        """End it, with all that it started."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+
+
+class Proxy:
+    """Carries bytes between nodes and coordinator until it is told to break every connection."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                node, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                coordinator = socket.create_connection((LOOPBACK, self._to), timeout=10)
+            except OSError:
+                node.close()
+                continue
+            coordinator.settimeout(None)
+            with self._lock:
+                self._open |= {node, coordinator}
+            for here, there in ((node, coordinator), (coordinator, node)):
+                threading.Thread(target=self._pump, args=(here, there), daemon=True).start()
+
+    def _pump(self, here: socket.socket, there: socket.socket) -> None:
+        try:
+            while data := here.recv(65536):
+                there.sendall(data)
+        except OSError:
+            pass
+        for end in (here, there):
+            self._break(end)
+
+    def _break(self, end: socket.socket) -> None:
+        with self._lock:
+            if end in self._open:
+                self._open.remove(end)
+                with contextlib.suppress(OSError):  # the other side was faster
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+    def cut(self) -> None:
+        """Break all connections; new ones are carried."""
+        for end in [*self._open]:
+            self._break(end)
+
+    def close(self) -> None:
+        """Break all connections, and take no new ones."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong once."""
+
+    what: str
+    """kill, stop or cut."""
+    who: int
+    """A node; -1 for the coordinator. Nobody's for a cut, which breaks all connections."""
+    round: int
+    """Not before so many rounds are in the log."""
+    delay_s: float
+    """Then so many seconds more."""
+    for_s: float
+    """Seconds until who was killed is started again, or who was stopped goes on."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a federation goes through: a function of its seed."""
+
+    seed: int
+    whole: bool
+    """Whether a round needs every node, so that nothing that happens changes the model."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the run, where they are not the usual."""
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Schedule":
+        rng = random.Random(seed)
+        faults = []
+        for _ in range(rng.randint(1, 4)):
+            what = rng.choices(("kill", "stop", "cut"), (5, 3, 2))[0]
+            who = rng.choice((-1, 0, 1, 2))
+            length = rng.choice((0.02, 0.1, 0.3, 1.0)) if what == "stop" else rng.choice((0.0, 0.0, 0.3))
+            faults.append(Fault(what, who, rng.randint(-3, ROUNDS - 1), rng.uniform(0, 0.1), length))
+        faults.sort(key=lambda fault: fault.round)
+        return cls(seed, rng.random() < 0.5, rng.choice(VARIANTS), tuple(faults))
+
+
+ROUNDS = 16
+DEADLINE_S = 0.4
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"local_steps": 3},
+    {"local_steps": 3, "server_optimizer": "momentum", "directions": 2},
+    {"server_optimizer": "adam"},
+    {"local_steps": 3, "method": "feddyn"},
+    {
+        "local_steps": 3,
+        "method": "meerkat-vp",
+        "calibration_steps": 6,
+        "initial_steps": 2,
+        "later_steps": 2,
+        "recalibrate_every": 5,
+    },
+)
+
+
+def run_settings(data: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a small run over rows in a folder, as a simulation would make it."""
+    usual = {
+        "data": str(data),
+        "clients": NODES,
+        "partition": "iid",
+        "rounds": ROUNDS,
+        "lr": 0.01,
+        "batch_size": 2,
+        "eval_every": 0,
+        "text_sequences": 2,
+        "text_length": 16,
+        "threads": 1,
+        "device": "cpu",
+        "batching": "off",
+    }
+    return {**usual, **settings}
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.create_server((LOOPBACK, 0)) as held:
+        return int(held.getsockname()[1])
+
+
+class Federation:
+    """A coordinator and its nodes, as a test handles them."""
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        root: Path,
+        sites: Path,
+        keys: dict[str, Path],
+        settings: dict[str, Any],
+        terms: dict[str, Any],
+    ) -> None:
+        """Nothing is started yet. `root`: a new folder for all of it; `sites`: data, and each site's rows."""
+        self.nursery, self.root = nursery, root
+        self.out, self.tmp, self.log = root / "run", root / "tmp", root / "log"
+        self.tmp.mkdir(parents=True)
+        self.control_port, self.stream_port = free_port(), free_port()
+        self.proxy = Proxy(self.stream_port)
+        self.settings = {**run_settings(sites / "data", settings), "partition": SITES}
+        self.terms = {
+            "stream": f"{LOOPBACK}:{self.proxy.port}",
+            "listen": f"{LOOPBACK}:{self.stream_port}",
+            "certificate": str(keys["server"]),
+            "private_key": str(keys["server key"]),
+            "clients_wanted": NODES,
+            "start_s": 20.0,
+            "deadline_s": DEADLINE_S,
+            "patience_s": 60.0,
+            "site_patience_s": 4.0,
+            **terms,
+        }
+        self._sites = [
+            {
+                "client": k,
+                "data": str(sites / f"site-{k}"),
+                "model": EMBEDDED,
+                "device": "cpu",
+                "certificate_authority": str(keys["authority"]),
+            }
+            for k in range(NODES)
+        ]
+        self.pids: dict[int, int] = {}
+        """Of those that were started and not waited for; -1 is the coordinator."""
+
+    def start(self, who: int, room: int = 0) -> None:
+        """Start the coordinator, -1, or a node."""
+        assert who not in self.pids
+        if who < 0:
+            given = {"run": self.settings, "federation": self.terms, "out": str(self.out), "room": room}
+        else:
+            given = {"site": self._sites[who], "notes": str(self.root / f"notes-{who}")}
+        what = "node" if who >= 0 else "coordinator"
+        log = self.root / f"log-{who}" if who >= 0 else self.log
+        self.pids[who] = self.nursery.start(what, log, self.tmp, control_port=self.control_port, **given)
+
+    def start_all(self) -> None:
+        for who in range(-1, NODES):
+            self.start(who)
+
+    def signal(self, who: int, sign: int) -> None:
+        os.kill(self.pids[who], sign)
+
+    def poll(self, who: int, wait: bool = False) -> int | None:
+        """An exit status, if there is one."""
+        status = self.nursery.poll(self.pids[who], wait)
+        if status is not None:
+            del self.pids[who]
+        return status
+
+    def kill(self, who: int) -> None:
+        """Kill with SIGKILL, and wait until it is gone."""
+        self.signal(who, signal.SIGKILL)
+        self.poll(who, wait=True)
+
+    def rounds(self) -> int:
+        """Closed rounds in the log; -1 as long as there is none."""
+        log = self.out / "rounds.log"
+        return log.read_bytes().count(b'{"kind":"round"') if log.exists() else -1
+
+    def calibrates(self) -> bool:
+        """Whether a calibration was begun."""
+        return self.log.exists() and "calibrating" in self.log.read_text()
+
+    def notes(self, node: int) -> list[dict[str, Any]]:
+        """What a node wrote down of its sessions."""
+        file = self.root / f"notes-{node}"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def is_free(self, node: int) -> bool:
+        return not (notes := self.notes(node)) or notes[-1]["what"] == "free"
+
+    def wait_for(self, condition: Callable[[], bool], limit_s: float, what: str) -> float:
+        """Wait until something is so; the seconds that it took."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < limit_s, f"not within {limit_s} s: {what}\n{self.told()}"
+            time.sleep(0.005)
+        return time.monotonic() - began
+
+    def finish(self, limit_s: float = 60.0) -> None:
+        """Wait for the coordinator to end well, then for the nodes to be free."""
+        status: list[int | None] = []
+        self.wait_for(lambda: bool(status.append(self.poll(-1)) or status[-1] is not None), limit_s, "the run's end")
+        assert status[-1] == 0, self.told()
+        for node in range(NODES):
+            if node in self.pids:
+                self.wait_for(lambda node=node: self.is_free(node), 30.0, f"node {node} is free")
+
+    def told(self) -> str:
+        """The last that everyone said, for a failure's message."""
+        logs = [self.log, *(self.root / f"{name}-{k}" for k in range(NODES) for name in ("log", "notes"))]
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+
+    def close(self) -> None:
+        """End everything that is left, and see that nothing is."""
+        for who in [*self.pids]:
+            self.kill(who)
+        self.proxy.close()
+        for port in (self.control_port, self.stream_port, self.proxy.port):
+            socket.create_server((LOOPBACK, port)).close()
+
+
+class Course:
+    """A schedule as it goes: faults come when their round is there, and are undone when their time is over."""
+
+    def __init__(self, federation: Federation, schedule: Schedule) -> None:
+        self._federation = federation
+        self._to_come = [*schedule.faults]
+        self.whole = schedule.whole
+        self._undo: dict[int, tuple[float, str]] = {}
+        """Who is to be started again or to go on, when."""
+        self._due = 0.0
+        self.met: list[tuple[Fault, int]] = []
+        """The faults that met someone alive, and the rounds that were closed then."""
+        self.last_start = -1
+        """Rounds in the log when the coordinator was started last."""
+
+    def run(self, limit_s: float) -> None:
+        """Go through it until the coordinator ends by itself.
+
+        Raises:
+            AssertionError: it ended badly, or not in time.
+        """
+        federation, end = self._federation, time.monotonic() + limit_s
+        federation.start_all()
+        while True:
+            assert time.monotonic() < end, f"hangs\n{federation.told()}"
+            for who, (when, what) in [*self._undo.items()]:
+                if time.monotonic() >= when:
+                    self._end_fault(who, what)
+            if self._to_come:
+                self._next()
+            if -1 in federation.pids and (status := federation.poll(-1)) is not None:
+                assert status == 0, federation.told()
+                break
+            time.sleep(0.002)
+        for who, (_, what) in [*self._undo.items()]:
+            self._end_fault(who, what)
+
+    def _end_fault(self, who: int, what: str) -> None:
+        del self._undo[who]
+        if what == "stop":
+            self._federation.signal(who, signal.SIGCONT)
+            return
+        if who < 0:
+            self.last_start = self._federation.rounds()
+        self._federation.start(who)
+
+    def _next(self) -> None:
+        """Let the next fault come, if it is time."""
+        fault, now, rounds = self._to_come[0], time.monotonic(), self._federation.rounds()
+        if rounds < fault.round:
+            return
+        self._due = self._due or now + fault.delay_s
+        if now < self._due or fault.who in self._undo:
+            return
+        self._due = 0.0
+        self._to_come.pop(0)
+        if fault.what == "cut":
+            self._federation.proxy.cut()
+        elif fault.what == "stop":
+            self._federation.signal(fault.who, signal.SIGSTOP)
+        else:
+            self._federation.kill(fault.who)
+        self.met.append((fault, rounds))
+        if fault.what != "cut":
+            self._undo[fault.who] = (now + fault.for_s, fault.what)
+
+
+def described(schedule: Schedule) -> str:
+    """A schedule as one line of JSON."""
+    return json.dumps(asdict(schedule))
+
+
+if __name__ == "__main__":
+    _nursery()

@@ -1,0 +1,185 @@
+"""What a site agrees to: read from its site.toml, and held against what a run asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from meerkat import demo, models
+from meerkat.agreement import Accepts, Refused, SiteConfig
+from meerkat.config import RunConfig, make_config
+from meerkat.errors import MeerkatError
+from meerkat.mask import SparseMask, fingerprint
+from meerkat.sensitivity import random_mask
+from meerkat.workplace import make_mask, resolve
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "site.toml"
+    path.write_text(text)
+    return path
+
+
+def site(**bounds: Any) -> SiteConfig:
+    return SiteConfig(client=0, data="rows", accepts=Accepts(**bounds))
+
+
+def asked(**settings: Any) -> RunConfig:
+    return make_config({"task": "sst2", "eps": 1e-3, **settings})
+
+
+def test_a_site_toml_of_two_lines_is_enough(tmp_path: Path) -> None:
+    config = SiteConfig.load(written(tmp_path, 'client = 3\ndata = "some/hub-name"\n'))
+    assert (config.client, config.data, config.model, config.evaluate) == (3, "some/hub-name", "embedded", False)
+    assert config.accepts == Accepts()
+    assert not config.accepts.embeddings
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere, home = tmp_path / "elsewhere", tmp_path / "site"
+    elsewhere.mkdir()
+    for name in ("rows", "model"):
+        (home / name).mkdir(parents=True)
+    (home / "ca.pem").touch()
+    text = 'client = 0\ndata = "rows"\nmodel = "./model"\ncertificate_authority = "ca.pem"\n'
+    path = written(home, text)
+    monkeypatch.chdir(elsewhere)
+    config = SiteConfig.load(path)
+    assert config.data == str(home / "rows")
+    assert config.model == str(home / "model")
+    assert config.certificate_authority == str(home / "ca.pem")
+    assert SiteConfig.load(Path("../site/site.toml")).data == str(home / "rows")
+
+
+def test_the_embedded_model_is_no_folder_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "embedded").mkdir()
+    assert SiteConfig.load(written(tmp_path, 'client = 0\ndata = "x"\n')).model == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('data = "x"', "client: "),
+        ("client = 0", "data: "),
+        ('client = -1\ndata = "x"', "client: .*greater than or equal to 0"),
+        ('client = "one"\ndata = "x"', "client: .*integer"),
+        ('client = 0\ndata = "x"\nclients = 3', "clients: unknown; must be one of client, data, model"),
+        (
+            'client = 0\ndata = "x"\n[accepts]\nepsilon = 1',
+            "accepts.epsilon: unknown; must be one of task, model, mask",
+        ),
+        ('client = 0\ndata = "x"\n[accepts]\neps_minimum = 0', "accepts.eps_minimum: .*greater than 0"),
+        ('client = 0\ndata = "x"\n[accepts]\nrounds = 0', "accepts.rounds: .*greater than or equal to 1"),
+        ('client = 0\ndata = "x"\n[accepts]\nembeddings = "some"', "accepts.embeddings: .*boolean"),
+        ('client = 0\ndata = "x"\naccepts = 1', "accepts: "),
+        ("client = ", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_in_it_is_one_clear_line(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(MeerkatError, match=said) as told:
+        SiteConfig.load(path)
+    assert str(path) in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MeerkatError, match="No such file"):
+        SiteConfig.load(tmp_path / "site.toml")
+
+
+def test_default_bounds_accept_a_default_run() -> None:
+    site().check_settings(resolve(make_config({})), "topics")
+    site().check_settings(asked(method="meerkat-vp", local_steps=5), "sst2")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "run", "said"),
+    [
+        ({"task": "rte"}, {}, "task: the run asks for sst2, the site accepts rte"),
+        ({"eps_minimum": 1e-2}, {}, "eps: the run asks for 0.001, the site accepts at least 0.01"),
+        ({"eps_maximum": 1e-4}, {}, "eps: the run asks for 0.001, the site accepts at most 0.0001"),
+        ({}, {"eps": 0.0}, "eps: the run asks for 0.0, the site accepts at least 1e-06"),
+        ({"batch_minimum": 32}, {}, "batch_size: the run asks for 16, the site accepts at least 32"),
+        ({"rounds": 10}, {"rounds": 11}, "rounds: the run asks for 11, the site accepts at most 10"),
+        ({"local_steps": 4}, {"local_steps": 5}, "local_steps: the run asks for 5, the site accepts at most 4"),
+        (
+            {"local_steps": 99},
+            {"early_stop": "vp"},
+            "local_steps: the run asks for 100, the site accepts at most 99",
+        ),
+        (
+            {"local_steps": 99},
+            {"method": "meerkat-vp"},  # by its method, not by a setting of its own
+            "local_steps: the run asks for 100, the site accepts at most 99",
+        ),
+    ],
+)
+def test_a_bound_is_held_and_told(bounds: dict[str, Any], run: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused) as told:
+        site(**bounds).check_settings(asked(**run), "sst2")
+    assert str(told.value) == f"{said} (its site.toml, [accepts])"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "run"),
+    [
+        ({"task": "sst2"}, {}),
+        ({"eps_minimum": 1e-3, "eps_maximum": 1e-3}, {}),
+        ({"batch_minimum": 16}, {}),
+        ({"rounds": 10}, {"rounds": 10}),
+        ({"local_steps": 5}, {"local_steps": 5}),  # calibration_steps says nothing where nobody is calibrated
+        ({"local_steps": 100}, {"early_stop": "vp"}),
+    ],
+)
+def test_a_bound_is_itself_accepted(bounds: dict[str, Any], run: dict[str, Any]) -> None:
+    site(**bounds).check_settings(asked(**run), "sst2")
+
+
+def embedding_mask(model: Any) -> SparseMask:
+    name = "model.embed_tokens.weight"
+    shapes = {name: tuple(dict(model.named_parameters())[name].shape)}
+    total = sum(p.numel() for p in model.parameters())
+    return SparseMask({name: torch.arange(200)}, shapes, fingerprint(model), total)
+
+
+def test_masks_are_held_against_the_bounds() -> None:
+    model = tiny_model()
+    mask = random_mask(model, 0.01, exclude=("embeddings",))
+    count = len(mask)
+    assert count > 100
+    site().check_mask(mask, model)
+    site(model=mask.fingerprint, mask=mask.digest(), mask_minimum=count).check_mask(mask, model)
+    for bounds, wanted, accepted in (
+        ({"mask_minimum": count + 1}, f"mask_minimum: the run asks for {count}", f"at least {count + 1}"),
+        ({"mask": "f" * 64}, f"mask: the run asks for {mask.digest()}", "f" * 64),
+        ({"model": "f" * 64}, f"model: the run asks for {mask.fingerprint}", "f" * 64),
+    ):
+        with pytest.raises(Refused) as told:
+            site(**bounds).check_mask(mask, model)
+        assert str(told.value) == f"{wanted}, the site accepts {accepted} (its site.toml, [accepts])"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_embeddings_move_only_where_the_site_says_so(architecture: str) -> None:
+    model = tiny_model(architecture)
+    mask = embedding_mask(model)
+    with pytest.raises(Refused, match=r"embeddings: .*model\.embed_tokens\.weight.*no embeddings in the mask"):
+        site().check_mask(mask, model)
+    site(embeddings=True).check_mask(mask, model)
+
+
+def test_a_mask_with_some_embeddings_among_others_is_refused() -> None:
+    model = tiny_model()
+    mask = random_mask(model, 0.05)
+    assert "model.embed_tokens.weight" in mask.entries
+    with pytest.raises(Refused, match="embeddings"):
+        site().check_mask(mask, model)
+
+
+def test_the_embedded_model_s_default_mask_is_accepted() -> None:
+    config = resolve(make_config({"text_sequences": 4, "threads": 1, "device": "cpu"}))
+    model, tokenizer = models.load_model(str(demo.MODEL))
+    site().check_mask(make_mask(config, model, tokenizer), model)

@@ -1,0 +1,206 @@
+"""The door: a token lets in once, a secret lets one back in, and nobody takes another's place."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from meerkat.agreement import Refused
+from meerkat.engines import frames
+from meerkat.engines.door import Door, Guest
+from meerkat.engines.frames import BadFrame, Frame, Kind
+
+RUN = "00112233445566ff"
+MODEL, MASK = "a" * 64, "b" * 64
+DIGEST = bytes(range(32))
+
+
+def door(nodes: dict[int, str] | None = None) -> Door:
+    return Door(RUN, 3, MODEL, MASK, nodes)
+
+
+def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, **said: Any) -> bytes:
+    secret = bytes.fromhex(secret) if isinstance(secret, str) else secret
+    words = {"examples": 10, "model": MODEL, "mask": MASK, "evaluates": False, **said}
+    body = frames.encode_words(words, secret)
+    return Frame(Kind.HELLO, bytes.fromhex(run), client, round, DIGEST, body).encode()
+
+
+def secret_of(guest: Guest) -> bytes:
+    welcome = Frame.decode(guest.welcome)
+    assert welcome.kind is Kind.WELCOME
+    secret, _ = frames.decode_words(welcome.body, 32)
+    return secret
+
+
+def test_a_token_lets_a_site_in_as_what_it_says() -> None:
+    at = door()
+    guest = at.admit(hello(at.token("n"), 2, round=7, examples=12, evaluates=True))
+    assert (guest.client, guest.node, guest.examples, guest.evaluates) == (2, "n", 12, True)
+    assert (guest.round, guest.digest) == (7, DIGEST)
+    welcome = Frame.decode(guest.welcome)
+    assert (welcome.run.hex(), welcome.client) == (RUN, 2)
+    assert len(secret_of(guest)) == 32
+
+
+def test_a_token_serves_once() -> None:
+    at = door()
+    token = at.token("n")
+    at.admit(hello(token))
+    for client in (0, 1):
+        with pytest.raises(Refused, match="used before"):
+            at.admit(hello(token, client))
+
+
+def test_a_token_is_spent_by_a_hello_that_is_refused() -> None:
+    at = door()
+    token = at.token("n")
+    with pytest.raises(Refused, match="client 3"):
+        at.admit(hello(token, 3))
+    with pytest.raises(Refused, match="used before"):
+        at.admit(hello(token, 0))
+
+
+def test_a_secret_lets_one_back_in_again_and_again() -> None:
+    at = door()
+    secret = secret_of(at.admit(hello(at.token("n"), 1)))
+    for rounds in (3, 4):
+        guest = at.admit(hello(secret, 1, round=rounds))
+        assert (guest.client, guest.node, guest.round) == (1, "n", rounds)
+        assert secret_of(guest) == secret
+    with pytest.raises(Refused, match="client 1's"):
+        at.admit(hello(secret, 0))
+
+
+def test_a_new_session_voids_the_secret_of_the_old_one() -> None:
+    at = door()
+    old = secret_of(at.admit(hello(at.token("n"))))
+    new = secret_of(at.admit(hello(at.token("n"))))
+    assert old != new
+    with pytest.raises(Refused, match="no token"):
+        at.admit(hello(old))
+    assert at.admit(hello(new)).client == 0
+
+
+def test_no_other_node_takes_a_client_s_place() -> None:
+    at = door({1: "first"})
+    with pytest.raises(Refused, match="client 1 is another node's"):
+        at.admit(hello(at.token("second"), 1))
+    assert at.admit(hello(at.token("first"), 1)).node == "first"
+    at.admit(hello(at.token("first"), 0))
+    with pytest.raises(Refused, match="client 0 is another node's"):
+        at.admit(hello(at.token("second"), 0))
+
+
+def test_whoever_is_refused_takes_no_place() -> None:
+    at = door()
+    with pytest.raises(Refused, match="mask"):
+        at.admit(hello(at.token("first"), 0, mask="c" * 64))
+    assert at.admit(hello(at.token("second"), 0)).node == "second"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"run": "ff" * 8}, "another run"),
+        ({"client": 3}, "must be 0 to 2"),
+        ({"client": 2**32 - 1}, "must be 0 to 2"),
+        ({"model": "c" * 64}, "the model is not this run's"),
+        ({"model": None}, "the model is not this run's"),
+        ({"mask": "c" * 64}, "the mask is not this run's"),
+        ({"examples": 0}, "without a number of rows"),
+        ({"examples": -1}, "without a number of rows"),
+        ({"examples": True}, "without a number of rows"),
+        ({"examples": "10"}, "without a number of rows"),
+        ({"examples": 2.5}, "without a number of rows"),
+        ({"examples": 10**100}, "without a number of rows"),
+    ],
+)
+def test_what_does_not_match_stays_out(change: dict[str, Any], said: str) -> None:
+    at = door()
+    with pytest.raises(Refused, match=said) as told:
+        at.admit(hello(at.token("n"), **change))
+    assert len(str(told.value).splitlines()) == 1
+    assert "c" * 64 not in str(told.value)  # what a stranger sends is not said again
+
+
+def test_a_site_evaluates_only_where_it_says_so_plainly() -> None:
+    at = door()
+    assert not at.admit(hello(at.token("n"), evaluates=1)).evaluates
+    assert not at.admit(hello(at.token("n"), evaluates="yes")).evaluates
+
+
+@pytest.mark.parametrize("secret", [bytes(32), b"short", b""])
+def test_neither_token_nor_secret_stays_out(secret: bytes) -> None:
+    at = door()
+    at.token("n")
+    with pytest.raises((Refused, BadFrame)):
+        at.admit(hello(secret))
+
+
+def test_a_hello_of_another_run_does_not_spend_a_token() -> None:
+    at = door()
+    token = at.token("n")
+    with pytest.raises(Refused, match="another run"):
+        at.admit(hello(token, run="ff" * 8))
+    assert at.admit(hello(token)).client == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n" * 10,
+        Frame(Kind.REPLY, bytes.fromhex(RUN), 0, 0).encode(),
+        Frame(Kind.HELLO, bytes.fromhex(RUN), 0, 0, body=b"").encode(),
+        Frame(Kind.HELLO, bytes.fromhex(RUN), 0, 0, body=bytes(32) + b"[1]").encode(),
+    ],
+)
+def test_what_is_no_hello_is_a_bad_frame(data: bytes) -> None:
+    with pytest.raises(BadFrame):
+        door().admit(data)
+
+
+def test_whoever_is_shut_out_does_not_come_back_by_its_secret() -> None:
+    at = door()
+    secret, other = (secret_of(at.admit(hello(at.token(f"n{k}"), k))) for k in (0, 1))
+    at.shut_out(0)
+    with pytest.raises(Refused, match="no token"):
+        at.admit(hello(secret))
+    assert at.admit(hello(other, 1)).client == 1
+    at.admit(hello(at.token("n0"), 0))  # a token from the control plane still lets it in
+
+
+def test_a_node_s_second_token_voids_its_first() -> None:
+    at = door()
+    first, other, second = at.token("n"), at.token("m"), at.token("n")
+    with pytest.raises(Refused, match="used before"):
+        at.admit(hello(first))
+    assert at.admit(hello(second)).node == "n"
+    assert at.admit(hello(other, 1)).node == "m"
+
+
+def test_of_many_that_race_with_one_token_one_gets_in() -> None:
+    threads = 8
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(20):
+            at, start = door(), Barrier(threads)
+            first = hello(at.token("n"))
+
+            def enter(at: Door = at, start: Barrier = start, first: bytes = first) -> bool:
+                start.wait()
+                try:
+                    at.admit(first)
+                except Refused:
+                    return False
+                return True
+
+            assert sum(pool.map(lambda _, enter=enter: enter(), range(threads))) == 1
+
+
+def test_a_refusal_says_why_in_words() -> None:
+    frame = Frame.decode(door().refuse("not you", 2))
+    assert (frame.kind, frame.run.hex(), frame.client) == (Kind.REFUSAL, RUN, 2)
+    assert json.loads(frame.body) == {"why": "not you"}

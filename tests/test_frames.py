@@ -1,0 +1,258 @@
+"""Frames: what was said comes out as it went in, anything else is refused, and the bytes stay as they are."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from meerkat.engines import frames
+from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
+
+RUN = bytes(range(8))
+DIGEST = bytes(range(100, 132))
+HEADER = 52
+
+_rates = st.floats(allow_nan=False)
+_scalars = arrays.arrays(
+    "f4", st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=st.floats(width=32, allow_nan=False)
+)
+_closed = st.builds(Closed, _rates, _rates, _scalars, st.booleans())
+_work = st.builds(
+    Work,
+    st.sampled_from(["training", "calibration"]),
+    _rates,
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    st.lists(_closed, max_size=5).map(tuple),
+)
+_frames = st.builds(
+    Frame,
+    st.sampled_from(Kind),
+    st.binary(min_size=8, max_size=8),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.binary(min_size=32, max_size=32),
+    st.binary(max_size=300),
+)
+
+
+def same_closed(a: Closed, b: Closed) -> bool:
+    return (a.lr, a.share, a.counted) == (b.lr, b.share, b.counted) and np.array_equal(a.aggregate, b.aggregate)
+
+
+def closed_round(steps: int = 1, directions: int = 1) -> Closed:
+    return Closed(0.5, 0.25, np.arange(steps * directions, dtype="f4").reshape(steps, directions), True)
+
+
+@given(_frames)
+def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
+    assert Frame.decode(frame.encode()) == frame
+
+
+@given(_work)
+def test_work_comes_out_as_it_went_in(work: Work) -> None:
+    found = Work.decode(work.encode())
+    assert (found.phase, found.lr, found.steps, found.pointer) == (work.phase, work.lr, work.steps, work.pointer)
+    assert len(found.closed) == len(work.closed)
+    assert all(same_closed(a, b) for a, b in zip(found.closed, work.closed, strict=True))
+
+
+@given(st.sampled_from(["training", "calibration"]), _scalars)
+def test_scalars_come_out_to_the_bit(phase: Any, scalars: np.ndarray) -> None:
+    found, again = frames.decode_scalars(frames.encode_scalars(phase, scalars))
+    assert found == phase
+    assert again.dtype == np.float32
+    assert again.shape == scalars.shape
+    assert again.tobytes() == scalars.tobytes()
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_counts_come_out_unless_more_are_right_than_there_are(correct: int, total: int) -> None:
+    body = frames.encode_counts(correct, total)
+    if correct <= total:
+        assert frames.decode_counts(body) == (correct, total)
+    else:
+        with pytest.raises(BadFrame, match="rows right"):
+            frames.decode_counts(body)
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.sampled_from([0, 32]))
+def test_words_come_out_as_they_went_in(said: dict[str, Any], secret: int) -> None:
+    hidden = bytes(range(secret))
+    assert frames.decode_words(frames.encode_words(said, hidden), secret) == (hidden, said)
+
+
+_DECODERS: list[Callable[[bytes], Any]] = [
+    Frame.decode,
+    Work.decode,
+    frames.decode_scalars,
+    frames.decode_counts,
+    frames.decode_words,
+    lambda body: frames.decode_words(body, 32),
+    StateParts(3).add,
+]
+
+
+@pytest.mark.parametrize("decode", _DECODERS)
+@given(st.binary(max_size=200))
+@example(b"")
+@example(b"[" * 100_000)
+@example(bytes(32) + b"\xff\xfe{}")
+@example(b"9" * 5000)
+def test_anything_else_is_a_bad_frame(decode: Callable[[bytes], Any], data: bytes) -> None:
+    with contextlib.suppress(BadFrame):
+        decode(data)
+
+
+@given(_frames, st.data())
+def test_a_header_with_any_body_is_decoded_or_a_bad_frame(frame: Frame, data: st.DataObject) -> None:
+    made = frame.encode()[:HEADER] + data.draw(st.binary(max_size=100))
+    body = Frame.decode(made).body
+    for decode in _DECODERS[1:]:
+        with contextlib.suppress(BadFrame):
+            decode(body)
+
+
+@pytest.mark.parametrize("decode", [Work.decode, frames.decode_scalars, frames.decode_counts])
+@given(data=st.data())
+def test_a_body_that_is_cut_or_longer_is_refused(decode: Callable[[bytes], Any], data: st.DataObject) -> None:
+    body = {
+        Work.decode: Work("training", 0.1, 2, 3, (closed_round(2, 3), closed_round())).encode(),
+        frames.decode_scalars: frames.encode_scalars("training", np.ones((2, 3), "f4")),
+        frames.decode_counts: frames.encode_counts(3, 4),
+    }[decode]
+    other = data.draw(st.integers(0, len(body) + 20).filter(lambda size: size != len(body)))
+    with pytest.raises(BadFrame):
+        decode(body[:other].ljust(other, b"\1"))
+
+
+def test_a_closed_round_without_a_step_is_refused() -> None:
+    body = Work(closed=(Closed(0.5, 1.0, np.zeros((0, 1), "f4"), True),)).encode()
+    with pytest.raises(BadFrame):
+        Work.decode(body)
+
+
+def test_what_is_not_of_this_protocol_is_told() -> None:
+    good = Frame(Kind.END, RUN, 1, 2, DIGEST, b"{}").encode()
+    for data, said in (
+        (b"XX" + good[2:], "not a frame"),
+        (good[:2] + b"\2" + good[3:], "frame format 2, this side speaks 1"),
+        (good[:3] + b"\0" + good[4:], "unknown kind 0"),
+        (good[:3] + b"\x0d" + good[4:], "unknown kind 13"),
+        (good[: HEADER - 1], "must be 52 to"),
+        (good + bytes(frames.LIMIT), "must be 52 to"),
+    ):
+        with pytest.raises(BadFrame, match=said):
+            Frame.decode(data)
+    with pytest.raises(BadFrame, match="at most"):
+        Frame(Kind.STATE, RUN, 1, 2, DIGEST, bytes(frames.LIMIT)).encode()
+    assert len(Frame(Kind.STATE, RUN, 1, 2, DIGEST, bytes(frames.LIMIT - HEADER)).encode()) == frames.LIMIT
+
+
+def test_sizes_are_those_that_are_promised() -> None:
+    work = Work("training", 0.1, 1, 7, (closed_round(),))
+    assert len(closed_round().encode()) == 27
+    assert len(Frame(Kind.WORK, RUN, 1, 2, DIGEST, work.encode()).encode()) <= 120
+    reply = frames.encode_scalars("training", np.ones((1, 1), "f4"))
+    assert len(reply) == 7 + 4
+    assert len(Frame(Kind.REPLY, RUN, 1, 2, DIGEST, reply).encode()) <= 80
+
+
+def parts_of(values: np.ndarray, monkeypatch: pytest.MonkeyPatch, room: int = 10) -> list[bytes]:
+    monkeypatch.setattr(frames, "LIMIT", HEADER + 16 + room)
+    return frames.encode_state(values)
+
+
+def test_a_state_comes_in_parts_that_fit_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.linspace(-1, 1, 9, dtype="f4")
+    bodies = parts_of(values, monkeypatch)
+    assert len(bodies) == 4  # 36 bytes, 10 at a time: a part may end within a value
+    for body in bodies:
+        assert len(Frame(Kind.STATE, RUN, 1, 2, DIGEST, body).encode()) <= frames.LIMIT
+    parts = StateParts(9)
+    for _ in range(2):  # and a second state after the first
+        *early, last = [parts.add(body) for body in bodies]
+        assert early == [None] * 3
+        assert last is not None
+        assert last.tobytes() == values.tobytes()
+
+
+def test_parts_in_another_order_or_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = parts_of(np.ones(9, "f4"), monkeypatch)
+    with pytest.raises(BadFrame, match="part 1"):
+        StateParts(9).add(bodies[1])
+    parts = StateParts(9)
+    parts.add(bodies[0])
+    for wrong in (2, 3):
+        with pytest.raises(BadFrame, match=f"part {wrong}"):
+            parts.add(bodies[wrong])
+    with pytest.raises(BadFrame, match="36 bytes, where 40"):
+        StateParts(10).add(bodies[0])
+    short = StateParts(9)
+    for body in bodies[:3]:
+        short.add(body)
+    with pytest.raises(BadFrame, match="34 bytes, where 36 were"):
+        short.add(bodies[3][:-2])
+
+
+def test_parts_hold_no_more_than_was_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = parts_of(np.ones(9, "f4"), monkeypatch)
+    parts = StateParts(9)
+    parts.add(bodies[0] + bytes(20))
+    with pytest.raises(BadFrame, match="where 36 were announced"):
+        parts.add(bodies[1])
+
+
+def test_a_state_that_was_cut_off_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream broke between two parts: on the next one the whole state comes again."""
+    values = np.arange(9, dtype="f4")
+    bodies = parts_of(values, monkeypatch)
+    parts = StateParts(9)
+    parts.add(bodies[0])
+    *_, found = [parts.add(body) for body in bodies]
+    assert found is not None
+    assert np.array_equal(found, values)
+
+
+GOLDEN = {
+    Kind.HELLO: (frames.encode_words({"examples": 3}, bytes(32)), "00" * 32 + b'{"examples":3}'.hex()),
+    Kind.WELCOME: (frames.encode_words({}, bytes([7]) * 32), "07" * 32 + "7b7d"),
+    Kind.WORK: (
+        Work("calibration", 0.5, 2, 258, (Closed(1.0, 0.25, np.array([[1.0], [-2.0]], "f4"), True),)).encode(),
+        "01000000000000e03f020000000201000000000000010001000000000000f03f000000000000d03f0200000001000000803f000000c0",
+    ),
+    Kind.REPLY: (frames.encode_scalars("training", np.array([[1.0, -2.0]], "f4")), "000100000002000000803f000000c0"),
+    Kind.CLOSED: (Work().encode(), "00" * 23),
+    Kind.STATE: (
+        frames.encode_state(np.array([1.0, 0.5], "f4"))[0],
+        "000000000100000008000000000000000000803f0000003f",
+    ),
+    Kind.BEHIND: (b"", ""),
+    Kind.JUDGE: (Work("training", 0.0, 0, 1).encode(), "00" * 13 + "01" + "00" * 9),
+    Kind.COUNTS: (frames.encode_counts(3, 4), "03" + "00" * 7 + "04" + "00" * 7),
+    Kind.FAILED: (frames.encode_words({"why": "diverged"}), b'{"why":"diverged"}'.hex()),
+    Kind.REFUSAL: (frames.encode_words({"why": "no"}), b'{"why":"no"}'.hex()),
+    Kind.END: (frames.encode_words({"why": "done"}), b'{"why":"done"}'.hex()),
+}
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_the_format_is_what_version_1_wrote(kind: Kind) -> None:
+    """Whoever has to change a line here changes frames.VERSION too."""
+    body, expected = GOLDEN[kind]
+    head = "4d4b01" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000" + DIGEST.hex()
+    assert Frame(kind, RUN, 3, 260, DIGEST, body).encode().hex() == head + expected
+    assert frames.VERSION == 1
+
+
+def test_a_body_of_words_is_json_that_any_reader_takes() -> None:
+    body = frames.encode_words({"why": "naïve"})
+    assert json.loads(body) == {"why": "naïve"}
+    with pytest.raises(ValueError, match="JSON"):
+        frames.encode_words({"loss": float("nan")})

@@ -1,0 +1,387 @@
+"""A site's session: it follows the run to the bit, does what is asked and agreed, and says nothing of its rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import RUN, Federation, Setting, frame, write_rows
+
+from meerkat import demo, path
+from meerkat.agreement import Refused, SiteConfig
+from meerkat.config import make_config
+from meerkat.data import load_rows
+from meerkat.engines import frames
+from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.engines.site import Site
+from meerkat.errors import MeerkatError
+from meerkat.mask import SparseMask
+from meerkat.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.server import ServerState, close_round, open_round, share_of
+from meerkat.workplace import make_mask, open_model, resolve
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"server_optimizer": "momentum", "server_lr": 0.7},
+    "adam": {"server_optimizer": "adam", "server_lr": 0.01},
+    "feddyn": {"method": "feddyn", "feddyn_alpha": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def setting(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting.make(federation, tmp_path_factory.mktemp("sites"), local_steps=2, directions=2)
+
+
+class Server:
+    """The coordinator's side of one site, by hand; another client's scalars are made up."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.config = replace(setting.settings, examples={0: 16, 1: 10})
+        self.state = ServerState(0, setting.theta_0)
+        self.z = setting.directions
+        self.records: list[RoundRecord] = []
+        self.states = [self.state]
+
+    def frame(self, kind: Kind, body: bytes = b"", client: int = 0) -> bytes:
+        return frame(kind, client, self.state, body)
+
+    def ask(self, closed: Sequence[Closed] = (), kind: Kind = Kind.WORK, **changes: Any) -> bytes:
+        pointer = self.state.steps_made.get(0, 0)
+        asked = {"lr": self.config.lr, "steps": self.config.local_steps, "pointer": pointer, **changes}
+        return self.frame(kind, Work(closed=tuple(closed), **asked).encode())
+
+    def plan(self, clients: Sequence[int] = (0, 1)) -> RoundPlan:
+        return open_round(self.state, self.config, clients)
+
+    def close(self, mine: np.ndarray | None) -> Closed:
+        """Close a round with the site's scalars, or without, and another client's."""
+        plan = self.plan()
+        other = np.random.default_rng(self.state.round).normal(size=(2, 2)).astype("f4")
+        replies = [Reply(1, other), *([] if mine is None else [Reply(0, mine)])]
+        self.state, record = close_round(self.state, plan, replies, self.config, self.z)
+        self.records.append(record)
+        self.states.append(self.state)
+        return Closed(plan.lr, share_of(self.config, record.scalars), record.aggregate, mine is not None)
+
+    def whole_state(self) -> list[bytes]:
+        by, none = self.config.optimizer, torch.zeros_like(self.state.theta)
+        held = [self.state.theta, *(self.state.moments or (none,) * by.carried)]
+        held += [self.state.corrections.get(0, none)] * bool(by.alpha)
+        return [self.frame(Kind.STATE, part) for part in frames.encode_state(torch.cat(held).numpy())]
+
+
+def decoded(data: bytes | None) -> Frame:
+    assert data is not None
+    return Frame.decode(data)
+
+
+def scalars_of(data: bytes | None) -> np.ndarray:
+    reply = decoded(data)
+    assert reply.kind is Kind.REPLY
+    return frames.decode_scalars(reply.body)[1]
+
+
+def stands_at(site: Site, state: ServerState) -> bool:
+    """What it says of itself: by its hello."""
+    said = Frame.decode(site.hello())
+    return (said.round, said.digest.hex()) == (state.round, path.digest(state.theta))
+
+
+def test_hello_says_who_it_is_and_welcome_gives_it_its_secret(setting: Setting) -> None:
+    site = setting.site(1, token="ab" * 32)
+    first = Frame.decode(site.hello())
+    token, said = frames.decode_words(first.body, 32)
+    assert (first.kind, first.run.hex(), first.client, first.round) == (Kind.HELLO, RUN, 1, 0)
+    assert token == b"\xab" * 32
+    assert said.keys() == {"examples", "model", "mask", "evaluates", "versions"}
+    assert (said["examples"], said["evaluates"]) == (setting.sizes[1], False)
+    assert first.digest.hex() == path.digest(setting.theta_0)
+    secret = bytes(range(32))
+    welcome = Frame(Kind.WELCOME, first.run, 1, 0, body=frames.encode_words({}, secret)).encode()
+    assert site.answer(welcome) is None
+    assert frames.decode_words(Frame.decode(site.hello()).body, 32)[0] == secret
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_follows_closed_rounds_to_the_bit(setting: Setting, name: str) -> None:
+    """Also several at once, and rounds that it took no part in."""
+    ours = setting.but(rounds=9, **OPTIMIZERS[name])
+    server, site = Server(ours), ours.site(0)
+    pending: list[Closed] = []
+    for asked in (True, True, False, True, False, False, True):
+        mine = None
+        if asked:
+            mine = scalars_of(site.answer(server.ask(pending)))
+            assert mine.shape == (2, 2)
+            assert stands_at(site, server.state)
+            pending = []
+        pending.append(server.close(mine))
+    assert site.answer(server.ask(pending, Kind.CLOSED)) is None
+    assert stands_at(site, server.state)
+    assert path.digest(server.state.theta) != path.digest(setting.theta_0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_site_that_was_given_the_state_goes_on_as_one_that_followed(setting: Setting, name: str) -> None:
+    ours = setting.but(**OPTIMIZERS[name])
+    server, old = Server(ours), ours.site(0)
+    pending: list[Closed] = []
+    for _ in range(2):
+        pending = [server.close(scalars_of(old.answer(server.ask(pending))))]
+    late = ours.site(0)
+    for part in server.whole_state():
+        assert late.answer(part) is None
+    assert stands_at(late, server.state)
+    mine = old.answer(server.ask(pending))
+    assert late.answer(server.ask()) == mine
+    closed = server.close(scalars_of(mine))
+    assert old.answer(server.ask([closed])) == late.answer(server.ask([closed]))
+
+
+def test_a_late_joiner_by_rounds_replies_as_one_that_was_there(setting: Setting) -> None:
+    server, old = Server(setting), setting.site(0)
+    trail: list[Closed] = []
+    for _ in range(3):
+        trail.append(server.close(scalars_of(old.answer(server.ask(trail[-1:])))))
+    assert setting.site(0).answer(server.ask(trail)) == old.answer(server.ask(trail[-1:]))
+
+
+def test_feddyn_s_own_correction_is_asked_for_where_it_cannot_follow(setting: Setting) -> None:
+    """A new process at theta_0 can follow theta by the rounds, but not its h: its own scalars are gone."""
+    ours = setting.but(**OPTIMIZERS["feddyn"])
+    server, old = Server(ours), ours.site(0)
+    trail = [server.close(scalars_of(old.answer(server.ask())))]
+    again = ours.site(0)
+    assert decoded(again.answer(server.ask(trail))).kind is Kind.BEHIND
+    for part in server.whole_state():
+        again.answer(part)
+    assert again.answer(server.ask()) == old.answer(server.ask(trail))
+
+
+def test_the_same_request_gets_the_same_bytes(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    first = site.answer(server.ask())
+    assert site.answer(server.ask()) == first
+    closed = server.close(scalars_of(first))
+    second = site.answer(server.ask([closed]))
+    assert second != first
+    assert site.answer(server.ask([closed])) == second
+    assert site.answer(server.ask()) == second
+
+
+def test_calibration_and_training_of_a_round_are_two_requests(setting: Setting) -> None:
+    ours = setting.but(early_stop="vp", calibration_steps=4, initial_steps=2, later_steps=2)
+    server, site = Server(ours), ours.site(0)
+    calibrated = scalars_of(site.answer(server.ask(phase="calibration", steps=4)))
+    trained = scalars_of(site.answer(server.ask()))
+    assert calibrated.shape == (4, 2)
+    assert trained.shape == (2, 2)
+    assert not np.array_equal(calibrated[:2], trained)
+    again = scalars_of(site.answer(server.ask(phase="calibration", steps=4)))
+    assert again.tobytes() == calibrated.tobytes()
+
+
+def test_it_says_behind_where_its_theta_is_not_meant_and_the_state_brings_it_right(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    closed = [server.close(None) for _ in range(2)]
+    behind = decoded(site.answer(server.ask(closed[1:])))
+    assert (behind.kind, behind.round, behind.body) == (Kind.BEHIND, 0, b"")
+    assert behind.digest.hex() == path.digest(setting.theta_0)
+    for part in server.whole_state():
+        assert site.answer(part) is None
+    assert scalars_of(site.answer(server.ask())).shape == (2, 2)
+
+
+def test_a_state_that_is_not_the_announced_one_is_not_worked_on(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    server.close(None)
+    for part in frames.encode_state(server.state.theta.numpy() + np.float32(1)):
+        site.answer(server.frame(Kind.STATE, part))
+    assert decoded(site.answer(server.ask())).kind is Kind.BEHIND
+
+
+def test_a_wrong_round_on_the_way_is_found_out(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    closed = server.close(None)
+    wrong = Closed(closed.lr, closed.share, closed.aggregate * np.float32(1.0001), False)
+    assert decoded(site.answer(server.ask([wrong]))).kind is Kind.BEHIND
+
+
+def test_frames_of_others_are_refused(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    body = Work("training", 0.1, 2).encode()
+    for data in (server.frame(Kind.WORK, body, client=1), frame(Kind.WORK, 0, server.state, body, "ff" * 8)):
+        with pytest.raises(BadFrame, match="another"):
+            site.answer(data)
+
+
+@pytest.mark.parametrize("kind", [Kind.HELLO, Kind.REPLY, Kind.BEHIND, Kind.COUNTS, Kind.FAILED])
+def test_what_a_coordinator_does_not_send_is_refused(setting: Setting, kind: Kind) -> None:
+    with pytest.raises(BadFrame, match=kind.name.lower()):
+        setting.site(0).answer(Server(setting).frame(kind))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"steps": 0},
+        {"steps": 3},
+        {"steps": 2, "phase": "calibration"},  # nobody is calibrated in this run
+        {"steps": 2**32 - 1},
+    ],
+)
+def test_steps_that_were_not_agreed_are_refused(setting: Setting, asked: dict[str, Any]) -> None:
+    server, site = Server(setting), setting.site(0)
+    with pytest.raises(BadFrame, match="asked for"):
+        site.answer(server.ask(**asked))
+    assert scalars_of(site.answer(server.ask())).shape == (2, 2)
+
+
+def test_no_round_beyond_the_run_s_last_is_worked_on(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    closed = [server.close(None) for _ in range(setting.config.rounds)]
+    with pytest.raises(BadFrame, match="asked for"):
+        site.answer(server.ask(closed))
+
+
+def test_a_round_of_other_directions_is_refused(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    server.close(None)
+    with pytest.raises(BadFrame, match="directions"):
+        site.answer(server.ask([Closed(0.1, 1.0, np.ones((2, 3), "f4"), False)]))
+
+
+def test_bytes_of_any_kind_are_bad_frames_or_change_nothing(setting: Setting) -> None:
+    """Damaged requests: an answer, or a BadFrame; and the site works on afterwards."""
+    server, site = Server(setting), setting.site(0)
+    good = server.ask()
+    expected = site.answer(good)
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(server.ask([a_closed()]) if generator.random() < 0.5 else good)
+        for _ in range(generator.integers(1, 4)):
+            data[generator.integers(3, len(data))] ^= 1 << generator.integers(8)
+        try:
+            site.answer(bytes(data[: generator.integers(52, len(data) + 1)]))
+        except BadFrame:
+            continue
+    for part in server.whole_state():
+        site.answer(part)
+    assert scalars_of(site.answer(good)).tobytes() == scalars_of(expected).tobytes()
+
+
+def a_closed() -> Closed:
+    return Closed(0.01, 1.0, np.ones((2, 2), "f4"), False)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(Kind.END, False), (Kind.REFUSAL, True)])
+def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind: Kind, refused: bool) -> None:
+    server, site = Server(setting), setting.site(0)
+    assert site.ended == ""
+    assert site.answer(server.frame(kind, frames.encode_words({"why": "all done"}))) is None
+    assert (site.ended, site.refused) == ("all done", refused)
+    silent = setting.site(0)
+    silent.answer(server.frame(kind, frames.encode_words({})))
+    assert silent.ended
+
+
+def test_it_evaluates_where_it_has_agreed_to(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0, evaluate=True)
+    found = decoded(site.answer(server.ask(kind=Kind.JUDGE)))
+    correct, total = frames.decode_counts(found.body)
+    assert (found.kind, total) == (Kind.COUNTS, setting.sizes[0])
+    assert 0 < correct < total
+    reply = site.answer(server.ask())
+    assert reply == setting.site(0).answer(server.ask())  # an evaluation leaves no trace
+
+
+def test_it_does_not_evaluate_without_consent(setting: Setting) -> None:
+    with pytest.raises(BadFrame, match="has not agreed"):
+        setting.site(0).answer(Server(setting).ask(kind=Kind.JUDGE))
+
+
+def test_a_loss_that_is_not_finite_is_told_in_one_word(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    huge = Closed(1.0, 1.0, np.full((2, 2), 3e38, "f4"), False)
+    record = RoundRecord(replace(server.plan(), lr=1.0), {}, {}, huge.aggregate, "", np.zeros((0, 2)))
+    server.state = ServerState(1, path.advance(setting.theta_0, record, server.z))
+    failed = decoded(site.answer(server.ask([huge])))
+    assert (failed.kind, failed.round) == (Kind.FAILED, 1)
+    assert json.loads(failed.body) == {"why": "diverged"}
+
+
+def test_no_memory_is_told_in_one_word(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("GPU 0 has 3 rows of 'a patient's text' in it")
+
+    monkeypatch.setattr("meerkat.engines.site.local_steps", full)
+    failed = decoded(setting.site(0).answer(Server(setting).ask()))
+    assert (failed.kind, json.loads(failed.body)) == (Kind.FAILED, {"why": "out of memory"})
+
+
+def test_a_run_that_is_not_agreed_to_is_refused_before_a_row_is_read(setting: Setting) -> None:
+    with pytest.raises(Refused, match="batch_size: the run asks for 4, the site accepts at least 5"):
+        setting.site(0, data="no such folder", accepts={"batch_minimum": 5})
+    with pytest.raises(Refused, match="mask_minimum"):
+        setting.site(0, data="no such folder", accepts={"mask_minimum": 10**6})
+
+
+def test_another_model_at_the_mask_is_told(setting: Setting) -> None:
+    other = replace(setting.offer(), theta="ab" * 32)
+    own = SiteConfig(client=0, data=str(setting.folder / "0"), model=str(setting.root / "model"), device="cpu")
+    with pytest.raises(MeerkatError, match="its values at the mask are not the coordinator's"):
+        Site(other, own)
+
+
+def test_no_frame_has_room_for_a_loss_a_label_or_a_text(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame of a whole federation, byte by byte of its body."""
+    ours = setting.but(early_stop="vp", calibration_steps=4, initial_steps=2, later_steps=2, rounds=3)
+    federation = Federation.of(ours, monkeypatch, join=2)
+    hellos: list[bytes] = [federation.wire.sites[k].hello() for k in (0, 1)]
+    federation.round()
+    federation.enter(2, evaluate=True)  # late, so it is caught up
+    federation.round()
+    assert federation.engine.judge()[1] == setting.sizes[2]
+    federation.round()
+    federation.end()
+    said = federation.wire.up
+    assert {frame.kind for frame in said} == {Kind.REPLY, Kind.COUNTS}
+    for one in said:
+        if one.kind is Kind.REPLY:
+            phase, scalars = frames.decode_scalars(one.body)
+            steps = 4 if phase == "calibration" else len(scalars)
+            assert scalars.shape == (steps, 2)
+            assert steps in (1, 2, 4)
+            assert len(one.body) == 7 + 4 * steps * 2
+        else:
+            assert len(one.body) == 16
+    for hello in hellos:
+        _, words = frames.decode_words(Frame.decode(hello).body, 32)
+        assert words.keys() == {"examples", "model", "mask", "evaluates", "versions"}
+        assert set(words["versions"]) == {"meerkat", "torch", "transformers"}
+
+
+def test_the_embedded_model_takes_part(tmp_path: Path) -> None:
+    """The demonstration's own model, task and data, as a first federation has them."""
+    setting = Setting(tmp_path, tmp_path, embedded(), mask_of(embedded()), [8])
+    write_rows(tmp_path / "0", load_rows(str(demo.TASKS["topics"]), "train")[:8])
+    server, site = Server(setting), setting.site(0, model="embedded", evaluate=True)
+    closed = server.close(scalars_of(site.answer(server.ask())))
+    scalars_of(site.answer(server.ask([closed])))
+    assert stands_at(site, server.state)
+    assert frames.decode_counts(decoded(site.answer(server.ask(kind=Kind.JUDGE))).body)[1] == 8
+
+
+def embedded() -> Any:
+    given = {"text_sequences": 4, "threads": 1, "device": "cpu", "lr": 0.1, "batch_size": 4, "local_steps": 2}
+    return resolve(make_config({**given, "directions": 2, "clients": 2}))
+
+
+def mask_of(config: Any) -> SparseMask:
+    return make_mask(config, *open_model(config))

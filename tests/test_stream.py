@@ -1,0 +1,575 @@
+"""The session stream over real TLS on this machine: who is let in, what a hostile caller gets, what a broken one."""
+
+import gc
+import queue
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr")
+
+import grpc
+from proxy import Proxy
+from stub import RUN, Attending, Coordinator, StubSite, scalars_of
+
+from meerkat.agreement import Refused
+from meerkat.certificates import certify
+from meerkat.engines import frames
+from meerkat.engines.flower import stream
+from meerkat.engines.frames import Frame, Kind
+from meerkat.engines.remote import Terms
+from meerkat.errors import MeerkatError, RunFailed
+
+METHOD = "/meerkat.Session/Frames"
+SECONDS = 20.0
+"""For what must come at all: a busy machine's patience."""
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return certify(tmp_path_factory.mktemp("stream") / "keys", ["127.0.0.1"], nodes=0)
+
+
+@pytest.fixture
+def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
+    """Makes coordinators that are closed when the test is over."""
+    made = []
+
+    def make(clients: int, **terms: float) -> Coordinator:
+        held = Terms(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **terms})
+        made.append(Coordinator(keys, clients, held))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+class Caller:
+    """Someone who calls the coordinator and sends what he likes."""
+
+    def __init__(self, to: Coordinator, port: int = 0, compression: grpc.Compression | None = None) -> None:
+        options = [("grpc.max_send_message_length", -1)]
+        credentials = grpc.ssl_channel_credentials(to.authority)
+        self.channel = grpc.secure_channel(f"127.0.0.1:{port or to.port}", credentials, options, compression)
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        opened = self.channel.stream_stream(METHOD, stream._as_is, stream._as_is)
+        self._call = opened(iter(self._outgoing.get, None), timeout=SECONDS)
+
+    def say(self, data: bytes) -> "Caller":
+        self._outgoing.put(data)
+        return self
+
+    def hear(self) -> Frame | None:
+        """The next frame; None when the stream is over."""
+        try:
+            data = next(self._call, None)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            return None
+        return None if data is None else Frame.decode(data)
+
+    def why(self) -> str:
+        """The reason in the refusal that comes next."""
+        frame = self.hear()
+        assert frame is not None
+        assert frame.kind is Kind.REFUSAL
+        return str(frames.decode_words(frame.body)[1]["why"])
+
+    def close(self) -> None:
+        self._outgoing.put(None)
+        self.channel.close()
+
+
+def test_a_federation_closes_every_round_and_every_site_ends_at_the_same_theta(
+    coordinator: Callable[..., Coordinator],
+) -> None:
+    held = coordinator(3)
+    sites = [held.attending(client) for client in range(3)]
+    records = list(held.rounds(10))
+    held.close("the run is finished")
+    assert len(records) == 10
+    for number, record in enumerate(records):
+        assert record.scalars == {client: scalars_of(client, number) for client in range(3)}
+    for attending in sites:
+        assert attending.end().error is None
+        assert attending.site.ended == "the run is finished"
+        assert (attending.site.round, attending.site.digest) == (10, held.digest)
+        assert attending.site.states == 0
+    assert sum(held.engine.counts.values()) == 0
+
+
+def test_port_and_threads_are_given_back(coordinator: Callable[..., Coordinator], keys: dict[str, Path]) -> None:
+    before = _threads()
+    held = coordinator(1)
+    site = held.attending(0)
+    list(held.rounds(2))
+    idle = Caller(held)
+    with pytest.raises(MeerkatError, match=r"is the port taken"):
+        Coordinator(keys, 1, port=held.port)
+    held.close()
+    assert site.end().error is None
+    idle.close()
+    again = Coordinator(keys, 1, port=held.port)
+    again.close()
+    gc.collect()
+    assert _settles(lambda: not _threads() - before)
+
+
+def _threads() -> set[threading.Thread]:
+    """All threads, but the directions' workers and gRPC's poller, which gRPC keeps for the process."""
+    kept = ("directions", "_poll_wrapper")
+    return {thread for thread in threading.enumerate() if not any(name in thread.name for name in kept)}
+
+
+def _settles(condition: Callable[[], bool]) -> bool:
+    """Whether something comes true in time."""
+    end = time.monotonic() + SECONDS
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_coordinator_of_another_authority_is_not_spoken_to(
+    coordinator: Callable[..., Coordinator], tmp_path: Path
+) -> None:
+    held = coordinator(1)
+    other = certify(tmp_path / "other", ["127.0.0.1"], nodes=0)
+    site = held.site(0)
+    stranger = Attending(site, held.port, other["authority"].read_bytes(), patience_s=0.5).end()
+    assert isinstance(stranger.error, RunFailed)
+    assert "CERTIFICATE_VERIFY_FAILED" in str(stranger.error)
+    assert not site.welcomed
+    assert held.link.receive(0.1) is None
+    # its token was not shown to anyone: it still serves
+    right = Attending(site, held.port, held.authority)
+    list(held.rounds(1))
+    held.close()
+    assert right.end().error is None
+
+
+def test_a_coordinator_under_another_name_is_not_spoken_to(tmp_path: Path) -> None:
+    elsewhere = Coordinator(certify(tmp_path / "keys", ["elsewhere.example.org"], nodes=0), 1)
+    site = elsewhere.attending(0, patience_s=0.5).end()
+    assert isinstance(site.error, RunFailed)
+    assert not site.site.welcomed
+    assert elsewhere.link.receive(0.1) is None
+    elsewhere.close()
+
+
+def test_a_key_that_is_not_the_certificate_s_is_told_plainly(keys: dict[str, Path], tmp_path: Path) -> None:
+    other = certify(tmp_path / "other", ["127.0.0.1"], nodes=0)
+    with pytest.raises(MeerkatError, match=r"the key the certificate's\?"):
+        Coordinator({**keys, "server key": other["server key"]}, 1)
+    with pytest.raises(MeerkatError, match="No such file"):
+        Coordinator({**keys, "server": tmp_path / "nowhere.crt"}, 1)
+
+
+def test_a_stolen_token_is_refused_and_its_owner_unharmed(coordinator: Callable[..., Coordinator]) -> None:
+    held = coordinator(1)
+    site = held.site(0)
+    hello = site.hello()
+    owner = Attending(site, held.port, held.authority)
+    list(held.rounds(2))
+    thief = Caller(held).say(hello)
+    assert thief.why() == "the token was used before"
+    assert thief.hear() is None
+    thief.close()
+    assert len(list(held.rounds(2))) == 2
+    held.close()
+    assert owner.end().error is None
+    assert (owner.site.round, owner.site.digest, held.link.refused) == (4, held.digest, 1)
+
+
+def test_without_a_token_nobody_comes_in(coordinator: Callable[..., Coordinator]) -> None:
+    held = coordinator(1)
+    stranger = Attending(StubSite(0, "00" * 32), held.port, held.authority).end()
+    assert isinstance(stranger.error, Refused)
+    assert "no token of this session" in str(stranger.error)
+    assert held.link.receive(0.1) is None
+
+
+OTHERS_RUN = bytes(8)
+
+
+def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
+    return Frame(Kind.HELLO, run, 0, 0, body=body).encode()
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (b"", "a frame of 0 bytes"),
+        (b"GET / HTTP/1.1\r\n" * 10, "not a frame of this protocol"),
+        (b"MK\x09" + bytes(60), "frame format 9"),
+        (b"MK\x01\xff" + bytes(60), "unknown kind 255"),
+        (_hello(b"\xff" * 100), "no JSON object"),
+        (_hello(b"[" * 100_000), "no JSON object"),
+        (_hello(bytes(32) + b"{}"), "no token of this session"),
+        (_hello(bytes(32) + b"{}", OTHERS_RUN), "a frame of another run"),
+        (Frame(Kind.REPLY, bytes.fromhex(RUN), 0, 0).encode(), "does not begin with a hello"),
+    ],
+)
+def test_garbage_in_place_of_a_hello_is_refused(
+    coordinator: Callable[..., Coordinator], first: bytes, why: str
+) -> None:
+    held = coordinator(1)
+    caller = Caller(held).say(first)
+    assert why in caller.why()
+    assert caller.hear() is None
+    caller.close()
+    assert held.link.receive(0) is None
+
+
+def _peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+OVERSIZED = """
+import sys, grpc
+port, authority, size, compression = sys.argv[1:]
+channel = grpc.secure_channel(
+    f"127.0.0.1:{port}",
+    grpc.ssl_channel_credentials(open(authority, "rb").read()),
+    [("grpc.max_send_message_length", -1)],
+    grpc.Compression.Gzip if compression == "gzip" else None,
+)
+call = channel.stream_stream("/meerkat.Session/Frames", lambda data: data, lambda data: data)
+try:
+    print("heard", [data[3] for data in call(iter([bytes(int(size))]), timeout=100)])
+except grpc.RpcError as error:
+    print(error.code().name, error.details())
+"""
+"""A process that sends one frame of so many bytes."""
+
+
+@pytest.mark.parametrize(
+    ("size", "compression"),
+    [
+        (1 << 23, "none"),
+        (1 << 26, "gzip"),
+        pytest.param((1 << 30) - 1, "none", marks=pytest.mark.slow),
+        pytest.param((1 << 30) - 1, "gzip", marks=pytest.mark.slow),
+    ],
+)
+def test_a_frame_beyond_the_limit_is_refused_at_no_cost(
+    coordinator: Callable[..., Coordinator], keys: dict[str, Path], size: int, compression: str
+) -> None:
+    held = coordinator(1)
+    site = held.attending(0)
+    list(held.rounds(2))
+    before = _peak_kib()
+    command = [sys.executable, "-c", OVERSIZED, str(held.port), str(keys["authority"]), str(size), compression]
+    # a long run: the caller is left alone with its gigabyte, while rounds go on
+    caller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while caller.poll() is None:
+        list(held.rounds(1))
+        time.sleep(0.02)
+    assert caller.communicate()[0].split()[0] in ("RESOURCE_EXHAUSTED", "heard")
+    assert _peak_kib() - before < 16 << 10
+    assert held.link.refused == 1
+    held.close()
+    assert site.end().error is None
+    assert site.site.digest == held.digest
+
+
+def _wrong_replies() -> dict[str, Callable[[StubSite], bytes]]:
+    short = np.zeros((1, 1), np.float32)
+    nan = np.full((1, 1), np.nan, np.float32)
+    return {
+        "garbage": lambda _: b"\x00\xff" * 100,
+        "an empty frame": lambda _: b"",
+        "a coordinator's frame": lambda site: site.frame(Kind.END, frames.encode_words({"why": "x"})),
+        "NaN": lambda site: site.reply(nan),
+        "infinity": lambda site: site.reply(nan + np.inf),
+        "too many scalars": lambda site: site.reply(np.zeros((7, 1), np.float32)),
+        "fewer bytes than announced": lambda site: site.reply(short)[:-1],
+        "another client's": lambda site: Frame(
+            Kind.REPLY, bytes.fromhex(RUN), 1, site.round, body=frames.encode_scalars("training", short)
+        ).encode(),
+        "another run's": lambda site: Frame(
+            Kind.REPLY, OTHERS_RUN, 0, site.round, body=frames.encode_scalars("training", short)
+        ).encode(),
+    }
+
+
+class Liar(StubSite):
+    """Answers wrongly from its third round on."""
+
+    def __init__(self, client: int, token: str, lie: Callable[[StubSite], bytes]) -> None:
+        super().__init__(client, token)
+        self.lie = lie
+
+    def reply(self, scalars: np.ndarray) -> bytes:
+        if self.round < 2:
+            return super().reply(scalars)
+        truth, self.reply = self.reply, super().reply  # the lie may use the honest way to write a reply
+        try:
+            return self.lie(self)
+        finally:
+            self.reply = truth
+
+
+@pytest.mark.parametrize("lie", list(_wrong_replies()))
+def test_a_site_that_lies_is_shown_out_and_the_others_go_on(coordinator: Callable[..., Coordinator], lie: str) -> None:
+    held = coordinator(2, clients_minimum=1)
+    liar = Attending(Liar(0, held.door.token("node 0"), _wrong_replies()[lie]), held.port, held.authority)
+    honest = held.attending(1)
+    records = list(held.rounds(5))
+    assert [sorted(record.scalars) for record in records] == [[0, 1], [0, 1], [1], [1], [1]]
+    assert isinstance(liar.end().error, Refused)
+    assert held.engine.counts["malformed"] == 1
+    held.close()
+    assert honest.end().error is None
+    assert honest.site.digest == held.digest
+
+
+class Echoing(StubSite):
+    """Sends every reply twice, and once more with the number of the round before."""
+
+    def __init__(self, client: int, token: str) -> None:
+        super().__init__(client, token)
+        self.say: Callable[[bytes], None] = lambda _: None
+
+    def answer(self, data: bytes) -> bytes | None:
+        answer = super().answer(data)
+        if answer is not None and self.round:
+            wrong = Frame.decode(answer)
+            self.say(Frame(wrong.kind, wrong.run, wrong.client, wrong.round - 1, wrong.digest, wrong.body).encode())
+            self.say(answer)
+        return answer
+
+
+def test_replies_of_another_round_and_replies_twice_do_not_count(
+    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = coordinator(1)
+    site = Echoing(0, held.door.token("node 0"))
+    made = stream._Call.__init__
+
+    def wired(call: stream._Call, *arguments: object) -> None:
+        made(call, *arguments)
+        site.say = call.say
+
+    monkeypatch.setattr(stream._Call, "__init__", wired)
+    attending = Attending(site, held.port, held.authority)
+    records = list(held.rounds(10))
+    assert [record.scalars for record in records] == [{0: scalars_of(0, number)} for number in range(10)]
+    assert held.engine.counts["duplicate"] >= 16
+    held.close()
+    assert attending.end().error is None
+    assert site.digest == held.digest
+
+
+def test_a_caller_who_says_nothing_is_hung_up_on_and_delays_nobody(
+    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_HELLO_S", 1.0)
+    held = coordinator(1)
+    silent = [Caller(held) for _ in range(5)]
+    site = held.attending(0)
+    list(held.rounds(10))
+    assert held.link.refused == 0  # they still hold the line
+    assert [caller.hear() for caller in silent] == [None] * 5
+    assert held.link.refused == 5
+    held.close()
+    assert site.end().error is None
+    for caller in silent:
+        caller.close()
+
+
+def test_a_caller_who_hangs_up_at_once_leaves_nothing_behind(
+    coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
+) -> None:
+    held = coordinator(1)
+    for _ in range(5):
+        Caller(held).close()
+    site = held.attending(0)
+    list(held.rounds(2))
+    held.close()
+    assert site.end().error is None
+    assert not caplog.records
+
+
+def _flood(caller: Caller, count: int) -> None:
+    for _ in range(count):
+        caller.say(bytes(frames.LIMIT))
+
+
+@pytest.mark.parametrize("calls", [1, 8])
+def test_a_flood_from_one_site_waits_in_the_network(coordinator: Callable[..., Coordinator], calls: int) -> None:
+    """Of a site that sends on, in one stream or in one after another, a few frames are held: no more are read."""
+    held = coordinator(2, clients_wanted=1)
+    first = held.site(0)
+    for _ in range(calls):
+        flooding = Caller(held).say(first.hello())
+        welcome = flooding.hear()
+        assert welcome is not None
+        first.answer(welcome.encode())
+        _flood(flooding, 30)
+        received = -1
+        while received != held.link.bytes_received:  # nobody handles them: it comes to rest
+            received = held.link.bytes_received
+            time.sleep(0.3)
+        if calls > 1:
+            flooding.close()
+    assert 1 <= held.link.bytes_received / frames.LIMIT <= stream._UNREAD
+    honest = held.attending(1)
+    assert _settles(lambda: set(next(held.rounds(1)).scalars) == {1})
+    assert held.engine.counts["malformed"] == 1  # the first of its frames was enough
+    held.close()
+    assert honest.end().error is None
+    flooding.close()
+
+
+@pytest.fixture
+def proxied(coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., tuple[Coordinator, Proxy]]]:
+    """Makes a coordinator, and a proxy in front of it."""
+    made = []
+
+    def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **terms: float) -> tuple[Coordinator, Proxy]:
+        held = coordinator(clients, **terms)
+        made.append(Proxy(held.port, delay_s, jitter_s))
+        return held, made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_site_comes_back_with_its_secret_after_its_connection_broke(
+    proxied: Callable[..., tuple[Coordinator, Proxy]],
+) -> None:
+    held, proxy = proxied(2, clients_minimum=2)
+    sites = [held.attending(0), held.attending(1, proxy.port)]
+    list(held.rounds(3))
+    for _ in range(3):
+        proxy.cut()
+        proxy.mend()
+        records = list(held.rounds(3))
+        assert [record.scalars for record in records[1:]] == [
+            {client: scalars_of(client, record.plan.round) for client in range(2)} for record in records[1:]
+        ]
+    assert proxy.connections == 4
+    held.close()
+    for attending in sites:
+        assert attending.end().error is None
+        assert (attending.site.round, attending.site.digest) == (12, held.digest)
+        assert attending.site.states == 0
+    assert held.engine.counts["behind"] == held.engine.counts["malformed"] == held.link.refused == 0
+
+
+def test_a_site_that_was_away_catches_up(proxied: Callable[..., tuple[Coordinator, Proxy]]) -> None:
+    """Ten rounds are told one by one; for more rounds than theta is long, theta is sent."""
+    held, proxy = proxied(2, clients_minimum=1, clients_wanted=2)
+    sites = [held.attending(0), held.attending(1, proxy.port)]
+    list(held.rounds(2))
+    for away, whole in ((10, 0), (200, 1)):
+        proxy.cut()
+        alone = list(held.rounds(away))
+        assert set(alone[-1].scalars) == {0}
+        proxy.mend()
+        assert _settles(lambda: set(next(held.rounds(1)).scalars) == {0, 1})
+        assert sites[1].site.states == whole
+    held.close()
+    for attending in sites:
+        assert attending.end().error is None
+        assert attending.site.digest == held.digest
+
+
+def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
+    proxied: Callable[..., tuple[Coordinator, Proxy]],
+) -> None:
+    held, proxy = proxied(1, patience_s=3.0)
+    site = held.attending(0, proxy.port, patience_s=1.0)
+    list(held.rounds(2))
+    began = time.monotonic()
+    proxy.cut()
+    assert isinstance(site.end().error, RunFailed)
+    assert "the site is free again" in str(site.error)
+    assert time.monotonic() - began >= 1.0  # it did try
+    assert not site.site.ended
+    with pytest.raises(RunFailed, match="0 clients are here"):
+        list(held.rounds(1))
+
+
+def test_a_site_that_hears_nothing_for_long_is_free_again(
+    coordinator: Callable[..., Coordinator],
+) -> None:
+    held = coordinator(1)
+    before = _threads()
+    site = held.attending(0, idle_s=0.5)
+    list(held.rounds(2))
+    assert isinstance(site.end().error, RunFailed)
+    assert "not a frame for 0.5 s" in str(site.error)
+    assert _settles(lambda: not _threads() - before)
+
+
+class Failing(StubSite):
+    """Cannot go on in its third round."""
+
+    def reply(self, scalars: np.ndarray) -> bytes:
+        if self.round == 2:
+            raise ValueError("row 17 says 'patient Jane Doe'")
+        return super().reply(scalars)
+
+
+def test_a_site_that_fails_says_so_without_a_word_of_its_data(
+    coordinator: Callable[..., Coordinator], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = coordinator(2, clients_minimum=1)
+    failing = Attending(Failing(0, held.door.token("node 0")), held.port, held.authority)
+    other = held.attending(1)
+    assert [sorted(record.scalars) for record in held.rounds(4)] == [[0, 1], [0, 1], [1], [1]]
+    assert isinstance(failing.end().error, ValueError)
+    held.close()
+    assert other.end().error is None
+    said = capsys.readouterr().err
+    assert "client 0 takes no part: error" in said
+    assert "Jane" not in said
+
+
+def _timed(rounds: Iterator[object]) -> Sequence[float]:
+    """Seconds of each round."""
+    times, began = [], time.monotonic()
+    for _ in rounds:
+        times.append(time.monotonic() - began)
+        began = time.monotonic()
+    return times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "hold"])
+def test_over_a_slow_network_a_round_takes_one_round_trip(
+    proxied: Callable[..., tuple[Coordinator, Proxy]], how: str
+) -> None:
+    """50 ms each way: nothing in a round waits twice. Then one node is away for twenty rounds."""
+    delay, compute, deadline = 0.05, 0.05, 2.0
+    held, proxy = proxied(3, delay, 0.01, clients_minimum=2, deadline_s=deadline)
+    away = Proxy(held.port, delay, 0.01)
+    sites = [held.attending(client, port, compute) for client, port in ((0, proxy.port), (1, proxy.port))]
+    sites.append(held.attending(2, away.port, compute))
+    list(held.rounds(3))
+    times = _timed(held.rounds(40))
+    assert statistics.median(times) <= 1.3 * (2 * delay + compute)
+    getattr(away, how)()
+    times = _timed(held.rounds(20))
+    assert max(times) <= deadline + 0.5
+    assert statistics.median(times) <= 1.3 * (2 * delay + compute)
+    away.mend()
+    assert _settles(lambda: set(next(held.rounds(1)).scalars) == {0, 1, 2})
+    assert len(list(held.rounds(5))[-1].scalars) == 3
+    held.close()
+    for attending in sites:
+        assert attending.end().error is None
+        assert attending.site.digest == held.digest
+    away.close()
