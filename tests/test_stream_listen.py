@@ -29,7 +29,7 @@ def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "coordinator", ":9094", "a:b", "a:0", "a:65536", "https://a:9094", "a:9094/"])
 def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(MeerkatError, match="stream .*must be host:port"):
+    with pytest.raises(MeerkatError, match=r"stream .*must be host:port"):
         host_and_port(text, "stream")
 
 

@@ -117,7 +117,7 @@ def port(federation: FederationConfig) -> Findings:
         cure = f'give an address of this machine to listen on, such as listen = "0.0.0.0:{number}"'
         if error.errno == errno.EADDRINUSE:
             cure = "end the run or program that holds it, or give another port"
-        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         yield fail("port", f"cannot listen on {listen}: {why}", cure)
 
 

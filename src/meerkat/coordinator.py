@@ -105,14 +105,14 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
 
 
 def host_and_port(text: str, name: str) -> tuple[str, int]:
-    """An address such as coordinator.example.org:9094, taken apart; `name` stands in the message.
+    """An address such as coordinator.example.org:9001, taken apart; `name` stands in the message.
 
     Raises:
         MeerkatError: it is none.
     """
     host, _, port = text.rpartition(":")
     if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise MeerkatError(f"{name} '{text}': must be host:port, such as coordinator.example.org:9094")
+        raise MeerkatError(f"{name} '{text}': must be host:port, such as coordinator.example.org:9001")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

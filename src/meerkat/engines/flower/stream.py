@@ -131,7 +131,7 @@ class StreamLink:
     # in the loop's thread
 
     async def _listen(self, listen: str, credentials: grpc.ServerCredentials) -> int:
-        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)))  # or two runs would share a port
+        self._server = grpc.aio.server(options=_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._attend, _as_is, _as_is)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
         port: int = self._server.add_secure_port(listen, credentials)
