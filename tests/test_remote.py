@@ -17,7 +17,7 @@ from meerkat.agreement import Refused
 from meerkat.data import load_rows
 from meerkat.engines import frames, remote
 from meerkat.engines.frames import Closed, Frame, Kind
-from meerkat.engines.remote import Trail
+from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.rounds import RoundRecord
 
