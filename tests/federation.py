@@ -5,6 +5,7 @@ Time is the wire's own: nothing sleeps.
 
 import heapq
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from meerkat import calibration, experiment, models, path, server
-from meerkat.agreement import SiteConfig
+from meerkat.agreement import Refused, SiteConfig
 from meerkat.config import RunConfig, make_config
 from meerkat.data import load_rows
 from meerkat.directions import Directions, run_key
@@ -50,7 +51,7 @@ def faithful(_: int, data: bytes, __: bool) -> Sequence[tuple[float, bytes]]:
     return [(0.0, data)]
 
 
-@dataclass
+@dataclass(repr=False)
 class Setting:
     """A federation's run, as all sides know it: made once, and cheap to begin again and again."""
 
@@ -238,7 +239,8 @@ class Wire:
             self.now = max(self.now, at)
             if (event := action()) is not None:
                 return event
-        self.now = until
+        # time goes on even where what is left of a wait is less than the clock's last bit
+        self.now = max(until, math.nextafter(self.now, math.inf) if timeout_s else until)
         return None
 
     def drop(self, client: int, last: bytes) -> None:
@@ -439,13 +441,14 @@ class Faults:
         if chance < 0.20:
             if not up:
                 self.damaged.add(client)
-            return [(delay, self._damage(data))]
+            return [(delay, self._damage(data, up))]
         return [(delay, data)]
 
-    def _damage(self, data: bytes) -> bytes:
+    def _damage(self, data: bytes, up: bool) -> bytes:
         if self.random.random() < 0.3:
             return data[: self.random.randrange(len(data))]
-        at = self.random.randrange(len(data))
+        # a scalar that says another number is a lie, not damage that anyone could find
+        at = self.random.randrange(52 + 7 if up and len(data) > 52 + 7 else len(data))
         return data[:at] + bytes([data[at] ^ (1 << self.random.randrange(8))]) + data[at + 1 :]
 
     def _left(self, client: int, site: Site) -> None:
@@ -457,7 +460,10 @@ class Faults:
         if client in self.federation.wire.sites:
             return
         self.damaged.discard(client)
-        if site is None:
-            self.federation.enter(client)
-        else:
-            self.federation.wire.connect(site)
+        try:
+            if site is not None:
+                self.federation.wire.connect(site)
+                return
+        except Refused:  # it was shown out, and its stream broke before it could be told
+            pass
+        self.federation.enter(client)

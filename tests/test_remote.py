@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from federation import Faults, Federation, Setting, frame, replay, write_rows
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from meerkat import path
 from meerkat.agreement import Refused
@@ -628,23 +626,21 @@ def test_at_the_end_everyone_has_the_last_theta_and_knows(setting: Setting, monk
 # under any trouble
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    seed=st.integers(0, 10**9),
-    changes=st.sampled_from(
-        [
-            {},
-            {"local_steps": 3, "directions": 2},
-            {"clients_per_round": 2, "server_optimizer": "momentum", "server_lr": 0.5},
-            {"local_steps": 3, **CALIBRATED, "recalibrate_every": 3},
-            {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
-        ]
-    ),
-)
+TROUBLED: list[dict[str, Any]] = [
+    {},
+    {"local_steps": 3, "directions": 2},
+    {"clients_per_round": 2, "server_optimizer": "momentum", "server_lr": 0.5},
+    {"local_steps": 3, **CALIBRATED, "recalibrate_every": 3},
+    {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
+]
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of rates that were damaged on the way
+@pytest.mark.parametrize("seed", range(10))
 def test_whatever_goes_wrong_the_log_says_what_became_of_theta(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch, seed: int, changes: dict[str, Any]
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    ours = setting.but(rounds=8, **changes)
+    ours = setting.but(rounds=8, **TROUBLED[seed % len(TROUBLED)])
     federation = Federation.of(ours, monkeypatch, patience_s=300.0)
     faults = Faults(federation, seed)
     federation.wire.meddle = faults
