@@ -140,8 +140,8 @@ class Setting:
         given = {"client": client, "data": str(self.folder / str(client)), "model": str(self.root / "model"), **own}
         return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}))
 
-    def simulated(self) -> list[str]:
-        """Theta's digest after each round of the same federation in one process, one client after another."""
+    def in_one_process(self) -> LocalEngine:
+        """The same clients without sites, one after another."""
         workplace = open_workplace(self.config)
         model, z = MaskedModel(workplace.model, self.mask), self.directions
         rows = load_rows(self.config.data, "train")
@@ -150,9 +150,13 @@ class Setting:
         losses_of = models.client_losses(
             workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
         )
-        engine = LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+        return LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+
+    def simulated(self) -> list[str]:
+        """Theta's digest after each round of the same federation in one process."""
+        engine, z = self.in_one_process(), self.directions
         settings = replace(self.settings, examples=dict(enumerate(self.sizes)))
-        state, gradient, digests = ServerState(0, model.read()), self.mask.pretraining_gradient, []
+        state, gradient, digests = ServerState(0, self.theta_0), self.mask.pretraining_gradient, []
         while state.round < settings.rounds:
             if calibration.due(state, settings):
                 plan = calibration.open_calibration(state, settings)
@@ -401,17 +405,15 @@ def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
     return {"kind": "evaluation", "round": rounds, "accuracy": 0.0, "loss": None}
 
 
+def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
+    """A federation's records, to be gone through from theta_0."""
+    again, gradient = json.loads(json.dumps(list(records))), setting.mask.pretraining_gradient
+    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"))
+
+
 def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
     """A federation's records, gone through from theta_0."""
-    again = json.loads(json.dumps(list(records)))
-    return Replay(
-        again,
-        setting.theta_0,
-        setting.settings,
-        setting.directions,
-        setting.mask.pretraining_gradient,
-        Path("rounds.log"),
-    ).run()
+    return opened(setting, records).run()
 
 
 def frame(kind: Kind, client: int, state: ServerState, body: bytes = b"", run: str = RUN) -> bytes:
@@ -423,8 +425,10 @@ def frame(kind: Kind, client: int, state: ServerState, body: bytes = b"", run: s
 class Faults:
     """A seeded schedule of trouble: delays, duplicates, broken streams, restarts and damaged bytes."""
 
-    def __init__(self, federation: Federation, seed: int) -> None:
+    def __init__(self, federation: Federation, seed: int, damage: bool) -> None:
         self.federation = federation
+        self.damage = damage
+        """Whether bytes change on the way."""
         self.random = random.Random(seed)
         self.damaged: set[int] = set()
         """Clients that were told something damaged since they came."""
@@ -438,7 +442,7 @@ class Faults:
             return [(delay + 12.0, data)]
         if chance < 0.16 and up:
             return [(delay, data), (delay * 2, data)]
-        if chance < 0.20:
+        if chance < 0.20 and self.damage:
             if not up:
                 self.damaged.add(client)
             return [(delay, self._damage(data, up))]
