@@ -158,7 +158,9 @@ def test_feddyn_s_own_correction_is_asked_for_where_it_cannot_follow(setting: Se
     server, old = Server(ours), ours.site(0)
     trail = [server.close(scalars_of(old.answer(server.ask())))]
     again = ours.site(0)
-    assert decoded(again.answer(server.ask(trail))).kind is Kind.BEHIND
+    assert again.answer(server.ask(trail, Kind.CLOSED)) is None
+    assert stands_at(again, server.state)
+    assert decoded(again.answer(server.ask())).kind is Kind.BEHIND
     for part in server.whole_state():
         again.answer(part)
     assert again.answer(server.ask()) == old.answer(server.ask(trail))
