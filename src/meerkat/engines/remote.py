@@ -286,10 +286,10 @@ class RemoteEngine:
         return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
 
     def end(self, why: str) -> None:
-        """Bring everyone who is idle up to date, and say that the run is over."""
+        """Bring everyone up to date, who is late as well, and say that the run is over."""
         words = frames.encode_words({"why": why})
         for client in [k for k, member in self._members.items() if member.here]:
-            told = self._telling(client, Kind.CLOSED) if self._members[client].busy is None else []
+            told = self._telling(client, Kind.CLOSED)
             last = self._frame(Kind.END, client, words)
             self._link.send({client: told})
             self._link.drop(client, last)
