@@ -29,6 +29,8 @@ from meerkat.progress import say
 _SERVICE, _METHOD = "meerkat.Session", "Frames"
 _HELLO_S = 10.0
 """Seconds that a caller has for its first frame."""
+_ANSWER_S = 10.0
+"""Seconds that a coordinator has for its first frame, before the site calls again."""
 _UNREAD = 8
 """Events of one site, over all its streams, that may wait to be handled; more are left in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
@@ -218,15 +220,15 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         BadFrame: the coordinator sent what no coordinator sends; it was told so.
     """
     credentials = grpc.ssl_channel_credentials(authority)
-    heard, pause, calls = time.monotonic(), 0.1, 0
+    lost, pause, calls = time.monotonic(), 0.1, 0
     while not site.ended:
         calls += 1
         trouble = "it ended"
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
-            call = _Call(channel, site.hello(), idle_s)
+            left_s = lost + patience_s - time.monotonic()
+            call = _Call(channel, site.hello(), idle_s, answer_s=min(max(left_s, 1.0), _ANSWER_S))
             try:
                 for data in call:
-                    heard, pause = time.monotonic(), 0.1
                     if (answer := _answer(site, call, data)) is not None:
                         call.say(answer)
                     if site.ended:
@@ -238,7 +240,9 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                 raise RunFailed(f"coordinator {address}: not a frame for {idle_s:g} s; the site is free again")
         if site.ended:
             break
-        if time.monotonic() - heard > patience_s:
+        if call.answered:
+            lost, pause = time.monotonic(), 0.1
+        if time.monotonic() - lost > patience_s:
             raise RunFailed(
                 f"coordinator {address}: no stream for {patience_s:g} s ({trouble}); the site is free again"
             )
@@ -254,10 +258,12 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
 class _Call:
     """One stream of a site: iterating gives the coordinator's frames."""
 
-    def __init__(self, channel: grpc.Channel, hello: bytes, idle_s: float) -> None:
+    def __init__(self, channel: grpc.Channel, hello: bytes, idle_s: float, answer_s: float) -> None:
+        self.answered = False
+        """Whether a frame came."""
         self.idle = False
-        """Whether it was ended because nothing came for so long."""
-        self._idle_s = idle_s
+        """Whether it was ended because nothing came any more for so long."""
+        self._idle_s, self._answer_s = idle_s, answer_s
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outgoing.put(hello)
         self._call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", _as_is, _as_is)(iter(self._outgoing.get, None))
@@ -268,6 +274,7 @@ class _Call:
     def __iter__(self) -> Iterator[bytes]:
         try:
             for data in self._call:
+                self.answered = True
                 yield data
                 self._heard = time.monotonic()
         finally:
@@ -279,8 +286,8 @@ class _Call:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._idle_s)):
-            if time.monotonic() - self._heard > self._idle_s:
-                self.idle = True
+            if time.monotonic() - self._heard > (self._idle_s if self.answered else self._answer_s):
+                self.idle = self.answered
                 self._call.cancel()
                 return
 
