@@ -44,6 +44,7 @@ _OPTIONS = (
     ("grpc.max_send_message_length", frames.LIMIT),
     ("grpc.keepalive_time_ms", 1000 * _KEEPALIVE_S),
     ("grpc.keepalive_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
+    ("grpc.http2.ping_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),  # a minute otherwise, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
     ("grpc.http2.bdp_probe", 0),  # frames are small: probing the bandwidth would cost more bytes than they do
