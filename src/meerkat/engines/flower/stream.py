@@ -227,7 +227,7 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         trouble = "it ended"
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
             left_s = lost + patience_s - time.monotonic()
-            call = _Call(channel, site.hello(), idle_s, answer_s=min(max(left_s, 1.0), _ANSWER_S))
+            call = _Call(channel, site.hello(), idle_s, min(max(left_s, 1.0), _ANSWER_S))
             try:
                 for data in call:
                     if (answer := _answer(site, call, data)) is not None:
