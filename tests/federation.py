@@ -313,6 +313,8 @@ class Federation:
         self.state = self.state or ServerState(0, self.setting.theta_0)
         self.engine = RemoteEngine(self.wire, self.door, self.settings, self.terms, RUN, self.state)
         self.records: list[dict[str, Any]] = []
+        self.ever: dict[int, Site] = {}
+        """The last site of each client, here or not."""
 
     @classmethod
     def of(
@@ -330,7 +332,13 @@ class Federation:
         """A fresh site comes in by a token."""
         site = self.setting.site(client, self.door.token(node or f"node {client}"), **own)
         self.wire.connect(site)
+        self.ever[client] = site
         return site
+
+    def engine_state_size(self) -> int:
+        """Float32 values of a whole state."""
+        by = self.settings.optimizer
+        return len(self.setting.mask) * (1 + by.carried + bool(by.alpha))
 
     def gather(self) -> list[Join]:
         """The clients that join before the next round."""
@@ -389,6 +397,12 @@ class Federation:
 def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
     """An evaluation of a run that nobody evaluates."""
     return {"kind": "evaluation", "round": rounds, "accuracy": 0.0, "loss": None}
+
+
+def counted(federation: "Federation") -> tuple[int, int]:
+    """Rows right and rows in all, as sites count them on their own."""
+    metric = federation.engine.judge(torch.zeros(0), 0)
+    return round((metric["accuracy"] or 0.0) * metric["rows"]), metric["rows"]
 
 
 def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import RUN, Federation, Setting, frame, write_rows
+from federation import RUN, Federation, Setting, counted, frame, write_rows
 
 from meerkat import demo, path
 from meerkat.agreement import Refused, SiteConfig
@@ -347,7 +347,7 @@ def test_no_frame_has_room_for_a_loss_a_label_or_a_text(setting: Setting, monkey
     federation.round()
     federation.enter(2, evaluate=True)  # late, so it is caught up
     federation.round()
-    assert federation.engine.judge()[1] == setting.sizes[2]
+    assert counted(federation)[1] == setting.sizes[2]
     federation.round()
     federation.end()
     said = federation.wire.up

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -140,6 +141,61 @@ def make_node_key(path: Path) -> Pair:
     _write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
     _write_new(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n", 0o644)
     return Pair(public, path)
+
+
+def read_certificate(path: str) -> x509.Certificate:
+    """A certificate, PEM.
+
+    Raises:
+        MeerkatError: no such file, or no certificate in it.
+    """
+    try:
+        return x509.load_pem_x509_certificate(Path(path).read_bytes())
+    except OSError as error:
+        raise MeerkatError(f"'{path}': {error.strerror}; see 'meerkat certify'") from None
+    except ValueError:
+        raise MeerkatError(f"'{path}': is no PEM certificate; see 'meerkat certify'") from None
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    """Whether a certificate may sign others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a server's certificate is good for."""
+    try:
+        held = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in held]
+
+
+def is_pair(certificate: x509.Certificate, private_key: str) -> bool:
+    """Whether a private key, a PEM file, is the certificate's.
+
+    Raises:
+        MeerkatError: no such file, or no key in it that can be read without a password.
+    """
+    try:
+        key = load_pem_private_key(Path(private_key).read_bytes(), password=None)
+    except OSError as error:
+        raise MeerkatError(f"'{private_key}': {error.strerror}; see 'meerkat certify'") from None
+    except (ValueError, TypeError):
+        raise MeerkatError(f"'{private_key}': is no PEM key without a password; see 'meerkat certify'") from None
+    return key.public_key() == certificate.public_key()
+
+
+def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether an authority signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:

@@ -95,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     sign.add_argument("--nodes", default=0, metavar="N", type=int, help="sites to make a key for [default: 0]")
     sign.add_argument("--days", default=365, metavar="N", type=int, help="validity of the certificates [default: 365]")
 
+    doctor = command("doctor", "Check a federation's site or coordinator before a run does.", _doctor)
+    doctor.add_argument("file", metavar="FILE", type=Path, help="a site.toml or a federation.toml")
+    doctor.add_argument("--connect", default="", metavar="HOST:PORT", help="a site's: try a TLS handshake there")
+
     compare = command(
         "compare", "Compare methods and settings over several seeds, each at its own learning rate.", _compare
     )
@@ -276,6 +280,16 @@ def _certify(arguments: argparse.Namespace) -> None:
     else:
         for name, path in made.items():
             print(f"{name:>14}  {path}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    try:
+        from meerkat.doctor import examine, in_lines, judge
+    except ImportError:
+        raise MeerkatError("doctor: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
+    outcome = examine(arguments.file, arguments.connect)
+    print(json.dumps(outcome) if arguments.json else in_lines(outcome))
+    judge(outcome)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -104,6 +104,18 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
     return config, federation
 
 
+def host_and_port(text: str, name: str) -> tuple[str, int]:
+    """An address such as coordinator.example.org:9001, taken apart; `name` stands in the message.
+
+    Raises:
+        MeerkatError: it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise MeerkatError(f"{name} '{text}': must be host:port, such as coordinator.example.org:9001")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def _beside(file: Path, value: str) -> str:
     beside = file.parent / value
     return str(beside.resolve()) if value and beside.exists() else value
@@ -118,6 +130,9 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
         raise MeerkatError(
             f"{file}: stream {federation.stream}: needs certificate and private_key; see 'meerkat certify'"
         )
+    for name in ("stream", "listen"):
+        if value := getattr(federation, name):
+            host_and_port(value, f"{file}: {name}")
     for name in ("clients_minimum", "clients_wanted", "quorum"):
         if (value := getattr(federation, name)) > config.clients:
             raise MeerkatError(f"{file}: {name} {value}: must be at most [run] clients, {config.clients}")

@@ -297,6 +297,12 @@ def run_rounds(
         folder.note({**found, "wall_s": time.perf_counter() - began})
         say(evaluation_in_words(found, config.rounds))
 
+    def gather(settings: ServerConfig) -> ServerConfig:
+        for join in engine.arrivals(state.round):
+            log.append(join.to_json())
+            settings = join.settle(settings)
+        return settings
+
     def due(rounds: int) -> bool:
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
 
@@ -311,22 +317,6 @@ def run_rounds(
         folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
         log.append({"kind": metric["kind"], **record.to_json()})
 
-    def gather(settings: ServerConfig) -> ServerConfig:
-        for join in engine.arrivals(state.round):
-            log.append(join.to_json())
-            settings = join.settle(settings)
-        return settings
-
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
-    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
-    if state.round:
-        say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
-    if state.round < config.rounds:
-        settings = gather(settings)  # first of all: a judge may need clients, too
-    if 0 not in judged:
-        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
-    if state.round and due(state.round) and state.round not in judged:
-        evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
         settings = gather(settings)
         if calibration.due(state, settings):
@@ -336,7 +326,7 @@ def run_rounds(
             state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
-            settings = gather(settings)  # meanwhile clients may have come, or left
+            settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
         plan = server.open_round(state, settings, engine.available())
         replies = replies_to(plan)

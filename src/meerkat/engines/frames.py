@@ -26,6 +26,8 @@ _MAGIC = b"MK"
 _HEADER = struct.Struct("<2sBB8sII32s")
 _WORK = struct.Struct("<BdIQH")
 _CLOSED = struct.Struct("<BddIH")
+ROOM = LIMIT - _HEADER.size
+"""Bytes of a frame's body, at most."""
 _REPLY = struct.Struct("<BIH")
 _COUNTS = struct.Struct("<QQ")
 _PART = struct.Struct("<IIQ")

@@ -86,14 +86,14 @@ class Terms:
 
 
 class Trail:
-    """The last closed rounds, as clients need them to follow: as many as are shorter than the state itself."""
+    """The last closed rounds, as clients need them to follow: those shorter than the state itself, and than a frame."""
 
     def __init__(self, state_bytes: int, round: int, digest: bytes) -> None:
         """A trail that begins where a run stands: after so many rounds, at the theta of a digest."""
         self.round = round
         self.digest = digest
         """SHA-256 of theta now."""
-        self._room = state_bytes
+        self._room = min(state_bytes, frames.ROOM - len(Work().encode()))
         self._bytes = 0
         self._held: deque[tuple[bytes, Closed, frozenset[int], int]] = deque()
 
@@ -159,6 +159,8 @@ class RemoteEngine:
         self._begun = False
         self._plan: RoundPlan | None = None
         self._replied: dict[int, np.ndarray] = {}
+        self._counting: set[int] = set()
+        """Whose evaluation is waited for."""
         self._counted: dict[int, tuple[int, int]] = {}
         self._round_s = 0.0
         self._stopped = ""
@@ -183,13 +185,13 @@ class RemoteEngine:
         while (event := self._link.receive(0)) is not None:
             self._handle(event)
         while True:
-            waited, here = time.monotonic() - began, len(self.available())
+            waited, here = time.monotonic() - began, len(self._idle())
             wanted = full if not self._begun and waited < self._terms.start_s else least
             if here >= wanted:
                 break
-            if waited > self._terms.patience_s:
+            if here < least and waited > self._terms.patience_s:
                 raise RunFailed(
-                    f"round {round}: {here} clients are here and idle, {wanted} are needed, and no more came for "
+                    f"round {round}: {here} clients are here and idle, {least} are needed, and no more came for "
                     f"{waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
                 )
             if not told and waited > 2:
@@ -211,6 +213,10 @@ class RemoteEngine:
 
     def available(self) -> list[int]:
         """The clients that are here and idle, ascending. Those that are not logged yet wait for the next round."""
+        held = self._settings.examples
+        return [client for client in self._idle() if held.get(client) == self._members[client].guest.examples]
+
+    def _idle(self) -> list[int]:
         return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
@@ -274,14 +280,14 @@ class RemoteEngine:
 
     def judge(self, _: Tensor, rounds: int) -> Metric:
         """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
-        asked = [k for k in self.available() if self._members[k].guest.evaluates]
         self._counted = {}
-        self._link.send({client: self._telling(client, Kind.JUDGE) for client in asked})
+        self._counting = {k for k in self.available() if self._members[k].guest.evaluates}
+        self._link.send({client: self._telling(client, Kind.JUDGE) for client in sorted(self._counting)})
         end = time.monotonic() + self._terms.deadline_s
-        while (left := end - time.monotonic()) > 0 and any(
-            self._members[k].here and k not in self._counted for k in asked
-        ):
+        while self._counting and (left := end - time.monotonic()) > 0:
             self._wait(left)
+            self._counting = {client for client in self._counting if self._members[client].here}
+        self._counting = set()
         counts = list(self._counted.values())
         return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
 
@@ -378,15 +384,25 @@ class RemoteEngine:
                 member.round = None
                 self._once_more(client, member, "its theta does not come out as everyone's")
             case Kind.FAILED:
-                self.counts["failed"] += 1
                 _, said = frames.decode_words(frame.body)
+                if client in self._counting:
+                    self._counting.remove(client)
+                elif member.busy is None or member.busy[0] != frame.round:
+                    self.counts["duplicate"] += 1
+                    return
+                self.counts["failed"] += 1
                 why = said.get("why") if said.get("why") in frames.FAILURES else "error"
                 self.tell("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
                 member.busy, member.trouble = None, member.trouble + 1
                 if member.trouble == _PATIENT:
                     self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
             case Kind.COUNTS:
-                self._counted[client] = frames.decode_counts(frame.body)
+                counts = frames.decode_counts(frame.body)
+                if client not in self._counting or frame.digest != self._trail.digest:
+                    self.counts["late"] += 1
+                    return
+                self._counting.remove(client)
+                self._counted[client] = counts
             case Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
                 why = _line(said.get("why"))
@@ -425,6 +441,8 @@ class RemoteEngine:
         member.busy, member.trouble = None, member.trouble + 1
         if member.trouble == _PATIENT:
             self._show_out(client, why)
+        elif client in self._counting:
+            self._link.send({client: self._telling(client, Kind.JUDGE)})
         elif self._plan is not None and client in self._plan.steps and client not in self._replied:
             self._link.send({client: self._asking(client, self._plan)})
 

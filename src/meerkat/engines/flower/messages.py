@@ -33,6 +33,7 @@ class MessageLink:
         self._grid = grid
         self._door = door
         self._nodes: dict[int, int] = {}
+        self._let_go: set[int] = set()
         self._out: dict[str, int] = {}
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -49,9 +50,9 @@ class MessageLink:
         return ""
 
     def nodes(self) -> set[int]:
-        """The nodes that take part."""
+        """The nodes that take part, and those that were let go: neither is to be invited."""
         with self._lock:
-            return set(self._nodes.values())
+            return {*self._nodes.values(), *self._let_go}
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         """Send each client its frames in one message; those of a client that is gone are lost with it."""
@@ -83,9 +84,10 @@ class MessageLink:
     def drop(self, client: int, last: bytes) -> None:
         """Send a client a last frame, and let it go; nobody waits for its answer."""
         if client in self._nodes:
-            self._grid.push_messages([self._message(client, [last])])
+            message = self._message(client, [last])
             with self._lock:
-                self._nodes.pop(client, None)
+                self._let_go.add(self._nodes.pop(client))
+            self._grid.push_messages([message])
 
     def close(self) -> None:
         """Nothing was taken that has to be given back."""

@@ -97,7 +97,8 @@ class StreamLink:
         except RuntimeError:
             self._stop_loop()
             raise MeerkatError(
-                f"stream {listen}: cannot listen there; is the port taken, the key the certificate's?"
+                f"stream {listen}: cannot listen there; is the port taken, the host another machine's (give 'listen'), "
+                "the key not the certificate's? 'meerkat doctor' tells which"
             ) from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:

@@ -1,0 +1,249 @@
+"""`meerkat doctor`: every fault that it is for, made on purpose, and found in a line of its own."""
+
+import json
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cryptography")
+pytest.importorskip("packaging")
+
+from meerkat import doctor
+from meerkat.certificates import Pair, certify
+from meerkat.cli import main
+from meerkat.doctor import examine
+from meerkat.errors import MeerkatError
+
+ROW = json.dumps({"text": "a goal in the last minute", "label": 0}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return certify(tmp_path_factory.mktemp("doctor") / "pki", ["127.0.0.1"], nodes=0)
+
+
+@pytest.fixture
+def site(tmp_path: Path, keys: dict[str, Path]) -> Path:
+    (tmp_path / "train.jsonl").write_text(3 * ROW)
+    return write(tmp_path / "site.toml", client=1, data=".", certificate_authority=str(keys["authority"]))
+
+
+@pytest.fixture
+def federation(tmp_path: Path, keys: dict[str, Path]) -> Path:
+    return coordinator(tmp_path, keys)
+
+
+def coordinator(folder: Path, keys: dict[str, Path], run: str = "clients = 3\n", **given: Any) -> Path:
+    held = {"stream": f"127.0.0.1:{free_port()}", "certificate": keys["server"], "private_key": keys["server key"]}
+    file = write(folder / "federation.toml", **{name: str(value) for name, value in (held | given).items()})
+    file.write_text(f"[run]\n{run}[federation]\n{file.read_text()}")
+    return file
+
+
+def write(file: Path, **held: object) -> Path:
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in held.items()))
+    return file
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return int(held.getsockname()[1])
+
+
+def levels(file: Path, connect: str = "") -> dict[str, str]:
+    """The worst level of each check."""
+    found: dict[str, str] = {}
+    for finding in examine(file, connect)["checks"]:
+        worse = max(found.get(finding["check"], "ok"), finding["level"], key=["ok", "warn", "FAIL"].index)
+        found[finding["check"]] = worse
+    return found
+
+
+def said(file: Path, check: str, connect: str = "") -> str:
+    return " ".join(f"{f['found']}; {f['cure']}" for f in examine(file, connect)["checks"] if f["check"] == check)
+
+
+@contextmanager
+def serving(pair: Pair) -> Iterator[str]:
+    """A TLS server, for as many handshakes as come; its host:port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.public, pair.private)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            while True:
+                try:
+                    plain, _ = listener.accept()
+                except OSError:
+                    return  # the test is over
+                try:
+                    context.wrap_socket(plain, server_side=True).close()
+                except OSError:
+                    plain.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def test_a_sound_site_has_no_fail(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(site)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("FAIL")]
+    assert any(line.startswith("ok    data") and "3 rows with label, text" in line for line in lines)
+
+
+def test_a_sound_coordinator_has_no_fail(federation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(federation), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["kind"] == "coordinator"
+    assert {"settings", "model", "data", "certificate", "private_key", "authority", "stream", "port"} <= {
+        finding["check"] for finding in outcome["checks"] if finding["level"] == "ok"
+    }
+
+
+def test_one_fail_does_not_hide_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {"client": 0, "data": "nowhere", "model": "./no-model", "certificate_authority": "no-ca.crt"}
+    assert main(["doctor", str(write(tmp_path / "site.toml", **held))]) == 1
+    told = capsys.readouterr()
+    assert [line.split()[1] for line in told.out.splitlines() if line.startswith("FAIL")] == [
+        *("model", "data", "authority")
+    ]
+    assert "3 of" in told.err
+    assert "Traceback" not in told.out + told.err
+
+
+def test_settings_that_are_wrong_are_a_finding(tmp_path: Path, keys: dict[str, Path]) -> None:
+    assert "unknown; must be one of" in said(write(tmp_path / "site.toml", client=0, data=".", burrow=1), "settings")
+    assert "quorum 9: must be at most" in said(coordinator(tmp_path, keys, quorum=9), "settings")
+    assert "must be host:port" in said(coordinator(tmp_path, keys, stream="127.0.0.1"), "settings")
+
+
+def test_bad_arguments_are_refused(tmp_path: Path, federation: Path, site: Path) -> None:
+    other = write(tmp_path / "other.toml", burrow="deep")
+    for arguments in ([str(other)], [str(tmp_path / "none.toml")], [str(federation), "--connect", "127.0.0.1:1"]):
+        assert main(["doctor", *arguments]) == 2
+    with pytest.raises(MeerkatError, match="host:port"):
+        examine(site, "coordinator.example.org")
+
+
+def test_a_pinned_model_must_be_the_one(site: Path) -> None:
+    text = site.read_text()
+    own = next(word for word in said(site, "model").replace(";", "").split() if len(word) == 64)
+    site.write_text(f'{text}[accepts]\nmodel = "{own}"\n')
+    assert levels(site)["model"] == "ok"
+    site.write_text(f'{text}[accepts]\nmodel = "{"0" * 64}"\n')
+    assert levels(site)["model"] == "FAIL"
+
+
+def test_rows_are_read_and_fit_the_pinned_task(site: Path) -> None:
+    site.write_text(site.read_text() + 'evaluate = true\n[accepts]\ntask = "topics"\n')
+    assert levels(site)["data"] == "FAIL"
+    assert "no validation.jsonl" in said(site, "data")
+    (site.parent / "validation.jsonl").write_text(ROW)
+    assert levels(site)["data"] == "ok"
+    (site.parent / "train.jsonl").write_text(ROW.replace("text", "body"))
+    assert levels(site)["data"] == "FAIL"
+
+
+def test_versions_are_held_against_the_package_s_own_metadata(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "1.20.0" if name == "flwr" else version(name)
+    )
+    assert levels(site)["flwr"] == "FAIL"
+    assert levels(site)["torch"] == "ok"
+
+
+def test_a_model_larger_than_memory_is_not_loaded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_available", lambda: 1000)
+    found = levels(site)
+    assert found["memory"] == "FAIL"
+    assert "model" not in found
+
+
+def test_the_hub_is_not_asked(
+    site: Path, tmp_path: Path, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    site.write_text(site.read_text() + 'model = "org/no-such-model"\n')
+    assert levels(site)["model"] == "warn"
+    run = 'model = "org/no-such-model"\ntask = "sst2"\ndata = "org/rows"\ntext = "org/text"\n'
+    found = said(coordinator(tmp_path, keys, run), "data")
+    assert "hub names were not looked up: org/text, org/rows" in found
+
+
+def test_certificates_are_told_apart(site: Path, keys: dict[str, Path], tmp_path: Path) -> None:
+    site.write_text(site.read_text().replace("ca.crt", "server.crt"))
+    assert "give ca.crt" in said(site, "authority")
+    other = certify(tmp_path / "other", ["elsewhere.example.org"], nodes=0, days=20)
+    found = levels(coordinator(tmp_path, keys, private_key=other["server key"]))
+    assert (found["private_key"], found["certificate"]) == ("FAIL", "ok")
+    os.chmod(other["server key"], 0o644)
+    found = levels(coordinator(tmp_path, keys, certificate=other["server"], private_key=other["server key"]))
+    assert [found[check] for check in ("certificate", "stream", "private_key", "authority")] == [
+        *("warn", "FAIL", "warn", "ok")  # it ends soon, under another name, with a key for all to read
+    ]
+    (tmp_path / "other" / "ca.crt").write_bytes(keys["authority"].read_bytes())
+    mixed = coordinator(tmp_path, keys, certificate=other["server"], private_key=other["server key"])
+    assert levels(mixed)["authority"] == "FAIL"
+
+
+def test_a_port_that_is_taken_or_not_of_this_machine(keys: dict[str, Path], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        taken = coordinator(tmp_path, keys, stream=f"127.0.0.1:{held.getsockname()[1]}")
+        assert "give another port" in said(taken, "port")
+    assert 'listen = "0.0.0.0:9094"' in said(coordinator(tmp_path, keys, stream="192.0.2.1:9094"), "port")
+
+
+def test_a_handshake_with_the_coordinator(site: Path, keys: dict[str, Path]) -> None:
+    with serving(Pair(keys["server"], keys["server key"])) as address:
+        found = levels(site, address)
+    assert {found[check] for check in ("name", "port", "handshake", "clock")} == {"ok"}
+
+
+def test_a_handshake_with_someone_else(site: Path, tmp_path: Path) -> None:
+    other = certify(tmp_path / "other", ["127.0.0.1"], nodes=0)
+    with serving(Pair(other["server"], other["server key"])) as address:
+        assert "another authority signed it" in said(site, "handshake", address)
+        assert levels(site, address)["clock"] == "ok"
+
+
+def test_a_handshake_under_a_name_that_the_certificate_has_not(site: Path, tmp_path: Path) -> None:
+    other = certify(tmp_path / "other", ["elsewhere.example.org"], nodes=0)
+    site.write_text(site.read_text().replace(site.read_text().split('"')[3], str(other["authority"])))
+    with serving(Pair(other["server"], other["server key"])) as address:
+        assert "use an address that it has" in said(site, "handshake", address)
+
+
+def test_a_name_that_is_none_and_a_port_that_is_closed(site: Path) -> None:
+    assert levels(site, "no-such-host.invalid:9092")["name"] == "FAIL"
+    assert "is the SuperLink up?" in said(site, "port", f"127.0.0.1:{free_port()}")
+
+
+def test_a_server_without_tls_is_a_finding(site: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+
+        def answer() -> None:
+            for _ in range(3):
+                plain, _ = held.accept()
+                plain.sendall(b"220 burrow\r\n")
+                plain.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        found = levels(site, f"127.0.0.1:{held.getsockname()[1]}")
+        thread.join(10)
+    assert found["handshake"] == "FAIL"

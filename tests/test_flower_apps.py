@@ -1,0 +1,187 @@
+"""The two Flower apps against each other, over a grid of the test's own: frames in Flower's messages."""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+pytest.importorskip("flwr")
+
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from meerkat import experiment
+from meerkat.audit import verify
+from meerkat.config import make_config
+from meerkat.coordinator import coordinate, read_federation
+from meerkat.engines.flower import client_app, server_app
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.sites import site_folder, write_sites
+
+
+class Grid:
+    """Nodes in this process: a message is answered as it is pushed, each by the app that its type names."""
+
+    def __init__(self, sites: Sequence[Path]) -> None:
+        self.contexts = {
+            100 + number: Context(1, 100 + number, {"site": str(file)}, RecordDict(), {})
+            for number, file in enumerate(sites)
+        }
+        self.gone: set[int] = set()
+        self.pushed: list[str] = []
+        self.stopped = False
+        self._ids, self._lock = count(), threading.Lock()
+        self._answers: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        if self.stopped:
+            raise SystemExit(0)
+        return [node for node in self.contexts if node not in self.gone]
+
+    def push_messages(self, messages: Sequence[Message]) -> list[str | None]:
+        return [self._answer(message) for message in messages]
+
+    def pull_messages(self, ids: Sequence[str]) -> list[Message]:
+        with self._lock:
+            return [self._answers.pop(each) for each in ids if each in self._answers]
+
+    def _answer(self, message: Message) -> str | None:
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        if node in self.gone:
+            return None
+        message.metadata.__dict__["_message_id"] = made = f"m{next(self._ids)}"
+        handler = {"train.session": client_app.session, "train.frames": client_app.frames}[kind]
+        with self._lock:
+            self.pushed.append(kind)
+            self._answers[made] = handler(message, self.contexts[node])
+        return made
+
+
+@pytest.fixture
+def _identity() -> Iterator[None]:
+    held = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    yield
+    TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = held
+
+
+SETTINGS: dict[str, Any] = {
+    "task": "topics",
+    "clients": 2,
+    "rounds": 2,
+    "local_steps": 2,
+    "eval_every": 0,
+    "text_sequences": 4,
+    "threads": 1,
+    "batching": "off",
+}
+
+
+def federation_file(root: Path, federation: dict[str, Any] | None = None, **run: Any) -> Path:
+    held = {"run": {**SETTINGS, **run}, "federation": {"clients_minimum": 2, "patience_s": 20.0, **(federation or {})}}
+    file = root / "federation.toml"
+    file.write_text(tomli_w.dumps(held))
+    return file
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> list[Path]:
+    write_sites(make_config(SETTINGS), tmp_path / "data")
+    files = [tmp_path / f"site-{client}.toml" for client in range(2)]
+    for client, file in enumerate(files):
+        file.write_text(tomli_w.dumps({"client": client, "data": str(site_folder(tmp_path / "data", client))}))
+    return files
+
+
+def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
+    config, federation = read_federation(file)
+    return coordinate(config, federation, out, server_app.FlowerControl(grid, federation))
+
+
+@pytest.mark.usefixtures("_identity")
+@pytest.mark.parametrize("extra", [{}, {"server_optimizer": "adam"}, {"method": "feddyn"}])
+def test_frames_in_messages_end_at_the_simulations_bits(
+    tmp_path: Path, sites: list[Path], extra: dict[str, Any]
+) -> None:
+    grid = Grid(sites)
+    summary = run(federation_file(tmp_path, **extra), tmp_path / "run", grid)
+    simulated = experiment.simulate(make_config({**SETTINGS, **extra}), tmp_path / "simulated")
+    assert summary["theta_digest"] == simulated["theta_digest"]
+    assert verify(tmp_path / "run").finished
+    # one invitation a site, then two rounds and the end
+    assert sorted(grid.pushed) == ["train.frames"] * 6 + ["train.session"] * 2
+
+
+@pytest.mark.usefixtures("_identity")
+def test_sites_that_agree_judge_on_their_own_rows(tmp_path: Path, sites: list[Path]) -> None:
+    for client, file in enumerate(sites):
+        data = site_folder(tmp_path / "data", client)
+        rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
+        (data / "validation.jsonl").write_text("".join(rows[: 5 + client]))
+        file.write_text(file.read_text() + "evaluate = true\n")
+    summary = run(federation_file(tmp_path, {"evaluate": "sites"}, rounds=1), tmp_path / "run", Grid(sites))
+    judged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [metric for metric in judged if metric["kind"] == "evaluation"]
+    assert [metric["round"] for metric in evaluations] == [0, 1]
+    assert all(metric["rows"] == 11 and metric["loss"] is None for metric in evaluations)
+    assert summary["accuracy"] == evaluations[-1]["accuracy"]
+    assert (summary["accuracy"] * 11) == pytest.approx(round(summary["accuracy"] * 11))
+
+
+@pytest.mark.usefixtures("_identity")
+def test_a_site_that_does_not_agree_is_not_asked_again(
+    tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites[1].write_text(sites[1].read_text() + "[accepts]\nrounds = 1\n")
+    grid = Grid(sites)
+    with pytest.raises(RunFailed, match="1 clients are here and idle, 2 are needed"):
+        run(federation_file(tmp_path, {"patience_s": 2.0, "start_s": 0.0}), tmp_path / "run", grid)
+    assert "takes no part: rounds: the run asks for 2, the site accepts at most 1" in capsys.readouterr().err
+    assert grid.pushed.count("train.session") == 2
+    # the run is none the worse for it
+    sites[1].write_text(sites[1].read_text().replace("rounds = 1", "rounds = 2"))
+    assert run(federation_file(tmp_path), tmp_path / "run", Grid(sites))["rounds"] == 2
+
+
+@pytest.mark.usefixtures("_identity")
+def test_a_run_that_flower_stops_can_be_gone_on_with(tmp_path: Path, sites: list[Path]) -> None:
+    class Stopping(Grid):
+        def push_messages(self, messages: Sequence[Message]) -> list[str | None]:
+            self.stopped = self.pushed.count("train.frames") >= 2
+            return super().push_messages(messages)
+
+    with pytest.raises(RunFailed, match=r"the run was stopped; what was logged is safe"):
+        run(federation_file(tmp_path, rounds=200), tmp_path / "run", Stopping(sites))
+    reached = verify(tmp_path / "run")
+    assert 1 <= reached.rounds < 200
+    with pytest.raises(MeerkatError, match="began with rounds 200, not 3"):
+        run(federation_file(tmp_path, rounds=3), tmp_path / "run", Grid(sites))
+    with pytest.raises(MeerkatError, match="a federation's run: start its coordinator again"):
+        experiment.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"runs": {}}, r"table \[runs\] is unknown"),
+        ({"run": {"rounds": 0}}, r"\[run\] rounds 0: must be"),
+        ({"federation": {"quorums": 1}}, r"\[federation\] quorums: unknown; must be one of stream"),
+        ({"federation": {"deadline_s": -1}}, r"\[federation\] deadline_s: Input should be greater than 0"),
+        ({"run": {"clients": 2}, "federation": {"quorum": 3}}, "quorum 3: must be at most .* 2"),
+        ({"run": {"method": "fo-fedavg"}}, "method fo-fedavg: sends 4n bytes"),
+        ({"run": {"method": "task-mask"}}, "method task-mask: needs the sites' rows"),
+        ({"federation": {"stream": "localhost:1"}}, "needs certificate and private_key"),
+        ({"run": {"local_steps": 200_000}}, "200,000 scalars a round"),
+    ],
+)
+def test_bad_settings_are_told_in_a_line(tmp_path: Path, held: dict[str, Any], said: str) -> None:
+    file = tmp_path / "federation.toml"
+    file.write_text(tomli_w.dumps(held))
+    with pytest.raises(MeerkatError, match=said) as caught:
+        read_federation(file)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,659 @@
+"""A federation over a wire: equal to the simulation to the bit where all is well, and sound where it is not."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import Faults, Federation, Setting, counted, frame, replay, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meerkat import path
+from meerkat.agreement import Refused
+from meerkat.data import load_rows
+from meerkat.engines import frames, remote
+from meerkat.engines.frames import Closed, Frame, Kind
+from meerkat.engines.remote import Trail
+from meerkat.errors import RunFailed
+from meerkat.rounds import RoundRecord
+
+
+@pytest.fixture(scope="module")
+def setting(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting.make(federation, tmp_path_factory.mktemp("sites"))
+
+
+def answered(record: RoundRecord) -> list[int]:
+    return list(record.scalars)
+
+
+def same_theta(federation: Federation, clients: Sequence[int]) -> bool:
+    wanted = (federation.state.round, path.digest(federation.state.theta))
+    return all(stands(federation, client) == wanted for client in clients)
+
+
+def stands(federation: Federation, client: int) -> tuple[int, str]:
+    said = Frame.decode(federation.ever[client].hello())
+    return said.round, said.digest.hex()
+
+
+# as the simulation
+
+CALIBRATED = {"early_stop": "vp", "calibration_steps": 8, "initial_steps": 3, "later_steps": 3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"directions": 2},
+        {"local_steps": 5},
+        {"local_steps": 5, "directions": 2, "lr_schedule": "linear"},
+        {"clients_per_round": 2, "rounds": 5},
+        {"local_steps": 3, "clients_per_round": 1, "rounds": 5},
+        {"local_steps": 3, "weights": "equal"},
+        {"local_steps": 3, **CALIBRATED},
+        {"local_steps": 3, **CALIBRATED, "early_stop": "random", "recalibrate_every": 2, "vpcs_rule": "thresholds"},
+        {"server_optimizer": "momentum", "server_lr": 0.7},
+        {"local_steps": 2, "server_optimizer": "adam", "server_lr": 0.01},
+        {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
+        {"method": "feddyn", "feddyn_alpha": 0.1, "clients_per_round": 2, "rounds": 5},
+    ],
+    ids=str,
+)
+def test_a_federation_is_the_simulation_to_the_bit(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    ours = setting.but(**changes)
+    federation = Federation.of(ours, monkeypatch)
+    state = federation.lived(tmp_path / "run")
+    digests = [record["theta"] for record in federation.records if record["kind"] == "round"]
+    assert digests == ours.simulated()
+    assert path.digest(state.theta) == digests[-1] != path.digest(setting.theta_0)
+    assert [record["kind"] for record in federation.records[:3]] == ["join"] * 3
+    assert replay(ours, federation.records).closed
+
+
+def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = setting.but(local_steps=3, **CALIBRATED)
+    federation = Federation.of(ours, monkeypatch)
+    monkeypatch.setattr("meerkat.calibration.select", everyone_but_first)
+    record = federation.round()
+    assert record.plan.steps == {0: 3, 1: 1, 2: 1}
+    assert [len(g) for g in record.scalars.values()] == [3, 1, 1]
+    assert federation.state.steps_made == {0: 11, 1: 9, 2: 9}
+
+
+def everyone_but_first(magnitude: Any, *_: Any) -> Any:
+    from meerkat.selection import Selection
+
+    clients = tuple(magnitude)
+    return Selection(clients, clients[1:], (), (), (), 0.0, 0.0, 0.0, 0.0)
+
+
+# time
+
+
+def slow(client: int, seconds: float) -> Any:
+    """A wire whose one client answers after so many seconds."""
+    return lambda k, data, up: [(seconds if up and k == client else 0.0, data)]
+
+
+def test_who_is_slow_is_not_waited_for_beyond_the_deadline(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch)
+    federation.wire.meddle = slow(2, 12.0)
+    first = federation.round()
+    assert (list(first.plan.steps), answered(first)) == ([0, 1, 2], [0, 1])
+    assert federation.engine.facts()["round_s"] == pytest.approx(10.0)
+    second = federation.round()
+    assert list(second.plan.steps) == [0, 1]  # not asked again before it has answered
+    federation.wire.receive(0)
+    federation.wire.now += 5
+    federation.wire.meddle = slow(2, 1.0)
+    third = federation.round()
+    assert federation.engine.counts["late"] == 1
+    assert answered(third) == [0, 1, 2]
+    assert federation.engine.caught_up == {"rounds": 1, "state": 0}
+    federation.end()
+    assert same_theta(federation, [0, 1, 2])
+    assert federation.replayed().state.round == 3
+
+
+def test_a_round_in_which_all_answer_does_not_wait(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.wire.meddle = slow(1, 3.0)
+    federation.round()
+    assert federation.wire.now == pytest.approx(3.0)
+    assert federation.engine.facts() == {"round_s": pytest.approx(3.0), "here": 3}
+
+
+def test_a_round_waits_for_its_quorum_beyond_the_deadline(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, quorum=3)
+    federation.wire.meddle = slow(0, 25.0)
+    assert answered(federation.round()) == [0, 1, 2]
+    assert federation.wire.now == pytest.approx(25.0)
+
+
+def test_too_few_replies_for_too_long_stop_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, quorum=3)
+    federation.round()
+    federation.wire.meddle = slow(0, 1e4)
+    with pytest.raises(RunFailed, match=r"round 1: 2 replies came in 4\d s, 3 are needed; what was logged is safe"):
+        federation.round()
+    assert federation.replayed().state.round == 1
+
+
+def test_the_first_round_waits_for_those_that_are_wanted_and_later_ones_do_not(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch, join=1, clients_wanted=3)
+    federation.wire.after(2.0, lambda: federation.enter(1) and None)
+    federation.wire.after(8.0, lambda: federation.enter(2) and None)
+    assert answered(federation.round()) == [0, 1]
+    assert 5.0 <= federation.wire.now < 6.0
+    assert answered(federation.round()) == [0, 1]
+    federation.wire.now = 9.0
+    assert answered(federation.round()) == [0, 1, 2]
+
+
+def test_a_start_that_is_longer_than_the_patience_does_not_stop_the_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch, join=1, clients_wanted=3, start_s=60.0, patience_s=10.0)
+    assert answered(federation.round()) == [0]
+    assert federation.wire.now >= 60.0
+
+
+def test_too_few_clients_for_too_long_stop_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=1, clients_minimum=2)
+    with pytest.raises(RunFailed, match=r"round 0: 1 clients are here and idle, 2 are needed, and no more came for 3"):
+        federation.round()
+    assert federation.records == []
+
+
+# coming and going
+
+
+def test_joins_are_logged_once_before_the_round_they_count_from(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch, join=2)
+    federation.round()
+    federation.enter(2)
+    federation.round()
+    federation.wire.disconnect(0)
+    federation.wire.connect(federation.ever[0])
+    federation.round()
+    assert [r["kind"] for r in federation.records] == ["join", "join", "round", "join", "round", "round"]
+    assert federation.records[3] == {
+        "kind": "join",
+        "round": 1,
+        "client": 2,
+        "examples": setting.sizes[2],
+        "node": "node 2",
+    }
+    again = federation.replayed()
+    assert again.nodes == {0: "node 0", 1: "node 1", 2: "node 2"}
+    assert dict(again.settings.examples) == dict(enumerate(setting.sizes))
+
+
+def test_a_client_with_other_data_counts_anew(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.round()
+    federation.wire.disconnect(1)
+    write_rows(tmp_path, load_rows(str(setting.folder / "1"), "train")[:5])
+    federation.enter(1, data=str(tmp_path))
+    record = federation.round()
+    assert federation.records[-2]["examples"] == 5
+    assert record.weights[1] == pytest.approx(5 / (5 + setting.sizes[0] + setting.sizes[2]))
+    assert federation.replayed().settings.examples[1] == 5
+
+
+def test_a_client_with_other_data_is_not_asked_in_the_round_it_left(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    write_rows(tmp_path, load_rows(str(setting.folder / "1"), "train")[:5])
+    federation.wire.meddle = slow(2, 4.0)
+    federation.wire.after(1.0, lambda: federation.wire.disconnect(1))
+    federation.wire.after(2.0, lambda: federation.enter(1, data=str(tmp_path)) and None)
+    federation.wire.meddle = lambda k, data, up: [(4.0 if up and k else 0.0, data)]
+    first = federation.round()
+    assert answered(first) == [0, 2]
+    assert answered(federation.round()) == [0, 1, 2]
+    assert federation.replayed().state.round == 2
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_stream_that_breaks_in_a_round_may_come_back_in_it(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    ours = setting.but(rounds=9)
+    federation, quiet = Federation.of(ours, monkeypatch), Federation(ours)
+    for client in range(3):
+        quiet.enter(client)
+    federation.round()
+    federation.wire.meddle = slow(1, 5.0)
+    site = federation.ever[1]
+    federation.wire.after(1.0, lambda: federation.wire.disconnect(1))
+    come = (lambda: federation.enter(1) and None) if fresh else (lambda: federation.wire.connect(site))
+    federation.wire.meddle = lambda k, data, up: [(4.0 if up and k else 0.0, data)]
+    federation.wire.after(2.0, come)
+    assert answered(federation.round()) == [0, 1, 2]
+    assert federation.wire.now == pytest.approx(4.0 + 2.0 + 0.0)
+    monkeypatch.setattr(remote, "time", quiet.wire)
+    quiet.round()
+    quiet.round()
+    assert path.digest(quiet.state.theta) == path.digest(federation.state.theta)
+    assert federation.engine.counts == dict.fromkeys(federation.engine.counts, 0)
+
+
+def test_a_round_goes_on_without_those_who_left(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.wire.meddle = lambda k, data, up: None if up and k == 1 else [(0.0, data)]
+    assert answered(federation.round()) == [0, 2]
+    assert federation.wire.now == 0.0  # nobody waited for a deadline
+    assert federation.engine.available() == [0, 2]
+
+
+def test_a_client_that_comes_in_a_calibration_is_logged_before_it_is_asked(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours = setting.but(local_steps=2, **CALIBRATED)
+    federation = Federation.of(ours, monkeypatch, join=2)
+    federation.wire.meddle = slow(1, 4.0)
+    federation.wire.after(2.0, lambda: federation.enter(2) and None)
+    federation.lived(tmp_path / "run")
+    kinds = [(r["kind"], r.get("round"), r.get("client", r.get("clients"))) for r in federation.records[:5]]
+    assert kinds == [
+        ("join", 0, 0),
+        ("join", 0, 1),
+        ("calibration", 0, [0, 1]),
+        ("join", 0, 2),
+        ("round", 0, [0, 1, 2]),
+    ]
+    assert replay(ours, federation.records).closed
+
+
+def test_nobody_left_after_a_calibration_is_waited_for(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours = setting.but(local_steps=2, **CALIBRATED)
+    federation = Federation.of(ours, monkeypatch, join=1)
+    site, left = federation.ever[0], []
+
+    def leave_after_calibration(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
+        if up and not left:
+            left.append(client)
+            federation.wire.after(0.0, lambda: federation.wire.disconnect(client))
+            federation.wire.after(7.0, lambda: federation.wire.connect(site))
+        return [(0.0, data)]
+
+    federation.wire.meddle = leave_after_calibration
+    assert federation.lived(tmp_path / "run").round == 4
+    assert replay(ours, federation.records).closed
+
+
+def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = setting.simulated()
+    first = Federation.of(setting, monkeypatch)
+    first.round()
+    first.round()
+    again = first.replayed()
+    second = Federation(setting, first.terms, again.nodes, again.state, again.settings)
+    monkeypatch.setattr(remote, "time", second.wire)
+    for client in range(3):
+        second.enter(client)
+    with pytest.raises(Refused, match="another node's"):
+        second.enter(1, node="stranger")
+    records = [*first.records]
+    for _ in range(2):
+        second.round()
+    assert [r["kind"] for r in second.records] == ["round", "round"]  # nobody joins again
+    assert path.digest(second.state.theta) == whole[-1]
+    assert second.engine.caught_up["state"] == 3
+    assert replay(setting, [*records, *second.records]).state.round == 4
+    second.end()
+    assert same_theta(second, [0, 1, 2])
+
+
+# catching up
+
+
+def test_few_rounds_are_told_as_rounds_and_many_as_the_state(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=90), monkeypatch, join=1)
+    federation.round()
+    federation.round()
+    federation.enter(1)
+    federation.round()
+    assert federation.engine.caught_up == {"rounds": 1, "state": 0}
+    many = 4 * len(setting.mask) // 27 + 1
+    while federation.state.round < many:
+        federation.round()
+    federation.enter(2)
+    assert answered(federation.round()) == [0, 1, 2]
+    assert federation.engine.caught_up == {"rounds": 1, "state": 1}
+    federation.end()
+    assert same_theta(federation, [0, 1, 2])
+
+
+@pytest.mark.parametrize("changes", [{}, {"server_optimizer": "adam", "server_lr": 0.01}, {"method": "feddyn"}])
+def test_a_site_that_holds_another_theta_gets_the_state_and_its_reply_counts(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    ours = setting.but(local_steps=2, **changes)
+    federation = Federation.of(ours, monkeypatch)
+    federation.round()
+    site = federation.ever[1]
+    none = torch.zeros(federation.engine_state_size())
+    parts = frames.encode_state(none.numpy())
+    for part in parts:
+        site.answer(frame(Kind.STATE, 1, federation.state, part))
+    for _ in range(3):
+        assert answered(federation.round()) == [0, 1, 2]
+    assert federation.engine.counts["behind"] == 1
+    assert path.digest(federation.state.theta) == ours.simulated()[-1]
+
+
+def a_trail(state_bytes: int, rounds: int) -> Trail:
+    trail = Trail(state_bytes, 10, bytes([10]) * 32)
+    for number in range(rounds):
+        closed = Closed(0.1, 1.0, np.full((1, 1), number, "f4"), False)
+        trail.add(closed, frozenset({number % 2}), bytes([11 + number]) * 32)
+    return trail
+
+
+def test_a_trail_holds_what_is_shorter_than_the_state() -> None:
+    trail = a_trail(27 * 3, 5)
+    assert (trail.round, trail.digest) == (15, bytes([15]) * 32)
+    assert [trail.holds(r, bytes([r]) * 32) for r in range(10, 17)] == [False, False, True, True, True, True, False]
+    assert not trail.holds(13, bytes([12]) * 32)
+    assert not trail.holds(15, bytes([14]) * 32)
+    assert [trail.reaches(r) for r in (11, 12, 15)] == [False, True, True]
+    told = trail.since(12, client=1)
+    assert [c.aggregate.item() for c in told] == [2, 3, 4]
+    assert [c.counted for c in told] == [False, True, False]
+    assert trail.since(15, client=1) == []
+
+
+def test_a_trail_fits_a_frame_however_large_the_state() -> None:
+    trail = Trail(10**9, 0, bytes(32))
+    closed = Closed(0.1, 1.0, np.zeros((100, 10), "f4"), False)
+    for number in range(300):  # 4,023 bytes each, so more than a frame together
+        trail.add(closed, frozenset(), number.to_bytes(32, "big"))
+    first = next(r for r in range(300) if trail.reaches(r))
+    assert first > 0
+    told = frames.Work(closed=tuple(trail.since(first, 0)))
+    assert len(Frame(Kind.WORK, bytes(8), 0, 300, bytes(32), told.encode()).encode()) <= frames.LIMIT
+
+
+# sites that do wrong
+
+
+def reply(federation: Federation, client: int, scalars: Any, phase: Any = "training", **about: Any) -> bytes:
+    state = replace(federation.state, **about)
+    return frame(Kind.REPLY, client, state, frames.encode_scalars(phase, np.array(scalars, "f4")))
+
+
+BAD = {
+    "NaN": lambda f: reply(f, 1, [[np.nan]]),
+    "infinity": lambda f: reply(f, 1, [[-np.inf]]),
+    "too many steps": lambda f: reply(f, 1, [[1.0], [2.0]]),
+    "too many directions": lambda f: reply(f, 1, [[1.0, 2.0]]),
+    "no scalar": lambda f: reply(f, 1, np.zeros((0, 1))),
+    "garbage": lambda _: b"\x00\xff" * 50,
+    "nothing": lambda _: b"",
+    "cut short": lambda f: reply(f, 1, [[1.0]])[:-2],
+    "another client's": lambda f: reply(f, 0, [[1.0]]),
+    "another run's": lambda f: frame(Kind.REPLY, 1, f.state, b"", run="ff" * 8),
+    "work": lambda f: frame(Kind.WORK, 1, f.state, frames.Work().encode()),
+    "a hello": lambda f: frame(Kind.HELLO, 1, f.state, bytes(32) + b"{}"),
+    "counts": lambda f: frame(Kind.COUNTS, 1, f.state, frames.encode_counts(9, 3)),
+    "a failure without words": lambda f: frame(Kind.FAILED, 1, f.state, b"[]"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_who_sends_what_cannot_be_is_shown_out_and_the_others_result_is_unharmed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    federation, without = Federation.of(setting, monkeypatch), Federation.of(setting, monkeypatch)
+    monkeypatch.setattr(remote, "time", federation.wire)
+    federation.wire.meddle = lambda k, data, up: [(0.0, BAD[what](federation) if up and k == 1 else data)]
+    without.wire.meddle = lambda k, data, up: None if up and k == 1 else [(0.0, data)]
+    record = federation.round()
+    assert answered(record) == [0, 2]
+    assert federation.engine.counts["malformed"] == 1
+    assert federation.engine.available() == [0, 2]
+    federation.wire.settle()
+    assert federation.ever[1].refused
+    with pytest.raises(Refused):
+        federation.wire.connect(federation.ever[1])
+    assert answered(federation.round()) == [0, 2]
+    monkeypatch.setattr(remote, "time", without.wire)
+    without.round()
+    without.round()
+    assert path.digest(federation.state.theta) == path.digest(without.state.theta)
+    assert federation.replayed().state.round == 2
+
+
+def test_replies_that_come_twice_or_too_late_do_not_count_twice(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.wire.meddle = lambda k, data, up: [(0.0, data)] * (2 if up and k == 0 else 1)
+    federation.round()
+    federation.round()
+    federation.gather()
+    assert federation.engine.counts["duplicate"] == 2
+    assert federation.engine.available() == [0, 1, 2]
+    assert path.digest(federation.state.theta) == setting.simulated()[1]
+
+
+def test_frames_of_who_is_not_here_do_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=2)
+    federation.wire.say(2, reply(federation, 2, [[1.0]]))
+    federation.wire.say(7, b"anything")
+    assert answered(federation.round()) == [0, 1]
+    assert federation.engine.counts["foreign"] == 2
+    assert federation.engine.facts()["dropped"] == {"foreign": 2}
+
+
+def test_a_reply_from_another_theta_is_asked_for_again(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    wrong = [True]
+
+    def meddle(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
+        if up and client == 1 and wrong:
+            wrong.clear()
+            return [(0.0, reply(federation, 1, [[5.0]], theta=federation.state.theta + 1))]
+        return [(0.0, data)]
+
+    federation.wire.meddle = meddle
+    assert answered(federation.round()) == [0, 1, 2]
+    assert federation.engine.counts["behind"] == 1
+    assert federation.engine.caught_up["state"] == 1
+    assert path.digest(federation.state.theta) == setting.simulated()[0]
+
+
+def test_who_never_comes_to_the_right_theta_is_shown_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    behind = lambda: frame(Kind.BEHIND, 1, replace(federation.state, theta=federation.state.theta + 1))  # noqa: E731
+    federation.wire.meddle = lambda k, data, up: [(0.0, behind() if up and k == 1 else data)]
+    assert answered(federation.round()) == [0, 2]
+    assert federation.engine.counts["behind"] == 3
+    assert federation.engine.available() == [0, 2]
+    assert federation.wire.now == 0.0
+
+
+def failing(federation: Federation, client: int, why: str = "diverged") -> Any:
+    said = frames.encode_words({"why": why})
+    return lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up and k == client else data)]
+
+
+def test_who_fails_three_times_in_a_row_is_shown_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch)
+    federation.wire.meddle = failing(federation, 1)
+    for _ in range(2):
+        assert answered(federation.round()) == [0, 2]
+    federation.wire.meddle = slow(1, 0.0)
+    assert answered(federation.round()) == [0, 1, 2]  # and is forgiven
+    federation.wire.meddle = failing(federation, 1)
+    for left in (3, 3, 2):
+        assert answered(federation.round()) == [0, 2]
+        assert federation.engine.facts()["here"] == left
+    assert federation.engine.counts["failed"] == 5
+    assert federation.wire.now == 0.0
+    assert federation.replayed().state.round == 6
+
+
+def test_a_failure_that_is_told_twice_counts_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch)
+    once = failing(federation, 1)
+    federation.wire.meddle = lambda k, data, up: [*once(k, data, up)] * (3 if up and k == 1 else 1)
+    federation.round()
+    federation.gather()
+    assert federation.engine.available() == [0, 1, 2]
+    assert federation.engine.counts["failed"] == 1
+
+
+def test_a_site_s_words_are_not_said_again(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.wire.meddle = failing(federation, 1, "\x1b[31mrow 3: a patient's text")
+    federation.round()
+    assert "client 1 could not make its steps: error" in capsys.readouterr().err
+    why = frames.encode_words({"why": "no\n\x1b[31m more" + "x" * 1000})
+    federation.wire.meddle = lambda k, d, up: [(0, frame(Kind.REFUSAL, k, federation.state, why) if up and k else d)]
+    federation.round()
+    said = capsys.readouterr().err
+    assert "client 1 takes no part: no  [31m more" in said
+    assert max(map(len, said.splitlines())) < 350
+    assert federation.engine.available() == [0]
+
+
+# evaluation, and the end
+
+
+def test_judge_counts_over_the_sites_that_evaluate(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=1)
+    for client in (1, 2):
+        federation.enter(client, evaluate=True)
+    federation.round()
+    correct, total = counted(federation)
+    assert total == setting.sizes[1] + setting.sizes[2]
+    assert 0 < correct < total
+    assert {client for client, told in federation.wire.down if told.kind is Kind.JUDGE} == {1, 2}
+    federation.round()
+    assert path.digest(federation.state.theta) == setting.simulated()[1]
+
+
+def test_judge_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
+    for client in range(3):
+        federation.enter(client, evaluate=True)
+    federation.round()
+    federation.wire.meddle = lambda k, data, up: None if up and k == 1 else [(0.0, data)]
+    assert counted(federation)[1] == setting.sizes[0] + setting.sizes[2]
+    assert federation.wire.now == 0.0
+    federation.wire.meddle = slow(2, 15.0)
+    assert counted(federation)[1] == setting.sizes[0]
+    assert federation.wire.now == pytest.approx(10.0)
+    federation.wire.meddle = slow(2, 1.0)  # behind what is on its way: the stream keeps its order
+    assert answered(federation.round()) == [0, 2]
+    federation.round()
+
+
+def test_counts_of_another_evaluation_do_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
+    for client in range(2):
+        federation.enter(client, evaluate=client == 0)
+    stale = frame(Kind.COUNTS, 0, federation.state, frames.encode_counts(1000, 1000))
+    federation.round()
+    now = frame(Kind.COUNTS, 1, federation.state, frames.encode_counts(1000, 1000))
+
+    def meddle(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
+        if up and client == 0:
+            federation.wire.say(1, now)  # it was not asked
+            return [(0.0, stale), (1.0, data)]
+        return [(0.0, data)]
+
+    federation.wire.meddle = meddle
+    correct, total = counted(federation)
+    assert total == setting.sizes[0]
+    assert correct <= total
+
+
+def test_judge_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=0)
+    federation.enter(0, evaluate=True)
+    federation.round()
+    for part in frames.encode_state(np.zeros(len(setting.mask), "f4")):
+        federation.ever[0].answer(frame(Kind.STATE, 0, federation.state, part))
+    assert counted(federation)[1] == setting.sizes[0]
+    assert federation.wire.now == 0.0
+
+
+def test_judge_does_not_wait_for_who_cannot(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=0)
+    federation.enter(0, evaluate=True)
+    federation.round()
+    federation.wire.meddle = failing(federation, 0, "out of memory")
+    assert counted(federation) == (0, 0)
+    assert federation.wire.now == 0.0
+
+
+def test_at_the_end_everyone_has_the_last_theta_and_knows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(clients_per_round=1), monkeypatch)
+    for _ in range(3):
+        federation.round()
+    federation.end()
+    assert same_theta(federation, [0, 1, 2])
+    assert {site.ended for site in federation.ever.values()} == {"the run is over"}
+    assert not any(site.refused for site in federation.ever.values())
+    assert federation.engine.available() == []
+
+
+# under any trouble
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**9),
+    changes=st.sampled_from(
+        [
+            {},
+            {"local_steps": 3, "directions": 2},
+            {"clients_per_round": 2, "server_optimizer": "momentum", "server_lr": 0.5},
+            {"local_steps": 3, **CALIBRATED, "recalibrate_every": 3},
+            {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
+        ]
+    ),
+)
+def test_whatever_goes_wrong_the_log_says_what_became_of_theta(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, seed: int, changes: dict[str, Any]
+) -> None:
+    ours = setting.but(rounds=8, **changes)
+    federation = Federation.of(ours, monkeypatch, patience_s=300.0)
+    faults = Faults(federation, seed)
+    federation.wire.meddle = faults
+    for _ in range(ours.config.rounds):
+        federation.round()
+    again = federation.replayed()
+    assert path.digest(again.state.theta) == path.digest(federation.state.theta)
+    assert again.state.steps_made == federation.state.steps_made
+    federation.wire.meddle = lambda _, data, __: [(0.0, data)]
+    idle = set(federation.engine.available()) & set(federation.wire.sites) - faults.damaged
+    federation.end()
+    assert same_theta(federation, sorted(idle))

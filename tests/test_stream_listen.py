@@ -1,0 +1,38 @@
+"""Where the session stream listens: nowhere that another run listens already."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("grpc")
+pytest.importorskip("cryptography")
+
+from meerkat.certificates import certify
+from meerkat.coordinator import host_and_port
+from meerkat.engines.door import Door
+from meerkat.engines.flower.stream import StreamLink
+from meerkat.errors import MeerkatError
+
+
+def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:
+    keys = certify(tmp_path / "pki", ["127.0.0.1"], nodes=0)
+    pair = keys["server"], keys["server key"]
+    door = Door("00" * 8, 1, "", "")
+    first = StreamLink(door, "127.0.0.1:0", *pair)
+    try:
+        with pytest.raises(MeerkatError, match="cannot listen there"):
+            StreamLink(door, f"127.0.0.1:{first.port}", *pair)
+    finally:
+        first.close()
+    StreamLink(door, f"127.0.0.1:{first.port}", *pair).close()  # free again at once
+
+
+@pytest.mark.parametrize("text", ["", "coordinator", ":9094", "a:b", "a:0", "a:65536", "https://a:9094", "a:9094/"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(MeerkatError, match=r"stream .*must be host:port"):
+        host_and_port(text, "stream")
+
+
+def test_an_address_is_taken_apart() -> None:
+    assert host_and_port("coordinator.example.org:9094", "stream") == ("coordinator.example.org", 9094)
+    assert host_and_port("[::1]:9094", "stream") == ("::1", 9094)
