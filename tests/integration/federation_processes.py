@@ -6,7 +6,6 @@ its answer at the session's end, and no second offer to one that will not come a
 """
 
 import base64
-import contextlib
 import json
 import math
 import os
@@ -24,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from proxy import Proxy
 
 from meerkat.agreement import SiteConfig
 from meerkat.config import EMBEDDED, SITES, RunConfig
@@ -214,7 +215,8 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
@@ -243,63 +245,6 @@ class Nursery:
         self._process.wait(30)
 
 
-class Proxy:
-    """Carries bytes between nodes and coordinator until it is told to break every connection."""
-
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self._listener = socket.create_server((LOOPBACK, 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                node, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                coordinator = socket.create_connection((LOOPBACK, self._to), timeout=10)
-            except OSError:
-                node.close()
-                continue
-            coordinator.settimeout(None)
-            with self._lock:
-                self._open |= {node, coordinator}
-            for here, there in ((node, coordinator), (coordinator, node)):
-                threading.Thread(target=self._pump, args=(here, there), daemon=True).start()
-
-    def _pump(self, here: socket.socket, there: socket.socket) -> None:
-        try:
-            while data := here.recv(65536):
-                there.sendall(data)
-        except OSError:
-            pass
-        for end in (here, there):
-            self._break(end)
-
-    def _break(self, end: socket.socket) -> None:
-        with self._lock:
-            if end in self._open:
-                self._open.remove(end)
-                with contextlib.suppress(OSError):  # the other side was faster
-                    end.shutdown(socket.SHUT_RDWR)
-                end.close()
-
-    def cut(self) -> None:
-        """Break all connections; new ones are carried."""
-        for end in [*self._open]:
-            self._break(end)
-
-    def close(self) -> None:
-        """Break all connections, and take no new ones."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-
-
 @dataclass(frozen=True)
 class Fault:
     """Something that goes wrong once."""
@@ -307,13 +252,13 @@ class Fault:
     what: str
     """kill, stop or cut."""
     who: int
-    """A node; -1 for the coordinator. Nobody's for a cut, which breaks all connections."""
+    """A node; -1 for the coordinator. A cut breaks all connections, and is nobody's: -2."""
     round: int
     """Not before so many rounds are in the log."""
     delay_s: float
     """Then so many seconds more."""
     for_s: float
-    """Seconds until who was killed is started again, or who was stopped goes on."""
+    """Seconds until who was killed is started again, who was stopped goes on, or connections are taken again."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +278,7 @@ class Schedule:
         faults = []
         for _ in range(rng.randint(1, 4)):
             what = rng.choices(("kill", "stop", "cut"), (5, 3, 2))[0]
-            who = rng.choice((-1, 0, 1, 2))
+            who = rng.choice((-1, 0, 1, 2)) if what != "cut" else -2
             length = rng.choice((0.02, 0.1, 0.3, 1.0)) if what == "stop" else rng.choice((0.0, 0.0, 0.3))
             faults.append(Fault(what, who, rng.randint(-3, ROUNDS - 1), rng.uniform(0, 0.1), length))
         faults.sort(key=lambda fault: fault.round)
@@ -546,11 +491,14 @@ class Course:
                 break
             time.sleep(0.002)
         for who, (_, what) in [*self._undo.items()]:
-            if what == "stop":
+            if what != "kill":
                 self._end_fault(who, what)
 
     def _end_fault(self, who: int, what: str) -> None:
         del self._undo[who]
+        if what == "cut":
+            self._federation.proxy.mend()
+            return
         if what == "stop":
             self._federation.signal(who, signal.SIGCONT)
             return
@@ -575,8 +523,7 @@ class Course:
         else:
             self._federation.kill(fault.who)
         self.met.append((fault, rounds))
-        if fault.what != "cut":
-            self._undo[fault.who] = (now + fault.for_s, fault.what)
+        self._undo[fault.who] = (now + fault.for_s, fault.what)
 
 
 def described(schedule: Schedule) -> str:

@@ -131,7 +131,7 @@ def check_nodes(federation: Federation, course: Course, digest: str) -> None:
             if note.get("why") == FINISHED:
                 assert (note["round"], note["digest"]) == (ROUNDS, digest)
             assert not str(note.get("why")).startswith("BadFrame")
-        undisturbed = all(rounds < ROUNDS - 1 for fault, rounds in course.met if fault.who in (node, -1))
+        undisturbed = all(rounds < ROUNDS - 1 for fault, rounds in course.met if fault.who in (node, -1, -2))
         if course.whole and undisturbed and course.last_start < ROUNDS:
             assert notes[-1].get("why") == FINISHED
 
@@ -227,6 +227,7 @@ def test_a_node_that_heard_nothing_for_long_still_tries_to_come_back(federation:
         made.signal(1, signal.SIGSTOP)
         time.sleep(2.0)
         made.proxy.cut()
+        made.proxy.mend()
         made.signal(1, signal.SIGCONT)
         made.finish()
         check_outcome(made)
@@ -245,6 +246,20 @@ def test_nodes_leave_a_frozen_coordinator_and_come_back_when_it_goes_on(
         # a second for the last try, and some for a busy machine
         made.wait_for(lambda: all(map(made.is_free, range(NODES))), 4.0 + NOTICED_S + 5.0, "the nodes are free")
         made.signal(-1, signal.SIGCONT)
+        made.finish()
+        assert check_outcome(made) == simulated({})
+
+
+@pytest.mark.slow
+def test_a_frozen_node_is_taken_to_be_gone_and_comes_back(
+    federation: Make, simulated: Callable[[dict[str, Any]], str]
+) -> None:
+    with federation(deadline_s=60.0, **WHOLE) as made:
+        made.start_all()
+        made.wait_for(lambda: made.rounds() >= 3, 30, "a few rounds")
+        made.signal(1, signal.SIGSTOP)
+        made.wait_for(lambda: "client 1 left" in made.log.read_text(), NOTICED_S + 5.0, "the node is missed")
+        made.signal(1, signal.SIGCONT)
         made.finish()
         assert check_outcome(made) == simulated({})
 

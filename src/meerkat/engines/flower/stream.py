@@ -44,6 +44,7 @@ _OPTIONS = (
     ("grpc.max_send_message_length", frames.LIMIT),
     ("grpc.keepalive_time_ms", 1000 * _KEEPALIVE_S),
     ("grpc.keepalive_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
+    ("grpc.http2.ping_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),  # a minute otherwise, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
     ("grpc.http2.bdp_probe", 0),  # frames are small: probing the bandwidth would cost more bytes than they do
@@ -227,7 +228,7 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         trouble = "it ended"
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
             left_s = lost + patience_s - time.monotonic()
-            call = _Call(channel, site.hello(), idle_s, answer_s=min(max(left_s, 1.0), _ANSWER_S))
+            call = _Call(channel, site.hello(), idle_s, min(max(left_s, 1.0), _ANSWER_S))
             try:
                 for data in call:
                     if (answer := _answer(site, call, data)) is not None:
