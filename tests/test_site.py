@@ -387,3 +387,16 @@ def embedded() -> Any:
 
 def mask_of(config: Any) -> SparseMask:
     return make_mask(config, *open_model(config))
+
+
+@pytest.mark.parametrize("row", [{"text": "a", "label": "positive"}, {"diagnosis": "b", "label": 0}, ["positive"]])
+def test_what_is_wrong_with_a_row_is_not_told_to_the_coordinator(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any
+) -> None:
+    write_rows(tmp_path, [row])
+    with pytest.raises(MeerkatError) as refused:
+        setting.site(0, data=str(tmp_path))
+    words = str(refused.value)
+    assert "its own log says why" in words
+    assert not [word for word in ("positive", "diagnosis", str(tmp_path), "row 1", "line 1") if word in words]
+    assert "row 1" in (here := capsys.readouterr().err) or "line 1" in here

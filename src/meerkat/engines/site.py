@@ -21,9 +21,10 @@ from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Wo
 from meerkat.engines.offer import Offer
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
+from meerkat.progress import say
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.tasks import check_rows
+from meerkat.tasks import Row, Task, check_rows
 from meerkat.workplace import Workplace, open_model, resolve_place
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -53,16 +54,14 @@ class Site:
             raise MeerkatError(
                 f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
             )
-        rows = load_rows(own.data, "train")
-        check_rows(task, rows, f"data '{own.data}', train")
+        rows = _rows(own, task, "train")
         self._rows = ClientRows(own.client, np.arange(len(rows)), self.config.batch_size, self.config.seed)
         self._losses_of = models.client_losses(
             model, self._workplace.examples(rows), self._workplace.training_batch, self.config.objective
         )
         self._validation: models.Batch | None = None
         if own.evaluate:
-            judged = load_rows(own.data, "validation")
-            check_rows(task, judged, f"data '{own.data}', validation")
+            judged = _rows(own, task, "validation")
             self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
         self.client = own.client
         self.round = 0
@@ -249,3 +248,16 @@ class Site:
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
+
+
+def _rows(own: SiteConfig, task: Task, split: str) -> list[Row]:
+    """The site's own rows. What is wrong with them is told here alone: such words may quote a row."""
+    try:
+        rows = load_rows(own.data, split)
+        check_rows(task, rows, f"data '{own.data}', {split}")
+    except MeerkatError as error:
+        say(f"meerkat: {error}")
+        raise MeerkatError(
+            f"the site's {split} rows are not fit for task '{task.name}'; its own log says why"
+        ) from None
+    return rows
