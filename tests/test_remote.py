@@ -49,8 +49,8 @@ CALIBRATED = {"early_stop": "vp", "calibration_steps": 8, "initial_steps": 3, "l
     [
         {},
         {"directions": 2},
-        {"local_steps": 5},
-        {"local_steps": 5, "directions": 2, "lr_schedule": "linear"},
+        {"local_steps": 5, "rounds": 2},
+        {"local_steps": 5, "directions": 2, "rounds": 2, "lr_schedule": "linear"},
         {"clients_per_round": 2, "rounds": 5},
         {"local_steps": 3, "clients_per_round": 1, "rounds": 5},
         {"local_steps": 3, "weights": "equal"},
@@ -283,17 +283,12 @@ def test_nobody_left_after_a_calibration_is_waited_for(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ours = setting.but(local_steps=2, **CALIBRATED)
-    federation = Federation.of(ours, monkeypatch, join=1)
-    site, left = federation.ever[0], []
-
-    def leave_after_calibration(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
-        if up and not left:
-            left.append(client)
-            federation.wire.after(0.0, lambda: federation.wire.disconnect(client))
-            federation.wire.after(7.0, lambda: federation.wire.connect(site))
-        return [(0.0, data)]
-
-    federation.wire.meddle = leave_after_calibration
+    federation = Federation.of(ours, monkeypatch, join=2)
+    federation.wire.meddle = slow(1, 9.0)
+    for client, seconds in ((0, 1.0), (1, 2.0)):  # the first has answered, the second never will
+        site = federation.ever[client]
+        federation.wire.after(seconds, lambda client=client: federation.wire.disconnect(client))
+        federation.wire.after(seconds + 5, lambda site=site: federation.wire.connect(site))
     assert federation.lived(tmp_path / "run").round == 4
     assert replay(ours, federation.records).closed
 
@@ -484,8 +479,8 @@ def test_a_reply_from_another_theta_is_asked_for_again(setting: Setting, monkeyp
 
 def test_who_never_comes_to_the_right_theta_is_shown_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch)
-    behind = lambda: frame(Kind.BEHIND, 1, replace(federation.state, theta=federation.state.theta + 1))  # noqa: E731
-    federation.wire.meddle = lambda k, data, up: [(0.0, behind() if up and k == 1 else data)]
+    behind = frame(Kind.BEHIND, 1, replace(federation.state, theta=federation.state.theta + 1))
+    federation.wire.meddle = lambda k, data, up: [(0.0, behind if up and k == 1 else data)]
     assert answered(federation.round()) == [0, 2]
     assert federation.engine.counts["behind"] == 3
     assert federation.engine.available() == [0, 2]
