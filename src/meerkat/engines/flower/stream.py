@@ -156,6 +156,7 @@ class StreamLink:
         if (session := self._sessions.pop(client, None)) is not None:
             session.outgoing.put_nowait(last)
             session.outgoing.put_nowait(None)
+            self._tell(Event("left", client))  # it may have arrived, unseen yet, since whoever drops it last looked
 
     async def _attend(self, _: AsyncIterator[bytes], context: Any) -> None:
         """One stream, from its first frame to its end."""
