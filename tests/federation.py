@@ -5,6 +5,7 @@ Time is the wire's own: nothing sleeps.
 
 import heapq
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from meerkat import calibration, experiment, models, path, server
-from meerkat.agreement import SiteConfig
+from meerkat.agreement import Refused, SiteConfig
 from meerkat.config import RunConfig, make_config
 from meerkat.data import load_rows
 from meerkat.directions import Directions, run_key
@@ -50,7 +51,7 @@ def faithful(_: int, data: bytes, __: bool) -> Sequence[tuple[float, bytes]]:
     return [(0.0, data)]
 
 
-@dataclass
+@dataclass(repr=False)
 class Setting:
     """A federation's run, as all sides know it: made once, and cheap to begin again and again."""
 
@@ -139,8 +140,8 @@ class Setting:
         given = {"client": client, "data": str(self.folder / str(client)), "model": str(self.root / "model"), **own}
         return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}))
 
-    def simulated(self) -> list[str]:
-        """Theta's digest after each round of the same federation in one process, one client after another."""
+    def in_one_process(self) -> LocalEngine:
+        """The same clients without sites, one after another."""
         workplace = open_workplace(self.config)
         model, z = MaskedModel(workplace.model, self.mask), self.directions
         rows = load_rows(self.config.data, "train")
@@ -149,9 +150,13 @@ class Setting:
         losses_of = models.client_losses(
             workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
         )
-        engine = LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+        return LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+
+    def simulated(self) -> list[str]:
+        """Theta's digest after each round of the same federation in one process."""
+        engine, z = self.in_one_process(), self.directions
         settings = replace(self.settings, examples=dict(enumerate(self.sizes)))
-        state, gradient, digests = ServerState(0, model.read()), self.mask.pretraining_gradient, []
+        state, gradient, digests = ServerState(0, self.theta_0), self.mask.pretraining_gradient, []
         while state.round < settings.rounds:
             if calibration.due(state, settings):
                 plan = calibration.open_calibration(state, settings)
@@ -238,7 +243,8 @@ class Wire:
             self.now = max(self.now, at)
             if (event := action()) is not None:
                 return event
-        self.now = until
+        # time goes on even where what is left of a wait is less than the clock's last bit
+        self.now = max(until, math.nextafter(self.now, math.inf) if timeout_s else until)
         return None
 
     def drop(self, client: int, last: bytes) -> None:
@@ -405,17 +411,15 @@ def counted(federation: "Federation") -> tuple[int, int]:
     return round((metric["accuracy"] or 0.0) * metric["rows"]), metric["rows"]
 
 
+def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
+    """A federation's records, to be gone through from theta_0."""
+    again, gradient = json.loads(json.dumps(list(records))), setting.mask.pretraining_gradient
+    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"))
+
+
 def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
     """A federation's records, gone through from theta_0."""
-    again = json.loads(json.dumps(list(records)))
-    return Replay(
-        again,
-        setting.theta_0,
-        setting.settings,
-        setting.directions,
-        setting.mask.pretraining_gradient,
-        Path("rounds.log"),
-    ).run()
+    return opened(setting, records).run()
 
 
 def frame(kind: Kind, client: int, state: ServerState, body: bytes = b"", run: str = RUN) -> bytes:
@@ -427,8 +431,10 @@ def frame(kind: Kind, client: int, state: ServerState, body: bytes = b"", run: s
 class Faults:
     """A seeded schedule of trouble: delays, duplicates, broken streams, restarts and damaged bytes."""
 
-    def __init__(self, federation: Federation, seed: int) -> None:
+    def __init__(self, federation: Federation, seed: int, damage: bool) -> None:
         self.federation = federation
+        self.damage = damage
+        """Whether bytes change on the way."""
         self.random = random.Random(seed)
         self.damaged: set[int] = set()
         """Clients that were told something damaged since they came."""
@@ -442,16 +448,17 @@ class Faults:
             return [(delay + 12.0, data)]
         if chance < 0.16 and up:
             return [(delay, data), (delay * 2, data)]
-        if chance < 0.20:
+        if chance < 0.20 and self.damage:
             if not up:
                 self.damaged.add(client)
-            return [(delay, self._damage(data))]
+            return [(delay, self._damage(data, up))]
         return [(delay, data)]
 
-    def _damage(self, data: bytes) -> bytes:
+    def _damage(self, data: bytes, up: bool) -> bytes:
         if self.random.random() < 0.3:
             return data[: self.random.randrange(len(data))]
-        at = self.random.randrange(len(data))
+        # a scalar that says another number is a lie, not damage that anyone could find
+        at = self.random.randrange(52 + 7 if up and len(data) > 52 + 7 else len(data))
         return data[:at] + bytes([data[at] ^ (1 << self.random.randrange(8))]) + data[at + 1 :]
 
     def _left(self, client: int, site: Site) -> None:
@@ -463,7 +470,10 @@ class Faults:
         if client in self.federation.wire.sites:
             return
         self.damaged.discard(client)
-        if site is None:
-            self.federation.enter(client)
-        else:
-            self.federation.wire.connect(site)
+        try:
+            if site is not None:
+                self.federation.wire.connect(site)
+                return
+        except Refused:  # it was shown out, and its stream broke before it could be told
+            pass
+        self.federation.enter(client)

@@ -38,3 +38,22 @@ def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_p
     assert found["name"] == name
     assert found["ratio"] > 0
     assert found["measured_on"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "headlines"),
+    [
+        ("round_latency", ["--rounds", "100", "--nodes", "2"], {"median_ms", "fsync_ms", "echo_ms", "bytes"}),
+        ("streams", ["--rounds", "50", "--sites", "8"], {"rounds_per_s", "replies_share"}),
+    ],
+)
+def test_every_benchmark_of_the_network_gives_its_headlines(name: str, options: list[str], headlines: set[str]) -> None:
+    pytest.importorskip("flwr")
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *options]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["name"] == name
+    assert found["measured_on"]
+    assert all(found[headline] > 0 for headline in headlines)
+    if name == "round_latency":
+        assert 138 <= found["bytes"] <= 200  # a frame, its gRPC, HTTP/2 and TLS framing; and the goal

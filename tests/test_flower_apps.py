@@ -113,8 +113,8 @@ def test_frames_in_messages_end_at_the_simulations_bits(
     simulated = experiment.simulate(make_config({**SETTINGS, **extra}), tmp_path / "simulated")
     assert summary["theta_digest"] == simulated["theta_digest"]
     assert verify(tmp_path / "run").finished
-    # one invitation a site, then two rounds and the end
-    assert sorted(grid.pushed) == ["train.frames"] * 6 + ["train.session"] * 2
+    # one invitation a site, then two rounds, the last theta, and the end
+    assert sorted(grid.pushed) == ["train.frames"] * 8 + ["train.session"] * 2
 
 
 @pytest.mark.usefixtures("_identity")

@@ -19,7 +19,7 @@ LAYERS = [
     {"server"},
     {"engines.local", "calibration", "config"},
     {"runfolder", "record", "agreement", "engines.frames"},
-    {"metrics", "workplace", "studies", "engines.door", "engines.offer", "trackers"},
+    {"metrics", "workplace", "studies", "engines.door", "engines.offer", "engines.trail", "trackers"},
     {"engines.site", "engines.remote"},
     {"experiment", "audit", "results", "sites"},
     {"history", "export", "compare", "coordinator", "engines.flower.stream", "engines.flower.messages"},

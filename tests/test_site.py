@@ -158,7 +158,9 @@ def test_feddyn_s_own_correction_is_asked_for_where_it_cannot_follow(setting: Se
     server, old = Server(ours), ours.site(0)
     trail = [server.close(scalars_of(old.answer(server.ask())))]
     again = ours.site(0)
-    assert decoded(again.answer(server.ask(trail))).kind is Kind.BEHIND
+    assert again.answer(server.ask(trail, Kind.CLOSED)) is None
+    assert stands_at(again, server.state)
+    assert decoded(again.answer(server.ask())).kind is Kind.BEHIND
     for part in server.whole_state():
         again.answer(part)
     assert again.answer(server.ask()) == old.answer(server.ask(trail))
@@ -385,3 +387,16 @@ def embedded() -> Any:
 
 def mask_of(config: Any) -> SparseMask:
     return make_mask(config, *open_model(config))
+
+
+@pytest.mark.parametrize("row", [{"text": "a", "label": "positive"}, {"diagnosis": "b", "label": 0}, ["positive"]])
+def test_what_is_wrong_with_a_row_is_not_told_to_the_coordinator(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any
+) -> None:
+    write_rows(tmp_path, [row])
+    with pytest.raises(MeerkatError) as refused:
+        setting.site(0, data=str(tmp_path))
+    words = str(refused.value)
+    assert "its own log says why" in words
+    assert not [word for word in ("positive", "diagnosis", str(tmp_path), "row 1", "line 1") if word in words]
+    assert "row 1" in (here := capsys.readouterr().err) or "line 1" in here

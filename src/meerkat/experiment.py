@@ -317,6 +317,16 @@ def run_rounds(
         folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
         log.append({"kind": metric["kind"], **record.to_json()})
 
+    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
+    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
+    if state.round:
+        say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
+    if state.round < config.rounds:
+        settings = gather(settings)  # first of all: a judge may need clients, too
+    if 0 not in judged:
+        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
+    if state.round and due(state.round) and state.round not in judged:
+        evaluate(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
         settings = gather(settings)
         if calibration.due(state, settings):

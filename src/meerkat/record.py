@@ -48,7 +48,8 @@ class Join:
         """
         join = cls(**{name: value for name, value in held.items() if name != "kind"})
         numbers = (join.round, join.client, join.examples)
-        if not all(isinstance(n, int) for n in numbers) or join.examples < 1 or join.client < 0:
+        whole = all(isinstance(n, int) for n in numbers) and isinstance(join.node, str)
+        if not whole or join.examples < 1 or join.client < 0:
             raise ValueError(f"a join of client {join.client!r} with {join.examples!r} rows")
         return join
 
@@ -232,7 +233,11 @@ class Replay:
         return self._calibration(held) if kind == "calibration" else self._round(held)
 
     def _join(self, join: Join) -> None:
-        agree(self._log, f"the round that client {join.client} joined before", str(join.round), str(self.state.round))
+        log, client = self._log, join.client
+        if client >= self.settings.clients:
+            raise RunFailed(f"{log}: client {client} joined, of {self.settings.clients} clients; restore a copy")
+        agree(log, f"the round that client {client} joined before", str(join.round), str(self.state.round))
+        agree(log, f"the node of client {client}", join.node, self.nodes.get(client, join.node))
         self.settings = join.settle(self.settings)
         self.nodes[join.client] = join.node
 

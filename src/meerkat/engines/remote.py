@@ -8,7 +8,6 @@ control plane's messages.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -22,6 +21,7 @@ from meerkat.directions import Phase
 from meerkat.engines import frames
 from meerkat.engines.door import Door, Guest
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.metrics import counts_metric
 from meerkat.progress import say
@@ -85,44 +85,6 @@ class Terms:
     """Seconds for which too few clients are waited for before the run stops, to be gone on with later."""
 
 
-class Trail:
-    """The last closed rounds, as clients need them to follow: those shorter than the state itself, and than a frame."""
-
-    def __init__(self, state_bytes: int, round: int, digest: bytes) -> None:
-        """A trail that begins where a run stands: after so many rounds, at the theta of a digest."""
-        self.round = round
-        self.digest = digest
-        """SHA-256 of theta now."""
-        self._room = min(state_bytes, frames.ROOM - len(Work().encode()))
-        self._bytes = 0
-        self._held: deque[tuple[bytes, Closed, frozenset[int], int]] = deque()
-
-    def add(self, closed: Closed, counted: frozenset[int], digest: bytes) -> None:
-        """Go on by one round, after which theta has this digest."""
-        size = len(closed.encode())
-        self._held.append((self.digest, closed, counted, size))
-        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + size
-        while self._bytes > self._room:
-            self._bytes -= self._held.popleft()[3]
-
-    def holds(self, round: int, digest: bytes) -> bool:
-        """Whether a client whose theta of a round has this digest can follow from there."""
-        if round == self.round:
-            return digest == self.digest
-        back = self.round - round
-        return 0 < back <= len(self._held) and self._held[-back][0] == digest
-
-    def since(self, round: int, client: int) -> list[Closed]:
-        """The rounds from one on, as a client is told of them."""
-        back = self.round - round
-        rounds = [self._held[i] for i in range(len(self._held) - back, len(self._held))]
-        return [Closed(c.lr, c.share, c.aggregate, client in counted) for _, c, counted, _ in rounds]
-
-    def reaches(self, round: int) -> bool:
-        """Whether the rounds from one on are all held."""
-        return self.round - round <= len(self._held)
-
-
 @dataclass
 class _Member:
     guest: Guest
@@ -154,6 +116,7 @@ class RemoteEngine:
         self._state = state
         state_bytes = 4 * len(state.theta) * (1 + settings.optimizer.carried + bool(settings.optimizer.alpha))
         self._trail = Trail(state_bytes, state.round, bytes.fromhex(path.digest(state.theta)))
+        self._answered_at = 0.0
         self._members: dict[int, _Member] = {}
         self._joined: dict[int, Guest] = {}
         self._begun = False
@@ -242,7 +205,8 @@ class RemoteEngine:
             self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
         if owing:
             self.tell("deadline", f"round {plan.round}: closed at its deadline without {_named(owing)}", clients=owing)
-        self._round_s, self._plan = time.monotonic() - began, None
+        self._answered_at = time.monotonic()
+        self._round_s, self._plan = self._answered_at - began, None
         return [Reply(client, self._replied[client]) for client in sorted(self._replied)]
 
     def facts(self) -> dict[str, Any]:
@@ -276,7 +240,8 @@ class RemoteEngine:
         self._state = state
         share = share_of(self._settings, record.scalars)
         closed = Closed(record.plan.lr, share, record.aggregate, counted=False)
-        self._trail.add(closed, frozenset(record.scalars), bytes.fromhex(record.theta_digest))
+        made_s = time.monotonic() - self._answered_at
+        self._trail.add(closed, frozenset(record.scalars), bytes.fromhex(record.theta_digest), made_s)
 
     def judge(self, _: Tensor, rounds: int) -> Metric:
         """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""

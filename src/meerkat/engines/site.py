@@ -21,9 +21,10 @@ from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Wo
 from meerkat.engines.offer import Offer
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
+from meerkat.progress import say
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.tasks import check_rows
+from meerkat.tasks import Row, Task, check_rows
 from meerkat.workplace import Workplace, open_model, resolve_place
 from meerkat.zeroth_order import Loss, MaskedModel
 
@@ -53,16 +54,14 @@ class Site:
             raise MeerkatError(
                 f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
             )
-        rows = load_rows(own.data, "train")
-        check_rows(task, rows, f"data '{own.data}', train")
+        rows = _rows(own, task, "train")
         self._rows = ClientRows(own.client, np.arange(len(rows)), self.config.batch_size, self.config.seed)
         self._losses_of = models.client_losses(
             model, self._workplace.examples(rows), self._workplace.training_batch, self.config.objective
         )
         self._validation: models.Batch | None = None
         if own.evaluate:
-            judged = load_rows(own.data, "validation")
-            check_rows(task, judged, f"data '{own.data}', validation")
+            judged = _rows(own, task, "validation")
             self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
         self.client = own.client
         self.round = 0
@@ -78,6 +77,8 @@ class Site:
         self._optimizer = server_optimizer(self.config)
         self._moments: optimizers.Moments = ()
         self._h = torch.zeros_like(self._theta) if self._optimizer.alpha else None
+        self._h_lost = False
+        """Whether a round counted scalars of this site that it does not have: those of a process before."""
         self._z = Directions(run_key(self.config.seed), len(self.mask), self._theta.device)
         self._digest = bytes.fromhex(offer.theta)
         self._parts = StateParts(self._state_size())
@@ -103,11 +104,13 @@ class Site:
             "round": self.round,
             "values": torch.cat(values).cpu().numpy().astype("<f4", copy=False).tobytes(),
             "last": b"" if self._last is None else self._last[2],
+            "h_lost": int(self._h_lost),
         }
 
     def take_up(self, kept: Mapping[str, Any]) -> None:
         """Go on where a session was kept."""
         self._take(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
+        self._h_lost = bool(kept["h_lost"])
         if kept["last"]:
             last = Frame.decode(kept["last"])
             phase, scalars = frames.decode_scalars(last.body)
@@ -151,9 +154,9 @@ class Site:
         """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
         first = frame.round - len(work.closed)
         for number, closed in enumerate(work.closed, first):
-            if number == self.round and not self._follow(closed):
-                return self._frame(Kind.BEHIND)
-        if (self.round, self._digest) != (frame.round, frame.digest):
+            if number == self.round:
+                self._follow(closed)
+        if (self.round, self._digest) != (frame.round, frame.digest) or (self._h_lost and frame.kind is Kind.WORK):
             return self._frame(Kind.BEHIND)
         try:
             if frame.kind is Kind.WORK:
@@ -176,26 +179,22 @@ class Site:
             alpha=self._optimizer.alpha if phase == "training" else 0.0,
         )
 
-    def _follow(self, closed: Closed) -> bool:
-        """What the server did when it closed the round that this site's theta stands at.
-
-        Returns whether that can be known: FedDyn's h_k moves by the site's own scalars of the round, which a site
-        that was started anew does not have.
-        """
+    def _follow(self, closed: Closed) -> None:
+        """What the server did when it closed the round that this site's theta stands at."""
         if closed.aggregate.shape[1] != self.config.directions:
             raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
         plan = self._plan(closed.lr, len(closed.aggregate))
         record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
         if self._h is not None and closed.counted:
-            if self._last is None or self._last[0][:2] != (self.round, "training"):
-                return False
-            *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
-            self._h = self._h - moved * plan.alpha
+            if self._last is not None and self._last[0][:2] == (self.round, "training"):
+                *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
+                self._h = self._h - moved * plan.alpha
+            else:
+                self._h_lost = True
         self._theta, self._moments = optimizers.advance(
             self._optimizer, self._theta, self._moments, record, closed.share, self._z
         )
         self._settle(self.round + 1)
-        return True
 
     def _settle(self, round: int) -> None:
         self.round = round
@@ -209,7 +208,7 @@ class Site:
         theta, *rest = torch.from_numpy(values).to(self._theta.device).split(len(self._theta))
         self._theta, self._moments = theta, tuple(rest[: self._optimizer.carried])
         if self._h is not None:
-            self._h = rest[-1]
+            self._h, self._h_lost = rest[-1], False
         self._settle(round)
 
     def _work(self, work: Work) -> bytes:
@@ -249,3 +248,16 @@ class Site:
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
+
+
+def _rows(own: SiteConfig, task: Task, split: str) -> list[Row]:
+    """The site's own rows. What is wrong with them is told here alone: such words may quote a row."""
+    try:
+        rows = load_rows(own.data, split)
+        check_rows(task, rows, f"data '{own.data}', {split}")
+    except MeerkatError as error:
+        say(f"meerkat: {error}")
+        raise MeerkatError(
+            f"the site's {split} rows are not fit for task '{task.name}'; its own log says why"
+        ) from None
+    return rows

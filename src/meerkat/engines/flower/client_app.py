@@ -3,6 +3,7 @@
 Node config: `site`, the path of the site's own site.toml.
 """
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def _told(message: Message, act: Callable[[], RecordDict]) -> Message:
         content = _ended(str(error), again=False)
     except (KeyboardInterrupt, SystemExit):  # without an answer Flower would wait for one without end
         content = _ended("the site was interrupted", again=True)
+    except Exception as error:  # Flower would send its words, and they may quote a row
+        traceback.print_exc()
+        content = _ended(f"the site failed ({type(error).__name__}); its own log says more", again=True)
     return Message(content, reply_to=message)
 
 

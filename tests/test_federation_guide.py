@@ -1,0 +1,52 @@
+"""docs/federation.md says of every key what it is, and its examples can be read as they stand."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from meerkat.agreement import Accepts, SiteConfig
+from meerkat.coordinator import FederationConfig, read_federation
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "federation.md").read_text()
+
+
+def section(title: str) -> str:
+    return GUIDE.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def rows(title: str, header: str) -> dict[str, str]:
+    """The rest of a table's rows, by the keys that each begins with."""
+    table = section(title).split(f"| {header} |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [line.strip("|").split("|", 1) for line in table]
+    return {key: rest for names, rest in cells for key in re.findall(r"`(\w+)`", names)}
+
+
+@pytest.mark.parametrize(
+    ("title", "header", "settings", "apart"),
+    [
+        ("4. site.toml", "key", SiteConfig, {"accepts"}),
+        ("4. site.toml", "key in `[accepts]`", Accepts, set[str]()),
+        ("5. federation.toml", "key in `[federation]`", FederationConfig, set[str]()),
+    ],
+)
+def test_a_table_has_every_key_with_its_default(
+    title: str, header: str, settings: type[BaseModel], apart: set[str]
+) -> None:
+    told = rows(title, header)
+    assert told.keys() == settings.model_fields.keys() - apart
+    for name, field in settings.model_fields.items():
+        if isinstance(field.default, float | int) and not isinstance(field.default, bool):
+            numbers = [float(n.replace(",", "")) for n in re.findall(r"[\d][\d.,]*(?:e-?\d+)?", told[name])]
+            assert float(field.default) in numbers, name
+
+
+def test_the_examples_can_be_read(tmp_path: Path) -> None:
+    blocks = {t: "\n\n".join(b for b in section(t).split("\n\n") if b.startswith("    ")) for t in ("4.", "5.")}
+    site = SiteConfig.model_validate(tomllib.loads(blocks["4."]))
+    assert (site.client, site.accepts.task) == (0, "topics")
+    (tmp_path / "federation.toml").write_text(blocks["5."])
+    config, federation = read_federation(tmp_path / "federation.toml")
+    assert (config.clients, federation.stream) == (3, "coordinator.example.org:9001")

@@ -1,0 +1,119 @@
+"""A federation's log: who joined is in it, and what cannot have been is refused."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import Federation, Setting, replay
+
+from meerkat import path
+from meerkat.errors import RunFailed
+from meerkat.record import Join, Replay
+
+Records = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def setting(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting.make(federation, tmp_path_factory.mktemp("sites"), rounds=3)
+
+
+@pytest.fixture
+def records(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Records:
+    """Two clients from the start, a third before round 1; closed after three rounds."""
+    federation = Federation.of(setting, monkeypatch, join=2)
+    federation.round()
+    federation.enter(2)
+    federation.round()
+    federation.round()
+    closing = {"kind": "close", "rounds": 3, "theta": path.digest(federation.state.theta)}
+    return [*federation.records, closing]
+
+
+def test_a_join_comes_out_as_it_went_in() -> None:
+    join = Join(3, 1, 20, "a node")
+    assert Join.from_json(join.to_json()) == join
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"examples": 0}, {"client": -1}, {"round": "0"}, {"examples": 2.5}, {"more": 1}, {"node": None}],
+)
+def test_a_damaged_join_is_refused(setting: Setting, change: dict[str, Any]) -> None:
+    with pytest.raises(RunFailed, match="damaged"):
+        replay(setting, [{**Join(0, 0, 10, "n").to_json(), **change}])
+
+
+def test_a_federation_s_log_is_gone_through_with_its_joins(setting: Setting, records: Records) -> None:
+    kinds = [record["kind"] for record in records]
+    assert kinds == ["join", "join", "round", "join", "round", "round", "close"]
+    again = replay(setting, records)
+    assert again.closed
+    assert again.state.round == 3
+    assert again.nodes == {k: f"node {k}" for k in range(3)}
+    assert dict(again.settings.examples) == dict(enumerate(setting.sizes))
+
+
+def without(number: int) -> Callable[[Records], Records]:
+    return lambda records: records[:number] + records[number + 1 :]
+
+
+def moved(number: int, to: int) -> Callable[[Records], Records]:
+    def change(records: Records) -> Records:
+        records = [*records]
+        records.insert(to, records.pop(number))
+        return records
+
+    return change
+
+
+def changed(number: int, **values: Any) -> Callable[[Records], Records]:
+    def change(records: Records) -> Records:
+        records = copy.deepcopy(records)
+        records[number].update(values)
+        return records
+
+    return change
+
+
+def again_from(number: int, **values: Any) -> Callable[[Records], Records]:
+    return lambda records: [*records[:number], {**records[0], **values}, *records[number:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (changed(3, round=2), "the round that client 2 joined before: recorded '2', found '1'"),
+        (moved(3, 5), "the round that client 2 joined before|who never joined"),
+        (without(3), "round 1 asks client 2, who never joined"),
+        (without(0), "round 0 asks client 0, who never joined"),
+        (changed(0, examples=9), "the weights of round 0"),
+        (again_from(3, round=1, examples=9), "the weights of round 1"),
+        (again_from(3, round=1, node="a stranger's"), "the node of client 0"),
+        (changed(3, client=3), "client 3 joined, of 3"),
+        (moved(3, 6), "who never joined"),
+        (lambda records: [*records, records[3]], "records follow the closing one"),
+        (without(5), "the number of rounds"),
+    ],
+)
+def test_what_cannot_have_been_is_refused(
+    setting: Setting, records: Records, change: Callable[[Records], Records], said: str
+) -> None:
+    with pytest.raises(RunFailed, match=said) as told:
+        replay(setting, change(records))
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting, records: Records) -> None:
+    held = again_from(6, round=3, examples=9)(records)
+    assert replay(setting, held).settings.examples[0] == 9
+
+
+def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:
+    settings = replace(setting.settings, examples=dict(enumerate(setting.sizes)))
+    join = Join(0, 0, 10, "n").to_json()
+    with pytest.raises(RunFailed, match="unknown kind 'join'"):
+        Replay([join], setting.theta_0, settings, setting.directions, None, Path("rounds.log")).run()
