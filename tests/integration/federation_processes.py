@@ -6,6 +6,7 @@ its answer at the session's end, and no second offer to one that will not come a
 """
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -250,7 +251,7 @@ class Fault:
     """Something that goes wrong once."""
 
     what: str
-    """kill, stop or cut."""
+    """kill (SIGKILL), stop (SIGSTOP), end (SIGTERM, the coordinator's alone) or cut."""
     who: int
     """A node; -1 for the coordinator. A cut breaks all connections, and is nobody's: -2."""
     round: int
@@ -277,8 +278,8 @@ class Schedule:
         rng = random.Random(seed)
         faults = []
         for _ in range(rng.randint(1, 4)):
-            what = rng.choices(("kill", "stop", "cut"), (5, 3, 2))[0]
-            who = rng.choice((-1, 0, 1, 2)) if what != "cut" else -2
+            what = rng.choices(("kill", "stop", "cut", "end"), (5, 3, 2, 1))[0]
+            who = {"cut": -2, "end": -1}.get(what, rng.choice((-1, 0, 1, 2)))
             length = rng.choice((0.02, 0.1, 0.3, 1.0)) if what == "stop" else rng.choice((0.0, 0.0, 0.3))
             faults.append(Fault(what, who, rng.randint(-3, ROUNDS - 1), rng.uniform(0, 0.1), length))
         faults.sort(key=lambda fault: fault.round)
@@ -406,9 +407,13 @@ class Federation:
         return status
 
     def kill(self, who: int) -> None:
-        """Kill with SIGKILL, and wait until it is gone."""
+        """Kill with SIGKILL, and wait until it is gone, with all that it started."""
+        pid = self.pids[who]
         self.signal(who, signal.SIGKILL)
         self.poll(who, wait=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, 0)
+            raise AssertionError(f"something is left of process group {pid}")
 
     def rounds(self) -> int:
         """Closed rounds in the log; -1 as long as there is none."""
@@ -466,6 +471,7 @@ class Course:
         self._undo: dict[int, tuple[float, str]] = {}
         """Who is to be started again or to go on, when."""
         self._due = 0.0
+        self._told_to_end = False
         self.met: list[tuple[Fault, int]] = []
         """The faults that met someone alive, and the rounds that were closed then."""
         self.last_start = -1
@@ -487,8 +493,11 @@ class Course:
             if self._to_come:
                 self._next()
             if -1 in federation.pids and (status := federation.poll(-1)) is not None:
-                assert status == 0, federation.told()
-                break
+                if status == 0:
+                    break
+                assert status == 1, federation.told()
+                assert self._told_to_end, federation.told()
+                self._start(-1)
             time.sleep(0.002)
         for who, (_, what) in [*self._undo.items()]:
             if what != "kill":
@@ -502,8 +511,11 @@ class Course:
         if what == "stop":
             self._federation.signal(who, signal.SIGCONT)
             return
+        self._start(who)
+
+    def _start(self, who: int) -> None:
         if who < 0:
-            self.last_start = self._federation.rounds()
+            self.last_start, self._told_to_end = self._federation.rounds(), False
         self._federation.start(who)
 
     def _next(self) -> None:
@@ -520,9 +532,14 @@ class Course:
             self._federation.proxy.cut()
         elif fault.what == "stop":
             self._federation.signal(fault.who, signal.SIGSTOP)
+        elif fault.what == "end":
+            self._federation.signal(fault.who, signal.SIGTERM)
+            self._told_to_end = True
         else:
             self._federation.kill(fault.who)
         self.met.append((fault, rounds))
+        if fault.what == "end":
+            return
         self._undo[fault.who] = (now + fault.for_s, fault.what)
 
 
