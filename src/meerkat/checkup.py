@@ -146,6 +146,7 @@ def connection(address: tuple[str, int], authority: str) -> Findings:
         yield ok("handshake", "the certificate is signed by the site's authority and names this host")
     except OSError as error:
         why = getattr(error, "verify_message", "") or error.strerror or str(error)
+        why = why.rstrip(".")
         yield fail("handshake", why, _CURES.get(getattr(error, "verify_code", 0), "is a TLS server there?"))
         blind = ssl.create_default_context()
         blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE

@@ -97,8 +97,8 @@ class StreamLink:
         except RuntimeError:
             self._stop_loop()
             raise MeerkatError(
-                f"stream {listen}: cannot listen there; is the port taken, the host another machine's (give 'listen'), "
-                "the key not the certificate's? 'meerkat doctor' tells which"
+                f"stream {listen}: cannot listen there; is the port free, the host this machine's (if not, give "
+                "'listen'), the key the certificate's? 'meerkat doctor' tells"
             ) from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
