@@ -508,6 +508,15 @@ def test_who_fails_three_times_in_a_row_is_shown_out(setting: Setting, monkeypat
     assert federation.replayed().state.round == 6
 
 
+def test_where_everyone_fails_the_run_ends_at_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    said = frames.encode_words({"why": "diverged"})
+    federation.wire.meddle = lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up else data)]
+    with pytest.raises(RunFailed, match=r"round 0: clients 0, 1, 2 could not make their steps \(diverged\)"):
+        federation.round()
+    assert federation.wire.now == 0.0
+
+
 def test_a_failure_that_is_told_twice_counts_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch)
     once = failing(federation, 1)

@@ -72,6 +72,7 @@ class SiteConfig(BaseModel):
         """Raise Refused unless the site agrees to a run's settings."""
         bounds = self.accepts
         steps = max(asked.local_steps, asked.calibration_steps if asked.stopping != "none" else 0)
+        _hold("method", asked.method, "methods that send scalars", asked.recipe.update != "first-order")
         _hold("task", task, bounds.task or task, task == (bounds.task or task))
         _hold("eps", asked.eps, f"at least {bounds.eps_minimum:g}", asked.eps >= bounds.eps_minimum)
         _hold("eps", asked.eps, f"at most {bounds.eps_maximum:g}", asked.eps <= bounds.eps_maximum)

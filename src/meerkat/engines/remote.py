@@ -122,6 +122,7 @@ class RemoteEngine:
         self._begun = False
         self._plan: RoundPlan | None = None
         self._replied: dict[int, np.ndarray] = {}
+        self._failed: dict[int, str] = {}
         self._counting: set[int] = set()
         """Whose evaluation is waited for."""
         self._counted: dict[int, tuple[int, int]] = {}
@@ -188,7 +189,7 @@ class RemoteEngine:
         Raises:
             RunFailed: fewer than the quorum answered for too long.
         """
-        self._state, self._plan, self._replied = state, plan, {}
+        self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
         least = min(self._terms.quorum, len(plan.steps))
@@ -197,6 +198,12 @@ class RemoteEngine:
             owing = [k for k in plan.steps if self._members[k].busy == (plan.round, plan.phase)]
             if len(self._replied) >= least and (not owing or waited >= self._terms.deadline_s):
                 break
+            if len(self._replied) < least and plan.steps.keys() == {*self._replied, *self._failed}:
+                raise RunFailed(
+                    f"round {plan.round}: {_named(sorted(self._failed))} could not make their steps "
+                    f"({', '.join(sorted({*self._failed.values()}))}); {least} replies are needed. Where losses "
+                    "diverged, start a new run with a lower lr"
+                )
             if waited > self._terms.deadline_s + self._terms.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
@@ -358,6 +365,7 @@ class RemoteEngine:
                 self.counts["failed"] += 1
                 why = said.get("why") if said.get("why") in frames.FAILURES else "error"
                 self.tell("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
+                self._failed[client] = str(why)
                 member.busy, member.trouble = None, member.trouble + 1
                 if member.trouble == _PATIENT:
                     self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
