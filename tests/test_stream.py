@@ -114,7 +114,7 @@ def test_port_and_threads_are_given_back(coordinator: Callable[..., Coordinator]
     site = held.attending(0)
     list(held.rounds(2))
     idle = Caller(held)
-    with pytest.raises(MeerkatError, match=r"is the port taken"):
+    with pytest.raises(MeerkatError, match=r"is the port free"):
         Coordinator(keys, 1, port=held.port)
     held.close()
     assert site.end().error is None
