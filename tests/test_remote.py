@@ -627,6 +627,25 @@ def test_at_the_end_everyone_has_the_last_theta_and_knows(setting: Setting, monk
     assert federation.engine.available() == []
 
 
+def test_who_comes_when_the_run_ends_is_told_so(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=2)
+    federation.round()
+    federation.enter(2)
+    federation.end()
+    assert same_theta(federation, [0, 1, 2])
+    assert federation.ever[2].ended == "the run is over"
+
+
+def test_who_comes_when_the_run_is_stopped_is_told_so(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=0)
+    federation.enter(0)
+    federation.engine.stop("the run was stopped")
+    with pytest.raises(RunFailed, match="the run was stopped"):
+        federation.engine._wait(1.0)
+    federation.end()
+    assert federation.ever[0].ended == "the run is over"
+
+
 # under any trouble
 
 

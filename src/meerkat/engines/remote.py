@@ -266,6 +266,8 @@ class RemoteEngine:
     def end(self, why: str) -> None:
         """Bring everyone up to date, who is late as well, and say that the run is over."""
         words = frames.encode_words({"why": why})
+        while (event := self._link.receive(0)) is not None:
+            self._handle(event)  # who came just now is told as well
         for client in [k for k, member in self._members.items() if member.here]:
             told = self._telling(client, Kind.CLOSED)
             last = self._frame(Kind.END, client, words)
@@ -312,10 +314,10 @@ class RemoteEngine:
     def _wait(self, at_most_s: float) -> None:
         """Handle the next event, if one comes in time."""
         event = self._link.receive(min(max(at_most_s, 0.0), _WAKE_S))
-        if self._stopped:
-            raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
         if event is not None:
             self._handle(event)
+        if self._stopped:
+            raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
 
     def _handle(self, event: Event) -> None:
         if event.what == "arrived" and event.guest is not None:
