@@ -54,7 +54,7 @@ class FederationConfig(BaseModel):
     private_key: str = Field("", description="the certificate's key, PEM")
     clients_minimum: int = Field(1, ge=1, description="clients that must be here for a round to open")
     clients_wanted: int = Field(0, ge=0, description="clients that the first round waits for; 0 for all")
-    start_s: float = Field(60.0, ge=0, description="seconds that they are waited for")
+    start_s: float = Field(300.0, ge=0, description="seconds that they are waited for")
     quorum: int = Field(1, ge=1, description="replies that a round needs to close without the others")
     deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without the slow")
     patience_s: float = Field(600.0, gt=0, description="seconds that too few clients are waited for")
