@@ -66,10 +66,7 @@ class SiteConfig(BaseModel):
             allowed = ", ".join((Accepts if where.startswith("accepts.") else cls).model_fields)
             said = f"unknown; must be one of {allowed}" if first["type"] == "extra_forbidden" else first["msg"]
             raise MeerkatError(f"{path}: {where}: {said}") from None
-        config = config.model_copy(update={name: _found(path, getattr(config, name)) for name in _PATHS})
-        if not Path(config.data).is_dir():
-            raise MeerkatError(f"{path}: data '{config.data}': no such folder; give the one with the site's rows")
-        return config
+        return config.model_copy(update={name: _found(path, getattr(config, name)) for name in _PATHS})
 
     def check_settings(self, asked: RunConfig, task: str) -> None:
         """Raise Refused unless the site agrees to a run's settings."""

@@ -152,8 +152,11 @@ class Control(Protocol):
     def link(self, door: Door) -> Link:
         """Where frames go."""
 
+    def stop_inviting(self) -> None:
+        """Invite nobody any more."""
+
     def close(self) -> None:
-        """Invite nobody any more; wait until the nodes are free."""
+        """Wait until the nodes are free, if that is soon."""
 
 
 def coordinate(config: RunConfig, federation: FederationConfig, out: Path, control: Control) -> dict[str, Any]:
@@ -227,6 +230,7 @@ def _coordinate(
                 state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
             why = "the run is finished"
         finally:
+            control.stop_inviting()
             engine.end(why)
     return write_summary(folder, config, mask, state, facts=engine.outcome())
 

@@ -97,9 +97,13 @@ class SocketControl:
         except OSError:
             pass  # the node is gone
 
+    def stop_inviting(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.stop_inviting()
         end = time.monotonic() + DRAIN_S
         while self._out and time.monotonic() < end:
             time.sleep(0.01)

@@ -5,6 +5,7 @@ client of a simulation does, by the same functions, so that both have the same b
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,8 @@ class Site:
 def _rows(own: SiteConfig, task: Task, split: str) -> list[Row]:
     """The site's own rows. What is wrong with them is told here alone: such words may quote a row."""
     try:
+        if not Path(own.data).is_dir():
+            raise MeerkatError(f"data '{own.data}': no such folder; a site's rows are its own, and not the hub's")
         rows = load_rows(own.data, split)
         check_rows(task, rows, f"data '{own.data}', {split}")
     except MeerkatError as error:

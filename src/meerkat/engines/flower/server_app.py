@@ -66,8 +66,12 @@ class FlowerControl:
         self._thread = threading.Thread(target=invite, name="invitations", daemon=True)
         self._thread.start()
 
+    def stop_inviting(self) -> None:
+        """Invite nobody any more."""
+        self._closing.set()
+
     def close(self) -> None:
-        """Invite nobody any more, and wait a while until the nodes' sessions have ended."""
+        """Wait a while until the nodes' sessions have ended."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(_POLL_S)  # no longer: Flower holds it in a call when it stops an app
