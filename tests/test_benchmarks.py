@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("gradip", ["--repeats", "1"]),
         ("selection", ["mixed:2/4/0/1", "iid/4/0/1", "--traces"]),
         ("mask_overlap", []),
+        ("catch_up", ["--rounds", "2"]),
     ],
 )
 def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_path: Path) -> None:
