@@ -1,0 +1,57 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from meerkat.config import make_config
+from meerkat.errors import MeerkatError
+from meerkat.experiment import simulate
+from meerkat.runfolder import RunFolder
+from meerkat.trackers import tracking
+
+SETTINGS = {"rounds": 2, "clients": 2, "eval_every": 1, "text_sequences": 2, "threads": 1, "tracker": "tensorboard"}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    simulate(make_config(SETTINGS), tmp_path / "run")
+    metrics, found = RunFolder.open(tmp_path / "run").metrics(), scalars(tmp_path / "run")
+    judged = [m for m in metrics if m["kind"] == "evaluation"]
+    assert found["evaluation/accuracy"] == [(m["round"], pytest.approx(m["accuracy"])) for m in judged]
+    assert [m["round"] for m in judged] == [0, 1, 2]
+    rounds = [m for m in metrics if m["kind"] == "round"]
+    assert found["round/loss"] == [(m["round"] + 1, pytest.approx(m["loss"])) for m in rounds]
+    assert found["bytes/up"] == [(1, 8.0), (2, 8.0)]
+    assert [step for step, _ in found["round/abs_g"]] == [1, 2]
+
+
+def test_what_nobody_told_is_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with tracking("tensorboard", tmp_path, 0) as follow:
+        follow({"kind": "evaluation", "round": 3, "accuracy": 0.5, "loss": None})
+        follow({"kind": "split", "round": 0})
+    assert scalars(tmp_path) == {"evaluation/accuracy": [(3, 0.5)]}
+
+
+def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with (
+        pytest.raises(MeerkatError, match=r"pip install 'meerkat-fl\[tensorboard\]'"),
+        tracking("tensorboard", tmp_path, 0),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_writes_nothing(tmp_path: Path) -> None:
+    with tracking("none", tmp_path, 0) as follow:
+        follow({"kind": "evaluation", "round": 0, "accuracy": 0.5, "loss": 1.0})
+    assert not list(tmp_path.iterdir())
