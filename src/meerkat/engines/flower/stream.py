@@ -176,7 +176,7 @@ class StreamLink:
         if (before := self._sessions.get(guest.client)) is not None:
             before.outgoing.put_nowait(None)
         self._sessions[guest.client] = session
-        await context.write(guest.welcome)
+        session.outgoing.put_nowait(guest.welcome)
         self._tell(Event("arrived", guest.client, guest=guest))
         reader = asyncio.create_task(self._read(session, context))
         try:
