@@ -16,7 +16,7 @@ from meerkat import __version__, models, optimizers, path
 from meerkat.agreement import SiteConfig
 from meerkat.client import local_steps
 from meerkat.data import load_rows
-from meerkat.directions import Directions, run_key
+from meerkat.directions import Directions, Place, run_key
 from meerkat.engines import frames
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.engines.offer import Offer
@@ -147,6 +147,10 @@ class Site:
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a coordinator does not send")
         return None
 
+    def look_ahead(self) -> None:
+        """Make ready what the next round needs, while the answer travels."""
+        self._z.prepare(Place("training", self.round + 1, 0, 0))
+
     def refusal(self, why: str) -> bytes:
         """The frame that says that the site takes no further part, and why."""
         return self._frame(Kind.REFUSAL, frames.encode_words({"why": why}))
@@ -227,8 +231,6 @@ class Site:
         )
         made = self._frame(Kind.REPLY, frames.encode_scalars(work.phase, reply.scalars))
         self._last = (about, reply.scalars, made)
-        if work.phase == "training":
-            self._z.prepare(self._plan(work.lr, work.steps).place(0, 0)._replace(round=self.round + 1))
         return made
 
     def _losses_along(self, pointer: int) -> Callable[[int], Loss]:

@@ -234,6 +234,7 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                 for data in call:
                     if (answer := _answer(site, call, data)) is not None:
                         call.say(answer)
+                        site.look_ahead()
                     if site.ended:
                         break
             except grpc.RpcError as error:
