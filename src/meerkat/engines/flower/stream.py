@@ -5,6 +5,7 @@ falls silent is noticed by keepalive within `NOTICED_S` seconds, a closed connec
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -63,6 +64,12 @@ class _Session:
 
     client: int
     outgoing: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+
+    def retire(self) -> None:
+        """Another stream has taken its place: what was not sent is dropped, for its peer may never read it."""
+        while not self.outgoing.empty():
+            self.outgoing.get_nowait()
+        self.outgoing.put_nowait(None)
 
 
 class StreamLink:
@@ -174,17 +181,19 @@ class StreamLink:
             return
         session = _Session(guest.client)
         if (before := self._sessions.get(guest.client)) is not None:
-            before.outgoing.put_nowait(None)
+            before.retire()
         self._sessions[guest.client] = session
-        await context.write(guest.welcome)
-        self._tell(Event("arrived", guest.client, guest=guest))
-        reader = asyncio.create_task(self._read(session, context))
+        self._tell(Event("arrived", guest.client, guest=guest))  # at once: dropped meanwhile, it must leave after that
+        reader: asyncio.Task[None] | None = None
         try:
+            await context.write(guest.welcome)
+            reader = asyncio.create_task(self._read(session, context))
             while (frame := await session.outgoing.get()) is not None:
                 self.bytes_sent += len(frame)
                 await context.write(frame)
         finally:
-            reader.cancel()
+            if reader is not None:
+                reader.cancel()
             if self._sessions.get(guest.client) is session:
                 del self._sessions[guest.client]
                 self._tell(Event("left", guest.client))
@@ -277,6 +286,7 @@ class _Call:
     def __iter__(self) -> Iterator[bytes]:
         try:
             for data in self._call:
+                self._heard = math.inf  # until it is answered: a site at work is not idle
                 self.answered = True
                 yield data
                 self._heard = time.monotonic()
