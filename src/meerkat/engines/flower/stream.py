@@ -183,17 +183,15 @@ class StreamLink:
         if (before := self._sessions.get(guest.client)) is not None:
             before.retire()
         self._sessions[guest.client] = session
-        self._tell(Event("arrived", guest.client, guest=guest))  # at once: dropped meanwhile, it must leave after that
-        reader: asyncio.Task[None] | None = None
+        session.outgoing.put_nowait(guest.welcome)
+        self._tell(Event("arrived", guest.client, guest=guest))
+        reader = asyncio.create_task(self._read(session, context))
         try:
-            await context.write(guest.welcome)
-            reader = asyncio.create_task(self._read(session, context))
             while (frame := await session.outgoing.get()) is not None:
                 self.bytes_sent += len(frame)
                 await context.write(frame)
         finally:
-            if reader is not None:
-                reader.cancel()
+            reader.cancel()
             if self._sessions.get(guest.client) is session:
                 del self._sessions[guest.client]
                 self._tell(Event("left", guest.client))
