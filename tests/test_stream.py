@@ -449,6 +449,21 @@ def test_what_an_old_stream_did_not_read_is_not_kept(coordinator: Callable[..., 
         caller.close()
 
 
+def test_what_a_site_that_was_let_go_does_not_read_is_not_kept(
+    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_FLUSH_S", 0.3)
+    held = coordinator(1)
+    caller = Caller(held).say(held.site(0).hello())
+    assert caller.hear() is not None
+    session = held.link._sessions[0]
+    held.link.send({0: [bytes(frames.LIMIT)] * 20})
+    held.link.drop(0, b"last")
+    assert _settles(lambda: session.outgoing.qsize() > 10)
+    assert _settles(lambda: session.outgoing.qsize() <= 1)
+    caller.close()
+
+
 def test_a_stream_that_breaks_before_its_welcome_leaves_nothing_behind(coordinator: Callable[..., Coordinator]) -> None:
     held = coordinator(1)
     hello = held.site(0).hello()
