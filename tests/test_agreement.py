@@ -103,6 +103,7 @@ def test_default_bounds_accept_a_default_run() -> None:
         ({"eps_maximum": 1e-4}, {}, "eps: the run asks for 0.001, the site accepts at most 0.0001"),
         ({}, {"eps": 0.0}, "eps: the run asks for 0.0, the site accepts at least 1e-06"),
         ({"batch_minimum": 32}, {}, "batch_size: the run asks for 16, the site accepts at least 32"),
+        ({}, {"directions": 101}, "directions: the run asks for 101, the site accepts at most 100"),
         ({"rounds": 10}, {"rounds": 11}, "rounds: the run asks for 11, the site accepts at most 10"),
         ({"local_steps": 4}, {"local_steps": 5}, "local_steps: the run asks for 5, the site accepts at most 4"),
         (
@@ -130,6 +131,7 @@ def test_a_bound_is_held_and_told(bounds: dict[str, Any], run: dict[str, Any], s
         ({"eps_minimum": 1e-3, "eps_maximum": 1e-3}, {}),
         ({"batch_minimum": 16}, {}),
         ({"rounds": 10}, {"rounds": 10}),
+        ({"directions": 4}, {"directions": 4}),
         ({"local_steps": 5}, {"local_steps": 5}),  # calibration_steps says nothing where nobody is calibrated
         ({"local_steps": 100}, {"early_stop": "vp"}),
     ],

@@ -140,6 +140,14 @@ def test_neither_token_nor_secret_stays_out(secret: bytes) -> None:
         at.admit(hello(secret))
 
 
+def test_a_long_hello_is_not_taken_apart() -> None:
+    at = door()
+    token = at.token("n")
+    with pytest.raises(BadFrame, match="at most 4,096 are read of a stranger"):
+        at.admit(hello(token, versions="v" * 4096))
+    assert at.admit(hello(token)).node == "n"
+
+
 def test_a_hello_of_another_run_does_not_spend_a_token() -> None:
     at = door()
     token = at.token("n")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ import tomli_w
 
 pytest.importorskip("flwr")
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from meerkat import experiment
 from meerkat.audit import verify
 from meerkat.config import make_config
 from meerkat.coordinator import coordinate, read_federation
-from meerkat.engines.flower import client_app, server_app
+from meerkat.engines.flower import client_app, messages, server_app
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.sites import site_folder, write_sites
 
@@ -163,6 +164,77 @@ def test_a_run_that_flower_stops_can_be_gone_on_with(tmp_path: Path, sites: list
         run(federation_file(tmp_path, rounds=3), tmp_path / "run", Grid(sites))
     with pytest.raises(MeerkatError, match="a federation's run: start its coordinator again"):
         experiment.resume(tmp_path / "run")
+
+
+class Meddling(Grid):
+    """Node 101 answers messages of one type with content of the test's own, once."""
+
+    def __init__(self, sites: Sequence[Path], kind: str, content: RecordDict) -> None:
+        super().__init__(sites)
+        self.kind, self.content = kind, content
+        self.meddled = False
+
+    def _answer(self, message: Message) -> str | None:
+        made = super()._answer(message)
+        if made and (message.metadata.dst_node_id, message.metadata.message_type, self.meddled) == (
+            101,
+            self.kind,
+            False,
+        ):
+            self.meddled = True
+            self._answers[made] = Message(self.content, reply_to=message)
+        return made
+
+
+@pytest.mark.usefixtures("_identity")
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("train.session", {"session": ConfigRecord({})}),
+        ("train.session", {"hello": ConfigRecord({"frame": 10**12})}),
+        ("train.frames", {"frames": ConfigRecord({"frames": 3})}),
+    ],
+)
+def test_what_a_node_answers_ends_nobody_s_run(
+    tmp_path: Path, sites: list[Path], kind: str, content: dict[str, Any]
+) -> None:
+    grid = Meddling(sites, kind, RecordDict(content))
+    terms = {"clients_minimum": 1, "start_s": 5.0 if kind == "train.frames" else 0.0, "deadline_s": 0.5}
+    assert run(federation_file(tmp_path, terms), tmp_path / "run", grid)["rounds"] == 2
+    assert grid.meddled
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"session": ArrayRecord(), "hello": ArrayRecord(), "frames": ArrayRecord()},
+        {"session": ConfigRecord({}), "hello": ConfigRecord({}), "frames": ConfigRecord({})},
+        {
+            "session": ConfigRecord({"why": 3, "again": "yes"}),
+            "hello": ConfigRecord({"frame": 10**12}),
+            "frames": ConfigRecord({"frames": "text"}),
+        },
+    ],
+)
+def test_an_answer_of_any_content_is_read_as_none(content: dict[str, Any]) -> None:
+    answer: Any = SimpleNamespace(content=RecordDict(content), has_error=lambda: False)
+    assert messages.unpack(answer.content) == [b""]
+    assert messages.hello_in(answer) is None
+    ended = messages.session_end(answer)
+    assert ended is None or not ended[1]
+
+
+@pytest.mark.usefixtures("_identity")
+def test_a_site_that_fails_between_messages_is_invited_again(
+    tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RecordDict({"session": ConfigRecord({"why": "the site's state\nis gone", "again": True})})
+    grid = Meddling(sites, "train.frames", lost)
+    summary = run(federation_file(tmp_path, {"quorum": 2}), tmp_path / "run", grid)
+    assert summary["theta_digest"] == experiment.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
+    assert grid.pushed.count("train.session") == 3
+    assert "client 1: the site's state is gone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,14 @@ def test_parts_hold_no_more_than_was_announced(monkeypatch: pytest.MonkeyPatch) 
         parts.add(bodies[1])
 
 
+def test_a_part_without_a_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = parts_of(np.ones(9, "f4"), monkeypatch)
+    parts = StateParts(9)
+    parts.add(bodies[0])
+    with pytest.raises(BadFrame, match="a state of"):
+        parts.add(bodies[1][:16])
+
+
 def test_a_state_that_was_cut_off_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream broke between two parts: on the next one the whole state comes again."""
     values = np.arange(9, dtype="f4")

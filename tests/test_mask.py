@@ -13,6 +13,16 @@ from meerkat.models import language_modelling_loss
 from meerkat.sensitivity import full_mask, magnitude_mask, sensitivity_mask
 
 
+@pytest.mark.parametrize("odd", [[3] * 100, [5, 3], [-1, 3], [3, 10**9], [[3, 5]]])
+def test_entries_that_are_no_indices_or_come_twice_do_not_fit(odd: list[int]) -> None:
+    model = tiny_model()
+    mask = magnitude_mask(model)
+    mask.check_fits(model)
+    name = next(iter(mask.entries))
+    with pytest.raises(MeerkatError, match="each once and ascending"):
+        dataclasses.replace(mask, entries={**mask.entries, name: torch.tensor(odd)}).check_fits(model)
+
+
 def test_saved_and_loaded_masks_are_equal(tmp_path: Path, random_sequences: list[Tensor]) -> None:
     model = tiny_model()
     loss = language_modelling_loss(model)

@@ -252,6 +252,40 @@ def test_no_round_beyond_the_run_s_last_is_worked_on(setting: Setting) -> None:
         site.answer(server.ask(closed))
 
 
+@pytest.mark.parametrize("kind", [Kind.WORK, Kind.JUDGE])
+@pytest.mark.parametrize("back", [0, 1])
+def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind, back: int) -> None:
+    server, site = Server(setting), setting.site(0, evaluate=True)
+    first = site.answer(server.ask(kind=kind))
+    if not back:
+        assert site.answer(server.ask(kind=kind)) == first  # the same again is no news
+    if back:
+        site.answer(server.ask([server.close(None)], kind=kind))
+    kept = site.keep()
+    server.state = ServerState(0, setting.theta_0 + 1e-3)
+    another = setting.site(0, evaluate=True)
+    another.take_up(kept)
+    for asked in (site, another):  # in another process, too
+        for part in server.whole_state():
+            asked.answer(part)
+        with pytest.raises(BadFrame, match="not as agreed"):
+            asked.answer(server.ask(kind=kind))
+
+
+def test_a_round_of_more_steps_than_the_run_has_is_not_followed(setting: Setting) -> None:
+    server, site = Server(setting), setting.site(0)
+    server.close(None)
+    with pytest.raises(BadFrame, match="a round of 3 steps, in a run of 2"):
+        site.answer(server.ask([Closed(0.1, 1.0, np.ones((3, 2), "f4"), False)]))
+
+
+def test_a_task_of_a_known_name_has_its_own_text(setting: Setting) -> None:
+    text = 'name = "topics"\ntemplate = "{diagnosis} {label}"\nlabels = ["a", "b", "c", "d"]\n'
+    own = SiteConfig(client=0, data="rows", accepts={"task": "topics"})
+    with pytest.raises(MeerkatError, match="one that every meerkat knows"):
+        Site(replace(setting.offer(), task="own.toml", task_text=text), own)
+
+
 def test_a_round_of_other_directions_is_refused(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0)
     server.close(None)

@@ -213,7 +213,8 @@ def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
         (b"MK\x09" + bytes(60), "frame format 9"),
         (b"MK\x01\xff" + bytes(60), "unknown kind 255"),
         (_hello(b"\xff" * 100), "no JSON object"),
-        (_hello(b"[" * 100_000), "no JSON object"),
+        (_hello(b"[" * 4000), "no JSON object"),
+        (_hello(b"[" * 100_000), "at most 4,096 are read"),
         (_hello(bytes(32) + b"{}"), "no token of this session"),
         (_hello(bytes(32) + b"{}", OTHERS_RUN), "a frame of another run"),
         (Frame(Kind.REPLY, bytes.fromhex(RUN), 0, 0).encode(), "does not begin with a hello"),
@@ -431,6 +432,56 @@ def test_a_flood_from_one_site_waits_in_the_network(coordinator: Callable[..., C
     flooding.close()
 
 
+def test_what_an_old_stream_did_not_read_is_not_kept(coordinator: Callable[..., Coordinator]) -> None:
+    held = coordinator(1)
+    site = held.site(0)
+    first = Caller(held).say(site.hello())
+    welcome = first.hear()
+    assert welcome is not None
+    site.answer(welcome.encode())
+    old = held.link._sessions[0]
+    held.link.send({0: [bytes(frames.LIMIT)] * 20})
+    assert _settles(lambda: old.outgoing.qsize() > 10)
+    again = Caller(held).say(site.hello())
+    assert again.hear() is not None
+    assert old.outgoing.qsize() <= 1
+    for caller in (first, again):
+        caller.close()
+
+
+def test_what_a_site_that_was_let_go_does_not_read_is_not_kept(
+    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_FLUSH_S", 0.3)
+    held = coordinator(1)
+    caller = Caller(held).say(held.site(0).hello())
+    assert caller.hear() is not None
+    session = held.link._sessions[0]
+    held.link.send({0: [bytes(frames.LIMIT)] * 20})
+    held.link.drop(0, b"last")
+    assert _settles(lambda: session.outgoing.qsize() > 10)
+    assert _settles(lambda: session.outgoing.qsize() <= 1)
+    caller.close()
+
+
+def test_a_stream_that_breaks_before_its_welcome_leaves_nothing_behind(coordinator: Callable[..., Coordinator]) -> None:
+    held = coordinator(1)
+    hello = held.site(0).hello()
+
+    class Broken:
+        async def read(self) -> bytes:
+            return hello
+
+        async def write(self, _: bytes) -> None:
+            raise grpc.aio.UsageError("the stream is gone")
+
+    with pytest.raises(grpc.aio.UsageError):
+        held.link._call(held.link._attend(iter(()), Broken()))
+    assert not held.link._sessions
+    events = [held.link.receive(5.0) for _ in range(2)]
+    assert [event and event.what for event in events] == ["arrived", "left"]
+
+
 def test_a_site_that_is_shown_out_just_after_it_came_back_is_not_waited_for(
     coordinator: Callable[..., Coordinator],
 ) -> None:
@@ -536,6 +587,14 @@ def test_a_site_that_hears_nothing_for_long_is_free_again(
     assert isinstance(site.end().error, RunFailed)
     assert "not a frame for 0.5 s" in str(site.error)
     assert _settles(lambda: not _threads() - before)
+
+
+def test_a_site_that_works_for_long_is_not_idle(coordinator: Callable[..., Coordinator]) -> None:
+    held = coordinator(1)
+    site = held.attending(0, compute_s=2.5, idle_s=1.0)
+    assert len(list(held.rounds(1))) == 1
+    held.close()
+    assert site.end().error is None
 
 
 class Failing(StubSite):

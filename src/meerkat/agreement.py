@@ -25,7 +25,7 @@ class Accepts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: str = Field("", description="the only task; empty for any")
+    task: str = Field("", description="the only task, by its name; empty for any")
     model: str = Field("", description="fingerprint of the only model; empty for any that is the site's own")
     mask: str = Field("", description="SHA-256 of the only mask; empty for any")
     mask_minimum: int = Field(100, ge=1, description="parameters that must move, at least: few would tell much of rows")
@@ -34,6 +34,7 @@ class Accepts(BaseModel):
     eps_maximum: float = Field(1e-1, gt=0, description="perturbation size, at most")
     batch_minimum: int = Field(1, ge=1, description="rows of a batch, at least")
     rounds: int = Field(100_000, ge=1, description="rounds of a run, at most")
+    directions: int = Field(100, ge=1, description="directions of a step, at most: each tells one number of its batch")
     local_steps: int = Field(1_000, ge=1, description="local steps of a round or a calibration, at most")
 
 
@@ -79,6 +80,7 @@ class SiteConfig(BaseModel):
         _hold(
             "batch_size", asked.batch_size, f"at least {bounds.batch_minimum}", asked.batch_size >= bounds.batch_minimum
         )
+        _hold("directions", asked.directions, f"at most {bounds.directions}", asked.directions <= bounds.directions)
         _hold("rounds", asked.rounds, f"at most {bounds.rounds}", asked.rounds <= bounds.rounds)
         _hold("local_steps", steps, f"at most {bounds.local_steps}", steps <= bounds.local_steps)
 

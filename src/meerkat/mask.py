@@ -148,11 +148,24 @@ class SparseMask:
                 + (f" and differs at '{strangers[0]}'" if strangers else "")
                 + "; make a mask for this model with 'meerkat mask'"
             )
+        for name, indices in self.entries.items():
+            if indices is not None and not _ascend(indices, math.prod(self.shapes[name])):
+                raise MeerkatError(
+                    f"the mask's entries of '{name}' are not indices, each once and ascending; make it again with "
+                    "'meerkat mask'"
+                )
         if (found := fingerprint(model)) != self.fingerprint:
             raise MeerkatError(
                 f"the mask is of the same architecture with other weights (fingerprint {self.fingerprint[:12]}, "
                 f"this model's is {found[:12]}); make a mask for this model with 'meerkat mask'"
             )
+
+
+def _ascend(indices: Tensor, size: int) -> bool:
+    """Whether these are indices into a tensor of so many entries, each once: else a mask moves fewer than it says."""
+    if indices.dim() != 1 or not len(indices):
+        return indices.dim() == 1
+    return bool(indices[0] >= 0 and indices[-1] < size and (indices[1:] > indices[:-1]).all())
 
 
 def fingerprint(model: nn.Module) -> str:

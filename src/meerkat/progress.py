@@ -21,6 +21,11 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def one_line(text: object) -> str:
+    """Words of another machine, as one printable line of bounded length: whatever they are, a log stays one."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:300])
+
+
 def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
     """The items, `total` of them at most (where left out, their length), with their progress shown."""
     if total is None:

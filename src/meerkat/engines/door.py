@@ -15,6 +15,8 @@ from meerkat.engines import frames
 from meerkat.engines.frames import BadFrame, Frame, Kind
 
 _SECRET = 32
+_HELLO = 4096
+"""Bytes of a first frame, at most: it is taken apart before anybody knows who sends it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Door:
             Refused: it may not come in; the message says why, and does not repeat what it sent.
             BadFrame: the bytes are no first frame.
         """
+        if len(data) > _HELLO:
+            raise BadFrame(f"a first frame of {len(data):,} bytes: at most {_HELLO:,} are read of a stranger")
         frame = Frame.decode(data)
         if frame.kind is not Kind.HELLO:
             raise BadFrame("a stream that does not begin with a hello")

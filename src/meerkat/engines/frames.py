@@ -213,7 +213,8 @@ class StateParts:
     def __init__(self, count: int) -> None:
         """`count`: the float32 values that there must be."""
         self._bytes = 4 * count
-        self._parts: list[bytes] = []
+        self._held = bytearray()
+        self._next = 0
 
     def add(self, body: bytes) -> np.ndarray | None:
         """Take the next part; the values, float32 [count], once it was the last. The first begins anew.
@@ -223,16 +224,17 @@ class StateParts:
         """
         number, parts, size = _unpack(_PART, body)
         if number == 0:  # a stream that broke may have left some of an earlier state
-            self._parts = []
-        if size != self._bytes or number != len(self._parts) or number >= parts:
+            self._held, self._next = bytearray(), 0
+        if size != self._bytes or number != self._next or number >= parts:
             raise BadFrame(f"part {number} of a state of {size:,} bytes, where {self._bytes:,} are expected")
-        self._parts.append(body[_PART.size :])
-        held, last = sum(map(len, self._parts)), number + 1 == parts
-        if held > size or (last and held < size):
+        self._held += body[_PART.size :]
+        self._next += 1
+        held, last = len(self._held), number + 1 == parts
+        if len(body) == _PART.size or held > size or (last and held < size):
             raise BadFrame(f"a state of {held:,} bytes, where {size:,} were announced")
         if not last:
             return None
-        data, self._parts = b"".join(self._parts), []
+        data, self._held, self._next = self._held, bytearray(), 0
         return np.frombuffer(data, dtype="<f4").astype("f4")
 
 

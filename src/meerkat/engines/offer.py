@@ -107,7 +107,12 @@ class Offer:
             MeerkatError: it is not known here, or its text describes none.
         """
         if self.task_text:
-            return parse_task(self.task_text, self.task)
+            task = parse_task(self.task_text, self.task)
+            if task.name in TASKS or task.name in demo.TASKS:  # a site that accepts the name means its own text
+                raise MeerkatError(
+                    f"task '{task.name}': is one that every meerkat knows; give the task file another name"
+                )
+            return task
         if self.task in demo.TASKS:
             return demo.load_task(self.task)
         if self.task in TASKS:

@@ -24,7 +24,7 @@ from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.metrics import counts_metric
-from meerkat.progress import say
+from meerkat.progress import one_line, say
 from meerkat.record import Join
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
 from meerkat.runfolder import Metric
@@ -380,7 +380,7 @@ class RemoteEngine:
                 self._counted[client] = counts
             case Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
-                why = _line(said.get("why"))
+                why = one_line(said.get("why"))
                 self.tell("declined", f"client {client} takes no part: {why}", client=client, why=why)
                 self._show_out(client, "as it wished")
             case _:
@@ -434,8 +434,3 @@ def _named(clients: Sequence[int]) -> str:
     """Clients in words; at most ten are named."""
     listed = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
     return f"client{'s' * (len(clients) > 1)} {listed}"
-
-
-def _line(text: object) -> str:
-    """Foreign text as one printable line."""
-    return "".join(c if c.isprintable() else " " for c in str(text))[:300]

@@ -22,7 +22,7 @@ from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Wo
 from meerkat.engines.offer import Offer
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.partition import ClientRows
-from meerkat.progress import say
+from meerkat.progress import one_line, say
 from meerkat.record import server_optimizer
 from meerkat.rounds import RoundPlan, RoundRecord
 from meerkat.tasks import Row, Task, check_rows
@@ -83,6 +83,8 @@ class Site:
         self._z = Directions(run_key(self.config.seed), len(self.mask), self._theta.device)
         self._digest = bytes.fromhex(offer.theta)
         self._parts = StateParts(self._state_size())
+        self._answered: dict[str, tuple[int, bytes]] = {}
+        """By what was asked: the last round that it was answered in, and theta's digest there."""
         self._last: tuple[tuple[int, str, bytes], np.ndarray, bytes] | None = None
 
     def hello(self) -> bytes:
@@ -106,12 +108,16 @@ class Site:
             "values": torch.cat(values).cpu().numpy().astype("<f4", copy=False).tobytes(),
             "last": b"" if self._last is None else self._last[2],
             "h_lost": int(self._h_lost),
+            **{f"round_{what}": at for what, (at, _) in self._answered.items()},
+            **{f"digest_{what}": digest for what, (_, digest) in self._answered.items()},
         }
 
     def take_up(self, kept: Mapping[str, Any]) -> None:
         """Go on where a session was kept."""
         self._take(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
         self._h_lost = bool(kept["h_lost"])
+        asked = [name.removeprefix("round_") for name in kept if name.startswith("round_")]
+        self._answered = {what: (int(kept[f"round_{what}"]), kept[f"digest_{what}"]) for what in asked}
         if kept["last"]:
             last = Frame.decode(kept["last"])
             phase, scalars = frames.decode_scalars(last.body)
@@ -142,7 +148,8 @@ class Site:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
-                self.ended, self.refused = str(said.get("why", "")) or "no reason given", frame.kind is Kind.REFUSAL
+                self.ended = one_line(said.get("why", "")) or "no reason given"
+                self.refused = frame.kind is Kind.REFUSAL
             case _:
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a coordinator does not send")
         return None
@@ -188,6 +195,8 @@ class Site:
         """What the server did when it closed the round that this site's theta stands at."""
         if closed.aggregate.shape[1] != self.config.directions:
             raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
+        if len(closed.aggregate) > self.config.local_steps:
+            raise BadFrame(f"a round of {len(closed.aggregate)} steps, in a run of {self.config.local_steps}")
         plan = self._plan(closed.lr, len(closed.aggregate))
         record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
         if self._h is not None and closed.counted:
@@ -225,6 +234,7 @@ class Site:
             most = self.config.calibration_steps if self.config.stopping != "none" else 0
         if not 0 < work.steps <= most or self.round >= self.config.rounds:
             raise BadFrame(f"{work.steps} steps of {work.phase} asked for in round {self.round}: not as agreed")
+        self._answer_once(work.phase)
         plan = self._plan(work.lr, work.steps, work.phase)
         reply, _ = local_steps(
             self._model, self._theta, plan, self.client, self._losses_along(work.pointer), self._z, self._h
@@ -232,6 +242,15 @@ class Site:
         made = self._frame(Kind.REPLY, frames.encode_scalars(work.phase, reply.scalars))
         self._last = (about, reply.scalars, made)
         return made
+
+    def _answer_once(self, what: str) -> None:
+        """A number of rounds was agreed to, and one theta a round: answers about others would tell more of the rows."""
+        last, digest = self._answered.get(what, (-1, b""))
+        if self.round > self.config.rounds or self.round < last or (self.round == last and self._digest != digest):
+            raise BadFrame(
+                f"{what} asked for in round {self.round}, after it was answered for another theta: not as agreed"
+            )
+        self._answered[what] = self.round, self._digest
 
     def _losses_along(self, pointer: int) -> Callable[[int], Loss]:
         def loss_at(step: int) -> Loss:
@@ -243,6 +262,7 @@ class Site:
     def _judge(self) -> bytes:
         if self._validation is None:
             raise BadFrame("asked to evaluate, which this site has not agreed to (its site.toml, evaluate)")
+        self._answer_once("evaluation")
         with torch.no_grad():
             self._model.write_(self._theta)
         found = models.evaluate(self._workplace.model, self._validation, self._workplace.task.labels)

@@ -17,10 +17,12 @@ from meerkat.agreement import Refused
 from meerkat.engines.door import Door
 from meerkat.engines.frames import BadFrame
 from meerkat.engines.remote import Event
-from meerkat.progress import say
+from meerkat.progress import one_line, say
 
 FRAMES = "train.frames"
 """The message type that carries frames, and brings frames back."""
+_ANSWERS = 16
+"""Frames of one answer that are looked at: a site has one to send."""
 _POLL_S = 0.2
 
 
@@ -102,17 +104,19 @@ class MessageLink:
             client = self._out.pop(answer.metadata.reply_to_message_id, None)
             if client is None:
                 continue
-            if answer.has_error():
-                say(f"client {client}: {answer.error.reason}")
-                self._gone(client)
+            if (why := session_end(answer)) is not None:
+                say(f"client {client}: {why[0]}")
+                self._gone(client, let_go=not why[1])
                 continue
-            for frame in unpack(answer.content):
+            for frame in unpack(answer.content)[:_ANSWERS]:
                 self.bytes_received += len(frame)
                 self._events.put(Event("frame", client, frame))
 
-    def _gone(self, client: int) -> None:
+    def _gone(self, client: int, let_go: bool = False) -> None:
         with self._lock:
             gone = self._nodes.pop(client, None)
+            if gone is not None and let_go:
+                self._let_go.add(gone)
         if gone is not None:
             self._events.put(Event("left", client))
 
@@ -123,6 +127,28 @@ def pack(frames: Sequence[bytes]) -> RecordDict:
 
 
 def unpack(content: Any) -> list[bytes]:
-    """The frames that a message carries; what is no bytes comes out as none, and is found malformed."""
-    held = content["frames"]["frames"] if "frames" in content else []
-    return [bytes(frame) if isinstance(frame, bytes) else b"" for frame in held]
+    """The frames that a message carries; what is none comes out as no bytes, and is found malformed."""
+    held = _value(content, "frames", "frames")
+    return [frame if isinstance(frame, bytes) else b"" for frame in held] if isinstance(held, list) else [b""]
+
+
+def hello_in(answer: Message) -> bytes | None:
+    """The first frame that a node's answer carries, or None where it has none."""
+    held = _value(answer.content, "hello", "frame")
+    return held if isinstance(held, bytes) else None
+
+
+def session_end(answer: Message) -> tuple[str, bool] | None:
+    """Why a node's session is over, in one line, and whether to invite it again; None where it is not."""
+    if answer.has_error():
+        return one_line(answer.error.reason), True
+    if "session" not in answer.content:
+        return None
+    why, again = (_value(answer.content, "session", name) for name in ("why", "again"))
+    return one_line(why), again is True
+
+
+def _value(content: Any, record: str, name: str) -> Any:
+    """What a message holds under two names. A node can put anything there, or nothing: then it is None."""
+    held = content.get(record)
+    return held.get(name) if isinstance(held, ConfigRecord) else None

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from meerkat.coordinator import FederationConfig, coordinate, read_federation
 from meerkat.engines.door import Door
-from meerkat.engines.flower.messages import MessageLink
+from meerkat.engines.flower.messages import MessageLink, hello_in, session_end
 from meerkat.engines.flower.stream import StreamLink
 from meerkat.engines.offer import Offer
 from meerkat.engines.remote import Link
@@ -101,21 +101,22 @@ class FlowerControl:
             if node is None:
                 continue
             self._not_before[node] = time.monotonic() + _AGAIN_S
-            if answer.has_error():
-                say(f"node {node}: its session failed: {answer.error.reason}")
-            elif self._messages is not None and "hello" in answer.content:
-                self._welcome(node, bytes(answer.content["hello"]["frame"]))
-            elif not (said := answer.content["session"])["again"]:
-                self._not_before[node] = float("inf")
-                say(f"node {node}: takes no part: {said['why']}")
-            elif not self._closing.is_set():
-                say(f"node {node}: its session ended: {said['why']}")
+            if (ended := session_end(answer)) is not None:
+                self._part(node, *ended)
+            elif self._messages is not None and (hello := hello_in(answer)) is not None:
+                # without a stream a node stays invited for as long as its messages are answered
+                if why := self._messages.admit(node, hello):
+                    self._not_before[node] = float("inf")
+                    say(f"node {node}: is refused: {why}")
+            else:
+                self._part(node, "its answer is none of this version's", again=False)
 
-    def _welcome(self, node: int, hello: bytes) -> None:
-        """Without a stream a node stays invited for as long as its messages are answered."""
-        if self._messages is not None and (why := self._messages.admit(node, hello)):
+    def _part(self, node: int, why: str, again: bool) -> None:
+        if not again:
             self._not_before[node] = float("inf")
-            say(f"node {node}: is refused: {why}")
+            say(f"node {node}: takes no part: {why}")
+        elif not self._closing.is_set():
+            say(f"node {node}: its session ended: {why}")
 
 
 def _invitation(offer: Offer, token: str, node: int) -> Message:

@@ -5,6 +5,7 @@ falls silent is noticed by keepalive within `NOTICED_S` seconds, a closed connec
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -31,6 +32,8 @@ _HELLO_S = 10.0
 """Seconds that a caller has for its first frame."""
 _ANSWER_S = 10.0
 """Seconds that a coordinator has for its first frame, before the site calls again."""
+_FLUSH_S = 30.0
+"""Seconds that a site which is let go has to read what was sent before; then it is dropped."""
 _UNREAD = 8
 """Events of one site, over all its streams, that may wait to be handled; more are left in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
@@ -63,6 +66,12 @@ class _Session:
 
     client: int
     outgoing: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+
+    def retire(self) -> None:
+        """End it: what was not sent is dropped, for its peer may never read it."""
+        while not self.outgoing.empty():
+            self.outgoing.get_nowait()
+        self.outgoing.put_nowait(None)
 
 
 class StreamLink:
@@ -156,6 +165,7 @@ class StreamLink:
         if (session := self._sessions.pop(client, None)) is not None:
             session.outgoing.put_nowait(last)
             session.outgoing.put_nowait(None)
+            self._loop.call_later(_FLUSH_S, session.retire)
             self._tell(Event("left", client))  # it may have arrived, unseen yet, since whoever drops it last looked
 
     async def _attend(self, _: AsyncIterator[bytes], context: Any) -> None:
@@ -174,7 +184,7 @@ class StreamLink:
             return
         session = _Session(guest.client)
         if (before := self._sessions.get(guest.client)) is not None:
-            before.outgoing.put_nowait(None)
+            before.retire()
         self._sessions[guest.client] = session
         session.outgoing.put_nowait(guest.welcome)
         self._tell(Event("arrived", guest.client, guest=guest))
@@ -278,6 +288,7 @@ class _Call:
     def __iter__(self) -> Iterator[bytes]:
         try:
             for data in self._call:
+                self._heard = math.inf  # until it is answered: a site at work is not idle
                 self.answered = True
                 yield data
                 self._heard = time.monotonic()
