@@ -360,14 +360,18 @@ class Federation:
         self.gather()
         if calibration.due(self.state, self.settings):
             plan = calibration.open_calibration(self.state, self.settings, self.engine.available())
-            replies = self.engine.run(self.state, plan)
+            while not (replies := self.engine.run(self.state, plan)):
+                self.gather()
+                plan = calibration.open_calibration(self.state, self.settings, self.engine.available())
             self.state, found = calibration.close_calibration(
                 self.state, plan, replies, self.settings, self.z, gradient
             )
             self.records.append({"kind": "calibration", **found.to_json()})
             self.gather()
         plan = server.open_round(self.state, self.settings, self.engine.available())
-        replies = self.engine.run(self.state, plan)
+        while not (replies := self.engine.run(self.state, plan)):
+            self.gather()
+            plan = server.open_round(self.state, self.settings, self.engine.available())
         self.state, record = server.close_round(self.state, plan, replies, self.settings, self.z, gradient)
         self.records.append({"kind": "round", **record.to_json()})
         self.engine.closed(self.state, record)
@@ -407,7 +411,7 @@ def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
 
 def counted(federation: "Federation") -> tuple[int, int]:
     """Rows right and rows in all, as sites count them on their own."""
-    metric = federation.engine.judge(torch.zeros(0), 0)
+    metric = federation.engine.judge(torch.zeros(0), federation.state.round)
     return round((metric["accuracy"] or 0.0) * metric["rows"]), metric["rows"]
 
 

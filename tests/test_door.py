@@ -89,9 +89,14 @@ def test_no_other_node_takes_a_client_s_place() -> None:
     with pytest.raises(Refused, match="client 1 is another node's"):
         at.admit(hello(at.token("second"), 1))
     assert at.admit(hello(at.token("first"), 1)).node == "first"
-    at.admit(hello(at.token("first"), 0))
-    with pytest.raises(Refused, match="client 0 is another node's"):
-        at.admit(hello(at.token("second"), 0))
+
+
+def test_a_node_is_one_client() -> None:
+    at = door()
+    assert at.admit(hello(at.token("first"), 1)).client == 1
+    with pytest.raises(Refused, match="client 0: this node is client 1 already"):
+        at.admit(hello(at.token("first"), 0))
+    assert at.admit(hello(at.token("second"), 0)).node == "second"
 
 
 def test_whoever_is_refused_takes_no_place() -> None:

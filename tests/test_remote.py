@@ -10,7 +10,7 @@ import pytest
 import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
-from meerkat import path
+from meerkat import path, server
 from meerkat.agreement import Refused
 from meerkat.data import load_rows
 from meerkat.engines import frames, remote
@@ -134,6 +134,40 @@ def test_a_round_waits_for_its_quorum_beyond_the_deadline(setting: Setting, monk
     federation.wire.meddle = slow(0, 25.0)
     assert answered(federation.round()) == [0, 1, 2]
     assert federation.wire.now == pytest.approx(25.0)
+
+
+def test_a_round_whose_clients_are_gone_opens_again_with_those_who_are_here(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting.but(clients_per_round=1), monkeypatch, clients_minimum=1)
+    federation.round()
+    asked = server.participants(federation.settings, 1)[0]
+
+    def cut(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]] | None:
+        return None if client == asked and not up else [(0.0, data)]
+
+    federation.wire.meddle = cut
+    record = federation.round()
+    assert len(answered(record)) == 1
+    assert asked not in answered(record)
+    assert federation.wire.now == pytest.approx(10.0)  # until the deadline it could have come back
+    assert federation.replayed().state.round == 2
+
+
+def test_a_round_that_one_failure_leaves_short_of_its_quorum_opens_again(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation, failures = Federation.of(setting, monkeypatch, quorum=3), iter([True])
+    said = frames.encode_words({"why": "out of memory"})
+
+    def once(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
+        fails = up and client == 1 and next(failures, False)
+        return [(0.0, frame(Kind.FAILED, client, federation.state, said) if fails else data)]
+
+    federation.wire.meddle = once
+    assert answered(federation.round()) == [0, 1, 2]
+    assert path.digest(federation.state.theta) == setting.simulated()[0]
+    assert federation.wire.now == 0.0
 
 
 def test_too_few_replies_for_too_long_stop_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +432,7 @@ def reply(federation: Federation, client: int, scalars: Any, phase: Any = "train
 
 BAD = {
     "NaN": lambda f: reply(f, 1, [[np.nan]]),
+    "more than any loss": lambda f: reply(f, 1, [[np.float32(3e38)]]),
     "infinity": lambda f: reply(f, 1, [[-np.inf]]),
     "too many steps": lambda f: reply(f, 1, [[1.0], [2.0]]),
     "too many directions": lambda f: reply(f, 1, [[1.0, 2.0]]),
@@ -512,7 +547,7 @@ def test_where_everyone_fails_the_run_ends_at_once(setting: Setting, monkeypatch
     federation = Federation.of(setting, monkeypatch)
     said = frames.encode_words({"why": "diverged"})
     federation.wire.meddle = lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up else data)]
-    with pytest.raises(RunFailed, match=r"round 0: clients 0, 1, 2 could not make their steps \(diverged\)"):
+    with pytest.raises(RunFailed, match=r"round 0: nobody could make their steps \(diverged\)"):
         federation.round()
     assert federation.wire.now == 0.0
 

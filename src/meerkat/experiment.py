@@ -240,7 +240,7 @@ class Engine(Protocol):
         """The clients that can take part in the next round; None for all."""
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
-        """The replies to a plan, of all that were asked or of some."""
+        """The replies to a plan, of all that were asked or of some; none where it must be opened again."""
 
     def facts(self) -> Mapping[str, Any]:
         """What to note of the round that was run last."""
@@ -333,13 +333,18 @@ def run_rounds(
             began, _ = time.perf_counter(), forward_s()
             plan = calibration.open_calibration(state, settings, engine.available())
             say(f"calibrating {len(plan.steps)} clients, {settings.vpcs.calibration_steps} steps each")
-            state, decided = calibration.close_calibration(state, plan, replies_to(plan), settings, z, gradient)
+            while not (replies := replies_to(plan)):
+                settings = gather(settings)
+                plan = calibration.open_calibration(state, settings, engine.available())
+            state, decided = calibration.close_calibration(state, plan, replies, settings, z, gradient)
             note(calibration_metric(decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
             settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
         plan = server.open_round(state, settings, engine.available())
-        replies = replies_to(plan)
+        while not (replies := replies_to(plan)):  # too few were left: it opens again, with who is here
+            settings = gather(settings)
+            plan = server.open_round(state, settings, engine.available())
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
         if plan.directions:
             z.prepare(replace(plan, round=state.round).place(0, 0))

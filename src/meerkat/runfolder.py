@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ class RunFolder:
         self.metrics_path = root / "metrics.jsonl"
         self.summary_path = root / "summary.json"
         self.events_path = root / "events.jsonl"
-        self._metrics_file: FileIO | None = None
         self._followers: list[Callable[[Metric], None]] = []
 
     def follow(self, follower: Callable[[Metric], None]) -> None:
@@ -99,9 +97,11 @@ class RunFolder:
     def note(self, metric: Metric) -> None:
         """Add one line to the metrics: the whole of it, through to the disk, or nothing."""
         with told_plainly(self.metrics_path, self.cure):
-            if self._metrics_file is None:
-                self._metrics_file = self.metrics_path.open("ab", buffering=0)
-            append_whole(self._metrics_file.fileno(), (json.dumps(metric) + "\n").encode())
+            file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                append_whole(file, (json.dumps(metric) + "\n").encode())
+            finally:
+                os.close(file)
         for follower in self._followers:
             follower(metric)
 
@@ -135,9 +135,6 @@ class RunFolder:
         """Drop the metrics that are not wanted, and return the others."""
         kept = [metric for metric in self.metrics() if wanted(metric)]
         lines = "".join(json.dumps(metric) + "\n" for metric in kept)
-        if self._metrics_file is not None:
-            self._metrics_file.close()
-            self._metrics_file = None
         write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
         return kept
 

@@ -105,6 +105,8 @@ class Door:
             raise Refused(f"client {client}: must be 0 to {self._clients - 1}; set 'client' in site.toml")
         if self._nodes.get(client, node) != node:
             raise Refused(f"client {client} is another node's; set another 'client' in site.toml")
+        if other := [k for k, owner in self._nodes.items() if owner == node and k != client]:
+            raise Refused(f"client {client}: this node is client {other[0]} already; set 'client' in site.toml back")
         for name, must in self._must.items():
             if said.get(name) != must:
                 raise Refused(f"the {name} is not this run's ({must[:12]}...); use the same {name}")

@@ -98,7 +98,8 @@ class Offer:
         Raises:
             MeerkatError: a setting is not known, or not allowed.
         """
-        return make_config({**self.settings, "task": self.task, **own}, spell="the offered ")
+        offered = {name: value for name, value in self.settings.items() if name not in HERE}
+        return make_config({**offered, "task": self.task, **own}, spell="the offered ")
 
     def load_task(self) -> Task:
         """The run's task.

@@ -33,6 +33,8 @@ from meerkat.server import ServerConfig, ServerState, share_of
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
+_LARGEST_LOSS = 50.0
+"""Nats: two losses differ by less, so no honest |g| is above this over eps (over 2 eps, and as much again to spare)."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
 
@@ -186,8 +188,10 @@ class RemoteEngine:
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
 
+        None where those who are left are fewer than the quorum: the round is to be opened again, with who is here.
+
         Raises:
-            RunFailed: fewer than the quorum answered for too long.
+            RunFailed: fewer than the quorum answered for too long, or nobody could make a step.
         """
         self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
         began = time.monotonic()
@@ -198,12 +202,20 @@ class RemoteEngine:
             owing = [k for k in plan.steps if self._members[k].busy == (plan.round, plan.phase)]
             if len(self._replied) >= least and (not owing or waited >= self._terms.deadline_s):
                 break
-            if len(self._replied) < least and plan.steps.keys() == {*self._replied, *self._failed}:
+            if plan.steps.keys() == self._failed.keys():
+                why = ", ".join(sorted({*self._failed.values()}))
                 raise RunFailed(
-                    f"round {plan.round}: {_named(sorted(self._failed))} could not make their steps "
-                    f"({', '.join(sorted({*self._failed.values()}))}); {least} replies are needed. Where losses "
-                    "diverged, start a new run with a lower lr"
+                    f"round {plan.round}: nobody could make their steps ({why}); "
+                    "where losses diverged, start a new run with a lower lr"
                 )
+            gone = any(not self._members[k].here for k in plan.steps if k not in self._replied)
+            if not owing and (not gone or waited >= self._terms.deadline_s):
+                here = len(self._replied)
+                self.tell(
+                    "void", f"round {plan.round}: {here} replies of {least} that it needs: it opens again", here=here
+                )
+                self._plan = None
+                return []
             if waited > self._terms.deadline_s + self._terms.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
@@ -253,7 +265,8 @@ class RemoteEngine:
     def judge(self, _: Tensor, rounds: int) -> Metric:
         """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
         self._counted = {}
-        self._counting = {k for k in self.available() if self._members[k].guest.evaluates}
+        present = self.available() if rounds == self._trail.round else []  # sites hold no theta of the past
+        self._counting = {k for k in present if self._members[k].guest.evaluates}
         self._link.send({client: self._telling(client, Kind.JUDGE) for client in sorted(self._counting)})
         end = time.monotonic() + self._terms.deadline_s
         while self._counting and (left := end - time.monotonic()) > 0:
@@ -342,6 +355,9 @@ class RemoteEngine:
         self._members[client] = _Member(guest, at)
         self._joined[client] = guest
         plan = self._plan
+        self._failed.pop(client, None)
+        if client in self._counting and guest.evaluates:
+            self._link.send({client: self._telling(client, Kind.JUDGE)})
         owes = plan is not None and client in plan.steps and client not in self._replied
         if plan is not None and owes and self._settings.examples.get(client) == guest.examples:
             self._link.send({client: self._asking(client, plan)})
@@ -408,6 +424,8 @@ class RemoteEngine:
             )
         if not np.isfinite(scalars).all():
             raise BadFrame("a reply with a scalar that is not finite")
+        if (largest := float(np.abs(scalars).max(initial=0.0))) > (most := _LARGEST_LOSS / plan.eps):
+            raise BadFrame(f"a reply with a scalar of {largest:.3g}: no loss makes one above {most:.3g}")
         member.trouble = 0
         self._replied[client] = scalars
 

@@ -34,6 +34,10 @@ _ANSWER_S = 10.0
 """Seconds that a coordinator has for its first frame, before the site calls again."""
 _FLUSH_S = 30.0
 """Seconds that a site which is let go has to read what was sent before; then it is dropped."""
+_STREAMS = 10_000
+"""Streams at a time, those of strangers who have not said hello among them."""
+_STOOD_S = 1.0
+"""Seconds for which a stream without a frame after the welcome must have stood to count as one."""
 _UNREAD = 8
 """Events of one site, over all its streams, that may wait to be handled; more are left in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
@@ -143,7 +147,7 @@ class StreamLink:
     # in the loop's thread
 
     async def _listen(self, listen: str, credentials: grpc.ServerCredentials) -> int:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_STREAMS)
         handler = grpc.stream_stream_rpc_method_handler(self._attend, _as_is, _as_is)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
         port: int = self._server.add_secure_port(listen, credentials)
@@ -177,7 +181,7 @@ class StreamLink:
             self.refused += 1
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
-            await context.write(self._door.refuse(str(error)))
+            await asyncio.wait_for(context.write(self._door.refuse(str(error))), _HELLO_S)
             return
         except TimeoutError:
             self.refused += 1
@@ -236,12 +240,13 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
     lost, pause, calls = time.monotonic(), 0.1, 0
     while not site.ended:
         calls += 1
-        trouble = "it ended"
+        trouble, called, heard = "it ended", time.monotonic(), 0
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
             left_s = lost + patience_s - time.monotonic()
             call = _Call(channel, site.hello(), idle_s, min(max(left_s, 1.0), _ANSWER_S))
             try:
                 for data in call:
+                    heard += 1
                     if (answer := _answer(site, call, data)) is not None:
                         call.say(answer)
                         site.look_ahead()
@@ -254,7 +259,8 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                 raise RunFailed(f"coordinator {address}: not a frame for {idle_s:g} s; the site is free again")
         if site.ended:
             break
-        if call.answered:
+        # a coordinator that lets the site in and hangs up at once is no stream
+        if heard > 1 or (heard and time.monotonic() - called > _STOOD_S):
             lost, pause = time.monotonic(), 0.1
         if time.monotonic() - lost > patience_s:
             raise RunFailed(
