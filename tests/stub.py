@@ -95,8 +95,10 @@ class StubSite:
             return None
         if self.compute_s:
             time.sleep(self.compute_s)
-        self._z.prepare(Place("training", self.round, 0, 0))  # to follow this round when it is closed
         return self.reply(scalars_of(self.client, self.round))
+
+    def look_ahead(self) -> None:
+        self._z.prepare(Place("training", self.round, 0, 0))  # to follow this round when it is closed
 
     def _settle(self, theta: torch.Tensor, round: int) -> None:
         self.theta, self.round = theta, round
