@@ -33,7 +33,8 @@ from stub import RUN, Coordinator, StubSite
 
 from meerkat.certificates import certify
 from meerkat.engines.flower.stream import attend
-from meerkat.engines.remote import RemoteEngine, Terms
+from meerkat.engines.link import Terms
+from meerkat.engines.remote import RemoteEngine
 from meerkat.experiment import run_rounds
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder

@@ -22,7 +22,7 @@ from stub import LENGTH, Attending, Coordinator, StubSite
 
 from meerkat.certificates import certify
 from meerkat.directions import Directions
-from meerkat.engines.remote import Terms
+from meerkat.engines.link import Terms
 
 PROCESSES = 4
 

@@ -27,9 +27,10 @@ from meerkat.directions import Directions, run_key
 from meerkat.engines import remote
 from meerkat.engines.door import Door
 from meerkat.engines.frames import BadFrame, Frame, Kind
+from meerkat.engines.link import Event, Terms
 from meerkat.engines.local import LocalEngine
 from meerkat.engines.offer import Offer
-from meerkat.engines.remote import Event, RemoteEngine, Terms
+from meerkat.engines.remote import RemoteEngine
 from meerkat.engines.site import Site
 from meerkat.mask import SparseMask
 from meerkat.partition import ClientRows, partition
@@ -228,7 +229,7 @@ class Wire:
         """A frame from a client, whatever it is, at once."""
         self._tell(Event("frame", client, data))
 
-    # the coordinator's side: see remote.Link
+    # the coordinator's side: see link.Link
 
     def send(self, frames: dict[int, list[bytes]]) -> None:
         for client, held in frames.items():

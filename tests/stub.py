@@ -15,7 +15,8 @@ from meerkat.engines import frames
 from meerkat.engines.door import Door
 from meerkat.engines.flower.stream import StreamLink, attend
 from meerkat.engines.frames import BadFrame, Frame, Kind, StateParts, Work
-from meerkat.engines.remote import RemoteEngine, Terms
+from meerkat.engines.link import Terms
+from meerkat.engines.remote import RemoteEngine
 from meerkat.rounds import RoundPlan, RoundRecord
 from meerkat.server import ServerConfig, ServerState, close_round, open_round
 

@@ -25,7 +25,7 @@ from meerkat.certificates import certify
 from meerkat.engines import frames
 from meerkat.engines.flower import stream
 from meerkat.engines.frames import Frame, Kind
-from meerkat.engines.remote import Terms
+from meerkat.engines.link import Terms
 from meerkat.errors import MeerkatError, RunFailed
 
 METHOD = "/meerkat.Session/Frames"

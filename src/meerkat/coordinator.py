@@ -22,8 +22,9 @@ from meerkat.config import SITES, RunConfig, make_config, read_toml
 from meerkat.directions import run_key
 from meerkat.engines.door import Door
 from meerkat.engines.frames import LIMIT
+from meerkat.engines.link import Link, Terms
 from meerkat.engines.offer import Offer
-from meerkat.engines.remote import Link, RemoteEngine, Terms
+from meerkat.engines.remote import RemoteEngine
 from meerkat.errors import MeerkatError
 from meerkat.experiment import Judge, replay_log, run_rounds, settled_mask, store_mask, write_summary
 from meerkat.mask import SparseMask

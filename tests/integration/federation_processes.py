@@ -33,8 +33,8 @@ from meerkat.coordinator import FederationConfig, coordinate
 from meerkat.engines.door import Door
 from meerkat.engines.flower.stream import StreamLink, attend
 from meerkat.engines.frames import Frame
+from meerkat.engines.link import Link
 from meerkat.engines.offer import Offer
-from meerkat.engines.remote import Link
 from meerkat.engines.site import Site
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.workplace import open_model

@@ -8,9 +8,9 @@ control plane's messages.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from meerkat.directions import Phase
 from meerkat.engines import frames
 from meerkat.engines.door import Door, Guest
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.engines.link import Event, Link, Terms
 from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.metrics import counts_metric
@@ -37,54 +38,6 @@ _LARGEST_LOSS = 50.0
 """Nats: two losses differ by less, so no honest |g| is above this over eps (over 2 eps, and as much again to spare)."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
-
-
-class Event(NamedTuple):
-    """Something that a link has to tell."""
-
-    what: Literal["arrived", "frame", "left"]
-    client: int
-    data: bytes = b""
-    """The frame's bytes."""
-    guest: Guest | None = None
-    """Who arrived."""
-
-
-class Link(Protocol):
-    """Carries frames. What is given for a client goes out in order, or the client leaves."""
-
-    bytes_sent: int
-    """Of frames, to all clients."""
-    bytes_received: int
-
-    def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
-        """Send each client its frames; returns at once."""
-
-    def receive(self, timeout_s: float) -> Event | None:
-        """The next event, or None when none came in time."""
-
-    def drop(self, client: int, last: bytes) -> None:
-        """Send a client a last frame, and let it go."""
-
-    def close(self) -> None:
-        """Let all go, and give back what was taken to reach them."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How a federation waits."""
-
-    clients_minimum: int = 1
-    """Clients that must be here and idle for a round to open."""
-    clients_wanted: int = 1
-    """Clients that the first round waits for, as long as `start_s` seconds."""
-    start_s: float = 60.0
-    quorum: int = 1
-    """Replies that a round needs to close at its deadline, or without those who left."""
-    deadline_s: float = 60.0
-    """Seconds after which a round closes without the slow."""
-    patience_s: float = 600.0
-    """Seconds for which too few clients are waited for before the run stops, to be gone on with later."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from meerkat.agreement import Refused
 from meerkat.engines.door import Door
 from meerkat.engines.frames import BadFrame
-from meerkat.engines.remote import Event
+from meerkat.engines.link import Event
 from meerkat.progress import one_line, say
 
 FRAMES = "train.frames"
@@ -27,7 +27,7 @@ _POLL_S = 0.2
 
 
 class MessageLink:
-    """The coordinator's end. See `remote.Link`."""
+    """The coordinator's end. See `link.Link`."""
 
     def __init__(self, grid: Grid, door: Door) -> None:
         self.bytes_sent = self.bytes_received = 0

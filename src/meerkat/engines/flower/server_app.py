@@ -15,8 +15,8 @@ from meerkat.coordinator import FederationConfig, coordinate, read_federation
 from meerkat.engines.door import Door
 from meerkat.engines.flower.messages import MessageLink, hello_in, session_end
 from meerkat.engines.flower.stream import StreamLink
+from meerkat.engines.link import Link
 from meerkat.engines.offer import Offer
-from meerkat.engines.remote import Link
 from meerkat.errors import MeerkatError
 from meerkat.progress import say
 

@@ -22,7 +22,7 @@ from meerkat.agreement import Refused
 from meerkat.engines import frames
 from meerkat.engines.door import Door
 from meerkat.engines.frames import BadFrame
-from meerkat.engines.remote import Event
+from meerkat.engines.link import Event
 from meerkat.engines.site import Site
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.progress import say
@@ -79,7 +79,7 @@ class _Session:
 
 
 class StreamLink:
-    """The coordinator's end of all streams. See `remote.Link`."""
+    """The coordinator's end of all streams. See `link.Link`."""
 
     def __init__(self, door: Door, listen: str, certificate: Path, private_key: Path) -> None:
         """Listen on host:port (port 0 for a free one) with a PEM certificate and its key.
