@@ -12,24 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
-from meerkat import path
 from meerkat.config import SITES, RunConfig, make_config, read_toml
-from meerkat.directions import run_key
 from meerkat.engines.door import Door
 from meerkat.engines.frames import LIMIT
 from meerkat.engines.link import Link, Terms
 from meerkat.engines.offer import Offer
 from meerkat.engines.remote import RemoteEngine
 from meerkat.errors import MeerkatError
-from meerkat.experiment import Judge, replay_log, run_rounds, settled_mask, store_mask, write_summary
-from meerkat.mask import SparseMask
+from meerkat.experiment import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
 from meerkat.progress import say
-from meerkat.record import Opening, file_digest, gradient_digest
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import RunLog
@@ -211,7 +204,7 @@ def _coordinate(
     mask = settled_mask(folder, workplace)
     model = MaskedModel(workplace.model, mask)
     theta_0 = model.read()
-    fresh = _opening(folder, config, mask, theta_0)
+    fresh = opening_of(folder, config, mask, theta_0, federation=secrets.token_hex(8))
     replayed, z, opening = replay_log(folder, log, fresh, config, mask, theta_0)
     terms = federation.terms(config.clients)
     door = Door(opening.federation, config.clients, mask.fingerprint, mask.digest(), replayed.nodes)
@@ -240,23 +233,6 @@ def _judge(workplace: Workplace, model: MaskedModel) -> Judge:
     """A judge on the coordinator's own validation rows."""
     rows = load_split(workplace.config, workplace.task, "validation")
     return Judge(workplace, model, workplace.evaluation_batch(workplace.examples(rows)))
-
-
-def _opening(folder: RunFolder, config: RunConfig, mask: SparseMask, theta_0: Tensor) -> Opening:
-    """A federation's opening: the sites' rows are not known here, and they join one by one."""
-    return Opening(
-        run_key=f"{run_key(config.seed):032x}",
-        config=file_digest(folder.config_path),
-        model=mask.fingerprint,
-        mask=mask.digest(),
-        gradient=gradient_digest(mask),
-        theta=path.digest(theta_0),
-        data="",
-        examples=[],
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        federation=secrets.token_hex(8),
-    )
 
 
 class _Watched(RemoteEngine):

@@ -144,18 +144,28 @@ def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
     return mask
 
 
-def _opening(folder: RunFolder, config: RunConfig, mask: SparseMask, split: Split, theta: Tensor) -> Opening:
+def opening_of(
+    folder: RunFolder,
+    config: RunConfig,
+    mask: SparseMask,
+    theta_0: Tensor,
+    data: str = "",
+    examples: Sequence[int] = (),
+    federation: str = "",
+) -> Opening:
+    """The first record of a run that begins. A federation knows no data and no rows: its clients join one by one."""
     return Opening(
         run_key=f"{run_key(config.seed):032x}",
         config=file_digest(folder.config_path),
         model=mask.fingerprint,
         mask=mask.digest(),
         gradient=gradient_digest(mask),
-        theta=path.digest(theta),
-        data=split.digest,
-        examples=[len(rows) for rows in split.partition.rows],
+        theta=path.digest(theta_0),
+        data=data,
+        examples=list(examples),
         torch=torch.__version__,
         transformers=transformers.__version__,
+        federation=federation,
     )
 
 
@@ -192,7 +202,8 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     mask = settled_mask(folder, workplace)
     model = MaskedModel(workplace.model, mask)
     theta_0 = model.read()
-    opening = _opening(folder, config, mask, split, theta_0)
+    sizes = [len(rows) for rows in split.partition.rows]
+    opening = opening_of(folder, config, mask, theta_0, split.digest, sizes)
     replayed, z, _ = replay_log(folder, log, opening, config, mask, theta_0)
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
@@ -205,7 +216,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         together=config.batching == "auto",
     )
     if not replayed.state.round:
-        say(plan_in_words(config, mask, [len(rows) for rows in split.partition.rows]))
+        say(plan_in_words(config, mask, sizes))
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)

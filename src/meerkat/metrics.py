@@ -123,9 +123,18 @@ def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> 
     )
 
 
+def clients_in_words(clients: Sequence[int]) -> str:
+    """Clients by their numbers; at most ten are named."""
+    return f"client{'s' * (len(clients) > 1)} {_named(clients)}"
+
+
+def _named(clients: Sequence[int]) -> str:
+    return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
+
+
 def stopped_in_words(early_stopped: Sequence[int], clients: int) -> str:
     """What a calibration decided; at most ten clients are named."""
-    named = ", ".join(map(str, early_stopped[:10])) + (", ..." if len(early_stopped) > 10 else "")
+    named = _named(early_stopped)
     count = f"{len(early_stopped)} of {clients} clients make one local step a round from now on"
     return f"{count}: {named}" if named else count
 

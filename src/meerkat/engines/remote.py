@@ -8,7 +8,6 @@ control plane's messages.
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.engines.link import Event, Link, Terms
 from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
-from meerkat.metrics import counts_metric
+from meerkat.metrics import clients_in_words, counts_metric
 from meerkat.progress import one_line, say
 from meerkat.record import Join
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
@@ -176,7 +175,11 @@ class RemoteEngine:
                 )
             self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
         if owing:
-            self.tell("deadline", f"round {plan.round}: closed at its deadline without {_named(owing)}", clients=owing)
+            self.tell(
+                "deadline",
+                f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}",
+                clients=owing,
+            )
         self._answered_at = time.monotonic()
         self._round_s, self._plan = self._answered_at - began, None
         return [Reply(client, self._replied[client]) for client in sorted(self._replied)]
@@ -191,7 +194,7 @@ class RemoteEngine:
         """How the federation stands, in a line."""
         here = [k for k, member in self._members.items() if member.here]
         late = [k for k in here if self._members[k].busy is not None]
-        slow = f", {_named(late)} late" if late else ""
+        slow = f", {clients_in_words(late)} late" if late else ""
         sent, received = self._link.bytes_sent, self._link.bytes_received
         return (
             f"round {self._trail.round} of {self._settings.rounds}: {len(here)} clients here{slow}; "
@@ -399,9 +402,3 @@ class RemoteEngine:
         member.here, member.busy = False, None
         self._door.shut_out(client)
         self._link.drop(client, self._door.refuse(why, client))
-
-
-def _named(clients: Sequence[int]) -> str:
-    """Clients in words; at most ten are named."""
-    listed = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
-    return f"client{'s' * (len(clients) > 1)} {listed}"
