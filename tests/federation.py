@@ -34,8 +34,9 @@ from meerkat.engines.remote import RemoteEngine
 from meerkat.engines.site import Site
 from meerkat.mask import SparseMask
 from meerkat.partition import ClientRows, partition
-from meerkat.record import Opening, Replay, file_digest, gradient_digest
+from meerkat.record import Opening, file_digest, gradient_digest
 from meerkat.register import Join, Register
+from meerkat.replay import Replay
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader, RunLog

@@ -13,8 +13,8 @@ from federation import Federation, Setting, replay
 from meerkat import path
 from meerkat.calibration import CalibrationRecord, open_calibration
 from meerkat.errors import RunFailed
-from meerkat.record import Replay
 from meerkat.register import Join
+from meerkat.replay import Replay
 from meerkat.selection import Vpcs, select
 from meerkat.server import ServerState
 

@@ -23,8 +23,8 @@ from meerkat.config import RunConfig, make_config
 from meerkat.directions import Directions
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.optimizers import ServerOptimizer
-from meerkat.record import Replay
 from meerkat.register import Register
+from meerkat.replay import Replay
 from meerkat.robust import MEAN, RULES, Aggregation, capped, clipped, combine, mixed, norm, robust
 from meerkat.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply, pack, unpack
 from meerkat.selection import Vpcs

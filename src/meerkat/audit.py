@@ -16,8 +16,9 @@ from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.mask import SparseMask
 from meerkat.privacy import Guarantee
 from meerkat.progress import say, track
-from meerkat.record import Opening, Replay, agree, file_digest, gradient_digest, steps_by_rows
+from meerkat.record import Opening, file_digest, gradient_digest, steps_by_rows
 from meerkat.register import Register
+from meerkat.replay import Replay, agree
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader

@@ -38,8 +38,9 @@ from meerkat.metrics import (
 )
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
-from meerkat.record import Opening, Replay, file_digest, gradient_digest, steps_by_rows
+from meerkat.record import Opening, file_digest, gradient_digest, steps_by_rows
 from meerkat.register import Join, Register
+from meerkat.replay import Replay
 from meerkat.rounds import Reply, RoundPlan, RoundRecord, check_reply
 from meerkat.runfolder import Metric, RunFolder, write_whole
 from meerkat.runlog import LogReader, RunLog
