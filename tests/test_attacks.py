@@ -13,10 +13,11 @@ from test_compare import InThisProcess
 from test_server import bowl_engine, config
 
 from meerkat import calibration, compare, runlog
-from meerkat.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attacked, attackers, flipped, z_max
+from meerkat.attacks import IN_CALIBRATIONS, IN_ROUNDS, attackers, flipped, z_max
 from meerkat.cli import main
 from meerkat.config import Attack, RunConfig, make_config
 from meerkat.coordinator import read_federation
+from meerkat.engines.attacked import Attacked
 from meerkat.errors import MeerkatError
 from meerkat.robust import Aggregation
 from meerkat.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply

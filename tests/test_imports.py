@@ -19,7 +19,7 @@ LAYERS = [
     {"server"},
     {"engines.local", "calibration", "config", "register"},
     {"budget", "ledger", "attacks"},
-    {"runfolder", "record", "replay", "agreement", "engines.frames"},
+    {"runfolder", "record", "replay", "agreement", "engines.attacked", "engines.frames"},
     {"metrics", "workplace", "studies", "engines.door", "engines.offer", "engines.trail", "trackers"},
     {"engines.account", "engines.link"},
     {"engines.site"},

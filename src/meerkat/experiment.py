@@ -18,10 +18,11 @@ import transformers
 from torch import Tensor
 
 from meerkat import budget, calibration, models, path, server
-from meerkat.attacks import Attacked, attackers
+from meerkat.attacks import attackers
 from meerkat.calibration import CalibrationRecord
 from meerkat.config import SITES, RunConfig
 from meerkat.directions import Directions, run_key
+from meerkat.engines.attacked import Attacked
 from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.mask import SparseMask
