@@ -4,7 +4,7 @@ It knows no transport, no prompt and no other client: it is given theta, the rou
 losses of its own batches, and answers with one float32 a direction a step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -44,7 +44,7 @@ def local_steps(
     for t in range(steps):
         loss = batch_loss(t)
         drift = theta - start if plan.alpha else None
-        noisy = noisy_slopes(model, theta, plan, t, loss, directions, private) if private else None
+        noisy = noisy_slopes(model, theta, plan, t, loss, directions, private)[0] if private else None
         moved = theta.clone()
         for p in range(plan.directions):
             z = directions(plan.place(t, p))
@@ -68,13 +68,18 @@ def noisy_slopes(
     losses: Loss,
     directions: Directions,
     private: Mechanism,
+    counts: Sequence[int] = (),
 ) -> np.ndarray:
-    """One step's slopes along all P directions under example-level differential privacy: float64 [P].
+    """One step's slopes of K clients along all P directions under example-level differential privacy: float64 [K, P].
 
     Rows' slopes are clipped over all directions together. `losses` gives each row's loss: float64 [rows], perhaps none.
+
+    Args:
+        counts: how many rows are the first client's, the second's and so on; empty where all are one client's.
     """
     slopes = [row_slopes(model, theta, plan, step, p, losses, directions) for p in range(plan.directions)]
-    return private.release(np.stack(slopes, axis=1))
+    of_clients = np.split(np.stack(slopes, axis=1), np.cumsum(counts, dtype=np.int64)[:-1])
+    return np.stack([private.release(rows) for rows in of_clients])
 
 
 def row_slopes(

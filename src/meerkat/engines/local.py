@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meerkat.client import correction, local_steps, row_slopes
+from meerkat.client import correction, local_steps, noisy_slopes
 from meerkat.directions import Directions
 from meerkat.first_order import gradient_steps
 from meerkat.privacy import Mechanism
@@ -94,11 +94,8 @@ class LocalEngine:
     def _one_private_step(
         self, state: ServerState, plan: RoundPlan, losses: Loss, counts: Sequence[int], private: Mechanism
     ) -> list[Reply]:
-        ways = range(plan.directions)
-        slopes = [row_slopes(self.model, state.theta, plan, 0, p, losses, self.directions) for p in ways]
-        of_clients = np.split(np.stack(slopes, axis=1), np.cumsum(counts)[:-1])
-        noisy = np.stack([private.release(rows) for rows in of_clients])
-        for p in ways if plan.alpha else ():
+        noisy = noisy_slopes(self.model, state.theta, plan, 0, losses, self.directions, private, counts)
+        for p in range(plan.directions) if plan.alpha else ():
             z = self.directions(plan.place(0, p))
             noisy[:, p] += [correction(plan.alpha, state.corrections.get(client), None, z) for client in plan.steps]
         return [Reply(client, noisy[k : k + 1].astype(np.float32)) for k, client in enumerate(plan.steps)]
