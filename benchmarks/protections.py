@@ -6,7 +6,6 @@ A step is two forward passes and all around them, as in step_cost.py. Beside it,
 a protection adds for one client and step, on the site and on the server together; a figure is the median of the ratios.
 """
 
-import argparse
 import functools
 import json
 import secrets
@@ -18,12 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from step_cost import EPS, LENGTH, LR, ROWS, llama, seconds
-from torch import Tensor, nn
+from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
 
 from meerkat.accounting import Charge
-from meerkat.client import local_steps
-from meerkat.directions import Directions
 from meerkat.ledger import Asked, Ledger
 from meerkat.privacy import Mechanism
 from meerkat.register import Join, Register
@@ -39,25 +35,10 @@ ROWS_HELD = 2_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-
+    arguments = asked(__doc__)
     model = llama()
-    tokens = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
-    targets = torch.randint(0, model.config.vocab_size, (ROWS,))
-
-    @torch.no_grad()
-    def loss() -> Tensor:
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return nn.functional.cross_entropy(logits.float(), targets)
-
     masked = MaskedModel(model, random_mask(model, 1e-3))
-    directions, theta = Directions(1, len(masked.mask)), masked.read()
-
-    def step(number: int) -> None:
-        local_steps(masked, theta, RoundPlan(number, LR, EPS, 1, {0: 1}), 0, lambda _: loss, directions)
+    step = local_step(masked, batch_loss(model))
 
     step(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,29 @@ def llama(hidden: int = 448, layers: int = 8, vocabulary: int = 8192) -> LlamaFo
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+def batch_loss(model: LlamaForCausalLM) -> Callable[[], Tensor]:
+    """The mean loss of one random batch: a forward pass."""
+    tokens = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
+    targets = torch.randint(0, model.config.vocab_size, (ROWS,))
+
+    @torch.no_grad()
+    def loss() -> Tensor:
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return nn.functional.cross_entropy(logits.float(), targets)
+
+    return loss
+
+
+def local_step(masked: MaskedModel, loss: Callable[[], Tensor]) -> Callable[[int], None]:
+    """A client's whole Meerkat step, of the round of the number given."""
+    directions, theta = Directions(1, len(masked.mask)), masked.read()
+
+    def step(number: int) -> None:
+        local_steps(masked, theta, RoundPlan(number, LR, EPS, 1, {0: 1}), 0, lambda _: loss, directions)
+
+    return step
+
+
 def mezo_step(model: nn.Module, loss: Callable[[], Tensor], seed: int) -> None:
     """MeZO as published (Malladi et al. 2023, algorithm 1): four passes over all parameters."""
 
@@ -63,28 +86,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def asked(doc: str) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    arguments = asked(__doc__)
     model = llama()
-    tokens = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
-    targets = torch.randint(0, model.config.vocab_size, (ROWS,))
-
-    @torch.no_grad()
-    def loss() -> Tensor:
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return nn.functional.cross_entropy(logits.float(), targets)
-
+    loss = batch_loss(model)
     masked = MaskedModel(model, random_mask(model, 1e-3))
-    directions = Directions(1, len(masked.mask))
-    theta = masked.read()
-
-    def meerkat_step(number: int) -> None:
-        plan = RoundPlan(number, LR, EPS, 1, {0: 1})
-        local_steps(masked, theta, plan, 0, lambda _: loss, directions)
+    meerkat_step = local_step(masked, loss)
 
     def passes() -> None:
         loss()
