@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -262,6 +263,19 @@ def test_where_everything_moves_a_density_makes_no_new_run(federation: Path, tmp
     one, two = results(tmp_path / "out")
     assert (one["density"], two["density"]) == ("0.1", "0.5")
     assert one["run"] == two["run"]
+
+
+@pytest.mark.usefixtures("here")
+def test_without_privacy_its_clip_makes_no_new_run(federation: Path, tmp_path: Path) -> None:
+    given = {"dp_clip": [0.5, 1.0], "dp_delta": 1e-6, "dp_relation": "replace", "lr": 1e-3, "seeds": [0]}
+    noisy = '[[study]]\nname = "noisy"\ndp = "example"\ndp_noise_multiplier = 1.0\n'
+    assert main(command(tmp_path, settings(federation, **given) + noisy + '[[study]]\nname = "plain"\n')) == 0
+    half, whole, *plain = results(tmp_path / "out")
+    assert half["run"] != whole["run"]
+    assert [line["dp_clip"] for line in plain] == ["0.5", "1.0"]
+    assert plain[0]["run"] == plain[1]["run"]
+    kept = make_config(tomllib.loads((tmp_path / "out" / plain[0]["run"] / "config.toml").read_text()))
+    assert (kept.dp_clip, kept.dp_delta, kept.dp_relation) == (1.0, 1e-5, "add-or-remove")
 
 
 @pytest.mark.usefixtures("here")
