@@ -107,7 +107,7 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     "change",
     [
         *({"rate": 0.0}, {"rate": 1.5}, {"steps": 0}, {"steps": "inf"}, {"noise_multiplier": -1.0}),
-        *({"reply": "?"}, {"round": None}),
+        *({"steps": 1.5}, {"client": 0.5}, {"round": None}, {"round": True}, {"reply": "?"}),
     ],
 )
 def test_a_record_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ request that comes again, to another process as well, gets the same reply again:
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from meerkat.accounting import Charge, epsilon, steps_within
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
@@ -73,15 +73,19 @@ class Ledger:
             said = in_short(error)
             raise RunFailed(f"ledger '{path}': a record is damaged ({said}); restore the file from a copy") from None
 
-    def _take(self, held: dict[str, object]) -> None:
-        asked = Asked(str(held["run"]), int(str(held["client"])), str(held["phase"]), int(str(held["round"])))
-        rate, noise, steps = (float(str(held[name])) for name in ("rate", "noise_multiplier", "steps"))
-        if not (0 < rate <= 1 and noise >= 0 and steps >= 1):
-            raise ValueError(f"a charge of {steps:g} steps at rate {rate:g} and noise {noise:g}")
+    def _take(self, held: dict[str, Any]) -> None:
+        asked = Asked(held["run"], held["client"], held["phase"], held["round"])
+        charge = Charge(float(held["rate"]), float(held["noise_multiplier"]), held["steps"])
+        if not all(type(number) is int for number in (asked.client, asked.round, charge.steps)):
+            raise TypeError(f"client {asked.client!r} in round {asked.round!r}: {charge.steps!r} steps")
+        if not (0 < charge.rate <= 1 and charge.noise_multiplier >= 0 and charge.steps >= 1):
+            raise ValueError(
+                f"a charge of {charge.steps:g} steps at rate {charge.rate:g} and noise {charge.noise_multiplier:g}"
+            )
         if asked in self._charges:
             raise ValueError(f"{asked.phase} round {asked.round} is charged twice")
-        self._charges[asked] = Charge(rate, noise, int(steps))
-        self._replies[asked] = str(held["theta"]), base64.b64decode(str(held["reply"]), validate=True)
+        self._charges[asked] = charge
+        self._replies[asked] = held["theta"], base64.b64decode(held["reply"], validate=True)
 
     def reply(self, asked: Asked) -> tuple[str, bytes] | None:
         """Theta's digest, hexadecimal, and the reply that was given to what is asked; None where none was."""
