@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from meerkat import audit, path, seeds
 from meerkat.calibration import CalibrationRecord
 from meerkat.cli import main
-from meerkat.config import METHODS
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask
+from meerkat.methods import METHODS
 from meerkat.report import in_words
 from meerkat.rounds import RoundRecord, pack
 from meerkat.runfolder import RunFolder

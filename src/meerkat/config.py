@@ -1,35 +1,22 @@
 """One model of a run's settings: the source of TOML keys, flags, their help and their validation."""
 
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from meerkat.consistency import check_aggregation, check_attack, check_privacy
 from meerkat.errors import MeerkatError, in_short
+from meerkat.methods import METHODS, Method, Recipe
 from meerkat.models import Objective
 from meerkat.privacy import Level, Relation
 from meerkat.robust import Aggregation, Clipping, Mixing
 from meerkat.robust import Rule as AggregationRule
 from meerkat.selection import Rule
-from meerkat.sensitivity import Exclusion, Kind, Scope
+from meerkat.sensitivity import Exclusion, Scope
 from meerkat.server import EarlyStop, Schedule
-
-Method = Literal[
-    "meerkat",
-    "meerkat-vp",
-    "full-fedzo",
-    "lora-fedzo",
-    "weight-magnitude",
-    "random-mask",
-    "task-mask",
-    "random-early-stop",
-    "feddyn",
-    "fo-fedavg",
-]
-
 
 Attack = Literal[
     "none",
@@ -41,33 +28,6 @@ Attack = Literal[
     "collusion",
     "gradip-forgery",
 ]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a method's name stands for."""
-
-    moves: Kind = "sensitivity"
-    early_stop: EarlyStop = "none"
-    update: Literal["scalars", "feddyn", "first-order"] = "scalars"
-    eps: float = 1e-3
-    lr_times_moving: float = 110
-    """The default learning rate times the number of moving parameters; measured in docs/log.md."""
-
-
-METHODS: dict[Method, Recipe] = {
-    "meerkat": Recipe(),
-    "meerkat-vp": Recipe(early_stop="vp"),
-    "full-fedzo": Recipe("full", lr_times_moving=550),
-    "lora-fedzo": Recipe("lora", eps=1e-2, lr_times_moving=220),
-    "weight-magnitude": Recipe("magnitude"),
-    "random-mask": Recipe("random"),
-    "task-mask": Recipe("task"),
-    "random-early-stop": Recipe(early_stop="random"),
-    "feddyn": Recipe(update="feddyn", lr_times_moving=28),
-    "fo-fedavg": Recipe(update="first-order", lr_times_moving=3500),
-}
-"""The baselines of the method's section 8, each a small difference to the same engine."""
 
 EMBEDDED = "embedded"
 SITES = "sites"
@@ -282,7 +242,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"clients_per_round {self.clients_per_round}: must be at most clients, {self.clients}; 0 takes all"
             )
-        recipe = METHODS[self.method]
+        recipe = self.recipe
         if self.mask and recipe.moves != "sensitivity":
             raise ValueError(f"method {self.method}: makes its own mask, so --mask cannot be given with it")
         if 0 < self.eps < 1e-6:
@@ -295,90 +255,31 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"server_lr {self.server_lr:g}: sgd has none; use lr, or server_optimizer momentum or adam"
             )
-        self._check_privacy()
-        self._check_aggregation()
-        self._check_attack()
+        check_privacy(
+            self.dp,
+            self.dp_epsilon,
+            self.dp_noise_multiplier,
+            method=self.method,
+            dtype=self.dtype,
+            weights=self.weights,
+            by=self.rule,
+            stopping=self.stopping,
+        )
+        check_aggregation(self.rule, self.method, self.clients, self.clients_per_round)
+        check_attack(
+            self.attack,
+            self.attackers,
+            clients=self.clients,
+            simulated=self.partition != SITES,
+            method=self.method,
+            stopping=self.stopping,
+        )
         if self.stopping != "none" and self.initial_steps + self.later_steps > self.calibration_steps:
             raise ValueError(
                 f"calibration_steps {self.calibration_steps}: must be at least initial_steps + later_steps, "
                 f"{self.initial_steps + self.later_steps}"
             )
         return self
-
-    def _check_privacy(self) -> None:
-        if self.dp == "none":
-            for name in ("dp_epsilon", "dp_noise_multiplier"):
-                if value := getattr(self, name):
-                    raise ValueError(f"{name} {value:g}: does nothing with dp none; use dp example or client")
-            return
-        if not (self.dp_epsilon or self.dp_noise_multiplier):
-            raise ValueError(f"dp {self.dp}: needs a budget, dp_epsilon, or a noise, dp_noise_multiplier")
-        if self.recipe.update == "first-order" or self.recipe.moves == "task":
-            what = "sends gradients" if self.recipe.update == "first-order" else "makes its mask from clients' rows"
-            raise ValueError(f"dp {self.dp}: method {self.method} {what}, which no noise covers; use another method")
-        if self.dp == "example":
-            if self.dtype != "float32":
-                raise ValueError(
-                    f"dtype {self.dtype}: dp example bounds what one row does to the others' sum, and in {self.dtype} "
-                    "a row's loss depends on what goes through the model beside it; use float32"
-                )
-            return
-        if self.weights != "equal":
-            raise ValueError(f"weights {self.weights}: dp client sums clients' replies as they are; use weights equal")
-        if self.aggregation != "mean" or self.clipping != "none":
-            name = "aggregation" if self.aggregation != "mean" else "clipping"
-            allowed = "mean" if name == "aggregation" else "none, which dp_clip does"
-            raise ValueError(f"{name} {getattr(self, name)}: dp client noises a sum of clipped replies; use {allowed}")
-        if self.stopping != "none":
-            raise ValueError(
-                f"early_stop {self.stopping}: needs clients' scalars, which dp client does not keep; use none"
-            )
-        if self.recipe.update == "feddyn":
-            raise ValueError("method feddyn: needs clients' scalars, which dp client does not keep; use another")
-
-    def _check_aggregation(self) -> None:
-        by, asked = self.rule, self.clients_per_round or self.clients
-        if self.recipe.update != "scalars" and (by.rule, by.clipping) != ("mean", "none"):
-            name, value = ("aggregation", by.rule) if by.rule != "mean" else ("clipping", by.clipping)
-            why = "its correction rests on the mean" if self.recipe.update == "feddyn" else "it sends no scalars"
-            allowed = "mean" if name == "aggregation" else "none"
-            raise ValueError(f"{name} {value}: cannot be with method {self.method}: {why}; use {allowed}")
-        if by.mixing != "none" and by.rule == "mean":
-            raise ValueError(
-                f"mixing {by.mixing}: comes before a robust rule, and aggregation is mean; "
-                "use median, trimmed-mean, krum or multi-krum"
-            )
-        if by.needs_f and not by.byzantine:
-            what = f"aggregation {by.rule}" if by.rule != "median" else f"mixing {by.mixing}"
-            raise ValueError(f"byzantine 0: {what} needs to know how many replies may be anything, at least 1")
-        if asked < by.least:
-            per_round = "clients_per_round" if self.clients_per_round else "clients"
-            raise ValueError(
-                f"byzantine {by.byzantine}: aggregation {by.rule} needs {by.least} {per_round} to withstand so many, "
-                f"and there are {asked}; use a smaller byzantine or more clients"
-            )
-        if by.clipping == "fixed" and not by.clip_norm:
-            raise ValueError("clip_norm 0: clipping fixed needs a norm above 0; or use clipping median")
-
-    def _check_attack(self) -> None:
-        if self.attack == "none":
-            return
-        if self.partition == SITES:
-            raise ValueError(f"attack {self.attack}: is for simulations, and this is a federation; use none")
-        if not 0 < self.attackers < self.clients:
-            raise ValueError(
-                f"attackers {self.attackers}: attack {self.attack} needs at least 1, "
-                f"and fewer than clients, {self.clients}"
-            )
-        if self.recipe.update == "first-order" and self.attack != "label-flip":
-            raise ValueError(
-                f"attack {self.attack}: changes scalars, and {self.method} sends none; "
-                "use label-flip, or another method"
-            )
-        if self.attack == "gradip-forgery" and self.stopping == "none":
-            raise ValueError(
-                "attack gradip-forgery: forges calibrations, and nobody is calibrated; use method meerkat-vp"
-            )
 
     @property
     def rule(self) -> Aggregation:

@@ -14,10 +14,11 @@ from torch import nn
 from meerkat import demo, models, seeds
 from meerkat.adapters import add_lora, lora_mask
 from meerkat.attacks import attackers, flipped
-from meerkat.config import EMBEDDED, METHODS, Method, RunConfig
+from meerkat.config import EMBEDDED, RunConfig
 from meerkat.data import load_rows
 from meerkat.errors import MeerkatError
 from meerkat.mask import SparseMask
+from meerkat.methods import METHODS, Method
 from meerkat.partition import Partition, partition
 from meerkat.progress import say, track
 from meerkat.runfolder import RunFolder

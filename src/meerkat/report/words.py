@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meerkat.config import METHODS
+from meerkat.methods import METHODS
 
 _JUDGED = {
     "validation": "validation rows",
