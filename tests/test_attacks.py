@@ -371,6 +371,47 @@ def test_attacks_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
     assert len(str(told.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--attackers", "2"), "attackers 2: does nothing with attack none; say which attack, or leave it out"),
+        (("--attack-scale", "0.5"), "attack_scale 0.5: does nothing with attack none"),
+        (("--byzantine", "1"), "byzantine 1: does nothing with aggregation mean and mixing none; use trimmed-mean"),
+        (("--aggregation", "median", "--byzantine", "1"), "byzantine 1: does nothing with aggregation median"),
+        (("--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping none; use clipping fixed, or leave it out"),
+        (("--clipping", "median", "--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping median"),
+        (("--dp-clip", "0.5"), "dp_clip 0.5: does nothing with dp none; use dp example or client, or leave it out"),
+        (("--dp-delta", "1e-6"), "dp_delta 1e-06: does nothing with dp none"),
+        (("--dp-relation", "replace"), "dp_relation replace: does nothing with dp none"),
+    ],
+)
+def test_a_new_run_with_a_setting_that_does_nothing_is_refused(
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    said: str,
+) -> None:
+    assert main([*simulate_arguments, *given, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"meerkat: {said}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_does_nothing_is_taken_at_its_default_and_of_a_run_that_has_it(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = ("--attackers", "0", "--byzantine", "0", "--clip-norm", "0", "--dp-clip", "1", "--dp-delta", "1e-5")
+    assert main([*simulate_arguments, *defaults, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
+    with monkeypatch.context() as before:
+        before.setattr(RunConfig, "check_none_idle", lambda _: None)
+        old = [*simulate_arguments, "--attackers", "2", "--dp-clip", "3", "--rounds", "1", "--out", str(tmp_path / "o")]
+        assert main(old) == 0
+    (tmp_path / "o" / "summary.json").unlink()
+    for command in ("resume", "verify", "report"):
+        assert main([command, str(tmp_path / "o")]) == 0
+
+
 def test_flipped_labels_need_no_scalars() -> None:
     made = make_config({"attack": "label-flip", "attackers": 2, "method": "fo-fedavg"})
     assert isinstance(made, RunConfig)

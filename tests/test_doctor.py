@@ -237,6 +237,12 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
         assert wrong in said(file, "settings")
 
 
+def test_a_setting_that_does_nothing_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:
+    file = coordinator(tmp_path, keys, run="clients = 3\nbyzantine = 1\n")
+    assert levels(file)["settings"] == "warn"
+    assert "byzantine 1: does nothing with aggregation mean" in said(file, "settings")
+
+
 def test_a_port_that_is_taken_or_not_of_this_machine(keys: dict[str, Path], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         taken = coordinator(tmp_path, keys, stream=f"127.0.0.1:{held.getsockname()[1]}")

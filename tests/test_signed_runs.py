@@ -618,6 +618,12 @@ def test_sign_is_what_the_run_began_with(course: Course, run: Path) -> None:
         coordinate(course.config(), course.federation(sign=False, signers=""), run, Staged(course.setting, {}))
 
 
+def test_a_new_federation_with_a_setting_that_does_nothing_is_refused(course: Course, tmp_path: Path) -> None:
+    with pytest.raises(MeerkatError, match="attackers 2: does nothing with attack none"):
+        coordinate(course.config(attackers=2), course.federation(), tmp_path / "run", Staged(course.setting, {}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_site_without_a_key_is_refused_where_all_must_sign(course: Course, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="signing_key: the run takes signed replies alone; 'meerkat keygen'"):
         coordinate(course.config(), course.federation(), tmp_path / "run", Staged(course.setting, {0: {}}))

@@ -149,12 +149,8 @@ def _placed(config: RunConfig) -> RunConfig:
     update = {name: getattr(settled, name) for name in ("model", "task", "data", "text", "mask")}
     if config.recipe.moves in ("full", "lora"):  # what moves is no choice: runs that differ in it alone are the same
         update |= {name: RunConfig.model_fields[name].default for name in ("density", "mask_scope", "exclude")}
-    if config.attack == "none":  # nor is what nobody reads
-        update |= {name: RunConfig.model_fields[name].default for name in ("attackers", "attack_scale")}
-    if not config.rule.needs_f:
-        update["byzantine"] = 0
-    if config.clipping != "fixed":
-        update["clip_norm"] = 0.0
+    # nor is what nobody reads
+    update |= {name: RunConfig.model_fields[name].default for name in config.idle()}
     return config.model_copy(update={**update, "threads": config.threads or 1})
 
 

@@ -189,6 +189,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     going_on = (out / "config.toml").is_file()
     if not going_on:
         RunFolder.check_free(out)
+        config.check_none_idle()
     workplace = open_workplace(config)
     if going_on:
         folder = RunFolder.open(out)

@@ -120,7 +120,7 @@ def _coordinator(file: Path) -> Findings:
         return iter((fail("settings", str(error)), warn("the rest", "was not looked at", "mend the settings first")))
     said = f"a coordinator's: {config.method} on {config.task}, {config.clients} clients, {config.rounds} rounds"
     checks: dict[str, Callable[[], Findings]] = {
-        "settings": lambda: iter((ok("settings", f"{said}; threads: {config.threads}"),)),
+        "settings": lambda: settings(config, f"{said}; threads: {config.threads}"),
         "model": lambda: model(config.model, config.device, mask=config.mask),
         "data": lambda: coordinator_rows(config, federation),
         "signers": lambda: coordinator_signers(federation),
@@ -129,6 +129,13 @@ def _coordinator(file: Path) -> Findings:
         checks["certificate"] = lambda: coordinator_certificate(federation)
         checks["port"] = lambda: port(federation)
     return _run(checks)
+
+
+def settings(config: RunConfig, said: str) -> Findings:
+    """The coordinator's settings, and those that do nothing."""
+    yield ok("settings", said)
+    for line in config.idle().values():
+        yield warn("settings", line, "a new run is refused with it")
 
 
 def versions() -> Findings:

@@ -56,6 +56,7 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
         MeerkatError: the settings cannot be met; RunFailed: the run went wrong on the way.
     """
     RunFolder.check_free(out)
+    config.check_none_idle()
     config = resolve(config)
     workplace = open_workplace(config)
     split = Split.of(workplace)
