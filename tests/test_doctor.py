@@ -226,7 +226,7 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
     pair = make_signing_key(tmp_path / "site.key")
     name = fingerprint(SigningKey.load(str(pair.private)).public)
     file.write_text(text + 'sign = true\nsigners = "site.pub"\n')
-    assert "1 keys may sign" in said(file, "signers")
+    assert "1 key may sign" in said(file, "signers")
     file.write_text(text + f'sign = true\nsigners = "site.pub"\nrevoked = ["{name}"]\n')
     assert "is listed, and revoked" in said(file, "signers")
     for more, wrong in (

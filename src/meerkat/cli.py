@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,10 @@ SPLIT_SETTINGS = ("task", "data", "held_back", "partition", "clients", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # -1e-5 too is a value, and no flag
+
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
 

@@ -246,8 +246,8 @@ class RunConfig(BaseModel):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="longest L2 norm of a client's reply under clipping fixed, which needs it above 0, in nats a unit of "
-        "weight, as scalars are",
+        description="longest L2 norm of a client's reply under clipping fixed, which needs it above 0; in nats a unit "
+        "of weight, as scalars are",
     )
     max_step_norm: float = Field(
         100.0,

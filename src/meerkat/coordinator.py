@@ -24,7 +24,8 @@ from meerkat.engines.offer import Offer
 from meerkat.engines.remote import RemoteEngine
 from meerkat.errors import MeerkatError
 from meerkat.experiment import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
-from meerkat.progress import say
+from meerkat.metrics import defence_in_words
+from meerkat.progress import number_of, say
 from meerkat.register import Revocation
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
@@ -264,8 +265,10 @@ def _coordinate(
         control.open(door, offer, engine.stop)
         say(
             f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
-            f"parameters move, learning rate {config.lr:g}; up to {config.clients} clients, {config.rounds} rounds"
+            f"parameters move, learning rate {config.lr:g}; up to {number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
         )
+        if defence := defence_in_words(config):
+            say(defence)
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:

@@ -26,8 +26,9 @@ from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.metrics import (
+    budgets_in_words,
     calibration_metric,
-    clients_in_words,
+    defence_in_words,
     evaluation_in_words,
     evaluation_metric,
     plan_in_words,
@@ -35,6 +36,7 @@ from meerkat.metrics import (
     split_metric,
     stopped_in_words,
     summarise,
+    without_budget,
 )
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
@@ -233,11 +235,14 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     )
     engine: Engine = honest
     if config.attack != "none":
-        bad = attackers(config)
-        engine = Attacked(honest, config.attack, bad, config.attack_scale, config.seed)
-        say(f"attack {config.attack}: by {clients_in_words(bad)}, aggregation {config.aggregation}")
+        engine = Attacked(honest, config.attack, attackers(config), config.attack_scale, config.seed)
     if not replayed.state.round:
         say(plan_in_words(config, mask, sizes))
+    if defence := defence_in_words(config):
+        say(defence)
+    if early := budget.ending_early(config, lasting):
+        never = [client for client in early if lasting[client] < config.local_steps]
+        say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
@@ -427,6 +432,7 @@ def write_summary(
     summary = summarise(config, mask, extreme, stopped, folder.metrics(), path.digest(state.theta))
     promised = budget.guarantee(config, steps_by_rows(folder.log_path), state.round)
     summary["privacy"] = None if promised is None else promised.to_json()
+    summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
     write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
