@@ -40,7 +40,7 @@ from meerkat.metrics import (
 )
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
-from meerkat.record import Opening, Replay, file_digest, gradient_digest, steps_by_rows
+from meerkat.record import Opening, Replay, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.register import Join, Register
 from meerkat.rounds import Reply, RoundPlan, RoundRecord, check_reply
 from meerkat.runfolder import Metric, RunFolder, write_whole
@@ -85,6 +85,7 @@ def resume(root: Path) -> dict[str, Any]:
         MeerkatError: there is no run, or what it rests on was changed; RunFailed: its record is damaged.
     """
     folder = RunFolder.open(root)
+    check_format(next(iter(LogReader(folder.log_path)), {}), folder.log_path)
     try:
         summary = folder.summary()
     except ValueError:
