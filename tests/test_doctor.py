@@ -229,7 +229,10 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
     assert "1 key may sign" in said(file, "signers")
     file.write_text(text + f'sign = true\nsigners = "site.pub"\nrevoked = ["{name}"]\n')
     assert "is listed, and revoked" in said(file, "signers")
+    file.write_text(text + 'sign = true\nsigners = "site.pub"\nrevoked = ["site.pub"]\n')
+    assert f"{name} is listed, and revoked" in said(file, "signers")
     for more, wrong in (
+        ('revoked = ["none.pub"]\n', "revoked 'none.pub': must be a key's fingerprint"),
         ('signers = "site.pub"\n', "signers: says whose replies are taken where sign = true"),
         ('revoked = ["SHA256:short"]\n', "revoked 'SHA256:short': must be a key's fingerprint"),
     ):
