@@ -383,6 +383,7 @@ def card_of(folder: Path, to: Path) -> str:
 def test_the_card_of_hidden_clients_tells_nothing_of_one(hidden: tuple[Path, Sent], tmp_path: Path) -> None:
     text, opening = card_of(hidden[0], tmp_path / "delta"), logged(hidden[0])[0]
     assert opening["data"] not in text
+    assert (hidden[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
     data, clients = facts(text, "Data"), facts(text, "Clients")
     assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
     assert data["training rows"] == "not told: clients are private"
@@ -396,6 +397,7 @@ def test_the_card_of_hidden_examples_tells_how_many_there_are_and_no_more(
 ) -> None:
     text, opening = card_of(uneven[0], tmp_path / "delta"), logged(uneven[0])[0]
     assert opening["data"] not in text
+    assert (uneven[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
     data = facts(text, "Data")
     assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
     assert data["training rows"].startswith(f"{sum(uneven[1])}: client 0 {uneven[1][0]}, ")

@@ -274,13 +274,19 @@ def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
 
 def _digests(run: Replayed, weights: str) -> str:
     theta = path.digest(run.theta)
+    # A simulation's log holds the hash of its rows, and a log of hidden clients who was drawn. Whoever can work out the
+    # rest of it, from theta and the seed, could check a guess at these by the chain's hash, which no noise covers. What
+    # a federation with noisy replies logs is noisy, or public.
+    covered = run.guarantee is None or (run.guarantee.level == "example" and not run.opening.data)
     table = _table(
         {
             "theta, the moving entries' values": f"`{theta}`",
             "theta_0, their base values": f"`{run.opening.theta}`",
             "mask": f"`{run.opening.mask}`",
             "config.toml": f"`{run.opening.config}`",
-            "rounds.log, last hash of its chain": f"`{run.log_hash}`",
+            "rounds.log, last hash of its chain": f"`{run.log_hash}`"
+            if covered
+            else "not told: the log holds what no noise covers",
             **({"fingerprint of the tuned model": f"`{weights}`"} if weights else {}),
             "versions": f"torch {one_line(run.opening.torch)}, transformers {one_line(run.opening.transformers)}",
         }
