@@ -300,7 +300,7 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
 ) -> None:
     arguments = [*simulate_arguments, *options, "--clients", "5", "--attackers", "2", "--rounds", "3"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    assert f"attack {options[1]}: by clients " in capsys.readouterr().err
+    assert f"attack {options[1]} by clients " in capsys.readouterr().err
     append, count = runlog.RunLog.append, 0
 
     class Stopped(BaseException):
@@ -370,6 +370,78 @@ def test_attacks_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
     with pytest.raises(MeerkatError, match=said) as told:
         make_config(given)
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--attackers", "2"), "attackers 2: does nothing with attack none; say which attack, or leave it out"),
+        (("--attack-scale", "0.5"), "attack_scale 0.5: does nothing with attack none"),
+        (("--byzantine", "1"), "byzantine 1: does nothing with aggregation mean and mixing none; use trimmed-mean"),
+        (("--aggregation", "median", "--byzantine", "1"), "byzantine 1: does nothing with aggregation median"),
+        (("--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping none; use clipping fixed, or leave it out"),
+        (("--clipping", "median", "--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping median"),
+        (("--dp-clip", "0.5"), "dp_clip 0.5: does nothing with dp none; use dp example or client, or leave it out"),
+        (("--dp-delta", "1e-6"), "dp_delta 1e-06: does nothing with dp none"),
+        (("--dp-relation", "replace"), "dp_relation replace: does nothing with dp none"),
+    ],
+)
+def test_a_new_run_with_a_setting_that_does_nothing_is_refused(
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    said: str,
+) -> None:
+    assert main([*simulate_arguments, *given, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"meerkat: {said}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_does_nothing_is_taken_at_its_default_and_of_a_run_that_has_it(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = ("--attackers", "0", "--byzantine", "0", "--clip-norm", "0", "--dp-clip", "1", "--dp-delta", "1e-5")
+    assert main([*simulate_arguments, *defaults, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
+    with monkeypatch.context() as before:
+        before.setattr(RunConfig, "check_none_idle", lambda _: None)
+        old = [*simulate_arguments, "--attackers", "2", "--dp-clip", "3", "--rounds", "1", "--out", str(tmp_path / "o")]
+        assert main(old) == 0
+    (tmp_path / "o" / "summary.json").unlink()
+    for command in ("resume", "verify", "report"):
+        assert main([command, str(tmp_path / "o")]) == 0
+
+
+def test_a_run_says_who_attacks_and_how_replies_become_one(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it starts, when it goes on, and on its page."""
+    many = [*simulate_arguments, "--clients", "5", "--rounds", "2", "--eval-every", "0"]
+    robust = ["--aggregation", "trimmed-mean", "--byzantine", "1", "--mixing", "nearest-neighbour"]
+    attacked = ["--attack", "sign-flip", "--attackers", "1", "--clipping", "fixed", "--clip-norm", "0.5"]
+    bad = attackers(make_config({"attack": "sign-flip", "attackers": 1, "clients": 5}))[0]
+    attack, rule = (
+        f"attack sign-flip by client {bad}, ",
+        "aggregation trimmed-mean with f = 1, mixing nearest-neighbour",
+    )
+    for name, given, said in (
+        ("plain", [], ""),
+        ("robust", robust, rule),
+        ("both", [*robust, *attacked], f"{attack}{rule}, clipping fixed at 0.5"),
+        ("attacked", attacked[:4], f"{attack}aggregation mean"),
+    ):
+        run = tmp_path / name
+        assert main([*many, *given, "--out", str(run)]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith(("attack", "aggregation"))] == [said] * bool(said)
+        assert main(["report", str(run)]) == 0
+        page = (run / "report.html").read_text().partition("All settings")[0]
+        assert f"<p>{said[:1].upper()}{said[1:]}.</p>" in page if said else "ggregation" not in page
+    (run / "summary.json").unlink()
+    capsys.readouterr()
+    assert main(["resume", str(run)]) == 0
+    assert f"{attack}aggregation mean" in capsys.readouterr().err.splitlines()
 
 
 def test_flipped_labels_need_no_scalars() -> None:

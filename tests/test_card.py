@@ -253,6 +253,16 @@ def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     }
 
 
+def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) -> None:
+    """Nothing in its log is a function of rows but through the noise."""
+    told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
+    plain = audit.verify(run)
+    private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
+    apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
+    for each, is_told in ((plain, True), (private, False), (apart, True)):
+        assert (plain.log_hash in model_card(each, TASKS["sst2"], [], "model")) == is_told
+
+
 def test_words_of_files_stay_in_their_place(run: Path) -> None:
     task = Task("a|b`c\n## Privacy", "{x}\n```\n# no\n{label}", ("`", "```\n"))
     text = model_card(audit.verify(run), task, [], "model")

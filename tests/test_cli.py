@@ -51,6 +51,7 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
         ("--lr", "-1", "--lr -1"),
+        ("--dp-delta", "-1e-5", "--dp-delta -1e-5: must be greater than 0"),
         ("--clients", "49", "at most the number of training rows, 48"),
         ("--clients", "0", "--clients 0"),
         ("--clients-per-round", "4", "must be at most clients, 3"),
@@ -183,6 +184,18 @@ def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -
     for name, field in RunConfig.model_fields.items():
         assert "--" + name.replace("_", "-") in shown
         assert field.description
+
+
+@pytest.mark.parametrize(
+    ("clients", "said"),
+    [("1", "1 client (iid) holds 48 rows; 1 round of 1 local step"), ("3", "3 clients (iid) hold 16 rows each; ")],
+)
+def test_the_plan_is_told_in_plain_english(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], clients: str, said: str
+) -> None:
+    given = ["--clients", clients, "--rounds", "1", "--out", str(tmp_path / "run")]
+    assert main([*simulate_arguments, *given]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_settings_survive_toml(tmp_path: Path) -> None:

@@ -226,15 +226,24 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
     pair = make_signing_key(tmp_path / "site.key")
     name = fingerprint(SigningKey.load(str(pair.private)).public)
     file.write_text(text + 'sign = true\nsigners = "site.pub"\n')
-    assert "1 keys may sign" in said(file, "signers")
+    assert "1 key may sign" in said(file, "signers")
     file.write_text(text + f'sign = true\nsigners = "site.pub"\nrevoked = ["{name}"]\n')
     assert "is listed, and revoked" in said(file, "signers")
+    file.write_text(text + 'sign = true\nsigners = "site.pub"\nrevoked = ["site.pub"]\n')
+    assert f"{name} is listed, and revoked" in said(file, "signers")
     for more, wrong in (
+        ('revoked = ["none.pub"]\n', "revoked 'none.pub': must be a key's fingerprint"),
         ('signers = "site.pub"\n', "signers: says whose replies are taken where sign = true"),
         ('revoked = ["SHA256:short"]\n', "revoked 'SHA256:short': must be a key's fingerprint"),
     ):
         file.write_text(text + more)
         assert wrong in said(file, "settings")
+
+
+def test_a_setting_that_does_nothing_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:
+    file = coordinator(tmp_path, keys, run="clients = 3\nbyzantine = 1\n")
+    assert levels(file)["settings"] == "warn"
+    assert "byzantine 1: does nothing with aggregation mean" in said(file, "settings")
 
 
 def test_a_port_that_is_taken_or_not_of_this_machine(keys: dict[str, Path], tmp_path: Path) -> None:

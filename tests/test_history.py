@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meerkat import audit, history, path
 from meerkat.alignment import alignments
+from meerkat.cli import main
 from meerkat.directions import Directions, run_key
 from meerkat.engines import local
 from meerkat.errors import MeerkatError, RunFailed
@@ -304,3 +305,34 @@ def test_a_killed_runs_torn_line_is_no_damage(run_of: Run, tmp_path: Path) -> No
     assert len(history.read(folder).rounds) == 2
     assert [number for number, _ in history.updates(folder)] == [0, 1]
     assert json.dumps(sorted(history.read(folder).trajectories())) == "[0, 1, 2]"
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_log_of_another_format_is_named_with_ours(
+    run_of: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], done: bool
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_of("plain")[0], folder)
+
+    def age(records: list[dict[str, Any]]) -> None:
+        """As an older version wrote it: with a header of its own, and rounds without what was added since."""
+        records[0]["format"] = 3
+        for name in ("signed", "allowance"):
+            del records[0][name]
+        for record in records[1:]:
+            record.pop("signatures", None)
+        if not done:
+            del records[2:]
+
+    rewrite(folder, age)
+    if not done:
+        (folder / "summary.json").unlink()
+    said = f"{folder / 'rounds.log'}: format 3 is not known, only 4; use the version that wrote it"
+    capsys.readouterr()
+    for command in (["verify"], ["report"], ["resume"], ["evaluate"], ["export", "--to", str(tmp_path / "to")]):
+        assert main([command[0], str(folder), *command[1:]]) == 1
+        assert [line for line in capsys.readouterr().err.splitlines() if "meerkat:" in line] == [f"meerkat: {said}"]
+    for read in (history.read, lambda root: history.client_path(root, 0, 0), lambda root: [*history.updates(root)]):
+        with pytest.raises(RunFailed) as told:
+            read(folder)
+        assert str(told.value) == said

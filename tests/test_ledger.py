@@ -103,6 +103,22 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
             Ledger(path)
 
 
+def test_a_whole_last_line_that_does_not_hold_is_no_torn_one(tmp_path: Path) -> None:
+    """Its reply may have left: dropped, it would be drawn again and charged once."""
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    for at in range(2):
+        ledger.charge(ASKED._replace(round=at), "ab", CHARGE, b"one")
+    ledger.close()
+    head, last = path.read_bytes().splitlines(keepends=True)
+    for damaged in (last.replace(b'"steps":2', b'"steps":1'), b"0" * 64 + last[64:], b"\n", last[:-20] + b"\n"):
+        path.write_bytes(head + damaged)
+        for _ in range(2):
+            with pytest.raises(RunFailed, match=r"ledger .*line 2 is damaged; restore the file from a copy"):
+                Ledger(path)
+        assert path.read_bytes() == head + damaged
+
+
 @pytest.mark.parametrize(
     "change",
     [

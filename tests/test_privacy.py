@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from meerkat.directions import Directions
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import Diverged
 from meerkat.optimizers import ServerOptimizer
-from meerkat.privacy import Mechanism, clipped
+from meerkat.privacy import Guarantee, Mechanism, clipped
 from meerkat.rounds import Reply, RoundPlan
 from meerkat.sensitivity import random_mask
 from meerkat.server import ServerConfig, ServerState, close_round, open_round, sampled
@@ -352,6 +353,33 @@ def test_clients_are_sampled_from_all_and_then_asked_if_they_are_here(monkeypatc
     assert sampled(settings, [1, 2]) == [2]  # the rate stays that of all: who is away is not made up for
     assert sampled(settings, []) == []
     assert sampled(replace(settings, hides_clients=None), [1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("level", "epsilon", "delta", "among", "said"),
+    [
+        ("example", 20.0, 1e-5, 99_999, ""),
+        ("example", 20.1, 1e-5, 10, "epsilon is above 20"),
+        ("client", math.inf, 1e-5, 10, "the noise bounds nothing that could be computed"),
+        (
+            "example",
+            1.0,
+            1e-3,
+            2_000,
+            "delta is not below 1 / 2,000, one over the rows, so one of them may be given away",
+        ),
+        ("client", 1.0, 0.1, 10, "delta is not below 1 / 10, one over the clients, so one of them may be given away"),
+        ("example", 1.0, 0.5, 0, ""),
+    ],
+)
+def test_numbers_that_protect_nobody_are_said_to(
+    level: Literal["example", "client"], epsilon: float, delta: float, among: int, said: str
+) -> None:
+    told = Guarantee(level, "add-or-remove", epsilon, 2 * epsilon, delta, 1.0, 0.1, among)
+    words = told.in_words()
+    assert words == told.to_json()["in_words"]
+    assert words.partition("; too weak to protect anybody: ")[2] == said
+    assert words.startswith(f"epsilon {epsilon:.3g} at delta {delta:g}, one ")
 
 
 def test_without_a_mechanism_a_loss_that_is_no_number_ends_the_round() -> None:

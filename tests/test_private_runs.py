@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_card import facts
 from test_experiment import logged, rewrite, simulate
 
 from meerkat import audit, privacy
@@ -372,3 +373,66 @@ def test_report_export_and_evaluation_of_private_runs(
     assert main(["evaluate", str(folder)]) == 0
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert json.loads((folder / "summary.json").read_text())["rounds"] == ROUNDS
+
+
+def card_of(folder: Path, to: Path) -> str:
+    assert main(["export", str(folder), "--to", str(to), "--form", "delta"]) == 0
+    return (to / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_hidden_clients_tells_nothing_of_one(hidden: tuple[Path, Sent], tmp_path: Path) -> None:
+    text, opening = card_of(hidden[0], tmp_path / "delta"), logged(hidden[0])[0]
+    assert opening["data"] not in text
+    assert (hidden[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
+    data, clients = facts(text, "Data"), facts(text, "Clients")
+    assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
+    assert data["training rows"] == "not told: clients are private"
+    assert clients.keys() == {"flagged as extremely skewed", "stopped early", "excluded"}
+    assert {*clients.values()} == {"not known: none was calibrated", "none"}
+    assert not [k for k in range(3) if f"client {k}" in text]
+
+
+def test_the_card_of_hidden_examples_tells_how_many_there_are_and_no_more(
+    uneven: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    text, opening = card_of(uneven[0], tmp_path / "delta"), logged(uneven[0])[0]
+    assert opening["data"] not in text
+    assert (uneven[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
+    data = facts(text, "Data")
+    assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
+    assert data["training rows"].startswith(f"{sum(uneven[1])}: client 0 {uneven[1][0]}, ")
+
+
+def test_clients_whose_budget_does_not_last_are_named_wherever_privacy_is_told(
+    uneven: tuple[Path, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(uneven[0], tmp_path / "run")
+    early = [k for k, steps in enumerate(logged(folder)[0]["allowance"]) if steps < ROUNDS]
+    assert len(early) == 2
+    named = f"clients {early[0]}, {early[1]}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["clients_without_budget"] == early
+    assert facts(card_of(folder, tmp_path / "delta"), "Privacy")["budget does not last to the end"] == named
+    cut(folder, 3)
+    assert main(["report", str(folder)]) == 0
+    said = f"rivacy budgets that do not last to the end of the run: {named} (2 of 3)"
+    assert said in (folder / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["resume", str(folder)]) == 0
+    assert f"note: p{said}; 0 never take part" in capsys.readouterr().err
+
+
+def test_a_budget_that_is_no_protection_is_said_to_be_none(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    simulate(arguments, run, *EXAMPLE, "--dp-noise-multiplier", "0.001", "--rounds", "1")
+    weak = "; too weak to protect anybody: the noise bounds nothing that could be computed"
+    assert capsys.readouterr().out.count(weak) == 1
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.count(weak) == 1
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text().count(weak) == 1
+    assert card_of(run, tmp_path / "delta").count(weak) == 1
+    simulate(arguments, tmp_path / "many", *EXAMPLE, "--dp-epsilon", "5", "--dp-delta", "0.1", "--rounds", "1")
+    assert "; too weak to protect anybody: delta is not below 1 / 48, one over the rows" in capsys.readouterr().out

@@ -259,6 +259,21 @@ def test_what_is_absent_is_said(tmp_path: Path, simulated: Callable[..., Path]) 
     assert "Clients that agree" in whole  # one step a round: signs, not cosines
 
 
+def test_sites_that_said_their_budget_was_spent_are_named(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    events = [
+        {
+            "event": "declined",
+            "client": 2,
+            "why": "epsilon: the site's budget of 1 at delta 1e-05 is spent (0 steps left)",
+        },
+        {"event": "declined", "client": 1, "why": "task: the run asks for another"},
+        *({"event": "declined", "client": [], "why": "epsilon: "}, {"event": "left", "client": 0}),
+    ]
+    (root / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert "Privacy budgets that do not last to the end of the run: client 2 (1 of 4)." in page_of(root).words
+
+
 def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", task="<b>x", model="</title><script>alert(1)</script>", partition="column:<i>&")
     metrics = (root / "metrics.jsonl").read_text().replace('"sports"', json.dumps("$<u>\\\\frac{</svg>"))

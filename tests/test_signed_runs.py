@@ -506,7 +506,8 @@ def test_a_log_that_is_stripped_of_all_signatures_says_so_and_is_found_by_who_kn
     stripped = forged(run, tmp_path / "forged", unsigned(records(run)))
     assert main(["verify", str(stripped)]) == 0
     assert "0 of 17 replies signed" in capsys.readouterr().out
-    fails(stripped, "line 2 (join of client 0): client 0 has no key", listed=course.listed)
+    said = "client 0 has no key, where every reply must be signed, and the run took replies without: there is nothing"
+    fails(stripped, f"line 2 (join of client 0): {said} to check", listed=course.listed)
 
 
 # keys that may not
@@ -584,6 +585,35 @@ def test_a_key_that_only_the_verifier_knows_to_be_revoked_is_found(
         assert main(["verify", str(run), "--revoked", bad]) in (1, 2)
 
 
+def test_a_revoked_key_that_signed_nothing_is_said_to_have(
+    course: Course, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stranger, pub = course.name("stranger"), str(course.keys / "stranger.pub")
+    assert main(["verify", str(run), "--revoked", pub, "--revoked", f"{course.name('k2')}@3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["finished"]
+    notes = [line for line in err.splitlines() if line.startswith("note")]
+    assert notes == [f"note: --revoked {stranger}: no reply of this run is signed with it; is it the right one?"]
+    assert main(["verify", str(run), "--revoked", str(course.keys / "k0.pub")]) == 1
+    assert "revoked from round 0 on" in capsys.readouterr().err
+    unsigned_one = forged(run, tmp_path / "forged", unsigned(records(run)))
+    assert main(["verify", str(unsigned_one), "--revoked", pub]) == 0
+    assert "note: --revoked: no reply of this run is signed, so there was nothing to check" in capsys.readouterr().err
+
+
+def test_a_coordinator_that_is_told_of_a_key_nobody_has_says_so(
+    course: Course, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    cut = forged(tmp_path / "run", tmp_path / "cut", records(run)[:9])
+    gone = (course.name("stranger"), course.name("k2"))
+    with pytest.raises(RunFailed):  # nobody comes
+        coordinate(course.config(), course.federation(revoked=gone), cut, Staged(course.setting, {}))
+    notes = [line for line in capsys.readouterr().err.splitlines() if "is it the right one?" in line]
+    assert notes == [f"note: revoked {gone[0]}: no client of this run signs with it now; is it the right one?"]
+
+
 def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tmp_path: Path) -> None:
     held = copy.deepcopy(records(run))
     at = line(held, "join", 3)
@@ -607,7 +637,9 @@ def test_a_simulation_is_said_to_have_no_signatures(
     capsys.readouterr()
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out.strip().endswith("a simulation: no signatures; no differential privacy")
-    fails(out, "a simulation, which nobody signs", listed=course.listed)
+    fails(out, "a simulation, which nobody signs: nothing to check; leave --signers out", listed=course.listed)
+    assert main(["verify", str(out), "--revoked", course.name("k0")]) == 0
+    assert "note: --revoked: no reply of this run is signed" in capsys.readouterr().err
     held = records(out)
     held[1]["signatures"] = [base64.b64encode(bytes(64)).decode()] * 3
     fails(forged(out, tmp_path / "forged", held), "line 2 (round 0): client 0's reply is signed")
@@ -616,6 +648,12 @@ def test_a_simulation_is_said_to_have_no_signatures(
 def test_sign_is_what_the_run_began_with(course: Course, run: Path) -> None:
     with pytest.raises(MeerkatError, match="began with sign = true"):
         coordinate(course.config(), course.federation(sign=False, signers=""), run, Staged(course.setting, {}))
+
+
+def test_a_new_federation_with_a_setting_that_does_nothing_is_refused(course: Course, tmp_path: Path) -> None:
+    with pytest.raises(MeerkatError, match="attackers 2: does nothing with attack none"):
+        coordinate(course.config(attackers=2), course.federation(), tmp_path / "run", Staged(course.setting, {}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_site_without_a_key_is_refused_where_all_must_sign(course: Course, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class OpenRun:
 def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> Replayed:
     run = OpenRun.of(folder.root, listed, revoked)
     if listed is not None and not run.opening.federation:
-        raise RunFailed(f"{folder.root}: a simulation, which nobody signs: leave --signers out")
+        raise RunFailed(f"{folder.root}: a simulation, which nobody signs: nothing to check; leave --signers out")
     reader = run.reader
     calibrated: CalibrationRecord | None = None
 

@@ -11,7 +11,6 @@ from meerkat.accounting import Charge, epsilon, noise_for, steps_within
 from meerkat.config import RunConfig
 from meerkat.errors import MeerkatError
 from meerkat.privacy import Guarantee, Mechanism, Relation
-from meerkat.progress import say
 from meerkat.rounds import LARGEST_LOSS
 
 
@@ -58,12 +57,6 @@ def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
             f"dp_noise_multiplier {config.dp_noise_multiplier:g}: dp_epsilon {config.dp_epsilon:g} lasts no client for "
             f"more than {max(lasting)} of {steps_asked(config)} {what}; use more noise, a larger budget or fewer rounds"
         )
-    if early := [client for client, steps in enumerate(lasting) if steps < steps_asked(config)]:
-        never = [client for client in early if lasting[client] < config.local_steps]
-        say(
-            f"note: the privacy budgets of {len(early)} of {len(lasting)} clients do not last to the end, "
-            f"and {len(never)} never take part: those with the fewest rows"
-        )
     return config
 
 
@@ -106,6 +99,12 @@ def allowance(config: RunConfig, sizes: Sequence[int]) -> list[int]:
     return [lasting[rate] for rate in rates(config, sizes)]
 
 
+def ending_early(config: RunConfig, lasting: Sequence[int]) -> list[int]:
+    """Clients whose budgets do not last to the end of the run, of a simulation's allowance."""
+    asked = steps_asked(config)
+    return [client for client, steps in enumerate(lasting) if steps < asked]
+
+
 def spent(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int, relation: Relation) -> list[float]:
     """The epsilon that each client of a run has spent, at the run's delta; under client-level privacy one for all.
 
@@ -136,6 +135,9 @@ def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: in
     either: tuple[Relation, ...] = ("add-or-remove", "replace")
     most = {relation: max(spent(config, made, rounds, relation), default=0.0) for relation in either}
     this = config.dp_relation
+    rows: dict[int, int] = {}
+    for client, count in made:
+        rows[client] = max(count, rows.get(client, 0))
     return Guarantee(
         level=config.dp,
         relation=this,
@@ -144,4 +146,5 @@ def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: in
         delta=config.dp_delta,
         clip=config.dp_clip,
         noise_multiplier=config.dp_noise_multiplier,
+        among=sum(rows.values()) if config.dp == "example" else config.clients,
     )

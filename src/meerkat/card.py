@@ -43,6 +43,7 @@ def model_card(
     holds: Content,
     weights: str = "",
     shown_out: Sequence[int] = (),
+    without_budget: Sequence[int] = (),
 ) -> str:
     """The text of a card, YAML front matter and Markdown.
 
@@ -50,6 +51,7 @@ def model_card(
         metrics: the run's, of which evaluations are told.
         weights: fingerprint of the tuned model, as `mask.fingerprint` gives it; empty to leave it out.
         shown_out: clients that the coordinator of a federation showed out.
+        without_budget: clients whose privacy budget does not last to the end of the run.
     """
     config = run.config
     sections = {
@@ -57,7 +59,7 @@ def model_card(
         "How it was tuned": _tuning(run),
         "The mask": _mask(run.mask),
         "Data": _data(run, task),
-        "Privacy": _privacy(run.guarantee),
+        "Privacy": _privacy(run.guarantee, without_budget),
         "Clients": _clients(run, shown_out),
         "Evaluation": _evaluation(run, metrics),
         "Digests, and how to verify them": _digests(run, weights),
@@ -219,7 +221,7 @@ def _data(run: Replayed, task: Task) -> str:
     )
 
 
-def _privacy(guarantee: Guarantee | None) -> str:
+def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     if guarantee is None:
         return (
             "No differential privacy: nothing bounds what the weights, or the scalars that clients sent, tell of a row."
@@ -228,6 +230,7 @@ def _privacy(guarantee: Guarantee | None) -> str:
         {
             "differential privacy": guarantee.in_words(),
             "mechanism": f"clip {guarantee.clip:g}, noise multiplier {guarantee.noise_multiplier:g}",
+            **({"budget does not last to the end": _whom(without_budget)} if without_budget else {}),
         }
     )
 
@@ -271,13 +274,19 @@ def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
 
 def _digests(run: Replayed, weights: str) -> str:
     theta = path.digest(run.theta)
+    # A simulation's log holds the hash of its rows, and a log of hidden clients who was drawn. Whoever can work out the
+    # rest of it, from theta and the seed, could check a guess at these by the chain's hash, which no noise covers. What
+    # a federation with noisy replies logs is noisy, or public.
+    covered = run.guarantee is None or (run.guarantee.level == "example" and not run.opening.data)
     table = _table(
         {
             "theta, the moving entries' values": f"`{theta}`",
             "theta_0, their base values": f"`{run.opening.theta}`",
             "mask": f"`{run.opening.mask}`",
             "config.toml": f"`{run.opening.config}`",
-            "rounds.log, last hash of its chain": f"`{run.log_hash}`",
+            "rounds.log, last hash of its chain": f"`{run.log_hash}`"
+            if covered
+            else "not told: the log holds what no noise covers",
             **({"fingerprint of the tuned model": f"`{weights}`"} if weights else {}),
             "versions": f"torch {one_line(run.opening.torch)}, transformers {one_line(run.opening.transformers)}",
         }

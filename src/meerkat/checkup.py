@@ -18,6 +18,7 @@ from cryptography import x509
 from meerkat import certificates
 from meerkat.agreement import SiteConfig
 from meerkat.coordinator import FederationConfig, host_and_port
+from meerkat.progress import number_of
 from meerkat.signatures import fingerprint, read_keys
 
 _PATIENCE_S = 5.0
@@ -103,7 +104,7 @@ def coordinator_signers(federation: FederationConfig) -> Findings:
     """Whose signatures the coordinator takes."""
     if federation.signers:
         listed = read_keys(federation.signers, "signers")
-        yield ok("signers", f"{len(listed)} keys may sign")
+        yield ok("signers", f"{number_of(len(listed), 'key')} may sign")
         if gone := sorted(listed.intersection(federation.revoked)):
             yield warn("signers", f"{gone[0]} is listed, and revoked", "take it from the list")
     elif federation.sign:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,10 @@ SPLIT_SETTINGS = ("task", "data", "held_back", "partition", "clients", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # -1e-5 too is a value, and no flag
+
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
 
@@ -160,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
                 action="append",
                 default=[],
                 metavar="KEY[@ROUND]|FILE",
-                help="fingerprint of a key that is revoked, from a round on, or a file of such; may be given again",
+                help="a key that is revoked: its fingerprint, perhaps with a round from which on, its .pub file, or a "
+                "file of such lines; may be given again",
             )
         if name == "evaluate":
             made.add_argument(
@@ -340,8 +346,16 @@ def _verify(arguments: argparse.Namespace) -> None:
     from meerkat.signatures import read_keys, read_revoked
 
     listed = read_keys(arguments.signers, "--signers") if arguments.signers else None
-    run = verify(arguments.folder, listed, read_revoked(arguments.revoked, "--revoked"))
+    revoked = read_revoked(arguments.revoked, "--revoked")
+    run = verify(arguments.folder, listed, revoked)
     from meerkat.path import digest
+    from meerkat.progress import say
+
+    if revoked and not run.signed:
+        say("note: --revoked: no reply of this run is signed, so there was nothing to check")
+    else:
+        for name in sorted(revoked.keys() - {key for _, key in run.signed}):
+            say(f"note: --revoked {name}: no reply of this run is signed with it; is it the right one?")
 
     theta_digest, keys = digest(run.theta), sorted(run.signed.items())
     if arguments.json:

@@ -147,18 +147,10 @@ def _placed(config: RunConfig) -> RunConfig:
     """Settings that say the same from anywhere, with any number of runs at a time."""
     settled = resolve(config)
     update = {name: getattr(settled, name) for name in ("model", "task", "data", "text", "mask")}
-    unread: list[str] = []  # runs that differ in these alone are the same
-    if config.recipe.moves in ("full", "lora"):
-        unread += "density", "mask_scope", "exclude"
-    if config.attack == "none":
-        unread += "attackers", "attack_scale"
-    if config.dp == "none":
-        unread += "dp_delta", "dp_clip", "dp_relation"  # its epsilon and noise are refused without it
-    if not config.rule.needs_f:
-        unread.append("byzantine")
-    if config.clipping != "fixed":
-        unread.append("clip_norm")
-    update |= {name: RunConfig.model_fields[name].default for name in unread}
+    if config.recipe.moves in ("full", "lora"):  # what moves is no choice: runs that differ in it alone are the same
+        update |= {name: RunConfig.model_fields[name].default for name in ("density", "mask_scope", "exclude")}
+    # nor is what nobody reads
+    update |= {name: RunConfig.model_fields[name].default for name in config.idle()}
     return config.model_copy(update={**update, "threads": config.threads or 1})
 
 

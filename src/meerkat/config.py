@@ -167,11 +167,16 @@ class RunConfig(BaseModel):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="privacy budget over the run, a client's own; 0 for none: the noise is as given, and counted",
+        description="epsilon that each client may spend over the whole run: the smaller, the more is hidden; 0 sets no "
+        "budget, and dp_noise_multiplier says how much noise there is",
     )
     dp_delta: float = Field(1e-5, gt=0, lt=1, description="delta that goes with epsilon; well below one over the rows")
     dp_clip: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="L2 norm that an example's slopes, or a client's reply, is cut to"
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="C: longest L2 norm of an example's slopes (dp example) or a client's reply (dp client), in nats a "
+        "unit of weight, as scalars are; what is longer is scaled down to it",
     )
     dp_noise_multiplier: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="sigma: noise over the clip; 0 for what dp_epsilon calls for"
@@ -184,7 +189,10 @@ class RunConfig(BaseModel):
         "mean", description="how replies become one: the mean, or a rule that some of them cannot lead astray"
     )
     byzantine: int = Field(
-        0, ge=0, description="f: replies of a round that may be anything; needed by all rules but mean and median"
+        0,
+        ge=0,
+        description="f: number of a round's replies that may be anything; trimmed-mean, krum, multi-krum and mixing "
+        "need at least 1, and nothing else asks for it",
     )
     mixing: Mixing = Field(
         "none",
@@ -195,7 +203,11 @@ class RunConfig(BaseModel):
         description="replies are scaled down to the median of their lengths (median), or to clip_norm (fixed)",
     )
     clip_norm: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="L2 norm of a reply's scalars, at most, where clipping is fixed"
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="longest L2 norm of a client's reply under clipping fixed, which needs it above 0; in nats a unit "
+        "of weight, as scalars are",
     )
     max_step_norm: float = Field(
         100.0,
@@ -295,6 +307,31 @@ class RunConfig(BaseModel):
     def stopping(self) -> EarlyStop:
         """Who stops early: as set, or as the method has it."""
         return self.recipe.early_stop if self.early_stop == "by-method" else self.early_stop
+
+    def idle(self) -> dict[str, str]:
+        """Settings that are not at their defaults and do nothing beside the others, each with a line that says so."""
+        cures: dict[str, str] = {}
+        if self.attack == "none":
+            cures |= dict.fromkeys(("attackers", "attack_scale"), "attack none; say which attack, or leave it out")
+        if self.dp == "none":
+            names = ("dp_delta", "dp_clip", "dp_relation")
+            cures |= dict.fromkeys(names, "dp none; use dp example or client, or leave it out")
+        if not self.rule.needs_f:
+            rules = "use trimmed-mean, krum, multi-krum or a mixing"
+            cures["byzantine"] = f"aggregation {self.aggregation} and mixing none; {rules}, or leave it out"
+        if self.clipping != "fixed":
+            cures["clip_norm"] = f"clipping {self.clipping}; use clipping fixed, or leave it out"
+        given = {name: getattr(self, name) for name in cures}
+        return {
+            name: f"{name} {value}: does nothing with {cures[name]}"
+            for name, value in given.items()
+            if value != RunConfig.model_fields[name].default
+        }
+
+    def check_none_idle(self) -> None:
+        """Raise MeerkatError for a setting of a new run that does nothing. What was run with one can still be read."""
+        for line in self.idle().values():
+            raise MeerkatError(line)
 
     def to_toml(self) -> str:
         """The settings as TOML."""

@@ -24,13 +24,14 @@ from meerkat.engines.offer import Offer
 from meerkat.engines.remote import RemoteEngine
 from meerkat.errors import MeerkatError
 from meerkat.experiment import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
-from meerkat.progress import say
+from meerkat.metrics import defence_in_words
+from meerkat.progress import number_of, say
 from meerkat.register import Revocation
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import RunLog
 from meerkat.server import ServerState
-from meerkat.signatures import check_fingerprint, read_keys
+from meerkat.signatures import check_fingerprint, fingerprint, read_keys
 from meerkat.trackers import tracking
 from meerkat.workplace import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
 from meerkat.zeroth_order import MaskedModel
@@ -61,7 +62,7 @@ class FederationConfig(BaseModel):
     )
     sign: bool = Field(False, description="whether every reply must be signed: sites without a key are refused")
     signers: str = Field("", description="file of the sites' public keys, a line each: no other may sign")
-    revoked: tuple[str, ...] = Field((), description="fingerprints of keys that are not taken any more")
+    revoked: tuple[str, ...] = Field((), description="keys that are not taken any more: fingerprints or .pub files")
     evaluate: Literal["coordinator", "sites"] = Field(
         "coordinator", description="who judges: the coordinator on its own rows, or the sites that agree on theirs"
     )
@@ -104,7 +105,8 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
         said = f"unknown; must be one of {allowed}" if first["type"] == "extra_forbidden" else first["msg"]
         raise MeerkatError(f"{file}: [federation] {name}: {said}") from None
     paths = {name: _beside(file, getattr(federation, name)) for name in ("certificate", "private_key", "signers")}
-    federation = federation.model_copy(update=paths)
+    revoked = tuple(name for entry in federation.revoked for name in _revoked_in(file, entry))
+    federation = federation.model_copy(update={**paths, "revoked": revoked})
     _check(file, config, federation)
     return config, federation
 
@@ -124,6 +126,12 @@ def host_and_port(text: str, name: str) -> tuple[str, int]:
 def _beside(file: Path, value: str) -> str:
     beside = file.parent / value
     return str(beside.resolve()) if value and os.path.exists(beside) else value  # a name too long is none
+
+
+def _revoked_in(file: Path, entry: str) -> list[str]:
+    """The fingerprints that an entry of `revoked` stands for: its own, or those of a file of public keys."""
+    where, path = f"{file}: revoked", _beside(file, entry)
+    return sorted(read_keys(path, where)) if os.path.isfile(path) else [check_fingerprint(entry, where)]
 
 
 def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
@@ -146,8 +154,6 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
         )
     if federation.signers and not federation.sign:
         raise MeerkatError(f"{file}: signers: says whose replies are taken where sign = true; give that too")
-    for name in federation.revoked:
-        check_fingerprint(name, f"{file}: revoked")
     for name in ("stream", "listen"):
         if value := getattr(federation, name):
             host_and_port(value, f"{file}: {name}")
@@ -189,6 +195,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     going_on = (out / "config.toml").is_file()
     if not going_on:
         RunFolder.check_free(out)
+        config.check_none_idle()
     workplace = open_workplace(config)
     if going_on:
         folder = RunFolder.open(out)
@@ -242,8 +249,11 @@ def _coordinate(
             "have signed; restore the setting, or give another run folder"
         )
     replayed.register.listed = listed
+    signing = {fingerprint(key) for key in replayed.register.keys.values()}
     for name in () if replayed.closed else federation.revoked:
         if name not in replayed.register.revoked:
+            if signing and name not in signing:
+                say(f"note: revoked {name}: no client of this run signs with it now; is it the right one?")
             log.append((revocation := Revocation(replayed.state.round, name)).to_json())
             replayed.register.revoke(revocation)
     terms = federation.terms(config.clients)
@@ -261,10 +271,13 @@ def _coordinate(
     with closing(control), closing(control.link(door)) as link:
         engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state)
         control.open(door, offer, engine.stop)
+        many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
         say(
             f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
-            f"parameters move, learning rate {config.lr:g}; up to {config.clients} clients, {config.rounds} rounds"
+            f"parameters move, learning rate {config.lr:g}; up to {many}"
         )
+        if defence := defence_in_words(config):
+            say(defence)
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:

@@ -40,6 +40,7 @@ from meerkat.data import load_rows, read_texts
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.mask import SparseMask, fingerprint
 from meerkat.models import load_model
+from meerkat.progress import number_of
 from meerkat.tasks import TASKS, check_rows, load_task
 from meerkat.workplace import load_split, open_task, resolve
 
@@ -118,9 +119,10 @@ def _coordinator(file: Path) -> Findings:
         config = resolve(given, rows=federation.evaluate == "coordinator")
     except MeerkatError as error:
         return iter((fail("settings", str(error)), warn("the rest", "was not looked at", "mend the settings first")))
-    said = f"a coordinator's: {config.method} on {config.task}, {config.clients} clients, {config.rounds} rounds"
+    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
+    said = f"a coordinator's: {config.method} on {config.task}, {many}"
     checks: dict[str, Callable[[], Findings]] = {
-        "settings": lambda: iter((ok("settings", f"{said}; threads: {config.threads}"),)),
+        "settings": lambda: settings(config, f"{said}; threads: {config.threads}"),
         "model": lambda: model(config.model, config.device, mask=config.mask),
         "data": lambda: coordinator_rows(config, federation),
         "signers": lambda: coordinator_signers(federation),
@@ -129,6 +131,13 @@ def _coordinator(file: Path) -> Findings:
         checks["certificate"] = lambda: coordinator_certificate(federation)
         checks["port"] = lambda: port(federation)
     return _run(checks)
+
+
+def settings(config: RunConfig, said: str) -> Findings:
+    """The coordinator's settings, and those that do nothing."""
+    yield ok("settings", said)
+    for line in config.idle().values():
+        yield warn("settings", line, "a new run is refused with it")
 
 
 def versions() -> Findings:

@@ -27,8 +27,9 @@ from meerkat.engines.local import LocalEngine, LossesOf
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.mask import SparseMask
 from meerkat.metrics import (
+    budgets_in_words,
     calibration_metric,
-    clients_in_words,
+    defence_in_words,
     evaluation_in_words,
     evaluation_metric,
     plan_in_words,
@@ -36,10 +37,11 @@ from meerkat.metrics import (
     split_metric,
     stopped_in_words,
     summarise,
+    without_budget,
 )
 from meerkat.partition import ClientRows
 from meerkat.progress import say, track
-from meerkat.record import Opening, file_digest, gradient_digest, steps_by_rows
+from meerkat.record import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.register import Join, Register
 from meerkat.replay import Replay
 from meerkat.rounds import Reply, RoundPlan, RoundRecord, check_reply
@@ -58,6 +60,7 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
         MeerkatError: the settings cannot be met; RunFailed: the run went wrong on the way.
     """
     RunFolder.check_free(out)
+    config.check_none_idle()
     config = resolve(config)
     workplace = open_workplace(config)
     split = Split.of(workplace)
@@ -84,6 +87,7 @@ def resume(root: Path) -> dict[str, Any]:
         MeerkatError: there is no run, or what it rests on was changed; RunFailed: its record is damaged.
     """
     folder = RunFolder.open(root)
+    check_format(next(iter(LogReader(folder.log_path)), {}), folder.log_path)
     try:
         summary = folder.summary()
     except ValueError:
@@ -234,11 +238,14 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     )
     engine: Engine = honest
     if config.attack != "none":
-        bad = attackers(config)
-        engine = Attacked(honest, config.attack, bad, config.attack_scale, config.seed)
-        say(f"attack {config.attack}: by {clients_in_words(bad)}, aggregation {config.aggregation}")
+        engine = Attacked(honest, config.attack, attackers(config), config.attack_scale, config.seed)
     if not replayed.state.round:
         say(plan_in_words(config, mask, sizes))
+    if defence := defence_in_words(config):
+        say(defence)
+    if early := budget.ending_early(config, lasting):
+        never = [client for client in early if lasting[client] < config.local_steps]
+        say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
         folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
@@ -428,6 +435,7 @@ def write_summary(
     summary = summarise(config, mask, extreme, stopped, folder.metrics(), path.digest(state.theta))
     promised = budget.guarantee(config, steps_by_rows(folder.log_path), state.round)
     summary["privacy"] = None if promised is None else promised.to_json()
+    summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
     write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)

@@ -17,6 +17,7 @@ from meerkat.audit import load_run
 from meerkat.card import CARD_FILE, Content, model_card
 from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.mask import SparseMask, fingerprint
+from meerkat.metrics import without_budget
 from meerkat.runfolder import RunFolder, told_plainly
 from meerkat.zeroth_order import MaskedModel
 
@@ -63,7 +64,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             weights = "" if content == "adapters" else fingerprint(model)
-            told = model_card(run, workplace.task, metrics, content, weights, shown_out)
+            told = model_card(run, workplace.task, metrics, content, weights, shown_out, without_budget(folder))
             (part / CARD_FILE).write_text(told, encoding="utf-8")
             if to.exists():
                 to.rmdir()

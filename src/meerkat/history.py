@@ -17,6 +17,7 @@ from meerkat.audit import OpenRun
 from meerkat.calibration import CalibrationRecord
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.gradip import gradip, magnitude
+from meerkat.record import check_format
 from meerkat.rounds import RoundRecord
 from meerkat.runfolder import RunFolder
 from meerkat.runlog import LogReader
@@ -65,6 +66,7 @@ def read(root: Path) -> Records:
     reader, found = LogReader(folder.log_path), Records([], [], folder.config().local_steps)
     try:
         for held in reader:
+            check_format(held, reader.path)
             if held.get("kind") == "round":
                 found.rounds.append(RoundRecord.from_json(held))
             elif held.get("kind") == "calibration":

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from meerkat import budget
 from meerkat.attacks import attackers
 from meerkat.calibration import CalibrationRecord
 from meerkat.config import RunConfig
 from meerkat.gradip import gradip, magnitude
 from meerkat.mask import SparseMask
 from meerkat.models import Evaluation
+from meerkat.progress import number_of
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.runfolder import Metric
+from meerkat.runfolder import Metric, RunFolder
+from meerkat.runlog import LogReader
 
 
 def round_metric(record: RoundRecord, replies: Sequence[Reply]) -> dict[str, Any]:
@@ -112,6 +115,41 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
+def without_budget(folder: RunFolder) -> list[int]:
+    """Clients whose privacy budget does not last to the end of the run: by the log, or as a federation's sites said."""
+    opening = next(iter(LogReader(folder.log_path)), {})
+    lasting = opening.get("allowance") or []
+    said = {
+        event["client"]
+        for event in folder.events()
+        if event.get("event") == "declined"
+        and str(event.get("why")).startswith("epsilon: ")
+        and isinstance(event.get("client"), int)
+    }
+    return sorted(said.union(budget.ending_early(folder.config(), lasting) if lasting else []))
+
+
+def budgets_in_words(clients: Sequence[int], of: int) -> str:
+    """Whose privacy budgets do not last, of so many clients; at most ten are named."""
+    return (
+        f"privacy budgets that do not last to the end of the run: {clients_in_words(clients)} ({len(clients)} of {of})"
+    )
+
+
+def defence_in_words(config: RunConfig) -> str:
+    """Who attacks, and how replies become one, where it is not plainly the mean; else empty."""
+    by, words = config.rule, []
+    if config.attack != "none":
+        words.append(f"attack {config.attack} by {clients_in_words(attackers(config))}")
+    if config.attack != "none" or by.rule != "mean":
+        words.append(f"aggregation {by.rule}" + f" with f = {by.byzantine}" * by.needs_f)
+    if by.mixing != "none":
+        words.append(f"mixing {by.mixing}")
+    if by.clipping != "none":
+        words.append(f"clipping {by.clipping}" + f" at {by.clip_norm:g}" * (by.clipping == "fixed"))
+    return ", ".join(words)
+
+
 def evaluation_in_words(found: Metric, rounds: int) -> str:
     """How the model stands, of so many rounds in all."""
     loss = "" if found["loss"] is None else f", loss {found['loss']:.3f}"
@@ -121,10 +159,12 @@ def evaluation_in_words(found: Metric, rounds: int) -> str:
 
 def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> str:
     """What is about to run; sizes are the clients' numbers of rows."""
+    most, alone = number_of(max(sizes), "row"), config.clients == 1
+    rows = f"{min(sizes)} to {most}" if min(sizes) < max(sizes) else most if alone else f"{most} each"
     return (
         f"{config.method}: {len(mask):,} of {mask.total:,} parameters move, learning rate {config.lr:g}; "
-        f"{config.clients} clients ({config.partition}) hold {min(sizes)} to {max(sizes)} rows; "
-        f"{config.rounds} rounds of {config.local_steps} local step{'s' * (config.local_steps > 1)}"
+        f"{number_of(config.clients, 'client')} ({config.partition}) hold{'s' * alone} {rows}; "
+        f"{number_of(config.rounds, 'round')} of {number_of(config.local_steps, 'local step')}"
     )
 
 

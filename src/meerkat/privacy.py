@@ -26,6 +26,9 @@ Level = Literal["none", "example", "client"]
 Relation = Literal["add-or-remove", "replace"]
 """Which data sets are neighbours: one has an example (or client) more, or one of them another in its place."""
 
+WEAK = 20.0
+"""An epsilon above which a guarantee says next to nothing: one example may make a model e^20 times as likely."""
+
 _SYSTEM = random.SystemRandom()
 
 
@@ -42,6 +45,8 @@ class Guarantee:
     delta: float
     clip: float
     noise_multiplier: float
+    among: int = 0
+    """Rows of all clients that took steps, or clients: one of these is hidden. 0 where not known."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, in words as well; an epsilon without bound is null."""
@@ -54,7 +59,19 @@ class Guarantee:
         this, other = ways if self.relation == "add-or-remove" else reversed(ways)
         whom = "one example of a client" if self.level == "example" else "one client"
         otherwise = f"{self.otherwise:.3g} where one is {other}"
-        return f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, {whom} {this}; {otherwise}"
+        promised = f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, {whom} {this}; {otherwise}"
+        return "; too weak to protect anybody: ".join(filter(None, [promised, self._weakness()]))
+
+    def _weakness(self) -> str:
+        """Why the numbers are no protection to count on; empty where they are."""
+        if self.epsilon == math.inf:
+            return "the noise bounds nothing that could be computed"
+        if self.epsilon > WEAK:
+            return f"epsilon is above {WEAK:g}"
+        if self.among and self.delta * self.among >= 1:
+            hidden = "rows" if self.level == "example" else "clients"
+            return f"delta is not below 1 / {self.among:,}, one over the {hidden}, so one of them may be given away"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:300])
 
 
+def number_of(count: int, what: str) -> str:
+    """A number and what is counted, in the singular where it is one."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
     """The items, `total` of them at most (where left out, their length), with their progress shown."""
     if total is None:

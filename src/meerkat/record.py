@@ -70,14 +70,14 @@ class Opening:
         Raises:
             RunFailed: it is no opening, or asks for something that this version does not know.
         """
+        check_format(held, log)
         known = {part.name for part in fields(cls)}
         if held.get("kind") != "open" or held.keys() - {"kind"} != known:
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
         opening = cls(**{name: held[name] for name in known})
-        for name, allowed in (("format", [FORMAT]), ("rule", [*RULES])):
-            if (found := getattr(opening, name)) not in allowed:
-                only = ", ".join(map(repr, allowed))
-                raise RunFailed(f"{log}: {name} {found!r} is not known, only {only}; use the version that wrote it")
+        if opening.rule not in RULES:
+            only = ", ".join(map(repr, RULES))
+            raise RunFailed(f"{log}: rule {opening.rule!r} is not known, only {only}; use the version that wrote it")
         run = opening.federation
         if not (is_hex(run, 8) and (opening.data, opening.examples) == ("", []) if run else not opening.signed):
             raise RunFailed(f"{log}: the opening is neither a simulation's nor a federation's; restore a copy")
@@ -131,6 +131,12 @@ class Opening:
             theta=self.theta,
             settings=meaning(config),
         )
+
+
+def check_format(first: Mapping[str, Any], log: Path) -> None:
+    """Raise RunFailed where a log's first record says that the log is of another format than this version's."""
+    if first.get("kind") == "open" and (found := first.get("format", FORMAT)) != FORMAT:
+        raise RunFailed(f"{log}: format {found!r} is not known, only {FORMAT}; use the version that wrote it")
 
 
 def meaning(config: RunConfig) -> str:

@@ -133,7 +133,8 @@ class Register:
             if before is not None:
                 raise BadSignature(f"client {client} has signed with key {fingerprint(before)}, and now has none")
             if self.charter.signed or self.listed is not None:
-                raise BadSignature(f"client {client} has no key, where every reply must be signed")
+                none = "" if self.charter.signed else ", and the run took replies without: there is nothing to check"
+                raise BadSignature(f"client {client} has no key, where every reply must be signed{none}")
             return
         name = fingerprint(key)
         self._check_revoked(key, f"client {client}'s joining")

@@ -190,7 +190,7 @@ class Signer:
 
 
 def read_keys(path: str, setting: str) -> frozenset[str]:
-    """The fingerprints of keys that a file lists: an OpenSSH public key or a fingerprint a line, `#` for a comment.
+    """The fingerprints of keys that a file lists: an OpenSSH public key or a fingerprint a line, `#` before a comment.
 
     Raises:
         MeerkatError: no such file, or a line that is neither; `setting` names it there.
@@ -199,7 +199,9 @@ def read_keys(path: str, setting: str) -> frozenset[str]:
 
 
 def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
-    """Fingerprint -> the round from which a key is revoked, of SHA256:...[@ROUND], or files with such a line each.
+    """Fingerprint -> the round from which a key is revoked, of SHA256:...[@ROUND], or files.
+
+    A file has such a line each, or public keys, which are revoked from the first round on; `#` before a comment.
 
     Raises:
         MeerkatError: no such file, or what is no fingerprint; `setting` names it there.
@@ -207,7 +209,10 @@ def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
     revoked: dict[str, int] = {}
     for value in given:
         apart = [(1, value)] if value.startswith("SHA256:") else _lines(value, setting)
-        for _, line in apart:
+        for number, line in apart:
+            if line.startswith(_KIND.decode()):
+                revoked[_name_in(line, f"{setting} '{value}', line {number}")] = 0
+                continue
             name, at, since = line.partition("@")
             if at and not (since.isascii() and since.isdecimal()):
                 raise MeerkatError(f"{setting} {line}: '{since}' is no round; give SHA256:...@ROUND")
@@ -232,7 +237,9 @@ def check_fingerprint(name: str, setting: str) -> str:
         MeerkatError: it is none.
     """
     if not is_fingerprint(name):
-        raise MeerkatError(f"{setting} '{name}': must be a key's fingerprint, SHA256:..., as 'ssh-keygen -l' shows it")
+        raise MeerkatError(
+            f"{setting} '{name}': must be a key's fingerprint, SHA256:..., as 'ssh-keygen -l' shows it, or a .pub file"
+        )
     return name
 
 
@@ -243,8 +250,8 @@ def _lines(path: str, setting: str) -> list[tuple[int, str]]:
         raise MeerkatError(f"{setting} '{path}': {error.strerror}; give a file with a key a line") from None
     except UnicodeDecodeError:
         raise MeerkatError(f"{setting} '{path}': is no text; give a file with a public key a line") from None
-    numbered = enumerate((line.strip() for line in text.splitlines()), 1)
-    return [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    numbered = enumerate((line.partition("#")[0].strip() for line in text.splitlines()), 1)
+    return [(number, line) for number, line in numbered if line]
 
 
 def _name_in(line: str, where: str) -> str:

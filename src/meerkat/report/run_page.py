@@ -8,6 +8,7 @@ import numpy as np
 import meerkat.report.run_figures as draw
 from meerkat.config import SITES, RunConfig
 from meerkat.errors import RunFailed
+from meerkat.metrics import budgets_in_words, defence_in_words
 from meerkat.report.look import CYCLE, data_size
 from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph, table
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
@@ -57,6 +58,11 @@ def _outcome(page: Page, story: Story) -> None:
     else:
         page.add(paragraph(unfinished(story.rounds, config.rounds), "alert"))
         page.add(paragraph(so_far(judged), "lead"))
+    if defence := defence_in_words(config):
+        page.add(paragraph(f"{defence[:1].upper()}{defence[1:]}."))
+    if story.without_budget:
+        told = budgets_in_words(story.without_budget, config.clients)
+        page.add(paragraph(f"{told[:1].upper()}{told[1:]}."))
     shown = []
     if judged:
         for name in ("accuracy", "loss"):

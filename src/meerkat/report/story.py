@@ -12,6 +12,7 @@ from meerkat import history
 from meerkat.config import RunConfig
 from meerkat.errors import RunFailed
 from meerkat.mask import SparseMask
+from meerkat.metrics import without_budget
 from meerkat.runfolder import Metric, RunFolder
 
 
@@ -27,6 +28,8 @@ class Story:
     mask: SparseMask | None
     """None where the run ended before it had one."""
     records: history.Records
+    without_budget: Sequence[int] = ()
+    """Clients whose privacy budget does not last to the end of the run."""
 
     @classmethod
     def read(cls, root: Path) -> "Story":
@@ -43,7 +46,8 @@ class Story:
                 f"{folder.summary_path}: damaged ({error}); delete it, then 'meerkat resume {root}'"
             ) from None
         mask = folder.mask() if folder.mask_path.is_file() else None
-        return cls(root, folder.config(), folder.metrics(), summary, mask, history.read(root))
+        records = history.read(root)
+        return cls(root, folder.config(), folder.metrics(), summary, mask, records, without_budget(folder))
 
     @property
     def first_order(self) -> bool:
