@@ -244,20 +244,42 @@ def test_who_begins_far_above_the_others_is_found_though_it_does_not_decay() -> 
     assert one.extreme == (0, 1, 2)
 
 
-def log_likelihood(lively: np.ndarray, others: int) -> float:
-    """Of so many lively clients at these places, and of others anywhere above; every number of them as likely."""
-    normal = NormalDist(float(lively.mean()))
-    anywhere_within = math.exp(3.5 / 2) * math.sqrt(2 * math.pi)
-    within = sum(math.log(normal.pdf(a)) for a in lively) - others * math.log(anywhere_within)
+Levels = list[tuple[float, float]]
+"""Log first and later levels of clients, in spreads."""
+
+
+def log_likelihood(lively: Levels, others: int) -> float:
+    """Of so many lively clients at these levels, and of others anywhere; every number of them as likely."""
+    area = math.exp(3.5 / 2) * 2 * math.pi
+    within = -others * math.log(area)
+    for levels in zip(*lively, strict=True):
+        normal = NormalDist(sum(levels) / len(levels))
+        within += sum(math.log(normal.pdf(level)) for level in levels)
     return within - math.log(math.comb(len(lively) + others, others))
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.floats(-3, 9), min_size=1, max_size=12))
-def test_as_many_are_taken_for_lively_as_is_most_likely(decay: list[float]) -> None:
-    ordered = np.sort(decay)
-    likely = {m: log_likelihood(ordered[:m], len(decay) - m) for m in range(math.ceil(len(decay) / 5), len(decay) + 1)}
-    assert likely[selection._lively_count(ordered)] == pytest.approx(max(likely.values()))
+@given(st.lists(st.tuples(st.floats(-3, 9), st.floats(-3, 9)), min_size=1, max_size=12))
+def test_as_many_are_taken_for_lively_as_is_most_likely(levels: Levels) -> None:
+    ordered = sorted(levels, key=lambda each: each[0] - each[1])
+    likely = {
+        m: log_likelihood(ordered[:m], len(levels) - m) for m in range(math.ceil(len(levels) / 5), len(levels) + 1)
+    }
+    assert likely[selection._lively_count(np.array(ordered))] == pytest.approx(max(likely.values()))
+
+
+def test_they_are_found_where_most_fall_alike_and_far_under_the_others() -> None:
+    """Four fall to a fifth and four to a tenth, and end far under the two lively ones, whose fall alone says little."""
+    found = share_flagged([0.5] * 4 + [2] * 4 + [1] * 2, [4] * 4 + [16] * 4 + [1.5] * 2)
+    assert found[:8].min() > 0.95
+    assert found[8:].max() <= 0.01
+
+
+def test_somebody_is_held_against_however_many_steps_tell_the_levels_apart() -> None:
+    """Of so many that each client stands far from the middle of all, some still decayed least."""
+    signal = federation(0, [1, 4], [1, 1], 20_000)
+    vpcs = Vpcs(calibration_steps=20_000, initial_steps=10_000, later_steps=10_000)
+    assert len(select(dict(enumerate(signal)), {}, vpcs).extreme) == 1
 
 
 def test_who_is_quiet_from_the_start_is_found_though_it_does_not_decay() -> None:

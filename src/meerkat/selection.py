@@ -9,6 +9,7 @@ those of other clients go on. Two rules read that from T_cali calibration steps:
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,8 @@ Rule = Literal["automatic", "thresholds"]
 
 _SPREAD = 1.5
 """IID clients' log ratios scatter so many times as far as independent half-normal steps would; measured."""
+_FIRST, _LATER = 1.5, 2.25
+"""The same of their first and later levels, as the lively ones are told by: paths drift apart. Measured."""
 _BEYOND = 2.5
 """Spreads above the lively clients from which a client's decay, or its first level, is not chance."""
 _QUIET = 3.75
@@ -27,7 +30,7 @@ _LIVELY = 0.2
 """At least this share of the clients is taken to be lively."""
 _PRICE = 3.5
 """What leaving a client out of the lively ones must save, in squared spreads: were those left out to lie anywhere
-within w spreads, 2 log(w / sqrt(2 pi)). This is w = 14, some factor 60 at 30 and 30 steps."""
+within an area of A squared spreads, 2 log(A / 2 pi). This is A = 36."""
 _TINY = 1e-30
 
 
@@ -91,8 +94,8 @@ def select(
     traces = magnitude if vpcs.rule == "automatic" else gradip
     a = np.abs(np.stack([traces[client] for client in clients]))
     initial, late = a[:, : vpcs.initial_steps], a[:, -vpcs.later_steps :]
-    early_mean, late_mean = initial.mean(1), late.mean(1)
-    rho_later = np.maximum(early_mean, _TINY) / np.maximum(late_mean, _TINY)
+    early_mean, late_mean = np.maximum(initial.mean(1), _TINY), np.maximum(late.mean(1), _TINY)
+    rho_later = early_mean / late_mean
     if vpcs.rule == "automatic":
         above, below, loud = _found_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
         rho_quie = (late < below).mean(1)
@@ -123,34 +126,38 @@ def _found_thresholds(
 
     |g| along a direction is half-normal about its client's gradient norm, so the log of a mean over m steps of P
     directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. Clients are held against
-    the lively ones: those that were not quiet at once (who had nothing to decay from) and decayed least.
+    the lively ones: of those that were not quiet throughout (who had nothing to decay from), nor loud, those that
+    decayed least.
     """
-    per_step = (math.pi / 2 - 1) / directions
-    spread = _SPREAD * math.sqrt(per_step / vpcs.initial_steps + per_step / vpcs.later_steps)
-    quiet = math.exp(-_QUIET * spread)
-    awake = (early_mean >= np.median(early_mean) * quiet) | (late_mean >= np.median(late_mean))
-    decay = np.sort(np.log(rho_later[awake]))
-    count = _lively_count(decay / spread)
+    first, later = (math.sqrt((math.pi / 2 - 1) / (m * directions)) for m in (vpcs.initial_steps, vpcs.later_steps))
+    spread = _SPREAD * math.hypot(first, later)
+    quiet, far = math.exp(-_QUIET * spread), math.exp(_BEYOND * spread)
+    middle, later_middle = statistics.median_high(early_mean), statistics.median_high(late_mean)  # a client's own
+    quiet_throughout = (early_mean < middle * quiet) & (late_mean < later_middle)
+    loud_throughout = (early_mean > middle * far) & (late_mean > later_middle)
+    usual = np.flatnonzero(~quiet_throughout & ~loud_throughout)
+    usual = usual[np.argsort(rho_later[usual])]
+    levels = np.stack([np.log(early_mean[usual]) / (_FIRST * first), np.log(late_mean[usual]) / (_LATER * later)], 1)
+    lively = usual[: _lively_count(levels)]
     # another client's distance from the mean of so many: both are uncertain
-    limit = float(np.mean(decay[:count])) + _BEYOND * spread * math.sqrt(1 + 1 / count)
+    limit = np.log(rho_later[lively]).mean() + _BEYOND * spread * math.sqrt(1 + 1 / len(lively))
     above = math.exp(max(limit, 0.0))  # what has not decayed at all is not extreme by decay
-    lively = awake & (rho_later <= above)
     below = float(np.median(late_mean[lively])) * quiet
-    loud = float(np.median(early_mean[lively])) * math.exp(_BEYOND * spread)
+    loud = float(np.median(early_mean[lively])) * far
     return above, below, loud
 
 
-def _lively_count(decay: np.ndarray) -> int:
+def _lively_count(levels: np.ndarray) -> int:
     """How many of those that decayed least are most likely equals, the others anything.
 
     Args:
-        decay: log rho_later of clients over its spread, float64 [K], ascending.
+        levels: log of the first and the later mean of clients over their spread, float64 [K, 2], least decay first.
 
-    Equals scatter normally, by one, about their mean; others lie anywhere above, which costs _PRICE each. How many
-    are lively is unknown, and each number equally likely beforehand: so who they are has K over m possibilities.
+    Equals scatter normally, by one, about their mean; others lie anywhere, which costs _PRICE each. How many are
+    lively is unknown, and each number equally likely beforehand: so who they are has K over m possibilities.
     """
-    clients = len(decay)
+    clients = len(levels)
     counts = np.arange(math.ceil(_LIVELY * clients), clients + 1)
-    misfits = [float(np.square(decay[:m] - decay[:m].mean()).sum()) for m in counts]
+    misfits = [float(np.square(levels[:m] - levels[:m].mean(0)).sum()) for m in counts]
     choices = [math.log(math.comb(clients, m)) for m in counts]
     return int(counts[np.argmin(misfits + _PRICE * (clients - counts) + 2 * np.array(choices))])
