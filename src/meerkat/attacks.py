@@ -161,6 +161,14 @@ class Attacked:
         """What the engine has to tell."""
         return self.engine.facts()
 
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """At once."""
+        self.engine.meanwhile(task)
+
+    def settle(self) -> None:
+        """Nothing was left."""
+        self.engine.settle()
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """A round is on the disk."""
         self.engine.closed(state, record)

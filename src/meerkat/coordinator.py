@@ -269,7 +269,10 @@ def _coordinate(
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
                 folder.follow(follower)
-                state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+                try:
+                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+                finally:
+                    engine.settle()
             why = "the run is finished"
         finally:
             control.stop_inviting()

@@ -9,7 +9,8 @@ or device in it whose last bit could differ (numeric contract 1).
 
 import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,13 @@ Phase = Literal["training", "calibration"]
 
 NORMALS_PER_BLOCK = 16
 """One Philox block is four 64-bit words; a word is four entries of z."""
+
+_WORTH_A_THREAD = 1 << 15
+"""Entries from which on a direction takes longer to make than a thread to be asked for it."""
+
+_WORD = 2**64 - 1
+_FRESH = {key: value for key, value in np.random.Philox(key=0).state.items() if key != "state"}
+"""All of a generator's state but key and counter, before its first word."""
 
 TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 
@@ -60,15 +68,27 @@ def direction(key: int, place: Place, count: int, start: int = 0) -> np.ndarray:
     Philox's counter words, lowest first, are (block, step | direction << 32, round, phase).
     """
     block, skip = divmod(start, NORMALS_PER_BLOCK)
-    counter = np.array([block, place.step | place.direction << 32, place.round, PHASES[place.phase]], dtype=np.uint64)
-    words = -(-(skip + count) // 4)
-    raw = np.random.Philox(key=key, counter=counter).random_raw(words)
+    counter = (block, place.step | place.direction << 32, place.round, PHASES[place.phase])
+    raw = _raw(key, counter, -(-(skip + count) // 4))
     normals: np.ndarray = _TABLE[raw.astype("<u8", copy=False).view("<u2")[skip : skip + count]]
     return normals
 
 
+_THREAD = threading.local()
+
+
+def _raw(key: int, counter: tuple[int, int, int, int], words: int) -> np.ndarray:
+    """Philox's output for a key from a counter on: uint64 [words]. One generator a thread: making them costs more."""
+    if not hasattr(_THREAD, "philox"):
+        _THREAD.philox = np.random.Philox(key=0)
+    at = {"counter": np.array(counter, np.uint64), "key": np.array([key & _WORD, key >> 64], np.uint64)}
+    _THREAD.philox.state = _FRESH | {"state": at}
+    raw: np.ndarray = _THREAD.philox.random_raw(words)
+    return raw
+
+
 class Directions:
-    """Directions of one run on one device, each made on the CPU and ahead of need by a thread.
+    """Directions of one run on one device, each made on the CPU and ahead of need, long ones by a thread.
 
     At most the one last asked for and the one announced with `prepare` are held: 8n bytes.
     """
@@ -80,7 +100,7 @@ class Directions:
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="directions")
         self._lock = threading.Lock()
         self._last: tuple[Place, Tensor] | None = None
-        self._ahead: tuple[Place, Future[Tensor]] | None = None
+        self._ahead: tuple[Place, Callable[[], Tensor]] | None = None
 
     def _make(self, place: Place) -> Tensor:
         return torch.from_numpy(direction(self.key, place, self.count)).to(self.device)
@@ -91,14 +111,18 @@ class Directions:
             if self._last is None or self._last[0] != place:
                 if self._ahead is not None and self._ahead[0] == place:
                     ahead, self._ahead = self._ahead[1], None
-                    self._last = (place, ahead.result())
+                    self._last = (place, ahead())
                 else:
                     self._last = (place, self._make(place))
             return self._last[1]
 
     def prepare(self, place: Place) -> None:
-        """Start making z at a place that will be asked for next."""
+        """Make z at a place that will be asked for next, or start making it."""
         with self._lock:
-            known = [held[0] for held in (self._last, self._ahead) if held is not None]
-            if place not in known:
-                self._ahead = (place, self._maker.submit(self._make, place))
+            if any(held is not None and held[0] == place for held in (self._last, self._ahead)):
+                return
+            if self.count < _WORTH_A_THREAD:
+                made = self._make(place)
+                self._ahead = (place, lambda: made)
+            else:
+                self._ahead = (place, self._maker.submit(self._make, place).result)

@@ -60,6 +60,8 @@ class Kind(IntEnum):
     SIGNED = 13  # site: the scalars, with its signature in front
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
 FAILURES = ("diverged", "out of memory", "error")
 """Why a site could not make its steps: all that it says of it."""
 
@@ -103,10 +105,10 @@ class Frame:
             raise BadFrame("not a frame of this protocol")
         if version != VERSION:
             raise BadFrame(f"frame format {version}, this side speaks {VERSION}: use the same version of meerkat")
-        if kind not in Kind.__members__.values():
+        if (known := _KINDS.get(kind)) is None:
             raise BadFrame(f"a frame of unknown kind {kind}")
-        head = _ADDRESS.size if kind == Kind.SIGNED else _HEADER_SIZE
-        return cls(Kind(kind), run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
+        head = _ADDRESS.size if known is Kind.SIGNED else _HEADER_SIZE
+        return cls(known, run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ class LocalEngine:
         """Nothing is to be told of a round beside its record."""
         return {}
 
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Clients work in this very thread: what can wait is done at once."""
+        task()
+
+    def settle(self) -> None:
+        """Nothing was left."""
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """Clients here read theta from the state: there is nobody to tell."""
 

@@ -8,6 +8,7 @@ control plane's messages.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,8 @@ from meerkat.signatures import BadSignature
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
+_BREATH_S = 2e-4
+"""Seconds that a round's frames have to get on their way before anything else is done."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
 
@@ -81,6 +84,7 @@ class RemoteEngine:
         self._counted: dict[int, tuple[int, int]] = {}
         self._round_s = 0.0
         self._stopped = ""
+        self._tasks: list[Callable[[], None]] = []
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -157,6 +161,8 @@ class RemoteEngine:
         self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
+        self._wait(_BREATH_S)
+        self.settle()
         least = 0 if self._settings.hides_clients else min(self._terms.quorum, len(plan.steps))
         while True:
             waited = time.monotonic() - began
@@ -198,6 +204,15 @@ class RemoteEngine:
         here = sum(member.here for member in self._members.values())
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
+
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Do something once the next round's clients were asked: it costs no time then."""
+        self._tasks.append(task)
+
+    def settle(self) -> None:
+        """Do it now."""
+        while self._tasks:
+            self._tasks.pop(0)()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
