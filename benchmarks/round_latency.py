@@ -148,7 +148,7 @@ class Engine(RemoteEngine):
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
     held = Coordinator(keys, nodes, Terms(nodes, nodes, start_s=120.0), rounds)
-    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state)
+    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state, held.z)
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()

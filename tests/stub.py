@@ -148,7 +148,7 @@ class Coordinator:
         self.state = ServerState(0, torch.zeros(LENGTH))
         self.z = Directions(1, LENGTH)
         terms = terms or Terms(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state)
+        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

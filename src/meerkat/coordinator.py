@@ -259,7 +259,7 @@ def _coordinate(
     )
     why = "the coordinator stopped"
     with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state)
+        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z)
         control.open(door, offer, engine.stop)
         say(
             f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "

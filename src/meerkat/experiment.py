@@ -280,7 +280,7 @@ class Engine(Protocol):
         """What to note of the round that was run last."""
 
     def meanwhile(self, task: Callable[[], None]) -> None:
-        """Do what nobody waits for: at once, or while clients are at work. `settle` does what is left."""
+        """Do what nobody waits for: at once, or within seconds while clients are at work, in order."""
 
     def settle(self) -> None:
         """Do now what `meanwhile` was given and was not done yet."""
@@ -414,8 +414,6 @@ def run_rounds(
         if not settings.hides_clients:  # whose replies decide nothing by themselves
             server.check_rate(plan, replies, settings)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
-        if plan.directions:
-            engine.meanwhile(partial(z.prepare, replace(plan, round=state.round).place(0, 0)))
         note("round", partial(round_metric, closed, replies), closed)
         engine.closed(state, closed)
         if due(state.round):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meerkat.client import correction, local_steps, row_slopes
-from meerkat.directions import Directions
+from meerkat.directions import Directions, Place
 from meerkat.first_order import gradient_steps
 from meerkat.privacy import Mechanism
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
@@ -59,7 +59,9 @@ class LocalEngine:
         """Nothing was left."""
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """Clients here read theta from the state: there is nobody to tell."""
+        """Clients here read theta from the state: there is nobody to tell. The next round's first z is made ready."""
+        if record.plan.directions:
+            self.directions.prepare(Place("training", state.round, 0, 0))
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """The replies to a plan, by ascending client id."""

@@ -7,7 +7,9 @@ control plane's messages.
 """
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meerkat import path
-from meerkat.directions import Phase
+from meerkat.directions import Directions, Phase
 from meerkat.engines import frames
 from meerkat.engines.door import Door, Guest
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
@@ -37,6 +39,8 @@ _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
 _BREATH_S = 2e-4
 """Seconds that a round's frames have to get on their way before anything else is done."""
+_LEISURE_S = 1.0
+"""Seconds between times at which is done what nobody waits for."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
 
@@ -57,7 +61,14 @@ class RemoteEngine:
     """Runs rounds over a link. See `experiment.Engine`."""
 
     def __init__(
-        self, link: Link, door: Door, settings: ServerConfig, terms: Terms, run: str, state: ServerState
+        self,
+        link: Link,
+        door: Door,
+        settings: ServerConfig,
+        terms: Terms,
+        run: str,
+        state: ServerState,
+        directions: Directions,
     ) -> None:
         """Take up a run where its log ends: `run` is the federation's id, hexadecimal."""
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
@@ -70,6 +81,7 @@ class RemoteEngine:
         self._terms = terms
         self._run = bytes.fromhex(run)
         self._state = state
+        self._directions = directions
         state_bytes = 4 * len(state.theta) * (1 + settings.optimizer.carried + bool(settings.optimizer.alpha))
         self._trail = Trail(state_bytes, state.round, bytes.fromhex(path.digest(state.theta)))
         self._answered_at = 0.0
@@ -84,7 +96,8 @@ class RemoteEngine:
         self._counted: dict[int, tuple[int, int]] = {}
         self._round_s = 0.0
         self._stopped = ""
-        self._tasks: list[Callable[[], None]] = []
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._settled = -math.inf
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -162,7 +175,9 @@ class RemoteEngine:
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
         self._wait(_BREATH_S)
-        self.settle()
+        self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
+        if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
+            self.settle()
         least = 0 if self._settings.hides_clients else min(self._terms.quorum, len(plan.steps))
         while True:
             waited = time.monotonic() - began
@@ -206,13 +221,14 @@ class RemoteEngine:
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
 
     def meanwhile(self, task: Callable[[], None]) -> None:
-        """Do something once the next round's clients were asked: it costs no time then."""
+        """Do something while clients are at work; what came in a second together, which costs much less."""
         self._tasks.append(task)
 
     def settle(self) -> None:
         """Do it now."""
         while self._tasks:
-            self._tasks.pop(0)()
+            self._tasks.popleft()()
+        self._settled = time.monotonic()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
