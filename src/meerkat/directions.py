@@ -9,8 +9,7 @@ or device in it whose last bit could differ (numeric contract 1).
 
 import hashlib
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import resources
 from typing import Literal, NamedTuple
 
@@ -70,7 +69,7 @@ def direction(key: int, place: Place, count: int, start: int = 0) -> np.ndarray:
     block, skip = divmod(start, NORMALS_PER_BLOCK)
     counter = (block, place.step | place.direction << 32, place.round, PHASES[place.phase])
     raw = _raw(key, counter, -(-(skip + count) // 4))
-    normals: np.ndarray = _TABLE[raw.astype("<u8", copy=False).view("<u2")[skip : skip + count]]
+    normals: np.ndarray = _TABLE.take(raw.astype("<u8", copy=False).view("<u2")[skip : skip + count])
     return normals
 
 
@@ -100,7 +99,7 @@ class Directions:
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="directions")
         self._lock = threading.Lock()
         self._last: tuple[Place, Tensor] | None = None
-        self._ahead: tuple[Place, Callable[[], Tensor]] | None = None
+        self._ahead: tuple[Place, Future[Tensor]] | None = None
 
     def _make(self, place: Place) -> Tensor:
         return torch.from_numpy(direction(self.key, place, self.count)).to(self.device)
@@ -111,18 +110,16 @@ class Directions:
             if self._last is None or self._last[0] != place:
                 if self._ahead is not None and self._ahead[0] == place:
                     ahead, self._ahead = self._ahead[1], None
-                    self._last = (place, ahead())
+                    self._last = (place, ahead.result())
                 else:
                     self._last = (place, self._make(place))
             return self._last[1]
 
     def prepare(self, place: Place) -> None:
-        """Make z at a place that will be asked for next, or start making it."""
+        """Start making z at a place that will be asked for next; a short one is made when it is asked for."""
+        if self.count < _WORTH_A_THREAD:
+            return
         with self._lock:
-            if any(held is not None and held[0] == place for held in (self._last, self._ahead)):
-                return
-            if self.count < _WORTH_A_THREAD:
-                made = self._make(place)
-                self._ahead = (place, lambda: made)
-            else:
-                self._ahead = (place, self._maker.submit(self._make, place).result)
+            known = [held[0] for held in (self._last, self._ahead) if held is not None]
+            if place not in known:
+                self._ahead = (place, self._maker.submit(self._make, place))

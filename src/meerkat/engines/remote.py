@@ -37,8 +37,6 @@ from meerkat.signatures import BadSignature
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
-_BREATH_S = 2e-4
-"""Seconds that a round's frames have to get on their way before anything else is done."""
 _LEISURE_S = 1.0
 """Seconds between times at which is done what nobody waits for."""
 _PATIENT = 3
@@ -174,7 +172,6 @@ class RemoteEngine:
         self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
-        self._wait(_BREATH_S)
         self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
         if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
             self.settle()
