@@ -290,11 +290,13 @@ class RemoteEngine:
         """The frames that ask for a plan's steps."""
         self._members[client].busy = (plan.round, plan.phase)
         pointer = self._state.steps_made.get(client, 0)
-        return self._telling(client, Kind.WORK, Work(plan.phase, plan.lr, plan.steps[client], pointer))
+        return self._telling(client, Kind.WORK, plan.phase, plan.lr, plan.steps[client], pointer)
 
-    def _telling(self, client: int, kind: Kind, work: Work | None = None) -> list[bytes]:
-        """The frames that bring a client to the present theta, the last of them of a kind."""
-        member, work, first = self._members[client], work or Work(), []
+    def _telling(
+        self, client: int, kind: Kind, phase: Phase = "training", lr: float = 0.0, steps: int = 0, pointer: int = 0
+    ) -> list[bytes]:
+        """The frames that bring a client to the present theta, the last of them of a kind, with what it asks for."""
+        member, first = self._members[client], []
         closed: list[Closed] = []
         if member.round is None or not self._trail.reaches(member.round):
             first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(self._values(client))]
@@ -303,8 +305,7 @@ class RemoteEngine:
             closed = self._trail.since(member.round, client)
             self.caught_up["rounds"] += len(closed) > 1
         member.round = self._trail.round
-        told = Work(work.phase, work.lr, work.steps, work.pointer, tuple(closed))
-        return [*first, self._frame(kind, client, told.encode())]
+        return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
 
     def _values(self, client: int) -> np.ndarray:
         """Theta, the optimiser's moments and FedDyn's h_k, float32 one after another."""
