@@ -32,7 +32,7 @@ from meerkat.directions import Directions, Place, run_key
 from meerkat.engines.local import LossesOf
 from meerkat.first_order import masked_gradient
 from meerkat.partition import ClientRows
-from meerkat.path import descend_
+from meerkat.path import descend
 from meerkat.progress import say
 from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
 from meerkat.zeroth_order import MaskedModel, projected_gradient
@@ -67,7 +67,7 @@ class Bench:
             yield theta, z
             if lr:
                 g = self.scalars(theta, z, [client.batch(step) for client in self.others])
-                theta = descend_(theta.clone(), np.float32(lr), np.float32(g.mean()), z)
+                theta = descend(theta, np.float32(lr), np.float32(g.mean()), z)
 
     def scalars(self, theta: Tensor, z: Tensor, batches: list[np.ndarray]) -> np.ndarray:
         """What clients with these batches send: float32 [K]."""

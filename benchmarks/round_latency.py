@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,15 +100,22 @@ async def _echo(control: Connection, nodes: int, certificate: bytes, key: bytes)
 
 
 class Clock:
-    """Seconds of each round from the end of the last one, those in fsync apart."""
+    """Seconds of each round from the end of the last one, those that the run log spends in fsync apart."""
 
     def __init__(self) -> None:
         self.rounds: list[float] = []
         self.syncs: list[float] = []
         self._synced = 0.0
         self._began: tuple[float, float] | None = None
-        self._fsync = os.fsync
+        self._fsync, self._append = os.fsync, RunLog.append
+
+    def append(self, log: RunLog, record: Mapping[str, Any]) -> None:
+        """In place of RunLog.append."""
         os.fsync = self._timed
+        try:
+            self._append(log, record)
+        finally:
+            os.fsync = self._fsync
 
     def _timed(self, file: Any) -> None:
         began = time.perf_counter()
@@ -140,7 +148,7 @@ class Engine(RemoteEngine):
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
     held = Coordinator(keys, nodes, Terms(nodes, nodes, start_s=120.0), rounds)
-    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state)
+    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state, held.z)
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()
@@ -154,6 +162,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
         processes.append(spawn.Process(target=node, args=arguments, daemon=True))
         processes[-1].start()
     clock = engine.clock = Clock()
+    RunLog.append = lambda log, record: clock.append(log, record)  # type: ignore[method-assign]
     echoes: list[float] = []
 
     def judge(_: Any, at: int) -> dict[str, Any]:

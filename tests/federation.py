@@ -337,7 +337,9 @@ class Federation:
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
         self.state = self.state or ServerState(0, self.setting.theta_0)
-        self.engine = RemoteEngine(self.wire, self.door, self.settings, self.terms, self.setting.run, self.state)
+        self.engine = RemoteEngine(
+            self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z
+        )
         self.records: list[dict[str, Any]] = []
         self.ever: dict[int, Site] = {}
         """The last site of each client, here or not."""

@@ -402,7 +402,7 @@ class World:
             wire = Wire(door)
             self.patch.setattr(remote, "time", wire)
             state = ServerState(0, theta)
-            engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state)
+            engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, door.token(f"node {client}"), setting)))
             engine.arrivals(0)

@@ -30,7 +30,7 @@ CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LE
 
 def scalars_of(client: int, round: int) -> np.ndarray:
     """What a stub answers in a round: float32 [1, 1]."""
-    return np.full((1, 1), (client + 1) / (round + 1), np.float32)
+    return np.array([[(client + 1) / (round + 1)]], np.float32)
 
 
 class StubSite:
@@ -148,7 +148,7 @@ class Coordinator:
         self.state = ServerState(0, torch.zeros(LENGTH))
         self.z = Directions(1, LENGTH)
         terms = terms or Terms(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state)
+        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

@@ -439,11 +439,11 @@ from meerkat.cli import main
 from meerkat.runfolder import RunFolder
 from meerkat.server import aggregate
 note = RunFolder.note
-def limited(folder, metric):
+def limited(folder, metric, *through, **how):
     if metric["kind"] == "evaluation" and metric["round"] == 2:
         size = folder.metrics_path.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + {room}, resource.RLIM_INFINITY))
-    note(folder, metric)
+    note(folder, metric, *through, **how)
 RunFolder.note = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
@@ -453,6 +453,33 @@ sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
     assert [m["round"] for m in RunFolder(tmp_path / "run").metrics()] == [0, 0, 0, 1]
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert [m["round"] for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "evaluation"] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_metrics_that_were_lost_are_made_again_from_the_log(
+    simulate_arguments: list[str], tmp_path: Path, lost: int
+) -> None:
+    """All of them, or one round's: what a round's record does not tell is its training loss, and how long it took."""
+    assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 0
+    folder = RunFolder(tmp_path / "run")
+    whole, summary = folder.metrics(), folder.summary()
+    assert [m["round"] for m in whole if m["kind"] == "round"] == [*range(6)]
+    text = folder.metrics_path.read_text().splitlines(keepends=True)
+    gone = [k for k, m in enumerate(whole) if m["kind"] == "round" and (not lost or m["round"] == lost)]
+    folder.metrics_path.write_text("".join(line for k, line in enumerate(text) if k not in gone))
+    folder.summary_path.unlink()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    again = folder.metrics()
+    assert [(m["kind"], m["round"]) for m in again] == [(m["kind"], m["round"]) for m in whole]
+    for k, (one, other) in enumerate(zip(whole, again, strict=True)):
+        unknown = {"loss", "wall_s", "forward_s"} if k in gone else set()
+        assert {name: one[name] for name in one.keys() - unknown} == {
+            name: other[name] for name in one.keys() - unknown
+        }
+    found = folder.summary()
+    assert summary is not None
+    assert found is not None
+    assert found["payload_bytes_up"] == summary["payload_bytes_up"]
 
 
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

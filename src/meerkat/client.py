@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from meerkat.directions import Directions
-from meerkat.path import descend_
+from meerkat.path import descend
 from meerkat.privacy import Mechanism
 from meerkat.rounds import Reply, RoundPlan
 from meerkat.zeroth_order import Loss, MaskedModel, projected_gradient
@@ -45,7 +45,7 @@ def local_steps(
         loss = batch_loss(t)
         drift = theta - start if plan.alpha else None
         noisy = noisy_slopes(model, theta, plan, t, loss, directions, private)[0] if private else None
-        moved = theta.clone()
+        moved: Tensor | None = None
         for p in range(plan.directions):
             z = directions(plan.place(t, p))
             directions.prepare(plan.place_after(t, p))
@@ -55,8 +55,8 @@ def local_steps(
             else:
                 slope, losses[t, p] = float(noisy[p]), np.nan  # the noisy slopes are all that is known of the rows
             scalars[t, p] = slope + correction(plan.alpha, h, drift, z)
-            descend_(moved, plan.rate, scalars[t, p], z)
-        theta = moved
+            moved = descend(theta if moved is None else moved, plan.rate, scalars[t, p], z, moved)
+        theta = theta if moved is None else moved
     return Reply(client, scalars, float(losses.mean())), theta
 
 

@@ -269,7 +269,7 @@ def _coordinate(
     )
     why = "the coordinator stopped"
     with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state)
+        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z)
         control.open(door, offer, engine.stop)
         many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
         say(
@@ -282,7 +282,10 @@ def _coordinate(
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
                 folder.follow(follower)
-                state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+                try:
+                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+                finally:
+                    engine.settle()
             why = "the run is finished"
         finally:
             control.stop_inviting()

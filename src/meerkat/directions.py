@@ -25,6 +25,13 @@ Phase = Literal["training", "calibration"]
 NORMALS_PER_BLOCK = 16
 """One Philox block is four 64-bit words; a word is four entries of z."""
 
+_WORTH_A_THREAD = 1 << 15
+"""Entries from which on a direction takes longer to make than a thread to be asked for it."""
+
+_WORD = 2**64 - 1
+_FRESH = {key: value for key, value in np.random.Philox(key=0).state.items() if key != "state"}
+"""All of a generator's state but key and counter, before its first word."""
+
 TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 
 
@@ -60,15 +67,27 @@ def direction(key: int, place: Place, count: int, start: int = 0) -> np.ndarray:
     Philox's counter words, lowest first, are (block, step | direction << 32, round, phase).
     """
     block, skip = divmod(start, NORMALS_PER_BLOCK)
-    counter = np.array([block, place.step | place.direction << 32, place.round, PHASES[place.phase]], dtype=np.uint64)
-    words = -(-(skip + count) // 4)
-    raw = np.random.Philox(key=key, counter=counter).random_raw(words)
-    normals: np.ndarray = _TABLE[raw.astype("<u8", copy=False).view("<u2")[skip : skip + count]]
+    counter = (block, place.step | place.direction << 32, place.round, PHASES[place.phase])
+    raw = _raw(key, counter, -(-(skip + count) // 4))
+    normals: np.ndarray = _TABLE.take(raw.astype("<u8", copy=False).view("<u2")[skip : skip + count])
     return normals
 
 
+_THREAD = threading.local()
+
+
+def _raw(key: int, counter: tuple[int, int, int, int], words: int) -> np.ndarray:
+    """Philox's output for a key from a counter on: uint64 [words]. One generator a thread: making them costs more."""
+    if not hasattr(_THREAD, "philox"):
+        _THREAD.philox = np.random.Philox(key=0)
+    at = {"counter": np.array(counter, np.uint64), "key": np.array([key & _WORD, key >> 64], np.uint64)}
+    _THREAD.philox.state = _FRESH | {"state": at}
+    raw: np.ndarray = _THREAD.philox.random_raw(words)
+    return raw
+
+
 class Directions:
-    """Directions of one run on one device, each made on the CPU and ahead of need by a thread.
+    """Directions of one run on one device, each made on the CPU and ahead of need, long ones by a thread.
 
     At most the one last asked for and the one announced with `prepare` are held: 8n bytes.
     """
@@ -97,7 +116,9 @@ class Directions:
             return self._last[1]
 
     def prepare(self, place: Place) -> None:
-        """Start making z at a place that will be asked for next."""
+        """Start making z at a place that will be asked for next; a short one is made when it is asked for."""
+        if self.count < _WORTH_A_THREAD:
+            return
         with self._lock:
             known = [held[0] for held in (self._last, self._ahead) if held is not None]
             if place not in known:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ from meerkat.metrics import (
     defence_in_words,
     evaluation_in_words,
     evaluation_metric,
+    kind_of,
+    metric_of,
     plan_in_words,
     round_metric,
     split_metric,
@@ -285,6 +288,12 @@ class Engine(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """What to note of the round that was run last."""
 
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Do what nobody waits for: at once, or within seconds while clients are at work, in order."""
+
+    def settle(self) -> None:
+        """Do now what `meanwhile` was given and was not done yet."""
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """A round is on the disk, and the state after it."""
 
@@ -293,6 +302,8 @@ def replay_log(
     folder: RunFolder, log: RunLog, opening: Opening, config: RunConfig, mask: SparseMask, theta_0: Tensor
 ) -> tuple[Replay, Directions, Opening]:
     """Open the log, or replay what it holds: the run as far as it has come, its directions and its opening.
+
+    What the log tells and the metrics do not is noted again.
 
     Raises:
         MeerkatError: what the run rests on was changed since it began; RunFailed: its record is damaged.
@@ -309,7 +320,11 @@ def replay_log(
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
     register = Register(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
-    return replayed.run(), z, opening
+    noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
+    for _, record in replayed:
+        if (kind_of(record), record.plan.round) not in noted:
+            folder.note({**metric_of(record), "wall_s": 0.0, "forward_s": 0.0}, through=False)
+    return replayed, z, opening
 
 
 def run_rounds(
@@ -334,6 +349,7 @@ def run_rounds(
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(state.theta.device)
 
     def evaluate(theta: Tensor, rounds: int) -> None:
+        engine.settle()
         began = time.perf_counter()
         found = judge(theta, rounds)
         folder.note({**found, "wall_s": time.perf_counter() - began})
@@ -370,12 +386,13 @@ def run_rounds(
                 ) from None
         return replies
 
-    def note(metric: dict[str, Any], record: RoundRecord | CalibrationRecord) -> None:
-        # noted before it is logged: what the log holds, the metrics hold too, whenever the run is killed
-        folder.note({**metric, **engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()})
-        log.append({"kind": metric["kind"], **record.to_json()})
+    def note(kind: str, metric: Callable[[], Metric], record: RoundRecord | CalibrationRecord) -> None:
+        facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
+        # not through to the disk: what of it is lost with the machine, going on makes again from the log
+        engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
+        log.append({"kind": kind, **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state))
+    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place)
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
@@ -395,7 +412,7 @@ def run_rounds(
                 settings = gather(settings)
                 plan = calibration.open_calibration(state, settings, engine.available())
             state, decided = calibration.close_calibration(state, plan, replies, settings, z, gradient)
-            note(calibration_metric(decided), decided)
+            note("calibration", partial(calibration_metric, decided), decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
             settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
@@ -406,12 +423,11 @@ def run_rounds(
         if not settings.hides_clients:  # whose replies decide nothing by themselves
             server.check_rate(plan, replies, settings)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
-        if plan.directions:
-            z.prepare(replace(plan, round=state.round).place(0, 0))
-        note(round_metric(closed, replies), closed)
+        note("round", partial(round_metric, closed, replies), closed)
         engine.closed(state, closed)
         if due(state.round):
             evaluate(state.theta, state.round)
+    engine.settle()
     if not replayed.closed:
         log.append({"kind": "close", "rounds": state.round, "theta": path.digest(state.theta)})
     return state
@@ -449,3 +465,10 @@ def _is_past(metric: Metric, state: ServerState) -> bool:
     if metric["kind"] == "calibration":
         return state.calibrated is not None and metric["round"] <= state.calibrated
     return bool(metric["round"] <= state.round)
+
+
+def _place(metric: Metric) -> tuple[int, int]:
+    """Where a metric stands among others: rounds closed when it was noted, and an evaluation before a calibration."""
+    return metric["round"] + (metric["kind"] == "round"), ["split", "round", "evaluation", "calibration"].index(
+        metric["kind"]
+    )

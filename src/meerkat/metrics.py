@@ -3,6 +3,7 @@
 Nothing of the run is computed from these; the log alone is the record.
 """
 
+import itertools
 import math
 import resource
 import sys
@@ -36,11 +37,21 @@ def round_metric(record: RoundRecord, replies: Sequence[Reply]) -> dict[str, Any
     }
 
 
+def kind_of(record: RoundRecord | CalibrationRecord) -> str:
+    """The kind of a record's metric."""
+    return "calibration" if isinstance(record, CalibrationRecord) else "round"
+
+
+def metric_of(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
+    """What a record alone tells: all but a round's training loss, which only a simulation knows."""
+    return calibration_metric(record) if isinstance(record, CalibrationRecord) else round_metric(record, ())
+
+
 def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
     """The participants' mean training loss, by weight; None where it is not known: no site tells its own, and no
     noise covers it.
     """
-    if not record.scalars:
+    if not record.scalars or not replies:
         return None
     mean = sum(record.weights[reply.client] * reply.loss for reply in replies if len(reply.scalars))
     return mean if math.isfinite(mean) else None
@@ -93,9 +104,12 @@ def split_metric(labels: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
 def _traces(plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray) -> dict[str, Any]:
     if not plan.directions:
         return {}
+    together = np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])
+    ends = [0, *itertools.accumulate(map(len, scalars.values()))]
+    levels = _rounded(magnitude(together))
     noted: dict[str, Any] = {
         "clients": list(scalars),
-        "abs_g": [_rounded(magnitude(g)) for g in scalars.values()],
+        "abs_g": [levels[first:last] for first, last in itertools.pairwise(ends)],
     }
     if len(inner):
         noted["gradip"] = [_rounded(gradip(g, inner)) for g in scalars.values()]
@@ -112,7 +126,7 @@ def _payload(plan: RoundPlan, delta: int | None) -> dict[str, int]:
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+    return [float(f"{value:.5g}") for value in np.asarray(values).tolist()]
 
 
 def without_budget(folder: RunFolder) -> list[int]:

@@ -16,21 +16,21 @@ from meerkat.directions import Directions
 from meerkat.rounds import RoundPlan, RoundRecord
 
 
-def descend_(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor) -> Tensor:
-    """theta -= (rate g) z in place; theta and z are float32 [n]."""
+def descend(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor, out: Tensor | None = None) -> Tensor:
+    """theta - (rate g) z, in `out` where one is given, which may be theta; all are float32 [n]."""
     # no `alpha=` and no addcmul: they may fuse the product into the difference and round once
-    return theta.sub_(z * float(rate * g))
+    return torch.sub(theta, z * float(rate * g), out=out)
 
 
 def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Directions) -> Iterator[Tensor]:
     """theta after each local step that the scalars (float32 [T, P]) describe. Yields one tensor, updated."""
-    theta = theta.clone()
+    moved = None
     for step, row in enumerate(scalars):
         for p, g in enumerate(row):
             z = directions(plan.place(step, p))
             if (step + 1, p + 1) != scalars.shape:
                 directions.prepare(plan.place_after(step, p))
-            descend_(theta, plan.rate, g, z)
+            theta = moved = descend(theta, plan.rate, g, z, moved)
         yield theta
 
 

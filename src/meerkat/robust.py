@@ -171,7 +171,7 @@ def capped(total: np.ndarray, rate: np.float32, limit: float) -> np.ndarray:
         rate: eta / P.
         limit: the root mean square of the step's entries, at most.
     """
-    length = float(rate) * norm(total)
+    length = float(rate) * norm(total) if math.isfinite(limit) else 0.0
     return total * (limit / length) if length > limit else total
 
 

@@ -1,6 +1,7 @@
 """What one round is: the plan the server opens it with, a client's reply, the record that stays."""
 
 import base64
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,9 +142,10 @@ def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
             f"a reply of {scalars.shape[0]} steps in {scalars.shape[1]} directions, where {plan.steps[client]} "
             f"in {plan.directions} were asked for"
         )
-    if not np.isfinite(scalars).all():
+    values = scalars.ravel().tolist()
+    if not all(map(math.isfinite, values)):
         raise ValueError("a reply with a scalar that is not finite")
-    if (largest := float(np.abs(scalars).max(initial=0.0))) > (most := LARGEST_LOSS / plan.eps):
+    if (largest := max(map(abs, values), default=0.0)) > (most := LARGEST_LOSS / plan.eps):
         raise ValueError(f"a reply with a scalar of {largest:.3g}: no loss makes one above {most:.3g}")
 
 

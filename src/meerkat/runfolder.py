@@ -94,12 +94,12 @@ class RunFolder:
         """The run's mask, with its base values."""
         return SparseMask.load(self.mask_path)
 
-    def note(self, metric: Metric) -> None:
-        """Add one line to the metrics: the whole of it, through to the disk, or nothing."""
+    def note(self, metric: Metric, through: bool = True) -> None:
+        """Add one line to the metrics: the whole of it, `through` to the disk, or nothing."""
         with told_plainly(self.metrics_path, self.cure):
             file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                append_whole(file, (json.dumps(metric) + "\n").encode())
+                append_whole(file, (json.dumps(metric) + "\n").encode(), through)
             finally:
                 os.close(file)
         for follower in self._followers:
@@ -141,9 +141,9 @@ class RunFolder:
                 "the run itself is in the log"
             ) from None
 
-    def keep_metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
-        """Drop the metrics that are not wanted, and return the others."""
-        kept = [metric for metric in self.metrics() if wanted(metric)]
+    def keep_metrics(self, wanted: Callable[[Metric], bool], place: Callable[[Metric], Any]) -> list[Metric]:
+        """Drop the metrics that are not wanted, put the others in the order of their places, and return them."""
+        kept = sorted((metric for metric in self.metrics() if wanted(metric)), key=place)
         lines = "".join(json.dumps(metric) + "\n" for metric in kept)
         write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
         return kept

@@ -16,6 +16,7 @@ from typing import Any
 from meerkat.errors import MeerkatError, RunFailed
 
 _START = "0" * 64
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def _link(previous: str, text: bytes) -> str:
@@ -109,7 +110,7 @@ class RunLog:
         Raises:
             RunFailed: the disk refused it. What was logged before is untouched.
         """
-        text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        text = _JSON.encode(record).encode()
         link = _link(self._hash, text)
         try:
             append_whole(self._file, link.encode() + b" " + text + b"\n")
@@ -124,13 +125,14 @@ class RunLog:
         os.close(self._file)
 
 
-def append_whole(file: int, line: bytes) -> None:
-    """Write a line at the end of an open file, and through to the disk; on an error, nothing of it stays."""
+def append_whole(file: int, line: bytes, through: bool = True) -> None:
+    """Write a line at the end of an open file, and `through` to the disk; on an error, nothing of it stays."""
     end = os.lseek(file, 0, os.SEEK_END)
     try:
         while line:
             line = line[os.write(file, line) :]
-        os.fsync(file)
+        if through:
+            os.fsync(file)
     except OSError:
         os.ftruncate(file, end)
         raise

@@ -191,9 +191,10 @@ def check_rate(plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig) 
     Raises:
         Diverged: most clients' own scalars make a step that is longer than the cap.
     """
+    if math.isinf(limit := config.step_limit):
+        return
     lengths = [float(plan.rate) * norm(reply.scalars) for reply in replies if reply.scalars.size]
     enough = len(lengths) > 2 * max(config.aggregation.byzantine, 1) or len(lengths) == config.clients
-    limit = config.step_limit
     if lengths and enough and (length := statistics.median_low(lengths)) > limit:
         raise Diverged(
             f"round {plan.round}: most clients' steps are {length / limit:.3g} times as long as max_step_norm allows; "

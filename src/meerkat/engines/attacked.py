@@ -1,6 +1,6 @@
 """A simulation some of whose clients attack: they do what honest clients do, and send something else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,14 @@ class Attacked:
     def facts(self) -> Mapping[str, Any]:
         """What the engine has to tell."""
         return self.engine.facts()
+
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """At once."""
+        self.engine.meanwhile(task)
+
+    def settle(self) -> None:
+        """Nothing was left."""
+        self.engine.settle()
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """A round is on the disk."""

@@ -9,9 +9,8 @@ of its data has a place in them. A signed reply does without the SHA-256, which 
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +33,7 @@ ROOM = LIMIT - _HEADER_SIZE
 _REPLY = struct.Struct("<BIH")
 _COUNTS = struct.Struct("<QQ")
 _PART = struct.Struct("<IIQ")
+_F4 = np.dtype("<f4")
 _PHASES: tuple[Phase, ...] = ("training", "calibration")
 """By their numbers in directions.PHASES."""
 
@@ -60,12 +60,13 @@ class Kind(IntEnum):
     SIGNED = 13  # site: the scalars, with its signature in front
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
 FAILURES = ("diverged", "out of memory", "error")
 """Why a site could not make its steps: all that it says of it."""
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One message."""
 
     kind: Kind
@@ -103,14 +104,13 @@ class Frame:
             raise BadFrame("not a frame of this protocol")
         if version != VERSION:
             raise BadFrame(f"frame format {version}, this side speaks {VERSION}: use the same version of meerkat")
-        if kind not in Kind.__members__.values():
+        if (known := _KINDS.get(kind)) is None:
             raise BadFrame(f"a frame of unknown kind {kind}")
-        head = _ADDRESS.size if kind == Kind.SIGNED else _HEADER_SIZE
-        return cls(Kind(kind), run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
+        head = _ADDRESS.size if known is Kind.SIGNED else _HEADER_SIZE
+        return cls(known, run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
 
 
-@dataclass(frozen=True)
-class Closed:
+class Closed(NamedTuple):
     """A closed round, as far as following it needs: 23 bytes and four a scalar."""
 
     lr: float
@@ -121,14 +121,18 @@ class Closed:
     counted: bool
     """Whether this client's own reply was among them."""
 
+    @property
+    def size(self) -> int:
+        """How many bytes it is."""
+        return _CLOSED.size + self.aggregate.nbytes
+
     def encode(self) -> bytes:
         """The round's bytes."""
         head = _CLOSED.pack(self.counted, self.lr, self.share, *self.aggregate.shape)
-        return head + self.aggregate.astype("<f4", copy=False).tobytes()
+        return head + self.aggregate.astype(_F4, copy=False).tobytes()
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The body of WORK, CLOSED and JUDGE: what happened since, and what to do now."""
 
     phase: Phase = "training"
@@ -137,7 +141,7 @@ class Work:
     """T_k; 0 where there is nothing to do."""
     pointer: int = 0
     """Steps that the client has made in all: where in its rows it goes on."""
-    closed: Sequence[Closed] = field(default_factory=tuple)
+    closed: Sequence[Closed] = ()
     """The rounds that end at the frame's own, oldest first."""
 
     def encode(self) -> bytes:
@@ -161,7 +165,7 @@ class Work:
                 raise BadFrame("a body that is cut short")
             if not made:
                 raise BadFrame("a closed round without a step")
-            aggregate = np.frombuffer(body[at + _CLOSED.size : end], dtype="<f4").astype("f4")
+            aggregate = np.frombuffer(body[at + _CLOSED.size : end], dtype=_F4).astype(np.float32)
             closed.append(Closed(rate, share, aggregate.reshape(made, directions), bool(counted)))
             at = end
         if at != len(body) or phase >= len(_PHASES):
@@ -171,7 +175,7 @@ class Work:
 
 def encode_scalars(phase: Phase, scalars: np.ndarray) -> bytes:
     """The body of a REPLY; scalars float32 [T_k, P]."""
-    return _REPLY.pack(PHASES[phase], *scalars.shape) + scalars.astype("<f4", copy=False).tobytes()
+    return _REPLY.pack(PHASES[phase], *scalars.shape) + scalars.astype(_F4, copy=False).tobytes()
 
 
 def decode_scalars(body: bytes) -> tuple[Phase, np.ndarray]:
@@ -183,7 +187,7 @@ def decode_scalars(body: bytes) -> tuple[Phase, np.ndarray]:
     phase, steps, directions = _unpack(_REPLY, body)
     if phase >= len(_PHASES) or len(body) != _REPLY.size + 4 * steps * directions:
         raise BadFrame(f"a reply of {len(body)} bytes for {steps} steps of {directions} directions")
-    scalars = np.frombuffer(body, dtype="<f4", offset=_REPLY.size).astype("f4")
+    scalars = np.frombuffer(body, dtype=_F4, offset=_REPLY.size).astype(np.float32)
     return _PHASES[phase], scalars.reshape(steps, directions)
 
 
@@ -216,7 +220,7 @@ def decode_counts(body: bytes) -> tuple[int, int]:
 
 def encode_state(values: np.ndarray) -> list[bytes]:
     """The bodies of the STATE frames that hold float32 values: a part each, as long as a frame can be."""
-    data = values.astype("<f4", copy=False).tobytes()
+    data = values.astype(_F4, copy=False).tobytes()
     room = LIMIT - _HEADER_SIZE - _PART.size
     parts = [data[at : at + room] for at in range(0, len(data), room)]
     return [_PART.pack(number, len(parts), len(data)) + part for number, part in enumerate(parts)]
@@ -250,7 +254,7 @@ class StateParts:
         if not last:
             return None
         data, self._held, self._next = self._held, bytearray(), 0
-        return np.frombuffer(data, dtype="<f4").astype("f4")
+        return np.frombuffer(data, dtype=_F4).astype(np.float32)
 
 
 def encode_words(said: Any, secret: bytes = b"") -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meerkat.client import correction, local_steps, noisy_slopes
-from meerkat.directions import Directions
+from meerkat.directions import Directions, Place
 from meerkat.first_order import gradient_steps
 from meerkat.privacy import Mechanism
 from meerkat.rounds import Reply, RoundPlan, RoundRecord
@@ -51,8 +51,17 @@ class LocalEngine:
         """Nothing is to be told of a round beside its record."""
         return {}
 
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Clients work in this very thread: what can wait is done at once."""
+        task()
+
+    def settle(self) -> None:
+        """Nothing was left."""
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """Clients here read theta from the state: there is nobody to tell."""
+        """Clients here read theta from the state: there is nobody to tell. The next round's first z is made ready."""
+        if record.plan.directions:
+            self.directions.prepare(Place("training", state.round, 0, 0))
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """The replies to a plan, by ascending client id."""

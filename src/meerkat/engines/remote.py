@@ -7,7 +7,10 @@ control plane's messages.
 """
 
 import logging
+import math
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meerkat import path
-from meerkat.directions import Phase
+from meerkat.directions import Directions, Phase
 from meerkat.engines import frames
 from meerkat.engines.door import Door, Guest
 from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
@@ -34,6 +37,8 @@ from meerkat.signatures import BadSignature
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
 """Seconds that a wait lasts at most before it looks up."""
+_LEISURE_S = 1.0
+"""Seconds between times at which is done what nobody waits for."""
 _PATIENT = 3
 """How often in a row a client may fail, or hold another theta, before it is shown out."""
 
@@ -54,7 +59,14 @@ class RemoteEngine:
     """Runs rounds over a link. See `experiment.Engine`."""
 
     def __init__(
-        self, link: Link, door: Door, settings: ServerConfig, terms: Terms, run: str, state: ServerState
+        self,
+        link: Link,
+        door: Door,
+        settings: ServerConfig,
+        terms: Terms,
+        run: str,
+        state: ServerState,
+        directions: Directions,
     ) -> None:
         """Take up a run where its log ends: `run` is the federation's id, hexadecimal."""
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
@@ -67,6 +79,7 @@ class RemoteEngine:
         self._terms = terms
         self._run = bytes.fromhex(run)
         self._state = state
+        self._directions = directions
         state_bytes = 4 * len(state.theta) * (1 + settings.optimizer.carried + bool(settings.optimizer.alpha))
         self._trail = Trail(state_bytes, state.round, bytes.fromhex(path.digest(state.theta)))
         self._answered_at = 0.0
@@ -81,6 +94,8 @@ class RemoteEngine:
         self._counted: dict[int, tuple[int, int]] = {}
         self._round_s = 0.0
         self._stopped = ""
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._settled = -math.inf
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -157,6 +172,9 @@ class RemoteEngine:
         self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
+        self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
+        if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
+            self.settle()
         least = 0 if self._settings.hides_clients else min(self._terms.quorum, len(plan.steps))
         while True:
             waited = time.monotonic() - began
@@ -198,6 +216,16 @@ class RemoteEngine:
         here = sum(member.here for member in self._members.values())
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
+
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Do something while clients are at work; what came in a second together, which costs much less."""
+        self._tasks.append(task)
+
+    def settle(self) -> None:
+        """Do it now."""
+        while self._tasks:
+            self._tasks.popleft()()
+        self._settled = time.monotonic()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
@@ -262,11 +290,13 @@ class RemoteEngine:
         """The frames that ask for a plan's steps."""
         self._members[client].busy = (plan.round, plan.phase)
         pointer = self._state.steps_made.get(client, 0)
-        return self._telling(client, Kind.WORK, Work(plan.phase, plan.lr, plan.steps[client], pointer))
+        return self._telling(client, Kind.WORK, plan.phase, plan.lr, plan.steps[client], pointer)
 
-    def _telling(self, client: int, kind: Kind, work: Work | None = None) -> list[bytes]:
-        """The frames that bring a client to the present theta, the last of them of a kind."""
-        member, work, first = self._members[client], work or Work(), []
+    def _telling(
+        self, client: int, kind: Kind, phase: Phase = "training", lr: float = 0.0, steps: int = 0, pointer: int = 0
+    ) -> list[bytes]:
+        """The frames that bring a client to the present theta, the last of them of a kind, with what it asks for."""
+        member, first = self._members[client], []
         closed: list[Closed] = []
         if member.round is None or not self._trail.reaches(member.round):
             first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(self._values(client))]
@@ -275,8 +305,7 @@ class RemoteEngine:
             closed = self._trail.since(member.round, client)
             self.caught_up["rounds"] += len(closed) > 1
         member.round = self._trail.round
-        told = Work(work.phase, work.lr, work.steps, work.pointer, tuple(closed))
-        return [*first, self._frame(kind, client, told.encode())]
+        return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
 
     def _values(self, client: int) -> np.ndarray:
         """Theta, the optimiser's moments and FedDyn's h_k, float32 one after another."""

@@ -29,16 +29,15 @@ class Trail:
         self._bytes = 0
         self._patience_s = _SETTLE_S + state_bytes / SLOW_LINE
         self._round_s = 0.0
-        self._held: deque[tuple[bytes, Closed, frozenset[int], int]] = deque()
+        self._held: deque[tuple[bytes, Closed, frozenset[int]]] = deque()
 
     def add(self, closed: Closed, counted: frozenset[int], digest: bytes, made_s: float = 0.0) -> None:
         """Go on by one round, after which theta has this digest; it took `made_s` seconds to close."""
         self._round_s += _SMOOTHING * (made_s - self._round_s)
-        size = len(closed.encode())
-        self._held.append((self.digest, closed, counted, size))
-        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + size
+        self._held.append((self.digest, closed, counted))
+        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + closed.size
         while self._bytes > self._room:
-            self._bytes -= self._held.popleft()[3]
+            self._bytes -= self._held.popleft()[1].size
 
     def holds(self, round: int, digest: bytes) -> bool:
         """Whether a theta of this digest is the one that a round held here began with."""
@@ -51,7 +50,7 @@ class Trail:
         """The rounds from one on, as a client is told of them."""
         back = self.round - round
         rounds = [self._held[i] for i in range(len(self._held) - back, len(self._held))]
-        return [Closed(c.lr, c.share, c.aggregate, client in counted) for _, c, counted, _ in rounds]
+        return [Closed(c.lr, c.share, c.aggregate, client in counted) for _, c, counted in rounds]
 
     def reaches(self, round: int) -> bool:
         """Whether the rounds from one on are all held, and are followed sooner than the state would arrive."""
