@@ -244,28 +244,29 @@ def test_who_begins_far_above_the_others_is_found_though_it_does_not_decay() -> 
     assert one.extreme == (0, 1, 2)
 
 
-Levels = list[tuple[float, float]]
-"""Log first and later levels of clients, in spreads."""
+Places = list[list[float]]
+"""Where clients lie, in spreads."""
 
 
-def log_likelihood(lively: Levels, others: int) -> float:
-    """Of so many lively clients at these levels, and of others anywhere; every number of them as likely."""
-    area = math.exp(3.5 / 2) * 2 * math.pi
-    within = -others * math.log(area)
-    for levels in zip(*lively, strict=True):
-        normal = NormalDist(sum(levels) / len(levels))
-        within += sum(math.log(normal.pdf(level)) for level in levels)
+def log_likelihood(lively: Places, others: int, price: float) -> float:
+    """Of so many lively clients at these places, and of others anywhere; every number of them as likely."""
+    dimensions = len(lively[0])
+    within = -others * (price / 2 + dimensions * math.log(math.sqrt(2 * math.pi)))
+    for along in zip(*lively, strict=True):
+        normal = NormalDist(sum(along) / len(along))
+        within += sum(math.log(normal.pdf(at)) for at in along)
     return within - math.log(math.comb(len(lively) + others, others))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.floats(-3, 9), st.floats(-3, 9)), min_size=1, max_size=12))
-def test_as_many_are_taken_for_lively_as_is_most_likely(levels: Levels) -> None:
-    ordered = sorted(levels, key=lambda each: each[0] - each[1])
-    likely = {
-        m: log_likelihood(ordered[:m], len(levels) - m) for m in range(math.ceil(len(levels) / 5), len(levels) + 1)
-    }
-    assert likely[selection._lively_count(np.array(ordered))] == pytest.approx(max(likely.values()))
+@pytest.mark.parametrize("dimensions", [1, 2])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), price=st.sampled_from([3.5, 5.0]))
+def test_as_many_are_taken_for_lively_as_is_most_likely(dimensions: int, data: st.DataObject, price: float) -> None:
+    place = st.lists(st.floats(-3, 9), min_size=dimensions, max_size=dimensions)
+    places = sorted(data.draw(st.lists(place, min_size=1, max_size=12)))
+    least = math.ceil(len(places) / 5)
+    likely = {m: log_likelihood(places[:m], len(places) - m, price) for m in range(least, len(places) + 1)}
+    assert likely[selection._lively_count(np.array(places), price)] == pytest.approx(max(likely.values()))
 
 
 def test_they_are_found_where_most_fall_alike_and_far_under_the_others() -> None:

@@ -20,17 +20,18 @@ Rule = Literal["automatic", "thresholds"]
 
 _SPREAD = 1.5
 """IID clients' log ratios scatter so many times as far as independent half-normal steps would; measured."""
-_FIRST, _LATER = 1.5, 2.25
-"""The same of their first and later levels, as the lively ones are told by: paths drift apart. Measured."""
+_FIRST, _LATER = 1.5, 2.5
+"""The same of the logs of their first and later means: paths drift apart."""
 _BEYOND = 2.5
 """Spreads above the lively clients from which a client's decay, or its first level, is not chance."""
 _QUIET = 3.75
 """Spreads under the others' median from which a client's level is not chance, however it got there."""
 _LIVELY = 0.2
 """At least this share of the clients is taken to be lively."""
-_PRICE = 3.5
+_PRICE_DECAY, _PRICE_LEVELS = 3.5, 5.0
 """What leaving a client out of the lively ones must save, in squared spreads: were those left out to lie anywhere
-within an area of A squared spreads, 2 log(A / 2 pi). This is A = 36."""
+within w spreads, 2 log(w / sqrt(2 pi)), and within an area of A squared spreads 2 log(A / 2 pi). This is w = 14, some
+factor 60 at 30 and 30 steps, and A = 77."""
 _TINY = 1e-30
 
 
@@ -127,7 +128,7 @@ def _found_thresholds(
     |g| along a direction is half-normal about its client's gradient norm, so the log of a mean over m steps of P
     directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. Clients are held against
     the lively ones: of those that were not quiet throughout (who had nothing to decay from), nor loud, those that
-    decayed least.
+    decayed least. How many these are is told from decays for the first threshold, and from levels for the others.
     """
     first, later = (math.sqrt((math.pi / 2 - 1) / (m * directions)) for m in (vpcs.initial_steps, vpcs.later_steps))
     spread = _SPREAD * math.hypot(first, later)
@@ -137,27 +138,30 @@ def _found_thresholds(
     loud_throughout = (early_mean > middle * far) & (late_mean > later_middle)
     usual = np.flatnonzero(~quiet_throughout & ~loud_throughout)
     usual = usual[np.argsort(rho_later[usual])]
-    levels = np.stack([np.log(early_mean[usual]) / (_FIRST * first), np.log(late_mean[usual]) / (_LATER * later)], 1)
-    lively = usual[: _lively_count(levels)]
+    decay = np.log(rho_later[usual])
+    count = _lively_count(decay[:, None] / spread, _PRICE_DECAY)
     # another client's distance from the mean of so many: both are uncertain
-    limit = np.log(rho_later[lively]).mean() + _BEYOND * spread * math.sqrt(1 + 1 / len(lively))
+    limit = float(decay[:count].mean()) + _BEYOND * spread * math.sqrt(1 + 1 / count)
     above = math.exp(max(limit, 0.0))  # what has not decayed at all is not extreme by decay
+    levels = np.stack([np.log(early_mean[usual]) / (_FIRST * first), np.log(late_mean[usual]) / (_LATER * later)], 1)
+    lively = usual[: _lively_count(levels, _PRICE_LEVELS)]
     below = float(np.median(late_mean[lively])) * quiet
     loud = float(np.median(early_mean[lively])) * far
     return above, below, loud
 
 
-def _lively_count(levels: np.ndarray) -> int:
+def _lively_count(places: np.ndarray, price: float) -> int:
     """How many of those that decayed least are most likely equals, the others anything.
 
     Args:
-        levels: log of the first and the later mean of clients over their spread, float64 [K, 2], least decay first.
+        places: where clients lie, in spreads, least decay first: float64 [K, D].
+        price: what one that is left out costs.
 
-    Equals scatter normally, by one, about their mean; others lie anywhere, which costs _PRICE each. How many are
-    lively is unknown, and each number equally likely beforehand: so who they are has K over m possibilities.
+    Equals scatter normally, by one, about their mean; others lie anywhere. How many are lively is unknown, and each
+    number equally likely beforehand: so who they are has K over m possibilities.
     """
-    clients = len(levels)
+    clients = len(places)
     counts = np.arange(math.ceil(_LIVELY * clients), clients + 1)
-    misfits = [float(np.square(levels[:m] - levels[:m].mean(0)).sum()) for m in counts]
+    misfits = [float(np.square(places[:m] - places[:m].mean(0)).sum()) for m in counts]
     choices = [math.log(math.comb(clients, m)) for m in counts]
-    return int(counts[np.argmin(misfits + _PRICE * (clients - counts) + 2 * np.array(choices))])
+    return int(counts[np.argmin(misfits + price * (clients - counts) + 2 * np.array(choices))])
