@@ -1,11 +1,13 @@
-"""Time of a round of trivial work between processes over TLS, with the run log; a bare gRPC echo beside it.
+"""Time of a round of trivial work between processes over TLS, with the run log, beside a gRPC echo and Flower messages.
 
-    python benchmarks/round_latency.py [--json] [--rounds 1000] [--nodes 4] [--folder DIR]
+    python benchmarks/round_latency.py [--json] [--rounds 1000] [--nodes 4] [--message-rounds 5] [--folder DIR]
 
-A round goes the whole way: experiment.run_rounds, RemoteEngine, session streams to every node, its metrics and its
-record on the disk. Seconds in fsync are told apart. Rounds and echoes take turns, a fifth of them each; an echo sends
-as many bytes as a round's frame to every node and waits for all, with nothing of Meerkat's in between. Bytes are TCP
-payload a client and round in the larger direction, counted in a proxy. Spreads are 10th and 90th percentile.
+A round goes the whole way: experiment.run_rounds, RemoteEngine, session streams to every node, and its record on the
+disk. Apart are told: the log's fsync, and the metrics, which are noted once a second and so in no median. Rounds and
+echoes take turns, a fifth of them each; an echo sends as many bytes as a round's frame to every node and waits for
+all, with nothing of Meerkat's in between. Bytes are TCP payload a client and round in the larger direction, counted
+in a proxy. Spreads are 10th and 90th percentile. Last, examples/federation/run sends the frames of a few rounds of the
+embedded task in plain Flower messages (--message-rounds 0: not): their seconds are Flower's, the work is some 20 ms.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import multiprocessing
 import os
 import queue
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -105,6 +108,8 @@ class Clock:
     def __init__(self) -> None:
         self.rounds: list[float] = []
         self.syncs: list[float] = []
+        self.noting = 0.0
+        """Seconds for all rounds' metrics."""
         self._synced = 0.0
         self._began: tuple[float, float] | None = None
         self._fsync, self._append = os.fsync, RunLog.append
@@ -143,6 +148,11 @@ class Engine(RemoteEngine):
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         super().closed(state, record)
         self.clock.lap()
+
+    def settle(self) -> None:
+        began = time.perf_counter()
+        super().settle()
+        self.clock.noting += time.perf_counter() - began
 
 
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
@@ -201,6 +211,14 @@ def bytes_a_round(keys: dict[str, Path], rounds: int = 200) -> float:
     return used
 
 
+def message_rounds(nodes: int, rounds: int, root: Path) -> list[float]:
+    """Seconds of rounds whose frames travel in plain Flower messages, until all have replied."""
+    script = Path(__file__).parents[1] / "examples" / "federation" / "run"
+    command = [sys.executable, str(script), "--out", str(root / "messages"), "--messages"]
+    subprocess.run([*command, "--sites", str(nodes), "--rounds", str(rounds)], check=True, stdout=sys.stderr)
+    return [m["round_s"] for m in RunFolder(root / "messages" / "run").metrics() if m["kind"] == "round"]
+
+
 def milliseconds(times: list[float]) -> float:
     return round(1e3 * statistics.median(times), 3)
 
@@ -215,12 +233,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--message-rounds", type=int, default=5, help="rounds in plain Flower messages [default: 5]")
     parser.add_argument("--folder", type=Path, help="where the run log is written [default: the system's for such]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         keys = certify(Path(folder) / "keys", ["127.0.0.1"], nodes=0)
         clock, echoes = measure(keys, arguments.nodes, arguments.rounds, Path(folder))
         used = bytes_a_round(keys)
+        messages = (
+            message_rounds(arguments.nodes, arguments.message_rounds, Path(folder)) if arguments.message_rounds else []
+        )
     result = {
         "name": "round_latency",
         "median_ms": milliseconds(clock.rounds),
@@ -230,6 +252,8 @@ def main() -> None:
         "fsync_spread": spread(clock.syncs),
         "echo_ms": milliseconds(echoes),
         "echo_spread": spread(echoes),
+        "metrics_ms": round(1e3 * clock.noting / arguments.rounds, 3),
+        "flower_messages_ms": milliseconds(messages) if messages else None,
         "measured_on": f"{arguments.nodes} node processes on this machine, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}, {arguments.rounds} rounds of T = 1",
     }
@@ -238,7 +262,9 @@ def main() -> None:
     else:
         print(f"a round takes       {result['median_ms']} ms without fsync (spread {result['spread']})")
         print(f"its fsyncs take     {result['fsync_ms']} ms (spread {result['fsync_spread']})")
+        print(f"its metrics take    {result['metrics_ms']} ms (mean)")
         print(f"a bare gRPC echo    {result['echo_ms']} ms (spread {result['echo_spread']})")
+        print(f"in Flower messages  {result['flower_messages_ms']} ms (median of {len(messages)})")
         print(f"on the wire         {result['bytes']} bytes a client and round in the larger direction")
         print(result["measured_on"])
 

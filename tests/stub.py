@@ -91,8 +91,8 @@ class StubSite:
         for number, closed in enumerate(work.closed, frame.round - len(work.closed)):
             if number == self.round:
                 plan = RoundPlan(number, closed.lr, EPS, 1, {self.client: len(closed.aggregate)})
-                record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, 1)))
-                self._settle(path.advance(self.theta, record, self._z), number + 1)
+                *_, theta = path.walk(self.theta, plan, closed.aggregate, self._z)
+                self._settle(theta, number + 1)
         if (self.round, self._digest) != (frame.round, frame.digest):
             return self.frame(Kind.BEHIND)
         if frame.kind is Kind.CLOSED:
