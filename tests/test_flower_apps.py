@@ -143,7 +143,7 @@ def test_a_site_that_does_not_agree_is_not_asked_again(
 ) -> None:
     sites[1].write_text(sites[1].read_text() + "[accepts]\nrounds = 1\n")
     grid = Grid(sites)
-    with pytest.raises(RunFailed, match="1 clients are here and idle, 2 are needed"):
+    with pytest.raises(RunFailed, match="1 client here and idle, 2 are needed"):
         run(federation_file(tmp_path, {"patience_s": 2.0, "start_s": 0.0}), tmp_path / "run", grid)
     assert "takes no part: rounds: the run asks for 2, the site accepts at most 1" in capsys.readouterr().err
     assert grid.pushed.count("train.session") == 2

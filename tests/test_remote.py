@@ -204,7 +204,7 @@ def test_a_start_that_is_longer_than_the_patience_does_not_stop_the_run(
 
 def test_too_few_clients_for_too_long_stop_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=1, clients_minimum=2)
-    with pytest.raises(RunFailed, match=r"round 0: 1 clients are here and idle, 2 are needed, and no more came for 3"):
+    with pytest.raises(RunFailed, match=r"round 0: 1 client here and idle, 2 are needed, and no more came for 3"):
         federation.round()
     assert federation.records == []
 

@@ -43,7 +43,7 @@ from meerkat.metrics import (
     without_budget,
 )
 from meerkat.partition import ClientRows
-from meerkat.progress import say, track
+from meerkat.progress import number_of, say, track
 from meerkat.record import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.register import Join, Register
 from meerkat.replay import Replay
@@ -407,7 +407,7 @@ def run_rounds(
         if calibration.due(state, settings):
             began, _ = time.perf_counter(), forward_s()
             plan = calibration.open_calibration(state, settings, engine.available())
-            say(f"calibrating {len(plan.steps)} clients, {settings.vpcs.calibration_steps} steps each")
+            say(f"calibrating {number_of(len(plan.steps), 'client')}, {settings.vpcs.calibration_steps} steps each")
             while not (replies := replies_to(plan)):
                 settings = gather(settings)
                 plan = calibration.open_calibration(state, settings, engine.available())

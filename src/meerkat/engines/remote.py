@@ -27,7 +27,7 @@ from meerkat.engines.link import Event, Link, Terms
 from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.metrics import clients_in_words, counts_metric
-from meerkat.progress import one_line, say
+from meerkat.progress import number_of, one_line, say
 from meerkat.register import Join
 from meerkat.rounds import Reply, RoundPlan, RoundRecord, check_reply
 from meerkat.runfolder import Metric
@@ -123,12 +123,14 @@ class RemoteEngine:
                 break
             if here < least and waited > self._terms.patience_s:
                 raise RunFailed(
-                    f"round {round}: {here} clients are here and idle, {least} are needed, and no more came for "
-                    f"{waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
+                    f"round {round}: {number_of(here, 'client')} here and idle, {least} are needed, and no more came "
+                    f"for {waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
                 )
             if not told and waited > 2:
                 self.tell(
-                    "waiting", f"round {round}: {here} clients are here and idle, waiting for {wanted}", here=here
+                    "waiting",
+                    f"round {round}: {number_of(here, 'client')} here and idle, waiting for {wanted}",
+                    here=here,
                 )
                 told = True
             self._wait(_WAKE_S)
@@ -234,7 +236,7 @@ class RemoteEngine:
         slow = f", {clients_in_words(late)} late" if late else ""
         sent, received = self._link.bytes_sent, self._link.bytes_received
         return (
-            f"round {self._trail.round} of {self._settings.rounds}: {len(here)} clients here{slow}; "
+            f"round {self._trail.round} of {self._settings.rounds}: {number_of(len(here), 'client')} here{slow}; "
             f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
         )
 
