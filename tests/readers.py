@@ -361,7 +361,7 @@ class World:
         live = self.setting.site(0, evaluate=True)
         live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_words({}, bytes(32))).encode())
         said = [frame for client, frame in self.spoken[1] if client == 0]
-        judge = [replace(frame, kind=Kind.JUDGE) for frame in said if frame.kind is Kind.WORK][:1]
+        judge = [frame._replace(kind=Kind.JUDGE) for frame in said if frame.kind is Kind.WORK][:1]
         whole = [*said[:2], *judge, *said[2:]]
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
@@ -391,8 +391,8 @@ class World:
     def a_replies(self) -> Reader:
         """What sites say, heard by a coordinator in the middle of a round."""
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
-        heard += [replace(heard[0], kind=Kind.COUNTS, body=frames.encode_counts(3, 4))]
-        heard += [replace(heard[0], kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
+        heard += [heard[0]._replace(kind=Kind.COUNTS, body=frames.encode_counts(3, 4))]
+        heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
         setting = self.setting.but(early_stop="none", server_optimizer="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
@@ -567,7 +567,7 @@ def _refilled(frame: Frame) -> SearchStrategy[bytes]:
     kinds = st.one_of(st.just(frame.kind), st.sampled_from(Kind))
     bodies = st.one_of(st.just(frame.body), edited_bytes([frame.body], 2), st.sampled_from([*words, deep, b""]))
     return st.builds(
-        lambda kind, at, body: replace(frame, kind=kind, round=at, body=body).encode(),
+        lambda kind, at, body: frame._replace(kind=kind, round=at, body=body).encode(),
         kinds,
         st.one_of(st.just(frame.round), numbers),
         bodies,
@@ -581,4 +581,4 @@ def _addressed(data: bytes, site: Site) -> bytes:
     except MeerkatError:
         return data
     mine = Frame.decode(site.hello())
-    return replace(frame, run=mine.run, client=mine.client, round=mine.round, digest=mine.digest).encode()
+    return frame._replace(run=mine.run, client=mine.client, round=mine.round, digest=mine.digest).encode()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,9 +57,9 @@ def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
 
 @given(_frames, st.binary(min_size=32, max_size=300))
 def test_a_signed_reply_comes_out_without_a_digest(frame: Frame, body: bytes) -> None:
-    signed = replace(frame, kind=Kind.SIGNED, body=body)
-    assert len(signed.encode()) == len(replace(frame, kind=Kind.REPLY, body=body).encode()) - 32
-    assert Frame.decode(signed.encode()) == replace(signed, digest=bytes(32))
+    signed = frame._replace(kind=Kind.SIGNED, body=body)
+    assert len(signed.encode()) == len(frame._replace(kind=Kind.REPLY, body=body).encode()) - 32
+    assert Frame.decode(signed.encode()) == signed._replace(digest=bytes(32))
 
 
 @given(st.sampled_from(["training", "calibration"]), _scalars, st.binary(min_size=64, max_size=64))
@@ -133,7 +132,7 @@ def test_a_header_with_any_body_is_decoded_or_a_bad_frame(frame: Frame, data: st
     made = frame.encode()[:HEADER] + data.draw(st.binary(max_size=100))
     body = Frame.decode(made).body
     with contextlib.suppress(BadFrame):
-        frames.decode_reply(replace(frame, kind=Kind.SIGNED, body=body))
+        frames.decode_reply(frame._replace(kind=Kind.SIGNED, body=body))
     for decode in _DECODERS[1:]:
         with contextlib.suppress(BadFrame):
             decode(body)

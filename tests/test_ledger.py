@@ -184,7 +184,7 @@ class Coordinator(Server):
         self.run = run
 
     def frame(self, kind: Kind, body: bytes = b"", client: int = 0) -> bytes:
-        return replace(Frame.decode(super().frame(kind, body, client)), run=bytes.fromhex(self.run)).encode()
+        return Frame.decode(super().frame(kind, body, client))._replace(run=bytes.fromhex(self.run)).encode()
 
 
 def site_of(setting: Setting, ledger: Path, run: str = RUN, **own: Any) -> Site:

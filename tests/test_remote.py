@@ -624,7 +624,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
-        return replace(frame, body=signature + frames.encode_scalars(phase, scalars)).encode()
+        return frame._replace(body=signature + frames.encode_scalars(phase, scalars)).encode()
 
     return change
 
@@ -632,16 +632,16 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
 def scalar_changed(_: Federation, frame: Frame) -> bytes:
     phase, scalars, signature = frames.decode_reply(frame)
     changed = frames.encode_scalars(phase, np.nextafter(scalars, np.float32(9)))
-    return replace(frame, body=signature + changed).encode()
+    return frame._replace(body=signature + changed).encode()
 
 
 def bit_flipped(_: Federation, frame: Frame) -> bytes:
-    return replace(frame, body=bytes([frame.body[0] ^ 1]) + frame.body[1:]).encode()
+    return frame._replace(body=bytes([frame.body[0] ^ 1]) + frame.body[1:]).encode()
 
 
 def stripped(federation: Federation, frame: Frame) -> bytes:
     digest = bytes.fromhex(path.digest(federation.state.theta))
-    return replace(frame, kind=Kind.REPLY, digest=digest, body=frame.body[64:]).encode()
+    return frame._replace(kind=Kind.REPLY, digest=digest, body=frame.body[64:]).encode()
 
 
 @pytest.mark.parametrize("what", ["its own", "another key", "theta", "round", "pointer", "scalar", "bit", "stripped"])
@@ -689,7 +689,7 @@ def test_who_joined_without_a_key_does_not_sign(
         if not up or client != 1:
             return [(0.0, data)]
         body = SigningKey.load(keys[1]).sign(b"anything") + Frame.decode(data).body
-        return [(0.0, replace(Frame.decode(data), kind=Kind.SIGNED, body=body).encode())]
+        return [(0.0, Frame.decode(data)._replace(kind=Kind.SIGNED, body=body).encode())]
 
     federation.wire.meddle = signed
     assert answered(federation.round()) == [0, 2]
