@@ -417,7 +417,7 @@ class Federation:
         log = RunLog(made.log_path)
         try:
             opening = replace(setting.opening, config=file_digest(made.config_path))
-            replayed, z, _ = experiment.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
+            replayed, z, *_ = experiment.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
             state = experiment.run_rounds(
                 made, log, replayed, z, setting.config, setting.mask, self.engine, judged_nothing
             )

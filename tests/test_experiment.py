@@ -482,6 +482,31 @@ def test_metrics_that_were_lost_are_made_again_from_the_log(
     assert found["payload_bytes_up"] == summary["payload_bytes_up"]
 
 
+def test_a_torn_metric_is_made_again(simulate_arguments: list[str], tmp_path: Path) -> None:
+    """As a machine that lost its power leaves it: the last round is logged, and its metric cut short."""
+    assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 0
+    folder = RunFolder(tmp_path / "run")
+    whole = folder.metrics()
+    *lines, last, _ = folder.metrics_path.read_text().splitlines(keepends=True)
+    folder.metrics_path.write_text("".join(lines) + last[:40])
+    folder.summary_path.unlink()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert [(m["kind"], m["round"]) for m in folder.metrics()] == [(m["kind"], m["round"]) for m in whole]
+
+
+def test_metrics_of_another_kind_are_kept_and_those_of_no_kind_refused(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 0
+    folder = RunFolder(tmp_path / "run")
+    text = folder.metrics_path.read_text()
+    for line, status in (('{"kind": "note", "round": 1}', 0), ('{"kind": ["round"], "round": 1}', 1)):
+        folder.metrics_path.write_text(f"{text}{line}\n")
+        folder.summary_path.unlink()
+        assert main(["resume", str(tmp_path / "run")]) == status
+    assert "metrics.jsonl: damaged; delete it" in capsys.readouterr().err
+
+
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "summary.json").unlink()
     held = runlog.RunLog(finished / "rounds.log")

@@ -205,13 +205,22 @@ def test_revocations_are_keys_with_rounds_or_files_of_them(tmp_path: Path, key: 
     assert read_revoked([name, str(tmp_path / "revoked")], "--revoked") == {name: 0, other: 12}
     pair = make_signing_key(tmp_path / "a.key")
     third = fingerprint(SigningKey.load(str(pair.private)).public)
+    assert read_revoked([str(pair.public), f"{third}@5"], "--revoked") == {third: 0}
+    assert read_revoked([f"{third}@5", str(pair.public)], "--revoked") == {third: 0}
     assert read_revoked([str(pair.public)], "--revoked") == {third: 0}
     lines = f"# lost\n{other}@12 # on Monday\n{name}# at once\n{pair.public.read_text().strip()} site@host # too\n"
     (tmp_path / "revoked").write_text(lines)
     assert read_revoked([str(tmp_path / "revoked")], "--revoked") == {other: 12, name: 0, third: 0}
     assert read_keys(str(pair.public), "signers") == {third}
-    with pytest.raises(MeerkatError, match=r"--revoked '-----BEGIN OPENSSH PRIVATE KEY-----': must be a key's finger"):
+    with pytest.raises(MeerkatError, match=r"line 1 '-----BEGIN OPENSSH PRIVATE KEY-----': must be a key's finger"):
         read_revoked([str(pair.private)], "--revoked")
+    for text, said in (
+        ("# none yet\n", "holds no key"),
+        ("ssh-rsa AAAA me@host\n", "line 1 'ssh-rsa AAAA me@host': must be"),
+    ):
+        (tmp_path / "revoked").write_text(text)
+        with pytest.raises(MeerkatError, match=said):
+            read_revoked([str(tmp_path / "revoked")], "--revoked")
     for bad in (f"{name}@", f"{name}@-1", f"{name}@1.5", "SHA256:x", f"{name} 3"):
         with pytest.raises(MeerkatError, match="--revoked"):
             read_revoked([bad], "--revoked")

@@ -242,7 +242,7 @@ def _coordinate(
     model = MaskedModel(workplace.model, mask)
     theta_0 = model.read()
     fresh = opening_of(folder, config, mask, theta_0, federation=secrets.token_hex(8), signed=federation.sign)
-    replayed, z, opening = replay_log(folder, log, fresh, config, mask, theta_0)
+    replayed, z, opening, lost = replay_log(folder, log, fresh, config, mask, theta_0)
     if opening.signed != federation.sign:
         raise MeerkatError(
             f"run folder '{folder.root}': the run in it began with sign = {str(opening.signed).lower()}, which sites "
@@ -283,7 +283,7 @@ def _coordinate(
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
                 folder.follow(follower)
                 try:
-                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge)
+                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, lost=lost)
                 finally:
                     engine.settle()
             why = "the run is finished"

@@ -224,7 +224,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     sizes = [len(rows) for rows in split.partition.rows]
     lasting = budget.allowance(config, sizes) if config.dp == "example" else []
     opening = opening_of(folder, config, mask, theta_0, split.digest, sizes, lasting)
-    replayed, z, _ = replay_log(folder, log, opening, config, mask, theta_0)
+    replayed, z, _, lost = replay_log(folder, log, opening, config, mask, theta_0)
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     private = budget.mechanism(config) if config.dp == "example" else None
@@ -250,11 +250,11 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         never = [client for client in early if lasting[client] < config.local_steps]
         say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
     if not any(metric["kind"] == "split" for metric in folder.metrics()):
-        folder.note(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
+        lost.append(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
         folder.follow(follower)
-        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap)
+        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
 
@@ -300,10 +300,10 @@ class Engine(Protocol):
 
 def replay_log(
     folder: RunFolder, log: RunLog, opening: Opening, config: RunConfig, mask: SparseMask, theta_0: Tensor
-) -> tuple[Replay, Directions, Opening]:
-    """Open the log, or replay what it holds: the run as far as it has come, its directions and its opening.
+) -> tuple[Replay, Directions, Opening, list[Metric]]:
+    """Open the log, or replay what it holds: the run as far as it has come, its directions, its opening, lost metrics.
 
-    What the log tells and the metrics do not is noted again.
+    Lost are those of records that the log holds and the metrics do not tell of, made again.
 
     Raises:
         MeerkatError: what the run rests on was changed since it began; RunFailed: its record is damaged.
@@ -321,10 +321,12 @@ def replay_log(
     register = Register(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
-    for _, record in replayed:
-        if (kind_of(record), record.plan.round) not in noted:
-            folder.note({**metric_of(record), "wall_s": 0.0, "forward_s": 0.0}, through=False)
-    return replayed, z, opening
+    lost: list[Metric] = [
+        {**metric_of(record), "wall_s": 0.0, "forward_s": 0.0}
+        for _, record in replayed
+        if (kind_of(record), record.plan.round) not in noted
+    ]
+    return replayed, z, opening, lost
 
 
 def run_rounds(
@@ -337,6 +339,7 @@ def run_rounds(
     engine: Engine,
     judge: Callable[[Tensor, int], Metric],
     forward_s: Callable[[], float] = lambda: 0.0,
+    lost: Sequence[Metric] = (),
 ) -> ServerState:
     """The rounds that are left, each on the disk before the next begins.
 
@@ -344,6 +347,7 @@ def run_rounds(
         replayed: the run as far as it has come.
         judge: (theta, rounds) -> the metric of an evaluation.
         forward_s: seconds spent in forward passes since it was last asked.
+        lost: what the metrics are to hold beside what they do.
     """
     state, settings = replayed.state, replayed.settings
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(state.theta.device)
@@ -392,7 +396,7 @@ def run_rounds(
         engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
         log.append({"kind": kind, **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place)
+    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place, lost)
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
@@ -469,6 +473,5 @@ def _is_past(metric: Metric, state: ServerState) -> bool:
 
 def _place(metric: Metric) -> tuple[int, int]:
     """Where a metric stands among others: rounds closed when it was noted, and an evaluation before a calibration."""
-    return metric["round"] + (metric["kind"] == "round"), ["split", "round", "evaluation", "calibration"].index(
-        metric["kind"]
-    )
+    after = {"split": 0, "round": 1, "evaluation": 2, "calibration": 3}
+    return metric["round"] + (metric["kind"] == "round"), after.get(metric["kind"], len(after))

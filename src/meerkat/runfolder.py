@@ -8,7 +8,7 @@ events.jsonl       who came and went, in a federation
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,6 +102,9 @@ class RunFolder:
                 append_whole(file, (json.dumps(metric) + "\n").encode(), through)
             finally:
                 os.close(file)
+        self._tell_followers(metric)
+
+    def _tell_followers(self, metric: Metric) -> None:
         for follower in self._followers:
             follower(metric)
 
@@ -132,7 +135,7 @@ class RunFolder:
         try:
             text = self.metrics_path.read_text(encoding="utf-8")
             held = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-            if all(isinstance(metric, dict) and metric.keys() >= {"kind", "round"} for metric in held):
+            if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in held):
                 return held
             raise ValueError
         except ValueError:
@@ -141,11 +144,15 @@ class RunFolder:
                 "the run itself is in the log"
             ) from None
 
-    def keep_metrics(self, wanted: Callable[[Metric], bool], place: Callable[[Metric], Any]) -> list[Metric]:
-        """Drop the metrics that are not wanted, put the others in the order of their places, and return them."""
-        kept = sorted((metric for metric in self.metrics() if wanted(metric)), key=place)
+    def keep_metrics(
+        self, wanted: Callable[[Metric], bool], place: Callable[[Metric], Any], more: Sequence[Metric] = ()
+    ) -> list[Metric]:
+        """Drop the metrics that are not wanted, add more, put all in the order of their places, and return them."""
+        kept = sorted([*(metric for metric in self.metrics() if wanted(metric)), *more], key=place)
         lines = "".join(json.dumps(metric) + "\n" for metric in kept)
         write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
+        for metric in more:
+            self._tell_followers(metric)
         return kept
 
     def summary(self) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ def _found_thresholds(
     quiet_throughout = (early_mean < middle * quiet) & (late_mean < later_middle)
     loud_throughout = (early_mean > middle * far) & (late_mean > later_middle)
     usual = np.flatnonzero(~quiet_throughout & ~loud_throughout)
-    usual = usual[np.argsort(rho_later[usual])]
+    usual = usual[np.argsort(rho_later[usual], kind="stable")]
     decay = np.log(rho_later[usual])
     count = _lively_count(decay[:, None] / spread, _PRICE_DECAY)
     # another client's distance from the mean of so many: both are uncertain

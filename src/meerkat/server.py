@@ -194,7 +194,8 @@ def check_rate(plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig) 
     if math.isinf(limit := config.step_limit):
         return
     lengths = [float(plan.rate) * norm(reply.scalars) for reply in replies if reply.scalars.size]
-    enough = len(lengths) > 2 * max(config.aggregation.byzantine, 1) or len(lengths) == config.clients
+    f = config.aggregation.byzantine if config.aggregation.needs_f else 0
+    enough = len(lengths) > 2 * max(f, 1) or len(lengths) == config.clients
     if lengths and enough and (length := statistics.median_low(lengths)) > limit:
         raise Diverged(
             f"round {plan.round}: most clients' steps are {length / limit:.3g} times as long as max_step_norm allows; "

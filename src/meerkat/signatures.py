@@ -210,13 +210,11 @@ def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
     for value in given:
         apart = [(1, value)] if value.startswith("SHA256:") else _lines(value, setting)
         for number, line in apart:
-            if line.startswith(_KIND.decode()):
-                revoked[_name_in(line, f"{setting} '{value}', line {number}")] = 0
-                continue
-            name, at, since = line.partition("@")
+            name, at, since = line.partition("@") if line.startswith("SHA256:") else (line, "", "")
             if at and not (since.isascii() and since.isdecimal()):
                 raise MeerkatError(f"{setting} {line}: '{since}' is no round; give SHA256:...@ROUND")
-            revoked[check_fingerprint(name, setting)] = int(since or 0)
+            name = _name_in(name, setting if value.startswith("SHA256:") else f"{setting} '{value}', line {number}")
+            revoked[name] = min(int(since or 0), revoked.get(name, 2**32))
     return revoked
 
 
@@ -251,7 +249,9 @@ def _lines(path: str, setting: str) -> list[tuple[int, str]]:
     except UnicodeDecodeError:
         raise MeerkatError(f"{setting} '{path}': is no text; give a file with a public key a line") from None
     numbered = enumerate((line.partition("#")[0].strip() for line in text.splitlines()), 1)
-    return [(number, line) for number, line in numbered if line]
+    if not (lines := [(number, line) for number, line in numbered if line]):
+        raise MeerkatError(f"{setting} '{path}': holds no key; give a file with a key a line")
+    return lines
 
 
 def _name_in(line: str, where: str) -> str:

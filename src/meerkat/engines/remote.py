@@ -133,6 +133,7 @@ class RemoteEngine:
                     here=here,
                 )
                 told = True
+            self.settle()
             self._wait(_WAKE_S)
         self._begun = True
         arrived, joined = sorted(self._joined.items()), []
