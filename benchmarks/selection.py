@@ -27,7 +27,9 @@ from meerkat.server import ServerConfig, ServerState
 from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
 from meerkat.zeroth_order import MaskedModel
 
-DEFAULT = ["mixed:1/10/200/208", "mixed:3/10/200/208", "mixed:5/10/200/208", "mixed:8/10/200/205", "iid/10/200/230"]
+DEFAULT = [f"mixed:{n}/10/{first}/{first + 8}" for first in (200, 300, 400) for n in (1, 3, 5)]
+DEFAULT += [f"mixed:8/10/{first}/{first + 5}" for first in (200, 300, 400)]
+DEFAULT += ["mixed:10/40/300/303", "iid/10/200/230", "iid/10/300/330"]
 DEFAULT += ["dirichlet:0.5/10/200/203", "dirichlet:0.1/10/200/203", "single-label/10/200/202"]
 
 
