@@ -68,7 +68,12 @@ class RemoteEngine:
         state: ServerState,
         directions: Directions,
     ) -> None:
-        """Take up a run where its log ends: `run` is the federation's id, hexadecimal."""
+        """Take up a run where its log ends.
+
+        Args:
+            run: the federation's id, hexadecimal.
+            directions: those that its rounds are closed with, to be made ready while clients are at work.
+        """
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
         """Frames that did not count, by why."""
         self.caught_up = {"rounds": 0, "state": 0}
