@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from meerkat.engines.frames import Closed, Frame, Kind
 from meerkat.engines.trail import Trail
 from meerkat.errors import RunFailed
 from meerkat.rounds import RoundRecord
+from meerkat.runfolder import Metric, RunFolder
 from meerkat.signatures import Signer, SigningKey, fingerprint
 
 
@@ -76,6 +78,32 @@ def test_a_federation_is_the_simulation_to_the_bit(
     assert path.digest(state.theta) == digests[-1] != path.digest(setting.theta_0)
     assert [record["kind"] for record in federation.records[:3]] == ["join"] * 3
     assert replay(ours, federation.records).closed
+
+
+def test_metrics_are_noted_once_a_second_and_none_is_missing(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours = setting.but(rounds=12, eval_every=10)
+    federation = Federation.of(ours, monkeypatch)
+    federation.wire.meddle = slow(1, 0.4)
+    noted: list[tuple[str, int, float, int]] = []
+    note = RunFolder.note
+
+    def timed(folder: RunFolder, metric: Metric, through: bool = True) -> None:
+        logged = (tmp_path / "run" / "rounds.log").read_text().count('"kind":"round"')
+        noted.append((metric["kind"], metric["round"], federation.wire.now, logged))
+        note(folder, metric, through)
+
+    monkeypatch.setattr(RunFolder, "note", timed)
+    federation.lived(tmp_path / "run")
+    wanted = [("evaluation", 0), *(("round", r) for r in range(10)), ("evaluation", 10), ("round", 10), ("round", 11)]
+    wanted += [("evaluation", 12)]
+    assert [each[:2] for each in noted] == wanted
+    assert [(m["kind"], m["round"]) for m in RunFolder(tmp_path / "run").metrics()] == wanted
+    assert all(logged > at for kind, at, _, logged in noted if kind == "round")
+    times = sorted({when for kind, _, when, _ in noted if kind == "round"})
+    assert 3 <= len(times) <= 7  # 12 rounds of .4 s, and all that was left before an evaluation
+    assert all(later - earlier >= 1 for earlier, later in pairwise(times[:3]))
 
 
 def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
