@@ -12,6 +12,7 @@ embedded task in plain Flower messages (--message-rounds 0: not): their seconds 
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,13 +113,14 @@ class Clock:
         """Seconds for all rounds' metrics."""
         self._synced = 0.0
         self._began: tuple[float, float] | None = None
-        self._fsync, self._append = os.fsync, RunLog.append
+        self._fsync = os.fsync
 
-    def append(self, log: RunLog, record: Mapping[str, Any]) -> None:
-        """In place of RunLog.append."""
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Within, seconds in fsync are the log's."""
         os.fsync = self._timed
         try:
-            self._append(log, record)
+            yield
         finally:
             os.fsync = self._fsync
 
@@ -138,6 +140,16 @@ class Clock:
             self.syncs.append(synced - self._began[1])
             self.rounds.append(now - self._began[0] - self.syncs[-1])
         self._began = now, synced
+
+
+class Log(RunLog):
+    """Tells a clock when it writes."""
+
+    clock: Clock
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        with self.clock.logging():
+            super().append(record)
 
 
 class Engine(RemoteEngine):
@@ -172,7 +184,6 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
         processes.append(spawn.Process(target=node, args=arguments, daemon=True))
         processes[-1].start()
     clock = engine.clock = Clock()
-    RunLog.append = lambda log, record: clock.append(log, record)  # type: ignore[method-assign]
     echoes: list[float] = []
 
     def judge(_: Any, at: int) -> dict[str, Any]:
@@ -183,7 +194,8 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
         return {"kind": "evaluation", "round": at, "accuracy": None, "loss": None}
 
     folder = RunFolder(root)
-    log = RunLog(folder.log_path)
+    log = Log(folder.log_path)
+    log.clock = clock
     replayed: Any = SimpleNamespace(state=held.state, settings=held.settings, closed=False)
     config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS)
     mask: Any = SimpleNamespace(pretraining_gradient=None, theta_0=None)
