@@ -29,7 +29,7 @@ from meerkat.zeroth_order import MaskedModel
 
 DEFAULT = [f"mixed:{n}/10/{first}/{first + 8}" for first in (200, 300, 400) for n in (1, 3, 5)]
 DEFAULT += [f"mixed:8/10/{first}/{first + 5}" for first in (200, 300, 400)]
-DEFAULT += ["mixed:10/40/300/303", "iid/10/200/230", "iid/10/300/330"]
+DEFAULT += ["iid/10/200/230", "iid/10/300/330"]
 DEFAULT += ["dirichlet:0.5/10/200/203", "dirichlet:0.1/10/200/203", "single-label/10/200/202"]
 
 
