@@ -16,11 +16,11 @@ import time
 import numpy as np
 import torch
 
-from meerkat import path
-from meerkat.directions import Directions
-from meerkat.engines.frames import Closed
-from meerkat.engines.trail import Trail
-from meerkat.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm import path
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.federation.catch_up import Trail
+from meerkat.federation.frames import Closed
 
 MASKS = (553, 6_000, 1_240_000)
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from meerkat.data import load_rows
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
-from meerkat.models import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
-from meerkat.partition import ClientRows, partition
-from meerkat.rounds import RoundPlan
-from meerkat.sensitivity import random_mask
-from meerkat.server import ServerState
-from meerkat.tasks import Example, encode, load_task
-from meerkat.zeroth_order import MaskedModel
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan
+from meerkat.algorithm.server import ServerState
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.masks.sensitivity import random_mask
+from meerkat.problems.causal_lm import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
+from meerkat.problems.data import load_rows
+from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.tasks import Example, encode, load_task
+from meerkat.run.local_engine import LocalEngine
 
 SHARED = Path(__file__).parents[2] / "shared"
 CLIENTS, ROWS = 10, 16

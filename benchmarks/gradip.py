@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meerkat.directions import Directions
-from meerkat.gradip import gradip, inner_products
-from meerkat.rounds import RoundPlan
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.gradip import gradip, inner_products
+from meerkat.algorithm.rounds import RoundPlan
 
 ENTRIES, STEPS = 1_240_000, 100
 CLIENTS = (10, 1_000, 100_000)

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from meerkat.mask import SparseMask
+from meerkat.masks.sparse_mask import SparseMask
 
 
 def main() -> None:

@@ -18,17 +18,17 @@ import torch
 from step_cost import llama
 from torch import Tensor, nn
 
-from meerkat.client import local_steps
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
-from meerkat.mask import SparseMask
-from meerkat.models import client_losses, collate, language_modelling_loss
-from meerkat.partition import ClientRows, partition
-from meerkat.rounds import RoundPlan
-from meerkat.sensitivity import full_mask, random_mask, sensitivity_mask
-from meerkat.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.tasks import Candidate, Example
-from meerkat.zeroth_order import MaskedModel
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.masks.sensitivity import full_mask, random_mask, sensitivity_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.causal_lm import client_losses, collate, language_modelling_loss
+from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.tasks import Candidate, Example
+from meerkat.run.local_engine import LocalEngine
 
 ROWS, LENGTH = 16, 64
 SHORT, TOGETHER = 8, 10

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import beta
 
-from meerkat import models, seeds
-from meerkat.accounting import Charge, epsilon
-from meerkat.client import row_slopes
-from meerkat.config import make_config
-from meerkat.directions import Directions, run_key
-from meerkat.engines.local import LocalEngine, LossesOf
-from meerkat.privacy import Mechanism, clipped
-from meerkat.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.workplace import default_lr, load_split, make_mask, open_workplace, resolve
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat import seeds
+from meerkat.algorithm.client import row_slopes
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.privacy.accounting import Charge, epsilon
+from meerkat.privacy.mechanism import Mechanism, clipped
+from meerkat.problems import causal_lm
+from meerkat.run.local_engine import LocalEngine, LossesOf
+from meerkat.run.setup import default_lr, load_split, make_mask, open_workplace, resolve
+from meerkat.settings.config import make_config
 
 ROUNDS, DIRECTIONS, SEED = 20, 2, 0
 DELTA = 0.01
@@ -116,7 +117,7 @@ def embedded() -> Ground:
     mask = make_mask(config, place.model, place.tokenizer)
     rows = load_split(config, place.task, "train")[:ROWS]
     rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(place.task.labels)}
-    losses_of = models.client_losses(place.model, place.examples(rows), place.training_batch, each_row=True)
+    losses_of = causal_lm.client_losses(place.model, place.examples(rows), place.training_batch, each_row=True)
     z = Directions(run_key(SEED), len(mask))
     return Ground(MaskedModel(place.model, mask), z, losses_of, default_lr("meerkat", len(mask)), config.eps)
 

@@ -19,16 +19,16 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
 
-from meerkat.accounting import Charge
-from meerkat.ledger import Asked, Ledger
-from meerkat.privacy import Mechanism
-from meerkat.register import Join, Register
-from meerkat.robust import Aggregation
-from meerkat.rounds import Reply, RoundPlan, check_reply
-from meerkat.sensitivity import random_mask
-from meerkat.server import aggregate
-from meerkat.signatures import Charter, Signer, SigningKey
-from meerkat.zeroth_order import MaskedModel
+from meerkat.algorithm.robust import Aggregation
+from meerkat.algorithm.rounds import Reply, RoundPlan, check_reply
+from meerkat.algorithm.server import aggregate
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.federation.ledger import Asked, Ledger
+from meerkat.masks.sensitivity import random_mask
+from meerkat.privacy.accounting import Charge
+from meerkat.privacy.mechanism import Mechanism
+from meerkat.record.members import Join, Register
+from meerkat.record.signatures import Charter, Signer, SigningKey
 
 CLIENTS = 10
 ROWS_HELD = 2_000

@@ -26,16 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meerkat import models
-from meerkat.config import make_config
-from meerkat.directions import Directions, Place, run_key
-from meerkat.engines.local import LossesOf
-from meerkat.first_order import masked_gradient
-from meerkat.partition import ClientRows
-from meerkat.path import descend
+from meerkat.algorithm.directions import Directions, Place, run_key
+from meerkat.algorithm.first_order import masked_gradient
+from meerkat.algorithm.path import descend
+from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
+from meerkat.problems import causal_lm
+from meerkat.problems.partition import ClientRows
 from meerkat.progress import say
-from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
-from meerkat.zeroth_order import MaskedModel, projected_gradient
+from meerkat.run.local_engine import LossesOf
+from meerkat.run.setup import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
+from meerkat.settings.config import make_config
 
 BATCH, SEED = 16, 0
 SIGMAS = (None, 0.5, 1.0, 2.0)
@@ -91,7 +91,7 @@ def open_bench(candidates: int) -> Bench:
     return Bench(
         MaskedModel(place.model, mask),
         Directions(run_key(SEED), len(mask)),
-        models.client_losses(place.model, place.examples(rows), place.training_batch),
+        causal_lm.client_losses(place.model, place.examples(rows), place.training_batch),
         config.eps,
         default_lr("meerkat", len(mask)),
         np.array([row["label"] for row in rows[:candidates]]),

@@ -36,15 +36,15 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # stub and proxy are 
 from proxy import Proxy
 from stub import RUN, Coordinator, StubSite
 
-from meerkat.certificates import certify
-from meerkat.engines.flower.stream import attend
-from meerkat.engines.link import Terms
-from meerkat.engines.remote import RemoteEngine
-from meerkat.experiment import run_rounds
-from meerkat.rounds import RoundRecord
-from meerkat.runfolder import RunFolder
-from meerkat.runlog import RunLog
-from meerkat.server import ServerState
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.algorithm.server import ServerState
+from meerkat.federation.certificates import certify
+from meerkat.federation.flower.stream import attend
+from meerkat.federation.link import Terms
+from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import RunLog
+from meerkat.run.simulation import run_rounds
 
 METHOD, FRAME_BYTES = "/echo.Echo/Frames", 102
 """A frame that closes one round of T = 1 and asks for the next has so many bytes."""

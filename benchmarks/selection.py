@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from meerkat import models
-from meerkat.calibration import open_calibration
-from meerkat.config import make_config
-from meerkat.directions import Directions, run_key
-from meerkat.engines.local import LocalEngine
-from meerkat.gradip import gradip, inner_products, magnitude
-from meerkat.partition import ClientRows, partition
+from meerkat.algorithm.calibration import open_calibration
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.gradip import gradip, inner_products, magnitude
+from meerkat.algorithm.selection import Vpcs, select
+from meerkat.algorithm.server import ServerConfig, ServerState
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.problems import causal_lm
+from meerkat.problems.partition import ClientRows, partition
 from meerkat.progress import say
-from meerkat.selection import Vpcs, select
-from meerkat.server import ServerConfig, ServerState
-from meerkat.workplace import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
-from meerkat.zeroth_order import MaskedModel
+from meerkat.run.local_engine import LocalEngine
+from meerkat.run.setup import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
+from meerkat.settings.config import make_config
 
 DEFAULT = [f"mixed:{n}/10/{first}/{first + 8}" for first in (200, 300, 400) for n in (1, 3, 5)]
 DEFAULT += [f"mixed:8/10/{first}/{first + 5}" for first in (200, 300, 400)]
@@ -47,7 +47,7 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
         place = open_workplace(config)
         mask = make_mask(config, place.model, place.tokenizer)
         training, _ = training_and_evaluation_rows(config, place.task)
-        losses_of = models.client_losses(place.model, place.examples(training), place.training_batch)
+        losses_of = causal_lm.client_losses(place.model, place.examples(training), place.training_batch)
         model = MaskedModel(place.model, mask)
         lr, theta = default_lr("meerkat", len(mask)), model.read()
         labels = np.array([row["label"] for row in training])

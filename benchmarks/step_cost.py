@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meerkat.client import local_steps
-from meerkat.directions import Directions
-from meerkat.rounds import RoundPlan
-from meerkat.sensitivity import random_mask
-from meerkat.zeroth_order import MaskedModel
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.masks.sensitivity import random_mask
 
 ROWS, LENGTH, EPS, LR = 16, 64, 1e-3, 1e-6
 

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the stub is the tests' own
 from stub import LENGTH, Attending, Coordinator, StubSite
 
-from meerkat.certificates import certify
-from meerkat.directions import Directions
-from meerkat.engines.link import Terms
+from meerkat.algorithm.directions import Directions
+from meerkat.federation.certificates import certify
+from meerkat.federation.link import Terms
 
 PROCESSES = 4
 

@@ -10,10 +10,10 @@ import os
 import time
 from pathlib import Path
 
-from meerkat.config import make_config
-from meerkat.experiment import simulate
 from meerkat.progress import say
 from meerkat.report import curves, in_words
+from meerkat.run.simulation import simulate
+from meerkat.settings.config import make_config
 
 RATES = {"meerkat": 0.2, "full-fedzo": 1e-3}
 

@@ -5,7 +5,7 @@ is shipped as data because a quantile function's last bit differs between math l
 script says where it came from, and a test checks the shipped file against it within one unit in
 the last place.
 
-    python scripts/make_normal_table.py src/meerkat/normal_quantiles.npy
+    python scripts/make_normal_table.py src/meerkat/algorithm/normal_quantiles.npy
 """
 
 import sys

@@ -8,14 +8,14 @@ import torch
 from test_server import KEY, Bowl, bowl_engine
 from torch import Tensor
 
-from meerkat import calibration, path
-from meerkat.calibration import CalibrationRecord
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
-from meerkat.mask import SparseMask
-from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.zeroth_order import Loss
+from meerkat.algorithm import calibration, path
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.zeroth_order import Loss
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.run.local_engine import LocalEngine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,30 +19,32 @@ import torch
 import transformers
 from torch import Tensor
 
-from meerkat import calibration, experiment, models, path, server
-from meerkat.agreement import Refused, SiteConfig
-from meerkat.config import RunConfig, make_config
-from meerkat.data import load_rows
-from meerkat.directions import Directions, run_key
-from meerkat.engines import remote
-from meerkat.engines.door import Door
-from meerkat.engines.frames import BadFrame, Frame, Kind
-from meerkat.engines.link import Event, Terms
-from meerkat.engines.local import LocalEngine
-from meerkat.engines.offer import Offer
-from meerkat.engines.remote import RemoteEngine
-from meerkat.engines.site import Site
-from meerkat.mask import SparseMask
-from meerkat.partition import ClientRows, partition
-from meerkat.record import Opening, file_digest, gradient_digest
-from meerkat.register import Join, Register
-from meerkat.replay import Replay
-from meerkat.rounds import RoundRecord
-from meerkat.runfolder import RunFolder
-from meerkat.runlog import LogReader, RunLog
-from meerkat.server import ServerConfig, ServerState
-from meerkat.workplace import make_mask, open_workplace, resolve
-from meerkat.zeroth_order import MaskedModel
+from meerkat.algorithm import calibration, path, server
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.algorithm.server import ServerConfig, ServerState
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.federation import remote_engine
+from meerkat.federation.admission import Door
+from meerkat.federation.frames import BadFrame, Frame, Kind
+from meerkat.federation.link import Event, Terms
+from meerkat.federation.offer import Offer
+from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems import causal_lm
+from meerkat.problems.data import load_rows
+from meerkat.problems.partition import ClientRows, partition
+from meerkat.record.members import Join, Register
+from meerkat.record.opening import Opening, file_digest, gradient_digest
+from meerkat.record.replay import Replay
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import LogReader, RunLog
+from meerkat.run import simulation
+from meerkat.run.local_engine import LocalEngine
+from meerkat.run.setup import make_mask, open_workplace, resolve
+from meerkat.settings.config import RunConfig, make_config
 
 RUN = "0123456789abcdef"
 Meddle = Callable[[int, bytes, bool], Sequence[tuple[float, bytes]] | None]
@@ -159,7 +161,7 @@ class Setting:
         rows = load_rows(self.config.data, "train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
-        losses_of = models.client_losses(
+        losses_of = causal_lm.client_losses(
             workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
         )
         return LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
@@ -351,7 +353,7 @@ class Federation:
         """A federation whose clock the engine looks at, with all clients there, or the first few."""
         given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **terms}
         made = cls(setting, Terms(**given))
-        monkeypatch.setattr(remote, "time", made.wire)
+        monkeypatch.setattr(remote_engine, "time", made.wire)
         for client in range(setting.config.clients if join is None else join):
             made.enter(client)
         return made
@@ -410,15 +412,15 @@ class Federation:
         self.wire.settle()
 
     def lived(self, folder: Path) -> ServerState:
-        """The whole run by experiment.run_rounds, with a log on the disk."""
+        """The whole run by simulation.run_rounds, with a log on the disk."""
         setting = self.setting
         made = RunFolder.create(folder, setting.config)
-        experiment.store_mask(made, setting.mask, open_workplace(setting.config))
+        simulation.store_mask(made, setting.mask, open_workplace(setting.config))
         log = RunLog(made.log_path)
         try:
             opening = replace(setting.opening, config=file_digest(made.config_path))
-            replayed, z, *_ = experiment.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
-            state = experiment.run_rounds(
+            replayed, z, *_ = simulation.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
+            state = simulation.run_rounds(
                 made, log, replayed, z, setting.config, setting.mask, self.engine, judged_nothing
             )
         finally:

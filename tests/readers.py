@@ -21,31 +21,33 @@ from hypothesis.strategies import SearchStrategy
 from mutations import as_json, as_toml, edited_bytes, edited_safetensors, edited_values, lines_of
 from safetensors.torch import load_file
 
-from meerkat import audit, experiment, history, path, workplace
-from meerkat.accounting import Charge
-from meerkat.agreement import SiteConfig
-from meerkat.certificates import make_signing_key
-from meerkat.config import make_config, read_toml
-from meerkat.coordinator import read_federation
-from meerkat.data import load_rows
-from meerkat.directions import run_key
-from meerkat.engines import frames, remote
-from meerkat.engines.frames import Frame, Kind, StateParts, Work
-from meerkat.engines.link import Terms
-from meerkat.engines.offer import Offer
-from meerkat.engines.remote import RemoteEngine
-from meerkat.engines.site import Site
+from meerkat.algorithm import path
+from meerkat.algorithm.directions import run_key
+from meerkat.algorithm.server import ServerState, close_round, open_round
+from meerkat.comparison.studies import read_comparison
 from meerkat.errors import MeerkatError
-from meerkat.export import apply_delta, export
-from meerkat.ledger import Asked, Ledger
-from meerkat.mask import SparseMask
-from meerkat.partition import partition
-from meerkat.record import server_optimizer
-from meerkat.runlog import RunLog
-from meerkat.server import ServerState, close_round, open_round
-from meerkat.signatures import SigningKey, fingerprint, read_keys, read_revoked
-from meerkat.studies import read_comparison
-from meerkat.tasks import TASKS, check_rows, encode, load_task
+from meerkat.export.model import apply_delta, export
+from meerkat.federation import frames, remote_engine
+from meerkat.federation.certificates import make_signing_key
+from meerkat.federation.coordinator import read_federation
+from meerkat.federation.frames import Frame, Kind, StateParts, Work
+from meerkat.federation.ledger import Asked, Ledger
+from meerkat.federation.link import Terms
+from meerkat.federation.offer import Offer
+from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import SiteConfig
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.privacy.accounting import Charge
+from meerkat.problems.data import load_rows
+from meerkat.problems.partition import partition
+from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
+from meerkat.record import history, verification
+from meerkat.record.opening import server_optimizer
+from meerkat.record.run_log import RunLog
+from meerkat.record.signatures import SigningKey, fingerprint, read_keys, read_revoked
+from meerkat.run import setup, simulation
+from meerkat.settings.config import make_config, read_toml
 
 Check = Callable[[Any], object]
 
@@ -79,7 +81,7 @@ def replays(root: Path) -> None:
         except MeerkatError as error:
             refusals.append(error)
 
-    trying(lambda: audit.verify(root))
+    trying(lambda: verification.verify(root))
     trying(lambda: history.read(root).trajectories())
     trying(lambda: list(history.updates(root)))
     trying(lambda: RunLog(root / "rounds.log").close())
@@ -117,7 +119,7 @@ class World:
         }
         for name, more in kinds.items():
             text = str(self.root / "text.jsonl")
-            experiment.simulate(make_config({**given, **small, "text": text, **more}), self.here / name)
+            simulation.simulate(make_config({**given, **small, "text": text, **more}), self.here / name)
         return [self.here / name for name in ("lived", *kinds)]
 
     def written(self, name: str, data: bytes) -> Path:
@@ -400,7 +402,7 @@ class World:
         def check(said: list[tuple[int, bytes]]) -> None:
             door = setting.door()
             wire = Wire(door)
-            self.patch.setattr(remote, "time", wire)
+            self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(0, theta)
             engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
             for client in range(3):
@@ -440,7 +442,7 @@ class World:
 
     def a_offer(self) -> Reader:
         """A run's offer, up to the site that takes part in it."""
-        self.patch.setattr(workplace.torch, "set_num_threads", lambda _: None)  # threads take more than is let be had
+        self.patch.setattr(setup.torch, "set_num_threads", lambda _: None)  # threads take more than is let be had
         own = SiteConfig(client=0, data=str(self.here / "sites" / "0"), model=str(self.root / "model"), device="cpu")
         offer = self.setting.offer()
         text, mask = offer.encode("00" * 32)

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meerkat import path
-from meerkat.directions import Directions, Place
-from meerkat.engines import frames
-from meerkat.engines.door import Door
-from meerkat.engines.flower.stream import StreamLink, attend
-from meerkat.engines.frames import BadFrame, Frame, Kind, StateParts, Work
-from meerkat.engines.link import Terms
-from meerkat.engines.remote import RemoteEngine
-from meerkat.register import Register
-from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.signatures import Charter
+from meerkat.algorithm import path
+from meerkat.algorithm.directions import Directions, Place
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.federation import frames
+from meerkat.federation.admission import Door
+from meerkat.federation.flower.stream import StreamLink, attend
+from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
+from meerkat.federation.link import Terms
+from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.record.members import Register
+from meerkat.record.signatures import Charter
 
 LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))

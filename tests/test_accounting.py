@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat import accounting
-from meerkat.accounting import Charge, epsilon, noise_for, steps_within
 from meerkat.errors import MeerkatError
-from meerkat.privacy import Relation
+from meerkat.privacy import accounting
+from meerkat.privacy.accounting import Charge, epsilon, noise_for, steps_within
+from meerkat.privacy.mechanism import Relation
 
 DELTA = 1e-5
 BOTH: list[Relation] = ["add-or-remove", "replace"]

@@ -15,11 +15,11 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
-from meerkat.adapters import add_lora, lora_mask, merge_lora_, save_adapter
+from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask
-from meerkat.models import language_modelling_loss
-from meerkat.zeroth_order import MaskedModel, projected_gradient
+from meerkat.masks.lora import add_lora, lora_mask, merge_lora_, save_adapter
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.causal_lm import language_modelling_loss
 
 peft = pytest.importorskip("peft", reason="needs the 'lora' extra")
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from meerkat import demo, models
-from meerkat.agreement import Accepts, Refused, SiteConfig
-from meerkat.config import RunConfig, make_config
+from meerkat import demo
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask, fingerprint
-from meerkat.sensitivity import random_mask
-from meerkat.workplace import make_mask, resolve
+from meerkat.federation.site_settings import Accepts, Refused, SiteConfig
+from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.problems import causal_lm
+from meerkat.run.setup import make_mask, resolve
+from meerkat.settings.config import RunConfig, make_config
 
 
 def written(folder: Path, text: str) -> Path:
@@ -190,7 +191,7 @@ def test_a_mask_with_some_embeddings_among_others_is_refused() -> None:
 
 def test_the_embedded_model_s_default_mask_is_accepted() -> None:
     config = resolve(make_config({"text_sequences": 4, "threads": 1, "device": "cpu"}))
-    model, tokenizer = models.load_model(str(demo.MODEL))
+    model, tokenizer = causal_lm.load_model(str(demo.MODEL))
     site().check_mask(make_mask(config, model, tokenizer), model)
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meerkat import alignment
-from meerkat.alignment import alignments, direction_products
-from meerkat.directions import Directions
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.server import aggregate
+from meerkat.algorithm import alignment
+from meerkat.algorithm.alignment import alignments, direction_products
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.server import aggregate
 
 KEY = 12345
 

@@ -12,19 +12,21 @@ import torch
 from test_compare import InThisProcess
 from test_server import bowl_engine, config
 
-from meerkat import calibration, compare, runlog
-from meerkat.attacks import IN_CALIBRATIONS, IN_ROUNDS, attackers, flipped, z_max
+from meerkat.algorithm import calibration
+from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, flipped, z_max
+from meerkat.algorithm.robust import Aggregation
+from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply
+from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.server import ServerState, aggregate, client_weights, close_round, open_round
 from meerkat.cli import main
-from meerkat.config import Attack, RunConfig, make_config
-from meerkat.coordinator import read_federation
-from meerkat.engines.attacked import Attacked
+from meerkat.comparison import compare
 from meerkat.errors import MeerkatError
-from meerkat.robust import Aggregation
-from meerkat.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply
-from meerkat.runfolder import RunFolder
-from meerkat.selection import Vpcs
-from meerkat.server import ServerState, aggregate, client_weights, close_round, open_round
-from meerkat.workplace import Split, open_workplace, resolve
+from meerkat.federation.coordinator import read_federation
+from meerkat.record import run_log
+from meerkat.record.run_folder import RunFolder
+from meerkat.run.attacked_engine import Attacked
+from meerkat.run.setup import Split, open_workplace, resolve
+from meerkat.settings.config import Attack, RunConfig, make_config
 
 BAD = (1, 4)
 
@@ -173,13 +175,13 @@ def test_clients_stopped_early_send_one_step_and_are_seen_as_such(attack: Attack
 
 
 def test_attackers_are_drawn_by_the_seed() -> None:
-    drawn = [attackers(make_config({"attack": "sign-flip", "attackers": 3, "seed": s})) for s in range(60)]
+    drawn = [make_config({"attack": "sign-flip", "attackers": 3, "seed": s}).attacking_clients for s in range(60)]
     assert all(len(set(a)) == 3 and a == tuple(sorted(a)) for a in drawn)
     assert set(np.concatenate(drawn)) == set(range(10))
-    assert drawn[7] == attackers(make_config({"attack": "gaussian", "attackers": 3, "seed": 7}))
-    more = attackers(make_config({"attack": "sign-flip", "attackers": 5, "seed": 7}))
+    assert drawn[7] == make_config({"attack": "gaussian", "attackers": 3, "seed": 7}).attacking_clients
+    more = make_config({"attack": "sign-flip", "attackers": 5, "seed": 7}).attacking_clients
     assert set(drawn[7]) < set(more)  # of two attackers and four, the two are among the four
-    assert attackers(make_config({"attackers": 3})) == ()
+    assert make_config({"attackers": 3}).attacking_clients == ()
 
 
 def test_a_flipped_label_is_another_and_flipped_again_the_same() -> None:
@@ -196,7 +198,7 @@ def test_attackers_alone_have_their_labels_flipped(federation: Path, attack: Att
     plain = Split.of(open_workplace(resolve(make_config(given))))
     turned_config = resolve(make_config({**given, "attack": attack, "attackers": 2}))
     turned = Split.of(open_workplace(turned_config))
-    bad = attackers(turned_config)
+    bad = turned_config.attacking_clients
     for client, rows in enumerate(plain.partition.rows):
         assert np.array_equal(rows, turned.partition.rows[client])
         was, now = ([split.examples[i].label for i in rows] for split in (plain, turned))
@@ -301,12 +303,12 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
     arguments = [*simulate_arguments, *options, "--clients", "5", "--attackers", "2", "--rounds", "3"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     assert f"attack {options[1]} by clients " in capsys.readouterr().err
-    append, count = runlog.RunLog.append, 0
+    append, count = run_log.RunLog.append, 0
 
     class Stopped(BaseException):
         pass
 
-    def append_or_stop(log: runlog.RunLog, record: Any) -> None:
+    def append_or_stop(log: run_log.RunLog, record: Any) -> None:
         nonlocal count
         count += 1
         if count == 3:
@@ -314,7 +316,7 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
         append(log, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "append", append_or_stop)
+        patch.setattr(run_log.RunLog, "append", append_or_stop)
         with pytest.raises(Stopped):
             main([*arguments, "--out", str(tmp_path / "cut")])
     assert main(["resume", str(tmp_path / "cut")]) == 0
@@ -324,7 +326,7 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
     assert summary is not None
     settings = RunFolder(tmp_path / "cut").config()
     assert (summary["attack"], summary["aggregation"]) == (settings.attack, settings.aggregation)
-    assert summary["attacking_clients"] == list(attackers(settings))
+    assert summary["attacking_clients"] == list(settings.attacking_clients)
 
 
 def test_a_comparison_has_attacks_and_rules_as_axes_and_runs_what_says_nothing_once(
@@ -420,7 +422,7 @@ def test_a_run_says_who_attacks_and_how_replies_become_one(
     many = [*simulate_arguments, "--clients", "5", "--rounds", "2", "--eval-every", "0"]
     robust = ["--aggregation", "trimmed-mean", "--byzantine", "1", "--mixing", "nearest-neighbour"]
     attacked = ["--attack", "sign-flip", "--attackers", "1", "--clipping", "fixed", "--clip-norm", "0.5"]
-    bad = attackers(make_config({"attack": "sign-flip", "attackers": 1, "clients": 5}))[0]
+    bad = make_config({"attack": "sign-flip", "attackers": 1, "clients": 5}).attacking_clients[0]
     attack, rule = (
         f"attack sign-flip by client {bad}, ",
         "aggregation trimmed-mean with f = 1, mixing nearest-neighbour",

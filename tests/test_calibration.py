@@ -10,15 +10,15 @@ import torch
 from bowl import KEY, Literal, flat_for, live, same_bits
 from test_server import bowl_engine, config
 
-from meerkat import calibration, path
-from meerkat.calibration import CalibrationRecord, close_calibration, decide, due, open_calibration
-from meerkat.directions import Directions
-from meerkat.gradip import gradip, inner_products, magnitude
-from meerkat.optimizers import ServerOptimizer
-from meerkat.partition import ClientRows
-from meerkat.rounds import Reply
-from meerkat.selection import Vpcs, select
-from meerkat.server import EarlyStop, ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm import calibration, path
+from meerkat.algorithm.calibration import CalibrationRecord, close_calibration, decide, due, open_calibration
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.gradip import gradip, inner_products, magnitude
+from meerkat.algorithm.rounds import Reply
+from meerkat.algorithm.selection import Vpcs, select
+from meerkat.algorithm.server import EarlyStop, ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.problems.partition import ClientRows
 
 VPCS = Vpcs(calibration_steps=24, initial_steps=8, later_steps=8)
 QUIET = {2}

@@ -15,14 +15,17 @@ from federation import Federation, Setting
 from huggingface_hub import ModelCard
 
 import meerkat
-from meerkat import audit, card, demo, export
-from meerkat.card import model_card
+from meerkat import demo
+from meerkat.algorithm.directions import run_key
 from meerkat.cli import main
-from meerkat.directions import run_key
-from meerkat.mask import SparseMask, fingerprint
-from meerkat.privacy import Guarantee
-from meerkat.runfolder import RunFolder
-from meerkat.tasks import TASKS, Task
+from meerkat.export import model as export_model
+from meerkat.export.model_card import CARD_FILE, model_card
+from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.privacy.mechanism import Guarantee
+from meerkat.problems.tasks import TASKS, Task
+from meerkat.record import verification
+from meerkat.record.run_folder import RunFolder
+from meerkat.run.evaluate import load_run
 
 VP = (
     *("--method", "meerkat-vp", "--local-steps", "2", "--partition", "mixed:1", "--lr", "0.05"),
@@ -126,7 +129,7 @@ def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
 
 
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
-    replayed = audit.verify(run)
+    replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
     text = model_card(replace(replayed, config=config), TASKS["sst2"], [], "delta")
     held = ModelCard(text).data.to_dict()
@@ -142,7 +145,7 @@ def loaded_by_the_card(folder: Path, text: str) -> dict[str, Any]:
     code = text.split("```python\n", 1)[1].split("\n```", 1)[0]
     after = """
 import json, torch
-from meerkat.mask import fingerprint
+from meerkat.masks.sparse_mask import fingerprint
 logits = model(torch.arange(5, 25)[None]).logits
 print(json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was great")["input_ids"][0]]))
 """
@@ -160,7 +163,7 @@ print(json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was 
 
 
 def logits_of(run: Path) -> torch.Tensor:
-    _, workplace = audit.load_run(run)
+    _, workplace = load_run(run)
     with torch.no_grad():
         logits: torch.Tensor = workplace.model(torch.arange(5, 25)[None]).logits
     return logits[0, -1]
@@ -236,7 +239,7 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
 
 
 def test_many_clients_are_counted_not_listed(run: Path) -> None:
-    many = replace(audit.verify(run), examples={k: 10 + k for k in range(50)})
+    many = replace(verification.verify(run), examples={k: 10 + k for k in range(50)})
     assert facts(model_card(many, TASKS["sst2"], [], "model"), "Data")["training rows"] == (
         "1,725: 10 to 59 at each of 50 clients"
     )
@@ -244,7 +247,7 @@ def test_many_clients_are_counted_not_listed(run: Path) -> None:
 
 def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
-    promised = replace(audit.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
+    promised = replace(verification.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
     text = model_card(promised, TASKS["sst2"], [], "model")
     assert "No differential privacy" not in text
     assert facts(text, "Privacy") == {
@@ -256,7 +259,7 @@ def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
 def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) -> None:
     """Nothing in its log is a function of rows but through the noise."""
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
-    plain = audit.verify(run)
+    plain = verification.verify(run)
     private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
     apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
     for each, is_told in ((plain, True), (private, False), (apart, True)):
@@ -265,7 +268,7 @@ def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) ->
 
 def test_words_of_files_stay_in_their_place(run: Path) -> None:
     task = Task("a|b`c\n## Privacy", "{x}\n```\n# no\n{label}", ("`", "```\n"))
-    text = model_card(audit.verify(run), task, [], "model")
+    text = model_card(verification.verify(run), task, [], "model")
     assert text.count("\n## Privacy") == 1
     assert facts(text, "Data")["task"] == r"`a\|b'c ## Privacy`"
     assert text.count("\n```") == 2, "the code's own fence alone"
@@ -277,14 +280,14 @@ def test_an_export_that_fails_at_its_card_leaves_nothing(
     def full(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "model_card", full)
+    monkeypatch.setattr(export_model, "model_card", full)
     assert main(["export", str(run), "--to", str(tmp_path / "merged")]) == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_the_fingerprint_is_the_tuned_model_s_not_the_base_s(run: Path, tmp_path: Path) -> None:
     text = exported(run, tmp_path / "delta", "--form", "delta")
-    _, workplace = audit.load_run(run)
+    _, workplace = load_run(run)
     said = facts(text, "Digests, and how to verify them")["fingerprint of the tuned model"]
-    assert said == f"`{fingerprint(workplace.model)}`" != f"`{audit.verify(run).mask.fingerprint}`"
-    assert card.CARD_FILE == "README.md"
+    assert said == f"`{fingerprint(workplace.model)}`" != f"`{verification.verify(run).mask.fingerprint}`"
+    assert CARD_FILE == "README.md"

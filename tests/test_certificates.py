@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from meerkat.certificates import Pair, certify, issue_server_certificate, make_authority, make_node_key
 from meerkat.errors import MeerkatError
+from meerkat.federation.certificates import Pair, certify, issue_server_certificate, make_authority, make_node_key
 
 
 @pytest.fixture(scope="module")

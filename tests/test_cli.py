@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from meerkat import config
 from meerkat.cli import main
-from meerkat.config import RunConfig, make_config
 from meerkat.errors import MeerkatError
+from meerkat.settings import config
+from meerkat.settings.config import RunConfig, make_config
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, status: int = 2) -> None:
@@ -165,7 +165,7 @@ def test_a_config_file_gives_settings_and_flags_override_them(
     at = simulate_arguments.index("--lr")
     arguments = ["simulate", str(file), *simulate_arguments[1:at], *simulate_arguments[at + 2 :]]
     assert main([*arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
-    from meerkat.runfolder import RunFolder
+    from meerkat.record.run_folder import RunFolder
 
     held = RunFolder(tmp_path / "run").config()
     assert (held.rounds, held.lr, held.exclude) == (1, 0.5, ("norms",))

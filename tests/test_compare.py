@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from meerkat import compare
 from meerkat.cli import main
-from meerkat.compare import search_lowest
-from meerkat.config import make_config
-from meerkat.experiment import simulate
-from meerkat.runlog import LogReader
-from meerkat.studies import Comparison
+from meerkat.comparison import compare
+from meerkat.comparison.compare import search_lowest
+from meerkat.comparison.studies import Comparison
+from meerkat.record.run_log import LogReader
+from meerkat.run.simulation import simulate
+from meerkat.settings.config import make_config
 
 # --- the rule of the search -----------------------------------------------------------------------
 
@@ -468,7 +468,7 @@ def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
 
 @pytest.mark.usefixtures("here")
 def test_the_python_call_takes_a_comparison(federation: Path, tmp_path: Path) -> None:
-    from meerkat.studies import read_comparison
+    from meerkat.comparison.studies import read_comparison
 
     (tmp_path / "c.toml").write_text(settings(federation, lr=1e-3, seeds=[5]))
     asked = read_comparison(tmp_path / "c.toml", {})

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from meerkat.data import load_rows, read_texts
 from meerkat.errors import MeerkatError
+from meerkat.problems.data import load_rows, read_texts
 
 TRAIN: list[dict[str, Any]] = [{"text": "one", "label": 0}, {"text": "two", "label": 1, "site": "Ulm"}]
 TEST: list[dict[str, Any]] = [{"text": "three", "label": 1}]

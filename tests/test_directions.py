@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meerkat import directions
-from meerkat.directions import Directions, Place, direction, run_key
+from meerkat.algorithm import directions
+from meerkat.algorithm.directions import Directions, Place, direction, run_key
 
 KEY = run_key(0)
 TABLE = np.load(Path(directions.__file__).parent / "normal_quantiles.npy")

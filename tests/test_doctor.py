@@ -15,12 +15,12 @@ import pytest
 pytest.importorskip("cryptography")
 pytest.importorskip("packaging")
 
-from meerkat import doctor
-from meerkat.certificates import Pair, certify, make_signing_key
 from meerkat.cli import main
-from meerkat.doctor import examine
 from meerkat.errors import MeerkatError
-from meerkat.signatures import SigningKey, fingerprint
+from meerkat.federation import doctor
+from meerkat.federation.certificates import Pair, certify, make_signing_key
+from meerkat.federation.doctor import examine
+from meerkat.record.signatures import SigningKey, fingerprint
 
 ROW = json.dumps({"text": "a goal in the last minute", "label": 0}) + "\n"
 

@@ -12,12 +12,12 @@ pytest.importorskip("cryptography")
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meerkat.agreement import Refused
-from meerkat.engines import frames
-from meerkat.engines.door import Door, Guest
-from meerkat.engines.frames import BadFrame, Frame, Kind
-from meerkat.register import Register, Revocation
-from meerkat.signatures import Charter, Signer, SigningKey, fingerprint
+from meerkat.federation import frames
+from meerkat.federation.admission import Door, Guest
+from meerkat.federation.frames import BadFrame, Frame, Kind
+from meerkat.federation.site_settings import Refused
+from meerkat.record.members import Register, Revocation
+from meerkat.record.signatures import Charter, Signer, SigningKey, fingerprint
 
 RUN = "00112233445566ff"
 MODEL, MASK = "a" * 64, "b" * 64

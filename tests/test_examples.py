@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat.studies import read_comparison
+from meerkat.comparison.studies import read_comparison
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from meerkat import audit, models, path, runlog
+from meerkat.algorithm import path
+from meerkat.algorithm.rounds import Reply, RoundRecord
+from meerkat.algorithm.server import aggregate
 from meerkat.cli import main
 from meerkat.errors import RunFailed
-from meerkat.mask import SparseMask
-from meerkat.rounds import Reply, RoundRecord
-from meerkat.runfolder import RunFolder
-from meerkat.server import aggregate
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems import causal_lm
+from meerkat.record import run_log, verification
+from meerkat.record.run_folder import RunFolder
+from meerkat.run.evaluate import evaluate
 
 
 def simulate(arguments: list[str], out: Path, *more: str) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def finished(simulate_arguments: list[str], tmp_path: Path) -> Path:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return list(runlog.LogReader(folder / "rounds.log"))
+    return list(run_log.LogReader(folder / "rounds.log"))
 
 
 def test_a_run_leaves_its_record(finished: Path) -> None:
@@ -63,7 +66,7 @@ def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str],
     summary = simulate(arguments, tmp_path / "run", "--method", method, "--rounds", "2")
     expected = float(f"{(550 if method == 'full-fedzo' else 110) / summary['params_masked']:.1e}")
     assert summary["lr"] == RunFolder(tmp_path / "run").config().lr == logged(tmp_path / "run")[1]["lr"] == expected
-    assert audit.verify(tmp_path / "run").finished
+    assert verification.verify(tmp_path / "run").finished
 
 
 def test_the_same_settings_give_the_same_bits_and_others_do_not(simulate_arguments: list[str], tmp_path: Path) -> None:
@@ -97,9 +100,9 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_untouched_one(
     class Stopped(BaseException):
         pass
 
-    append, count = runlog.RunLog.append, 0
+    append, count = run_log.RunLog.append, 0
 
-    def append_or_stop(log: runlog.RunLog, record: Any) -> None:
+    def append_or_stop(log: run_log.RunLog, record: Any) -> None:
         nonlocal count
         count += 1
         if count > 1 + stop_after:
@@ -107,7 +110,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_untouched_one(
         append(log, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "append", append_or_stop)
+        patch.setattr(run_log.RunLog, "append", append_or_stop)
         with pytest.raises(Stopped):
             main([*simulate_arguments, *options, "--out", str(tmp_path / "cut")])
     assert main(["resume", str(tmp_path / "cut")]) == 0
@@ -147,7 +150,7 @@ def test_verify_replays_a_run_from_the_log_alone(finished: Path, federation: Pat
     hidden = federation.with_name("hidden")
     federation.rename(hidden)  # neither model nor data are needed
     try:
-        run = audit.verify(finished)
+        run = verification.verify(finished)
     finally:
         hidden.rename(federation)
     assert run.finished
@@ -159,7 +162,7 @@ def rewrite(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> Non
     records = logged(folder)
     change(records)
     (folder / "rounds.log").unlink()
-    log = runlog.RunLog(folder / "rounds.log")
+    log = run_log.RunLog(folder / "rounds.log")
     for record in records:
         log.append(record)
     log.close()
@@ -384,7 +387,7 @@ def test_resume_refuses_what_was_changed(finished: Path, federation: Path, capsy
 def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
     simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses, calls = models.row_losses, 0
+    losses, calls = causal_lm.row_losses, 0
 
     def failing(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -392,7 +395,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
         return losses(*arguments) * (math.nan if calls > 4 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "row_losses", failing)
+        patch.setattr(causal_lm, "row_losses", failing)
         assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("meerkat: round 2: the loss is nan")
@@ -408,24 +411,24 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
     # a limit on file size is a full disk for the file that grows past it: the log, in its third round
     code = f"""
 import resource, sys
-from meerkat import experiment
+from meerkat.run import simulation
 from meerkat.cli import main
-append = experiment.RunLog.append
+append = simulation.RunLog.append
 def limited(log, record):
     resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
     append(log, record)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-experiment.RunLog.append = limited
+simulation.RunLog.append = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 1
     assert "every record before is safe: make room" in ran.stderr.strip().splitlines()[-1]
-    reader = runlog.LogReader(tmp_path / "run" / "rounds.log")
+    reader = run_log.LogReader(tmp_path / "run" / "rounds.log")
     assert len(list(reader)) == reader.count > 1
     assert not reader.damage
     assert main(["resume", str(tmp_path / "run")]) == 0
-    assert audit.verify(tmp_path / "run").theta.shape == (whole["params_masked"],)
+    assert verification.verify(tmp_path / "run").theta.shape == (whole["params_masked"],)
     assert (tmp_path / "run" / "rounds.log").read_bytes() == (tmp_path / "whole" / "rounds.log").read_bytes()
 
 
@@ -436,8 +439,8 @@ def test_a_full_disk_in_the_metrics_leaves_no_part_of_a_line(
     code = f"""
 import resource, sys
 from meerkat.cli import main
-from meerkat.runfolder import RunFolder
-from meerkat.server import aggregate
+from meerkat.record.run_folder import RunFolder
+from meerkat.algorithm.server import aggregate
 note = RunFolder.note
 def limited(folder, metric, *through, **how):
     if metric["kind"] == "evaluation" and metric["round"] == 2:
@@ -509,7 +512,7 @@ def test_metrics_of_another_kind_are_kept_and_those_of_no_kind_refused(
 
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "summary.json").unlink()
-    held = runlog.RunLog(finished / "rounds.log")
+    held = run_log.RunLog(finished / "rounds.log")
     assert main(["resume", str(finished)]) == 2
     assert "another process" in capsys.readouterr().err
     held.close()
@@ -528,13 +531,13 @@ def test_a_mask_made_before_is_used(simulate_arguments: list[str], federation: P
 def test_every_method_runs_and_verifies(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
     summary = simulate(simulate_arguments, tmp_path / "run", "--method", method, "--rounds", "2", "--lr", "1e-4")
     assert summary["method"] == method
-    assert audit.verify(tmp_path / "run").finished
+    assert verification.verify(tmp_path / "run").finished
 
 
 def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
     shutil.move(finished, tmp_path / "elsewhere")
     assert (
-        audit.evaluate(tmp_path / "elsewhere").accuracy
+        evaluate(tmp_path / "elsewhere").accuracy
         == json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["accuracy"]
     )
 
@@ -542,4 +545,4 @@ def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
 def test_verify_needs_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(RunFailed, match="no record in it"):
-        audit.verify(tmp_path)
+        verification.verify(tmp_path)

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meerkat import audit
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
-from meerkat.export import apply_delta
+from meerkat.export.model import apply_delta
+from meerkat.run.evaluate import load_run
 
 TOKENS = torch.arange(5, 25)[None]
 
@@ -25,7 +25,7 @@ def run(simulate_arguments: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def logits_of_run(run: Path) -> torch.Tensor:
-    _, workplace = audit.load_run(run)
+    _, workplace = load_run(run)
     with torch.no_grad():
         logits: torch.Tensor = workplace.model(TOKENS).logits
     return logits

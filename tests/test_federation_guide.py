@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from meerkat.agreement import Accepts, SiteConfig
-from meerkat.coordinator import FederationConfig, read_federation
+from meerkat.federation.coordinator import FederationConfig, read_federation
+from meerkat.federation.site_settings import Accepts, SiteConfig
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "federation.md").read_text()
 

@@ -12,16 +12,16 @@ from conftest import tiny_model
 from test_server import bowl_engine, config
 from torch import Tensor, nn
 
-from meerkat.directions import Directions
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.first_order import gradient_steps, masked_gradient
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerState, client_weights, participants, replay
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import Diverged
-from meerkat.first_order import gradient_steps, masked_gradient
-from meerkat.mask import SparseMask
-from meerkat.models import language_modelling_loss
-from meerkat.optimizers import ServerOptimizer
-from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.sensitivity import full_mask, random_mask
-from meerkat.server import ServerState, client_weights, participants, replay
-from meerkat.zeroth_order import MaskedModel
+from meerkat.masks.sensitivity import full_mask, random_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.causal_lm import language_modelling_loss
 
 FIRST_ORDER = {"directions": 0, "lr": 0.3}
 

@@ -17,15 +17,15 @@ pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from meerkat import experiment
-from meerkat.audit import verify
-from meerkat.certificates import make_signing_key
-from meerkat.config import make_config
-from meerkat.coordinator import coordinate, read_federation
 from meerkat.engines.flower import client_app, messages, server_app
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.signatures import SigningKey, fingerprint, read_keys
-from meerkat.sites import site_folder, write_sites
+from meerkat.federation.certificates import make_signing_key
+from meerkat.federation.coordinator import coordinate, read_federation
+from meerkat.federation.site_folders import site_folder, write_sites
+from meerkat.record.signatures import SigningKey, fingerprint, read_keys
+from meerkat.record.verification import verify
+from meerkat.run import simulation
+from meerkat.settings.config import make_config
 
 
 class Grid:
@@ -114,7 +114,7 @@ def test_frames_in_messages_end_at_the_simulations_bits(
 ) -> None:
     grid = Grid(sites)
     summary = run(federation_file(tmp_path, **extra), tmp_path / "run", grid)
-    simulated = experiment.simulate(make_config({**SETTINGS, **extra}), tmp_path / "simulated")
+    simulated = simulation.simulate(make_config({**SETTINGS, **extra}), tmp_path / "simulated")
     assert summary["theta_digest"] == simulated["theta_digest"]
     assert verify(tmp_path / "run").finished
     # one invitation a site, then two rounds, the last theta, and the end
@@ -166,7 +166,7 @@ def test_a_run_that_flower_stops_can_be_gone_on_with(tmp_path: Path, sites: list
     with pytest.raises(MeerkatError, match="began with rounds 200, not 3"):
         run(federation_file(tmp_path, rounds=3), tmp_path / "run", Grid(sites))
     with pytest.raises(MeerkatError, match="a federation's run: start its coordinator again"):
-        experiment.resume(tmp_path / "run")
+        simulation.resume(tmp_path / "run")
 
 
 class Meddling(Grid):
@@ -235,7 +235,7 @@ def test_a_site_that_fails_between_messages_is_invited_again(
     lost = RecordDict({"session": ConfigRecord({"why": "the site's state\nis gone", "again": True})})
     grid = Meddling(sites, "train.frames", lost)
     summary = run(federation_file(tmp_path, {"quorum": 2}), tmp_path / "run", grid)
-    assert summary["theta_digest"] == experiment.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
+    assert summary["theta_digest"] == simulation.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
     assert grid.pushed.count("train.session") == 3
     assert "client 1: the site's state is gone" in capsys.readouterr().err
 
@@ -265,7 +265,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(tmp_path: Pat
     grid = Rotating(sites, keys[1:])
     given = {"sign": True, "signers": "signers", "quorum": 2}
     summary = run(federation_file(tmp_path, given), tmp_path / "run", grid)
-    assert summary["theta_digest"] == experiment.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
+    assert summary["theta_digest"] == simulation.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
     found = verify(tmp_path / "run", listed=read_keys(str(tmp_path / "signers"), "signers"))
     fingerprints = [fingerprint(SigningKey.load(key).public) for key in keys]
     assert dict(found.signed) == {(0, fingerprints[0]): 2, (1, fingerprints[1]): 1, (1, fingerprints[2]): 1}

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from meerkat.engines import frames
-from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
+from meerkat.federation import frames
+from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 
 RUN = bytes(range(8))
 DIGEST = bytes(range(100, 132))

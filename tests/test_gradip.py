@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meerkat.directions import Directions
-from meerkat.gradip import gradip, inner_products, magnitude
-from meerkat.rounds import RoundPlan
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.gradip import gradip, inner_products, magnitude
+from meerkat.algorithm.rounds import RoundPlan
 
 KEY = 12345
 WIDTH = 37

@@ -12,16 +12,17 @@ import torch
 from test_experiment import logged, rewrite, simulate
 from torch import Tensor
 
-from meerkat import audit, history, path
-from meerkat.alignment import alignments
+from meerkat.algorithm import path
+from meerkat.algorithm.alignment import alignments
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
-from meerkat.directions import Directions, run_key
-from meerkat.engines import local
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.mask import SparseMask
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.runfolder import RunFolder
-from meerkat.server import ServerState
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record import history, verification
+from meerkat.record.run_folder import RunFolder
+from meerkat.run import local_engine
 
 STEPS, ROUNDS = 3, 3
 RUNS: dict[str, tuple[str, ...]] = {
@@ -64,10 +65,10 @@ def run_of(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 had[plan.phase, plan.round, reply.client] = end.clone()
                 return reply, end
 
-            original = local.local_steps
+            original = local_engine.local_steps
             folder = tmp_path_factory.mktemp("history") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(local, "local_steps", noted)
+                patch.setattr(local_engine, "local_steps", noted)
                 simulate(arguments, folder, *RUNS[name])
             made[name] = folder, had
         return made[name]
@@ -178,7 +179,9 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 def test_a_path_begins_at_the_rounds_own_theta(run_of: Run) -> None:
     folder, _ = run_of("momentum")
     before: dict[int, ServerState] = {
-        record.plan.round: state for state, record in audit.OpenRun.of(folder).replay if isinstance(record, RoundRecord)
+        record.plan.round: state
+        for state, record in verification.OpenRun.of(folder).replay
+        if isinstance(record, RoundRecord)
     }
     record = RoundRecord.from_json(rounds(folder)[2])
     client = next(iter(record.scalars))
@@ -219,7 +222,7 @@ def test_updates_are_each_rounds_alignments_and_norms_are_how_far_clients_went(r
     folder, had = run_of(name)
     starts = {
         record.plan.round: state.theta
-        for state, record in audit.OpenRun.of(folder).replay
+        for state, record in verification.OpenRun.of(folder).replay
         if isinstance(record, RoundRecord)
     }
     found = dict(history.updates(folder))
@@ -281,7 +284,7 @@ def test_a_record_that_counts_in_no_numbers_is_one_line(run_of: Run, tmp_path: P
 def test_an_opening_of_another_kind_is_one_line(run_of: Run, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = shutil.copytree(run_of("plain")[0], tmp_path / "run")
     rewrite(folder, lambda records: records[0].update(change))
-    for ask in (lambda root: list(history.updates(root)), audit.verify):
+    for ask in (lambda root: list(history.updates(root)), verification.verify):
         with pytest.raises(RunFailed, match="the run is damaged"):
             ask(folder)
 

@@ -1,4 +1,4 @@
-"""Imports point one way: commands -> experiment -> engines -> server and client -> paths -> mask."""
+"""The order of the rooms is the architecture: each imports only from those before it."""
 
 import ast
 import subprocess
@@ -9,80 +9,58 @@ import meerkat
 
 SOURCE = Path(meerkat.__file__).parent
 
-# Lower layers never import higher ones, nor does a module import its neighbours' layer except downwards.
-LAYERS = [
-    {"errors", "seeds"},
-    {"mask", "directions", "tasks", "progress", "selection", "certificates", "privacy"},
-    {"sensitivity", "zeroth_order", "rounds", "partition", "data", "adapters", "accounting"},
-    {"path", "gradip", "alignment", "robust", "first_order", "demo", "models", "signatures"},
-    {"optimizers", "client", "runlog"},
-    {"server"},
-    {"engines.local", "calibration", "methods", "register"},
-    {"consistency"},
-    {"config"},
-    {"budget", "ledger", "attacks"},
-    {"runfolder", "record", "replay", "agreement", "engines.attacked", "engines.frames"},
-    {"metrics", "workplace", "studies", "engines.door", "engines.offer", "engines.trail", "trackers"},
-    {"engines.account", "engines.link"},
-    {"engines.site"},
-    {"engines.remote"},
-    {"experiment", "audit", "results", "sites"},
-    {"card"},
-    {"history", "export", "compare", "coordinator", "engines.flower.stream", "engines.flower.messages"},
-    {"engines.flower.server_app", "engines.flower.client_app", "checkup"},
-    {"doctor"},
-    {"report.look", "report.style", "report.words", "report.curves", "report.study"},
-    {"report.page", "report.clients", "report.story", "report.run_figures", "report.study_figures"},
-    {"report.client_figures", "report.compare_page"},
-    {"report.run_clients"},
-    {"report.run_page"},
-    {"report"},
-    {"cli"},
-]
-ALGORITHM = {
-    *("mask", "sensitivity", "directions", "zeroth_order", "rounds", "path", "client", "server", "adapters"),
-    *("gradip", "alignment", "selection", "calibration", "optimizers", "first_order", "robust", "privacy"),
-}
-EDGE = {"tasks", "partition", "models", "data", "demo"}
+ROOMS = (
+    *("errors", "seeds", "progress", "masks", "privacy", "problems", "demo", "algorithm", "settings", "record", "run"),
+    *("comparison", "report", "export", "federation", "cli"),
+)
+STRANGERS = {"problems": {"masks", "privacy"}, "demo": {"masks", "privacy"}, "algorithm": {"problems", "demo"}}
+"""Rooms that do not know rooms before them: what is learned, and how."""
 
 
-def _modules() -> dict[str, Path]:
-    paths = {p.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): p for p in SOURCE.rglob("*.py")}
-    packages = ("__init__", "engines.__init__", "engines.flower.__init__")
-    return {name.removesuffix(".__init__"): p for name, p in paths.items() if name not in packages}
+def _room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> set[str]:
-    """The package's modules that a file imports, anywhere in it."""
-    known, found = set(_modules()), set()
+def _files() -> list[Path]:
+    return [
+        path
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path.parent != SOURCE or path.stem not in ("__init__", "__main__")
+    ]
+
+
+def _imported_rooms(path: Path) -> set[str]:
+    """The package's rooms that a file imports from, anywhere in it."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "meerkat":
-            inside = node.module.removeprefix("meerkat").removeprefix(".")
-            named = {".".join(filter(None, (inside, alias.name))) for alias in node.names}
-            found |= (named | {inside}) & known
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] if node.module != "meerkat" else [f"meerkat.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("meerkat.") for alias in node.names} & known
-    return found
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("meerkat.")} & {*ROOMS}
 
 
-def test_every_module_has_a_layer() -> None:
-    assert set().union(*LAYERS) == set(_modules())
+def test_every_module_is_in_a_room() -> None:
+    assert {_room(path) for path in _files()} == {*ROOMS}
+
+
+def test_at_most_twelve_modules_stand_outside_of_rooms() -> None:
+    assert len(list(SOURCE.glob("*.py"))) <= 12
 
 
 def test_no_import_runs_back_up() -> None:
-    height = {name: level for level, names in enumerate(LAYERS) for name in names}
-    up = [(m, i) for m, path in _modules().items() for i in _imports(path) if height[i] >= height[m]]
+    up = [
+        (str(path.relative_to(SOURCE)), room)
+        for path in _files()
+        for room in _imported_rooms(path)
+        if ROOMS.index(room) > ROOMS.index(_room(path)) or room in STRANGERS.get(_room(path), ())
+    ]
     assert not up
 
 
-def test_the_algorithm_and_the_edge_do_not_know_each_other() -> None:
-    modules = _modules()
-    for name in ALGORITHM:
-        assert not _imports(modules[name]) & (EDGE | {"runfolder", "runlog", "config"}), name
-    for name in EDGE:
-        assert not _imports(modules[name]) & ALGORITHM, name
-
-
 def test_the_core_loads_without_transformers() -> None:
-    core = "import sys, meerkat.server, meerkat.client, meerkat.engines.local; assert 'transformers' not in sys.modules"
+    core = (
+        "import sys, meerkat.algorithm.server, meerkat.algorithm.client, meerkat.run.local_engine; "
+        "assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", core], check=True)

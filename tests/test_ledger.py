@@ -11,16 +11,16 @@ import pytest
 from federation import RUN, Federation, Setting
 from test_site import Server, decoded, scalars_of, stands_at
 
-from meerkat import runlog
-from meerkat.accounting import Charge, epsilon, steps_within
-from meerkat.agreement import Refused, SiteConfig
-from meerkat.engines import frames
-from meerkat.engines.frames import BadFrame, Closed, Frame, Kind
-from meerkat.engines.site import Site
+from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
-from meerkat.ledger import Asked, Budget, Ledger
-from meerkat.runlog import LogReader, RunLog
-from meerkat.server import ServerState
+from meerkat.federation import frames
+from meerkat.federation.frames import BadFrame, Closed, Frame, Kind
+from meerkat.federation.ledger import Asked, Budget, Ledger
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.privacy.accounting import Charge, epsilon, steps_within
+from meerkat.record import run_log
+from meerkat.record.run_log import LogReader, RunLog
 
 OTHER = "fedcba9876543210"
 SIGMA, RATE, STEPS = 4.0, 4 / 16, 2
@@ -228,7 +228,7 @@ def test_a_disk_that_refuses_lets_nothing_leave(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.os, "fsync", full)
+        patch.setattr(run_log.os, "fsync", full)
         with pytest.raises(RunFailed) as told:
             site.answer(server.ask())
     assert str(told.value) == "the site's ledger cannot be used; its own log says why"  # the coordinator hears this

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask, fingerprint
-from meerkat.models import language_modelling_loss
-from meerkat.sensitivity import full_mask, magnitude_mask, sensitivity_mask
+from meerkat.masks.sensitivity import full_mask, magnitude_mask, sensitivity_mask
+from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.problems.causal_lm import language_modelling_loss
 
 
 @pytest.mark.parametrize("odd", [[3] * 100, [5, 3], [-1, 3], [3, 10**9], [[3, 5]]])

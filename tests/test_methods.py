@@ -16,17 +16,19 @@ from conftest import tiny_model
 from test_experiment import logged, rewrite, simulate
 from torch import Tensor, nn
 
-from meerkat import audit, path, seeds
-from meerkat.calibration import CalibrationRecord
+from meerkat import seeds
+from meerkat.algorithm import path
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.rounds import RoundRecord, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.mask import SparseMask
-from meerkat.methods import METHODS
+from meerkat.masks.sensitivity import concentration, sensitivity_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record import verification
+from meerkat.record.run_folder import RunFolder
 from meerkat.report import in_words
-from meerkat.rounds import RoundRecord, pack
-from meerkat.runfolder import RunFolder
-from meerkat.sensitivity import concentration, sensitivity_mask
-from meerkat.workplace import open_workplace, training_and_evaluation_rows
+from meerkat.run.setup import open_workplace, training_and_evaluation_rows
+from meerkat.settings.methods import METHODS
 
 ROUNDS, STEPS, CLIENTS, CALIBRATION = 3, 2, 3, 12
 SMALL = (
@@ -94,7 +96,7 @@ def test_it_runs_moves_and_verifies(run_of: Callable[[str], Path], name: str) ->
     summary, records = summary_of(folder), logged(folder)
     assert summary["method"] == RunFolder(folder).config().method
     assert [r["kind"] for r in records if r["kind"] != "calibration"] == ["open", *["round"] * ROUNDS, "close"]
-    replayed = audit.verify(folder)
+    replayed = verification.verify(folder)
     assert replayed.finished
     assert path.digest(replayed.theta) == summary["theta_digest"] != records[0]["theta"]
     assert len({r["theta"] for r in records if r["kind"] == "round"}) == ROUNDS
@@ -248,7 +250,7 @@ def test_verify_refuses_reasons_left_out_for_a_single_client(arguments: list[str
     simulate(arguments, run, "--method", "meerkat-vp", "--clients", "1", "--rounds", "1")
     rewrite(run, _no_reasons)
     with pytest.raises(RunFailed, match="rho_quie"):
-        audit.verify(run)
+        verification.verify(run)
 
 
 def theta_of(folder: Path) -> Tensor:
@@ -280,7 +282,7 @@ def test_verify_refuses_a_forged_delta(
     run = copied(run_of("fo-fedavg"), tmp_path / "run")
     rewrite(run, forge)
     with pytest.raises(RunFailed):
-        audit.verify(run)
+        verification.verify(run)
 
 
 def forged_last_round(run: Path, delta: np.ndarray) -> None:
@@ -288,7 +290,7 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
     before = theta_of(run)
     for record in (RoundRecord.from_json(r) for r in logged(run) if r["kind"] == "round"):
         if record.plan.round < ROUNDS - 1:
-            before = path.advance(before, record, audit.OpenRun.of(run).directions)
+            before = path.advance(before, record, verification.OpenRun.of(run).directions)
     theta = path.digest(before + torch.from_numpy(delta))
 
     def forge(records: list[dict[str, Any]]) -> None:
@@ -306,7 +308,7 @@ def test_verify_refuses_a_delta_where_scalars_say_what_moved_though_all_digests_
     run = copied(run_of("meerkat"), tmp_path / "run")
     forged_last_round(run, np.ones(len(theta_of(run)), np.float32))
     with pytest.raises(RunFailed, match="delta"):
-        audit.verify(run)
+        verification.verify(run)
 
 
 def test_verify_refuses_a_delta_of_another_length_though_all_digests_agree(
@@ -315,7 +317,7 @@ def test_verify_refuses_a_delta_of_another_length_though_all_digests_agree(
     run = copied(run_of("fo-fedavg"), tmp_path / "run")
     forged_last_round(run, np.ones(1, np.float32))
     with pytest.raises(RunFailed, match="delta"):
-        audit.verify(run)
+        verification.verify(run)
 
 
 def test_inner_products_of_a_faint_gradient_cannot_be_forged_either(
@@ -327,7 +329,7 @@ def test_inner_products_of_a_faint_gradient_cannot_be_forged_either(
     faint.save(tmp_path / "faint.safetensors")
     run = tmp_path / "run"
     simulate(arguments, run, *RUNS["meerkat-vp"], "--mask", str(tmp_path / "faint.safetensors"), "--rounds", "1")
-    assert audit.verify(run).finished
+    assert verification.verify(run).finished
 
     def forge(records: list[dict[str, Any]]) -> None:
         inner = RoundRecord.from_json(records[2]).inner.copy()
@@ -336,7 +338,7 @@ def test_inner_products_of_a_faint_gradient_cannot_be_forged_either(
 
     rewrite(run, forge)
     with pytest.raises(RunFailed, match="inner products"):
-        audit.verify(run)
+        verification.verify(run)
 
 
 def test_the_papers_rule_without_a_pretraining_gradient_is_refused_before_anything_runs(
@@ -352,7 +354,7 @@ def test_the_papers_rule_without_a_pretraining_gradient_is_refused_before_anythi
     assert "GradIP" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
     simulate(without, out, "--method", "meerkat-vp", "--mask", str(bare), "--rounds", "1")
-    assert audit.verify(out).finished
+    assert verification.verify(out).finished
 
 
 # --- what is counted and told ---

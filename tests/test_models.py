@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.models import (
+from meerkat.problems.causal_lm import (
     candidate_scores,
     collate,
     evaluate,
@@ -27,7 +27,7 @@ from meerkat.models import (
     longest_input,
     row_losses,
 )
-from meerkat.tasks import Candidate, Example, Row, Task, encode
+from meerkat.problems.tasks import Candidate, Example, Row, Task, encode
 
 TASK = Task("films", "{text} it was {label}", ("great", "terrible film", "No"), needs=("text",))
 TEXTS = ["the film", "x", "the plot, the film the plot: yes", "film or plot or neither", "it was not so"]

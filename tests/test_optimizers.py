@@ -13,12 +13,12 @@ from bowl import KEY, Literal, live, moved_by, same_bits
 from test_server import config
 from torch import Tensor
 
-from meerkat import optimizers, path, server
-from meerkat.client import correction, local_steps
-from meerkat.directions import Directions
-from meerkat.optimizers import ServerOptimizer
-from meerkat.rounds import RoundPlan, RoundRecord
-from meerkat.server import ServerState, client_weights, close_round, open_round, participants, replay
+from meerkat.algorithm import path, server, update_rules
+from meerkat.algorithm.client import correction, local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerState, client_weights, close_round, open_round, participants, replay
+from meerkat.algorithm.update_rules import ServerOptimizer
 
 WIDTH = 60
 MOMENTUM = ServerOptimizer("momentum", lr=0.7, beta1=0.8)
@@ -41,7 +41,7 @@ def after_each(optimizer: ServerOptimizer, rounds: Sequence[RoundRecord], share:
     theta, moments = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)), ()
     thetas = [theta]
     for record in rounds:
-        theta, moments = optimizers.advance(optimizer, theta, moments, record, share, Directions(KEY, WIDTH))
+        theta, moments = update_rules.advance(optimizer, theta, moments, record, share, Directions(KEY, WIDTH))
         thetas.append(theta)
     return thetas
 
@@ -76,7 +76,7 @@ def test_momentum_without_memory_at_rate_one_is_the_plain_step() -> None:
 def test_the_plain_step_is_the_path_to_the_bit() -> None:
     theta, z = torch.randn(WIDTH), Directions(KEY, WIDTH)
     (record,) = records(1)
-    moved, moments = optimizers.advance(ServerOptimizer(), theta, (), record, 0.5, z)
+    moved, moments = update_rules.advance(ServerOptimizer(), theta, (), record, 0.5, z)
     assert same_bits(moved, path.advance(theta, record, z))
     assert moments == ()
 
@@ -109,10 +109,10 @@ def test_feddyns_server_step_is_its_formula(share: float) -> None:
 @pytest.mark.parametrize("optimizer", [ServerOptimizer(), MOMENTUM, ADAM, FEDDYN])
 def test_nothing_that_was_there_is_written_into(optimizer: ServerOptimizer) -> None:
     theta, z, rounds = torch.randn(WIDTH), Directions(KEY, WIDTH), records(3)
-    moments: optimizers.Moments = ()
+    moments: update_rules.Moments = ()
     for record in rounds:
         before = [theta.clone(), *(m.clone() for m in moments)]
-        moved, next_moments = optimizers.advance(optimizer, theta, moments, record, 1.0, z)
+        moved, next_moments = update_rules.advance(optimizer, theta, moments, record, 1.0, z)
         assert all(same_bits(a, b) for a, b in zip([theta, *moments], before, strict=True))
         assert not same_bits(moved, theta)
         theta, moments = moved, next_moments

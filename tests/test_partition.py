@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat.errors import MeerkatError
-from meerkat.partition import ClientRows, Partition, partition
+from meerkat.problems.partition import ClientRows, Partition, partition
 
 Rows = list[dict[str, Any]]
 

@@ -8,10 +8,10 @@ import pytest
 from test_cli import fails
 
 from meerkat.cli import main
-from meerkat.config import make_config
-from meerkat.data import load_rows
-from meerkat.partition import ClientRows
-from meerkat.workplace import Split, load_split, open_task, open_workplace, resolve
+from meerkat.problems.data import load_rows
+from meerkat.problems.partition import ClientRows
+from meerkat.run.setup import Split, load_split, open_task, open_workplace, resolve
+from meerkat.settings.config import make_config
 
 
 @pytest.mark.parametrize("spec", ["dirichlet:0.5", "mixed:1"])

@@ -18,17 +18,18 @@ from hypothesis.extra import numpy as arrays
 from test_server import KEY, Bowl, config
 from torch import Tensor
 
-from meerkat import models, privacy
-from meerkat.client import local_steps
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import Reply, RoundPlan
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round, sampled
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
-from meerkat.optimizers import ServerOptimizer
-from meerkat.privacy import Guarantee, Mechanism, clipped
-from meerkat.rounds import Reply, RoundPlan
-from meerkat.sensitivity import random_mask
-from meerkat.server import ServerConfig, ServerState, close_round, open_round, sampled
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat.masks.sensitivity import random_mask
+from meerkat.privacy import mechanism as mechanisms
+from meerkat.privacy.mechanism import Guarantee, Mechanism, clipped
+from meerkat.problems import causal_lm
+from meerkat.run.local_engine import LocalEngine
 
 ROWS = {0: np.arange(0, 4), 1: np.arange(4, 6), 2: np.arange(6, 13)}
 """The rows of three clients."""
@@ -52,7 +53,7 @@ def nothing(count: int) -> np.ndarray:
 
 @pytest.fixture
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "gaussian", nothing)
+    monkeypatch.setattr(mechanisms, "gaussian", nothing)
 
 
 def engine_of(
@@ -158,7 +159,7 @@ def test_clipped_noisy_steps_are_the_literal_ones(
     monkeypatch: pytest.MonkeyPatch, directions: int, alpha: float
 ) -> None:
     """Also of a step that has no rows at all. The clip bites for some rows and not for others."""
-    monkeypatch.setattr(privacy, "gaussian", ones)
+    monkeypatch.setattr(mechanisms, "gaussian", ones)
     batches = [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.array([1])]
     clip, expected = 0.1 * math.sqrt(directions), 2.0
     plan = RoundPlan(0, 0.05, 1e-3, directions, {0: 3}, alpha=alpha)
@@ -177,7 +178,7 @@ def test_clipped_noisy_steps_are_the_literal_ones(
 @pytest.mark.parametrize("directions", [1, 2])
 def test_clients_together_and_one_by_one_are_the_same(monkeypatch: pytest.MonkeyPatch, directions: int) -> None:
     """Some have no rows in a round, and one round has nobody's."""
-    monkeypatch.setattr(privacy, "gaussian", ones)
+    monkeypatch.setattr(mechanisms, "gaussian", ones)
     settings = config(rounds=4, local_steps=1, directions=directions)
 
     def some(client: int, step: int) -> np.ndarray:
@@ -194,8 +195,8 @@ def test_clients_together_and_one_by_one_are_the_same(monkeypatch: pytest.Monkey
 def test_a_row_whose_losses_are_not_numbers_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of a private run are finite whatever a row does; a run without would say diverged."""
     losses = torch.tensor([1.0, math.nan, math.inf, -math.inf, 2.0])
-    monkeypatch.setattr(models, "row_losses", lambda *_: losses)
-    losses_of = models.client_losses(torch.nn.Identity(), list(range(5)), list, each_row=True)
+    monkeypatch.setattr(causal_lm, "row_losses", lambda *_: losses)
+    losses_of = causal_lm.client_losses(torch.nn.Identity(), list(range(5)), list, each_row=True)
     assert losses_of([np.arange(2), np.arange(2, 5)])().tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
     assert losses_of([np.arange(0), np.arange(0)])().shape == (0,)
 
@@ -233,7 +234,7 @@ def test_one_vector_moves_the_sum_by_the_clip_at_most(vectors: np.ndarray, anoth
     clip, expected = 0.7, 4.0
     mechanism = Mechanism(clip, 2.0, expected)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(privacy, "gaussian", ones)
+        patch.setattr(mechanisms, "gaussian", ones)
         whole, without = mechanism.release(vectors), mechanism.release(vectors[1:])
         other = mechanism.release(np.vstack([another, vectors[1:]]))
     slack = clip * 1e-9
@@ -242,7 +243,7 @@ def test_one_vector_moves_the_sum_by_the_clip_at_most(vectors: np.ndarray, anoth
 
 
 def test_the_noise_is_sigma_times_the_clip_over_a_fixed_denominator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "gaussian", lambda count: np.arange(1.0, count + 1))
+    monkeypatch.setattr(mechanisms, "gaussian", lambda count: np.arange(1.0, count + 1))
     mechanism = Mechanism(clip=2.0, noise_multiplier=3.0, expected=8.0)
     assert mechanism.release(np.zeros((0, 2))).tolist() == [6 / 8, 12 / 8]
     assert mechanism.release(np.array([[1.0, 1.0], [0.5, 0.0]])).tolist() == [7.5 / 8, 13 / 8]
@@ -256,7 +257,7 @@ def test_a_row_is_sampled_where_its_draw_is_below_the_rate(monkeypatch: pytest.M
         asked.append(count)
         return np.array([0, 2**62 - 1, 2**62, 2**63, 2**64 - 1], "<u8").tobytes()[:count]
 
-    monkeypatch.setattr(privacy.os, "urandom", urandom)
+    monkeypatch.setattr(mechanisms.os, "urandom", urandom)
     rows = np.array([10, 20, 30, 40, 50])
     assert Mechanism(1.0, 1.0, 1.25).sample(rows).tolist() == [10, 20]  # a quarter of 2^64 is 2^62
     assert Mechanism(1.0, 1.0, 2.5).sample(rows).tolist() == [10, 20, 30]
@@ -275,14 +276,14 @@ def test_the_rate_is_the_share_expected_and_never_above_one(count: int, rate: fl
 def test_two_threads_never_share_noise() -> None:
     """`random.gauss` keeps a value back for the next call, and two threads may both take it."""
     found: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: found.append(privacy.gaussian(2000))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(mechanisms.gaussian(2000))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     values = np.concatenate(found)
     assert len({*values.tolist()}) == len(values) == 8000
-    assert privacy._SYSTEM.gauss_next is None
+    assert mechanisms._SYSTEM.gauss_next is None
 
 
 # --- client level ---
@@ -295,7 +296,7 @@ def hidden(**changes: object) -> ServerConfig:
 
 def test_a_noisy_mean_of_clients_is_the_literal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole replies clipped over steps and directions together; what is no whole reply counts as nothing."""
-    monkeypatch.setattr(privacy, "gaussian", ones)
+    monkeypatch.setattr(mechanisms, "gaussian", ones)
     settings = hidden(local_steps=2, directions=2)
     engine = engine_of(None)
     state = ServerState(0, engine.model.read())
@@ -332,7 +333,7 @@ def test_without_noise_and_clip_everybody_s_mean_is_the_plain_one() -> None:
 
 
 def test_an_empty_sample_of_clients_moves_theta_by_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "gaussian", ones)
+    monkeypatch.setattr(mechanisms, "gaussian", ones)
     settings = hidden(local_steps=2, directions=1)
     engine = engine_of(None)
     state = ServerState(0, engine.model.read())
@@ -347,7 +348,7 @@ def test_an_empty_sample_of_clients_moves_theta_by_noise_alone(monkeypatch: pyte
 
 def test_clients_are_sampled_from_all_and_then_asked_if_they_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = np.array([0, 2**64 - 1, 2**40], "<u8").tobytes()
-    monkeypatch.setattr(privacy.os, "urandom", lambda count: draws[:count])
+    monkeypatch.setattr(mechanisms.os, "urandom", lambda count: draws[:count])
     settings = hidden(hides_clients=Mechanism(1.0, 1.0, 1.5))
     assert sampled(settings, None) == [0, 2]
     assert sampled(settings, [1, 2]) == [2]  # the rate stays that of all: who is away is not made up for

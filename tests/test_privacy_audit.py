@@ -24,15 +24,16 @@ from torch import nn
 pytest.importorskip("dp_accounting")
 from scipy import stats
 
-from meerkat import path, privacy
-from meerkat.client import local_steps, row_slopes
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
-from meerkat.privacy import Mechanism, clipped
-from meerkat.rounds import RoundPlan
-from meerkat.sensitivity import random_mask
-from meerkat.server import ServerState
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat.algorithm import path
+from meerkat.algorithm.client import local_steps, row_slopes
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundPlan
+from meerkat.algorithm.server import ServerState
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.masks.sensitivity import random_mask
+from meerkat.privacy import mechanism as mechanisms
+from meerkat.privacy.mechanism import Mechanism, clipped
+from meerkat.run.local_engine import LocalEngine
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import privacy_audit
@@ -187,7 +188,7 @@ random.seed(0), numpy.random.seed(0)
 mechanism = runpy.run_path(sys.argv[1])["Mechanism"](1.0, 1.0, 32.0)
 print(mechanism.release(numpy.zeros((0, 2))).tolist(), mechanism.sample(range(64)).tolist())
 """
-    command = [sys.executable, "-c", script, str(privacy.__file__)]
+    command = [sys.executable, "-c", script, str(mechanisms.__file__)]
     seeded = {**os.environ, "PYTHONHASHSEED": "0"}
     runs = [subprocess.run(command, env=seeded, capture_output=True, text=True, check=True) for _ in range(2)]
     assert runs[0].stdout != runs[1].stdout
@@ -200,8 +201,8 @@ print(mechanism.release(numpy.zeros((0, 2))).tolist(), mechanism.sample(range(64
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the mechanism draws is a function of a seed, so that an audit's verdict is the same every time."""
     source = random.Random(3)
-    monkeypatch.setattr(privacy, "_SYSTEM", source)
-    monkeypatch.setattr(privacy, "os", types.SimpleNamespace(urandom=source.randbytes))
+    monkeypatch.setattr(mechanisms, "_SYSTEM", source)
+    monkeypatch.setattr(mechanisms, "os", types.SimpleNamespace(urandom=source.randbytes))
 
 
 def of_kind(word: str) -> list[Case]:

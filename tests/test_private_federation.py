@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from federation import Federation, Setting, write_rows
 
-from meerkat import budget, privacy, server
-from meerkat.engines import remote
-from meerkat.engines.frames import Work
-from meerkat.engines.link import Terms
-from meerkat.engines.site import Site
+from meerkat.algorithm import server
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.errors import RunFailed
-from meerkat.ledger import Budget, Ledger
-from meerkat.rounds import RoundRecord
+from meerkat.federation import remote_engine
+from meerkat.federation.frames import Work
+from meerkat.federation.ledger import Budget, Ledger
+from meerkat.federation.link import Terms
+from meerkat.federation.site import Site
+from meerkat.privacy import mechanism as mechanisms
+from meerkat.settings import budget
 
 HIDDEN: dict[str, Any] = {"dp": "client", "weights": "equal", "dp_noise_multiplier": 1.0, "clients_per_round": 1}
 
@@ -43,11 +45,11 @@ def test_a_sample_is_drawn_once_and_the_round_closes_with_who_answers(
     fed = Federation.of(base.but(**HIDDEN), monkeypatch)
     drawn: list[int] = []
 
-    def only_one(_: privacy.Mechanism, members: Sequence[int]) -> np.ndarray:
+    def only_one(_: mechanisms.Mechanism, members: Sequence[int]) -> np.ndarray:
         drawn.append(len(members))
         return np.array([1])
 
-    monkeypatch.setattr(privacy.Mechanism, "sample", only_one)
+    monkeypatch.setattr(mechanisms.Mechanism, "sample", only_one)
     if trouble == "fails":
         works = Site._work
 
@@ -83,7 +85,7 @@ def test_a_site_that_comes_back_with_more_rows_is_charged_for_those_it_had(
 ) -> None:
     setting = base.but(dp="example", dp_noise_multiplier=1.0, rounds=4, batch_size=4)
     fed = Federation(setting, Terms(deadline_s=10.0, start_s=5.0, patience_s=30.0))
-    monkeypatch.setattr(remote, "time", fed.wire)
+    monkeypatch.setattr(remote_engine, "time", fed.wire)
     rows = [{"sentence": f"a film {i}", "label": i % 2} for i in range(400)]
     for folder, held in (("few", rows[:4]), ("many", rows)):
         write_rows(tmp_path / folder, held)

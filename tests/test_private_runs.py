@@ -14,16 +14,17 @@ import pytest
 from test_card import facts
 from test_experiment import logged, rewrite, simulate
 
-from meerkat import audit, privacy
-from meerkat.accounting import Charge, epsilon, noise_for
+from meerkat.algorithm.rounds import RoundRecord, pack
 from meerkat.cli import main
-from meerkat.coordinator import read_federation
-from meerkat.data import load_rows
-from meerkat.engines.local import LocalEngine
 from meerkat.errors import MeerkatError
-from meerkat.partition import partition
-from meerkat.rounds import RoundRecord, pack
-from meerkat.runfolder import RunFolder
+from meerkat.federation.coordinator import read_federation
+from meerkat.privacy import mechanism as mechanisms
+from meerkat.privacy.accounting import Charge, epsilon, noise_for
+from meerkat.problems.data import load_rows
+from meerkat.problems.partition import partition
+from meerkat.record import verification
+from meerkat.record.run_folder import RunFolder
+from meerkat.run.local_engine import LocalEngine
 
 EXAMPLE = ("--dp", "example", "--eval-every", "0")
 CLIENT = (
@@ -165,7 +166,7 @@ def test_calibrations_are_part_of_the_budget(arguments: list[str], tmp_path: Pat
     opening, *records = logged(tmp_path / "run")
     assert opening["allowance"] == [2 * 2 + 2 * 4] * 3
     assert [r["kind"] for r in records] == ["calibration", "round"] * 2 + ["close"]
-    assert audit.verify(tmp_path / "run").finished
+    assert verification.verify(tmp_path / "run").finished
 
 
 def test_a_client_leaves_when_its_budget_is_spent_and_the_others_go_on(uneven: tuple[Path, list[int]]) -> None:
@@ -175,7 +176,7 @@ def test_a_client_leaves_when_its_budget_is_spent_and_the_others_go_on(uneven: t
     assert opening["allowance"][int(np.argmax(sizes))] == ROUNDS > min(opening["allowance"]) > 0
     for record in records:
         assert record["clients"] == [k for k in range(3) if record["round"] < opening["allowance"][k]]
-    assert audit.verify(folder).finished
+    assert verification.verify(folder).finished
 
 
 @pytest.mark.parametrize("records", [1, 4, ROUNDS + 1])
@@ -188,7 +189,7 @@ def test_a_run_that_goes_on_keeps_its_allowance(uneven: tuple[Path, list[int]], 
     before, after = logged(uneven[0]), logged(folder)
     assert [r.get("clients") for r in after] == [r.get("clients") for r in before]
     assert (after[-1]["theta"] == before[-1]["theta"]) == (records == ROUNDS + 1)
-    assert audit.verify(folder).finished
+    assert verification.verify(folder).finished
 
 
 @pytest.mark.parametrize("more", [1, -1, 100])
@@ -280,13 +281,13 @@ def test_a_client_level_run_goes_on_with_its_pointers(hidden: tuple[Path, Sent],
                 found.append((client, made[client]))
             made[client] += 2
     assert asked == found
-    assert audit.verify(folder).finished
+    assert verification.verify(folder).finished
 
 
 def test_a_sample_that_comes_out_empty_moves_theta_by_noise_alone(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(privacy.os, "urandom", lambda count: b"\xff" * count)
+    monkeypatch.setattr(mechanisms.os, "urandom", lambda count: b"\xff" * count)
     monkeypatch.setattr(LocalEngine, "run", lambda *_: pytest.fail("nobody was sampled"))
     simulate(arguments, tmp_path / "run", *CLIENT, "--rounds", "2")
     opening, *records, _ = logged(tmp_path / "run")
@@ -296,7 +297,7 @@ def test_a_sample_that_comes_out_empty_moves_theta_by_noise_alone(
         assert RoundRecord.from_json(record).aggregate.shape == (2, 2)
     assert [m["loss"] for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "round"] == [None, None]
     monkeypatch.undo()
-    assert audit.verify(tmp_path / "run").finished
+    assert verification.verify(tmp_path / "run").finished
     whole = cut(tmp_path / "run", 2)
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "rounds.log").read_bytes().startswith(whole)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from federation import Federation, Setting, replay
 
-from meerkat import path
-from meerkat.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm import path
+from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm.selection import Vpcs, select
+from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
-from meerkat.register import Join
-from meerkat.replay import Replay
-from meerkat.selection import Vpcs, select
-from meerkat.server import ServerState
+from meerkat.record.members import Join
+from meerkat.record.replay import Replay
 
 Records = list[dict[str, Any]]
 

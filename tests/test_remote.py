@@ -11,17 +11,17 @@ import pytest
 import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
-from meerkat import path, server
-from meerkat.agreement import Refused
-from meerkat.certificates import make_signing_key
-from meerkat.data import load_rows
-from meerkat.engines import frames, remote
-from meerkat.engines.frames import Closed, Frame, Kind
-from meerkat.engines.trail import Trail
+from meerkat.algorithm import path, server
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.errors import RunFailed
-from meerkat.rounds import RoundRecord
-from meerkat.runfolder import Metric, RunFolder
-from meerkat.signatures import Signer, SigningKey, fingerprint
+from meerkat.federation import frames, remote_engine
+from meerkat.federation.catch_up import Trail
+from meerkat.federation.certificates import make_signing_key
+from meerkat.federation.frames import Closed, Frame, Kind
+from meerkat.federation.site_settings import Refused
+from meerkat.problems.data import load_rows
+from meerkat.record.run_folder import Metric, RunFolder
+from meerkat.record.signatures import Signer, SigningKey, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_metrics_are_noted_once_a_second_and_none_is_missing(
 def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = setting.but(local_steps=3, **CALIBRATED)
     federation = Federation.of(ours, monkeypatch)
-    monkeypatch.setattr("meerkat.calibration.select", everyone_but_first)
+    monkeypatch.setattr("meerkat.algorithm.calibration.select", everyone_but_first)
     record = federation.round()
     assert record.plan.steps == {0: 3, 1: 1, 2: 1}
     assert [len(g) for g in record.scalars.values()] == [3, 1, 1]
@@ -117,7 +117,7 @@ def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.Mo
 
 
 def everyone_but_first(magnitude: Any, *_: Any) -> Any:
-    from meerkat.selection import Selection
+    from meerkat.algorithm.selection import Selection
 
     clients = tuple(magnitude)
     return Selection(clients, clients[1:], (), (), (), 0.0, 0.0, 0.0, 0.0)
@@ -310,7 +310,7 @@ def test_a_stream_that_breaks_in_a_round_may_come_back_in_it(
     federation.wire.after(2.0, come)
     assert answered(federation.round()) == [0, 1, 2]
     assert federation.wire.now == pytest.approx(4.0 + 2.0 + 0.0)
-    monkeypatch.setattr(remote, "time", quiet.wire)
+    monkeypatch.setattr(remote_engine, "time", quiet.wire)
     quiet.round()
     quiet.round()
     assert path.digest(quiet.state.theta) == path.digest(federation.state.theta)
@@ -367,7 +367,7 @@ def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
     first.round()
     again = first.replayed()
     second = Federation(setting, first.terms, again.nodes, again.state, again.settings)
-    monkeypatch.setattr(remote, "time", second.wire)
+    monkeypatch.setattr(remote_engine, "time", second.wire)
     for client in range(3):
         second.enter(client)
     with pytest.raises(Refused, match="another node's"):
@@ -485,7 +485,7 @@ def test_who_sends_what_cannot_be_is_shown_out_and_the_others_result_is_unharmed
     setting: Setting, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     federation, without = Federation.of(setting, monkeypatch), Federation.of(setting, monkeypatch)
-    monkeypatch.setattr(remote, "time", federation.wire)
+    monkeypatch.setattr(remote_engine, "time", federation.wire)
     federation.wire.meddle = lambda k, data, up: [(0.0, BAD[what](federation) if up and k == 1 else data)]
     without.wire.meddle = lambda k, data, up: None if up and k == 1 else [(0.0, data)]
     record = federation.round()
@@ -497,7 +497,7 @@ def test_who_sends_what_cannot_be_is_shown_out_and_the_others_result_is_unharmed
     with pytest.raises(Refused):
         federation.wire.connect(federation.ever[1])
     assert answered(federation.round()) == [0, 2]
-    monkeypatch.setattr(remote, "time", without.wire)
+    monkeypatch.setattr(remote_engine, "time", without.wire)
     without.round()
     without.round()
     assert path.digest(federation.state.theta) == path.digest(without.state.theta)
@@ -785,7 +785,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
     first.round()
     again = first.replayed()
     second = Federation(ours, first.terms, again.nodes, again.state, again.settings, again.register)
-    monkeypatch.setattr(remote, "time", second.wire)
+    monkeypatch.setattr(remote_engine, "time", second.wire)
     with pytest.raises(Refused, match="nothing hands over"):
         second.enter(1, signing_key=keys[3])
     with pytest.raises(Refused, match="signing_key"):

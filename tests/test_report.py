@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from meerkat.calibration import CalibrationRecord
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.selection import Vpcs, select
 from meerkat.cli import main
-from meerkat.config import make_config
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.mask import SparseMask
-from meerkat.metrics import calibration_metric, round_metric, split_metric, summarise
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import RunLog
 from meerkat.report import write_comparison_report, write_run_report
 from meerkat.report.clients import binned, groups, running_mean, thinned
 from meerkat.report.compare_page import comparison_page
-from meerkat.report.look import data_size
+from meerkat.report.drawing import data_size
+from meerkat.report.run_facts import Story
 from meerkat.report.run_figures import percent, place_of
 from meerkat.report.run_page import run_page
-from meerkat.report.story import Story
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.runfolder import RunFolder
-from meerkat.runlog import RunLog
-from meerkat.selection import Vpcs, select
+from meerkat.run.metrics import calibration_metric, round_metric, split_metric, summarise
+from meerkat.settings.config import make_config
 
 
 class Outline(HTMLParser):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from meerkat.results import Line, table, write_results
-from meerkat.studies import Check, Comparison, Study
+from meerkat.comparison.results import Line, table, write_results
+from meerkat.comparison.studies import Check, Comparison, Study
 
 Outcomes = Sequence[float | None]
 """One setting's accuracies, seed by seed; None where it diverged."""

@@ -17,18 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_server import bowl_engine, config
 
-from meerkat import calibration, path, runlog
-from meerkat.cli import main
-from meerkat.config import RunConfig, make_config
-from meerkat.directions import Directions
-from meerkat.errors import Diverged, MeerkatError, RunFailed
-from meerkat.optimizers import ServerOptimizer
-from meerkat.register import Register
-from meerkat.replay import Replay
-from meerkat.robust import MEAN, RULES, Aggregation, capped, clipped, combine, mixed, norm, robust
-from meerkat.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply, pack, unpack
-from meerkat.selection import Vpcs
-from meerkat.server import (
+from meerkat.algorithm import calibration, path
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.robust import MEAN, RULES, Aggregation, capped, clipped, combine, mixed, norm, robust
+from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply, pack, unpack
+from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
     aggregate,
@@ -38,7 +32,14 @@ from meerkat.server import (
     open_round,
     share_of,
 )
-from meerkat.signatures import Charter
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.cli import main
+from meerkat.errors import Diverged, MeerkatError, RunFailed
+from meerkat.record import run_log
+from meerkat.record.members import Register
+from meerkat.record.replay import Replay
+from meerkat.record.signatures import Charter
+from meerkat.settings.config import RunConfig, make_config
 
 Rows = list[list[float]]
 NEEDS_F = ("trimmed-mean", "krum", "multi-krum")
@@ -320,7 +321,7 @@ def test_a_norm_is_the_norm_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> No
     values = rows_of(1, 1001).astype(np.float32)
     whole = norm(values)
     assert whole == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-13)
-    monkeypatch.setattr("meerkat.robust._CHUNK", 100)
+    monkeypatch.setattr("meerkat.algorithm.robust._CHUNK", 100)
     assert norm(values) == pytest.approx(whole, rel=1e-14)
     assert norm(np.zeros((3, 0))) == 0
 
@@ -524,15 +525,15 @@ def test_a_robust_run_is_resumed_to_the_same_bits_and_verified(
 ) -> None:
     options = ["--clients", "5", "--aggregation", "krum", "--byzantine", "1", "--rounds", "3", "--eval-every", "0"]
     assert main([*simulate_arguments, *options, "--out", str(tmp_path / "whole")]) == 0
-    append = runlog.RunLog.append
+    append = run_log.RunLog.append
 
-    def stop_in_round_two(log: runlog.RunLog, record: Any) -> None:
+    def stop_in_round_two(log: run_log.RunLog, record: Any) -> None:
         if record.get("round") == 2:
             raise KeyboardInterrupt
         append(log, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "append", stop_in_round_two)
+        patch.setattr(run_log.RunLog, "append", stop_in_round_two)
         main([*simulate_arguments, *options, "--out", str(tmp_path / "cut")])
     assert main(["resume", str(tmp_path / "cut")]) == 0
     assert main(["verify", str(tmp_path / "cut")]) == 0
@@ -544,7 +545,7 @@ def test_a_robust_run_is_resumed_to_the_same_bits_and_verified(
 def test_a_loss_beyond_all_measure_ends_a_simulation_with_one_line(
     simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("meerkat.rounds.LARGEST_LOSS", 1e-12)
+    monkeypatch.setattr("meerkat.algorithm.rounds.LARGEST_LOSS", 1e-12)
     assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "round 0: client 0: a reply with a scalar of" in last

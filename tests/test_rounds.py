@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meerkat.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

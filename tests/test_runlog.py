@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.runlog import LogReader, RunLog
+from meerkat.record.run_log import LogReader, RunLog
 
 RECORDS = [{"kind": "open", "n": 3}, {"kind": "round", "lr": 0.1}, {"kind": "round", "text": "ü\n"}, {"kind": "close"}]
 
@@ -117,10 +117,10 @@ def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from meerkat import runlog
+from meerkat.record import run_log
 from meerkat.errors import RunFailed
 path = Path({str(path)!r})
-log = runlog.RunLog(path)
+log = run_log.RunLog(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, {resource.RLIM_INFINITY}))
 try:
     log.append({{"kind": "round", "padding": "x" * 1000}})

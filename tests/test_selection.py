@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat import selection
-from meerkat.selection import Selection, Vpcs, select
+from meerkat.algorithm import selection
+from meerkat.algorithm.selection import Selection, Vpcs, select
 
 PAPERS = Vpcs(rule="thresholds", calibration_steps=8, initial_steps=3, later_steps=2)
 AUTOMATIC = Vpcs()

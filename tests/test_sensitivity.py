@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meerkat import sensitivity as masks
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask, fingerprint
-from meerkat.models import language_modelling_loss
-from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask, top_entries
+from meerkat.masks import sensitivity as masks
+from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask, top_entries
+from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.problems.causal_lm import language_modelling_loss
 
 
 def dense(mask: SparseMask, model: nn.Module) -> Tensor:

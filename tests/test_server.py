@@ -12,14 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meerkat import path
-from meerkat.client import local_steps
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
-from meerkat.mask import SparseMask
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.sensitivity import random_mask
-from meerkat.server import (
+from meerkat.algorithm import path
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
     aggregate,
@@ -29,7 +26,10 @@ from meerkat.server import (
     participants,
     replay,
 )
-from meerkat.zeroth_order import Loss, MaskedModel
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.run.local_engine import LocalEngine
 
 KEY = 12345
 NO_INNER = np.zeros((0, 1))

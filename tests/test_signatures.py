@@ -16,13 +16,12 @@ pytest.importorskip("cryptography")
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from meerkat.certificates import make_node_key, make_signing_key
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.cli import main
-from meerkat.config import make_config
 from meerkat.errors import MeerkatError
-from meerkat.record import MEANING, meaning
-from meerkat.rounds import RoundPlan
-from meerkat.signatures import (
+from meerkat.federation.certificates import make_node_key, make_signing_key
+from meerkat.record.opening import MEANING, meaning
+from meerkat.record.signatures import (
     BadSignature,
     Charter,
     Signer,
@@ -33,6 +32,7 @@ from meerkat.signatures import (
     read_revoked,
     reply_message,
 )
+from meerkat.settings.config import make_config
 
 CHARTER = Charter("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
 PLAN = RoundPlan(7, 0.25, 1e-3, 2, {1: 3, 4: 1})

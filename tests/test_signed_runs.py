@@ -18,25 +18,25 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cryptography")
 
-from meerkat import calibration, path, server
-from meerkat.agreement import Refused, SiteConfig
-from meerkat.audit import OpenRun, verify
-from meerkat.calibration import CalibrationRecord
-from meerkat.certificates import make_signing_key
+from meerkat.algorithm import calibration, path, server
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.rounds import Reply, RoundRecord
+from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
-from meerkat.config import SITES, RunConfig
-from meerkat.coordinator import FederationConfig, coordinate
-from meerkat.engines import remote
-from meerkat.engines.door import Door
-from meerkat.engines.link import Link
-from meerkat.engines.offer import Offer
-from meerkat.engines.site import Site
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.register import Join, Revocation
-from meerkat.rounds import Reply, RoundRecord
-from meerkat.runlog import LogReader
-from meerkat.server import ServerState
-from meerkat.signatures import SigningKey, fingerprint, handover, reply_message
+from meerkat.federation import remote_engine
+from meerkat.federation.admission import Door
+from meerkat.federation.certificates import make_signing_key
+from meerkat.federation.coordinator import FederationConfig, coordinate
+from meerkat.federation.link import Link
+from meerkat.federation.offer import Offer
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.record.members import Join, Revocation
+from meerkat.record.run_log import LogReader
+from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
+from meerkat.record.verification import OpenRun, verify
+from meerkat.settings.config import SITES, RunConfig
 
 Record = dict[str, Any]
 VP = {"local_steps": 2, "early_stop": "vp", "calibration_steps": 4, "initial_steps": 2, "later_steps": 2}
@@ -54,7 +54,7 @@ class Staged:
 
     def link(self, door: Door) -> Link:
         self.wire = Wire(door)
-        remote.time = self.wire
+        remote_engine.time = self.wire
         self.wire.meddle = lambda _, data, up: [(1.0 if up else 0.0, data)]
         return self.wire
 
@@ -126,10 +126,10 @@ def course(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         make_signing_key(keys / f"{name}.key")
     listed = [(keys / f"{name}.pub").read_text() for name in (*FIRST, RENEWED)]
     (keys / "signers").write_text("# the sites' keys\n" + "".join(listed))
-    clock = remote.time
+    clock = remote_engine.time
     setting = Setting.make(federation, tmp_path_factory.mktemp("sites"), rounds=ROUNDS, **VP)
     yield Course(setting, keys)
-    remote.time = clock
+    remote_engine.time = clock
 
 
 @pytest.fixture(scope="module")

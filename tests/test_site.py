@@ -11,21 +11,22 @@ import pytest
 import torch
 from federation import RUN, Federation, Setting, counted, frame, write_rows
 
-from meerkat import demo, path
-from meerkat.agreement import Refused, SiteConfig
-from meerkat.certificates import make_signing_key
-from meerkat.config import make_config
-from meerkat.data import load_rows
-from meerkat.engines import frames
-from meerkat.engines.frames import BadFrame, Closed, Frame, Kind, Work
-from meerkat.engines.offer import Offer
-from meerkat.engines.site import Site
+from meerkat import demo
+from meerkat.algorithm import path
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.server import ServerState, close_round, open_round, share_of
 from meerkat.errors import MeerkatError
-from meerkat.mask import SparseMask
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.server import ServerState, close_round, open_round, share_of
-from meerkat.signatures import SigningKey
-from meerkat.workplace import make_mask, open_model, resolve
+from meerkat.federation import frames
+from meerkat.federation.certificates import make_signing_key
+from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.federation.offer import Offer
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.data import load_rows
+from meerkat.record.signatures import SigningKey
+from meerkat.run.setup import make_mask, open_model, resolve
+from meerkat.settings.config import make_config
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -359,7 +360,7 @@ def test_no_memory_is_told_in_one_word(setting: Setting, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("GPU 0 has 3 rows of 'a patient's text' in it")
 
-    monkeypatch.setattr("meerkat.engines.site.local_steps", full)
+    monkeypatch.setattr("meerkat.federation.site.local_steps", full)
     failed = decoded(setting.site(0).answer(Server(setting).ask()))
     assert (failed.kind, json.loads(failed.body)) == (Kind.FAILED, {"why": "out of memory"})
 

@@ -20,13 +20,13 @@ import grpc
 from proxy import Proxy
 from stub import RUN, Attending, Coordinator, StubSite, scalars_of
 
-from meerkat.agreement import Refused
-from meerkat.certificates import certify
-from meerkat.engines import frames
 from meerkat.engines.flower import stream
-from meerkat.engines.frames import Frame, Kind
-from meerkat.engines.link import Terms
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.federation import frames
+from meerkat.federation.certificates import certify
+from meerkat.federation.frames import Frame, Kind
+from meerkat.federation.link import Terms
+from meerkat.federation.site_settings import Refused
 
 METHOD = "/meerkat.Session/Frames"
 SECONDS = 20.0

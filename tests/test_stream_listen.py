@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
-from meerkat.certificates import certify
-from meerkat.coordinator import host_and_port
-from meerkat.engines.door import Door
-from meerkat.engines.flower.stream import StreamLink
 from meerkat.errors import MeerkatError
-from meerkat.register import Register
-from meerkat.signatures import Charter
+from meerkat.federation.admission import Door
+from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator import host_and_port
+from meerkat.federation.flower.stream import StreamLink
+from meerkat.record.members import Register
+from meerkat.record.signatures import Charter
 
 
 def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from meerkat.comparison.studies import Comparison, read_comparison
 from meerkat.errors import MeerkatError
-from meerkat.studies import Comparison, read_comparison
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "claims" / "embedded.toml"
 

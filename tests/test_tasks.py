@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from meerkat.data import load_rows
 from meerkat.errors import MeerkatError
-from meerkat.tasks import TASKS, Candidate, Example, Row, Task, check_rows, encode, load_task
+from meerkat.problems.data import load_rows
+from meerkat.problems.tasks import TASKS, Candidate, Example, Row, Task, check_rows, encode, load_task
 
 LETTERS = Task("letters", "{text} is {label}", ("great", "terrible film", "N"), needs=("text",))
 """With the tiny tokenizer: labels of one, two and one tokens, the first two straddling the prompt's space."""

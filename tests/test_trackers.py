@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from meerkat.config import make_config
 from meerkat.errors import MeerkatError
-from meerkat.experiment import simulate
-from meerkat.runfolder import RunFolder
-from meerkat.trackers import tracking
+from meerkat.record.run_folder import RunFolder
+from meerkat.run.simulation import simulate
+from meerkat.run.trackers import tracking
+from meerkat.settings.config import make_config
 
 SETTINGS = {"rounds": 2, "clients": 2, "eval_every": 1, "text_sequences": 2, "threads": 1, "tracker": "tensorboard"}
 

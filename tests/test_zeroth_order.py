@@ -5,10 +5,10 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
+from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import RunFailed
-from meerkat.models import language_modelling_loss
-from meerkat.sensitivity import full_mask, magnitude_mask
-from meerkat.zeroth_order import MaskedModel, projected_gradient
+from meerkat.masks.sensitivity import full_mask, magnitude_mask
+from meerkat.problems.causal_lm import language_modelling_loss
 
 TOKENS = torch.arange(3, 20)
 

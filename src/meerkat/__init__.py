@@ -1,17 +1,17 @@
 """Meerkat: sparse zeroth-order federated fine-tuning of language models."""
 
-from meerkat.calibration import close_calibration, open_calibration
-from meerkat.client import local_steps
-from meerkat.directions import Directions
-from meerkat.engines.local import LocalEngine
+from meerkat.algorithm.calibration import close_calibration, open_calibration
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.selection import Selection, Vpcs, select
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import Diverged, MeerkatError, RunFailed
-from meerkat.mask import SparseMask
-from meerkat.optimizers import ServerOptimizer
-from meerkat.rounds import Reply, RoundPlan, RoundRecord
-from meerkat.selection import Selection, Vpcs, select
-from meerkat.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
-from meerkat.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.zeroth_order import MaskedModel, projected_gradient
+from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.run.local_engine import LocalEngine
 
 __version__ = "0.1.0"
 

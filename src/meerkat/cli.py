@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from meerkat import __version__
-from meerkat.config import RunConfig, make_config, read_toml
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.settings.config import RunConfig, make_config, read_toml
 
 MASK_SETTINGS = (
     "model",
@@ -193,7 +193,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _simulate(arguments: argparse.Namespace) -> None:
     given = read_toml(Path(arguments.config)) if arguments.config else {}
     config = make_config(given | _settings(arguments))
-    from meerkat.experiment import simulate
+    from meerkat.run.simulation import simulate
 
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}")
     _finish(simulate(config, out), out, arguments.json)
@@ -209,11 +209,11 @@ def _compare(arguments: argparse.Namespace) -> None:
         given["total_steps"] = arguments.total_steps
     if arguments.jobs < 0:
         raise MeerkatError(f"--jobs {arguments.jobs}: must be 1 or more, or 0 for one a CPU")
-    from meerkat.studies import read_comparison
+    from meerkat.comparison.studies import read_comparison
 
     comparison = read_comparison(Path(arguments.config) if arguments.config else None, given, arguments.quick)
-    from meerkat.compare import compare
-    from meerkat.results import table
+    from meerkat.comparison.compare import compare
+    from meerkat.comparison.results import table
 
     name = Path(arguments.config).stem if arguments.config else "comparison"
     out = Path(arguments.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
@@ -233,14 +233,14 @@ def _numbers(words: Sequence[str], flag: str) -> list[int]:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    from meerkat.experiment import resume
+    from meerkat.run.simulation import resume
 
     _finish(resume(arguments.folder), arguments.folder, arguments.json)
 
 
 def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from meerkat.record.run_folder import told_plainly
     from meerkat.report import curves, in_words
-    from meerkat.runfolder import told_plainly
 
     with told_plainly(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
         picture, _ = curves([folder], folder)
@@ -253,8 +253,8 @@ def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
 def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(_settings(arguments))
     out = Path(arguments.out)
-    from meerkat.runfolder import write_whole
-    from meerkat.workplace import make_mask, open_model, resolve, resolve_model
+    from meerkat.record.run_folder import write_whole
+    from meerkat.run.setup import make_mask, open_model, resolve, resolve_model
 
     if config.recipe.moves == "lora":
         raise MeerkatError("--method lora-fedzo: moves adapters whole and has no mask to write; choose another method")
@@ -287,7 +287,7 @@ def _mask(arguments: argparse.Namespace) -> None:
 
 def _partition(arguments: argparse.Namespace) -> None:
     config = make_config(_settings(arguments))
-    from meerkat.sites import write_sites
+    from meerkat.federation.site_folders import write_sites
 
     counts = write_sites(config, Path(arguments.out))
     if arguments.json:
@@ -300,7 +300,7 @@ def _partition(arguments: argparse.Namespace) -> None:
 
 def _certify(arguments: argparse.Namespace) -> None:
     try:
-        from meerkat.certificates import certify
+        from meerkat.federation.certificates import certify
     except ImportError:
         raise MeerkatError("certify: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
     made = certify(arguments.out, arguments.host, arguments.nodes, arguments.days)
@@ -313,10 +313,10 @@ def _certify(arguments: argparse.Namespace) -> None:
 
 def _keygen(arguments: argparse.Namespace) -> None:
     try:
-        from meerkat.certificates import make_signing_key
+        from meerkat.federation.certificates import make_signing_key
     except ImportError:
         raise MeerkatError("keygen: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
-    from meerkat.signatures import SigningKey, fingerprint
+    from meerkat.record.signatures import SigningKey, fingerprint
 
     if not arguments.out.name or arguments.out.is_dir():
         raise MeerkatError(f"keygen: --out '{arguments.out}': must be a new file, such as signing.key")
@@ -333,7 +333,7 @@ def _keygen(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     try:
-        from meerkat.doctor import examine, in_lines, judge
+        from meerkat.federation.doctor import examine, in_lines, judge
     except ImportError:
         raise MeerkatError("doctor: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'") from None
     outcome = examine(arguments.file, arguments.connect)
@@ -342,13 +342,13 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from meerkat.audit import verify
-    from meerkat.signatures import read_keys, read_revoked
+    from meerkat.record.signatures import read_keys, read_revoked
+    from meerkat.record.verification import verify
 
     listed = read_keys(arguments.signers, "--signers") if arguments.signers else None
     revoked = read_revoked(arguments.revoked, "--revoked")
     run = verify(arguments.folder, listed, revoked)
-    from meerkat.path import digest
+    from meerkat.algorithm.path import digest
     from meerkat.progress import say
 
     if revoked and not run.signed:
@@ -378,7 +378,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from meerkat.audit import evaluate
+    from meerkat.run.evaluate import evaluate
 
     found = evaluate(arguments.folder, arguments.split)
     if arguments.json:
@@ -400,7 +400,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from meerkat.export import export
+    from meerkat.export.model import export
 
     written = export(arguments.folder, arguments.to, arguments.form)
     print(json.dumps({"written": str(written)}) if arguments.json else f"written: {written}")

@@ -27,17 +27,17 @@ from typing import Any
 
 from proxy import Proxy
 
-from meerkat.agreement import SiteConfig
-from meerkat.config import EMBEDDED, SITES, RunConfig
-from meerkat.coordinator import FederationConfig, coordinate
-from meerkat.engines.door import Door
-from meerkat.engines.flower.stream import StreamLink, attend
-from meerkat.engines.frames import Frame
-from meerkat.engines.link import Link
-from meerkat.engines.offer import Offer
-from meerkat.engines.site import Site
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.workplace import open_model
+from meerkat.federation.admission import Door
+from meerkat.federation.coordinator import FederationConfig, coordinate
+from meerkat.federation.flower.stream import StreamLink, attend
+from meerkat.federation.frames import Frame
+from meerkat.federation.link import Link
+from meerkat.federation.offer import Offer
+from meerkat.federation.site import Site
+from meerkat.federation.site_settings import SiteConfig
+from meerkat.run.setup import open_model
+from meerkat.settings.config import EMBEDDED, SITES, RunConfig
 
 LOOPBACK = "127.0.0.1"
 NODES = 3

@@ -21,13 +21,14 @@ from federation_processes import (
     run_settings,
 )
 
-from meerkat import audit, demo
-from meerkat.certificates import certify
-from meerkat.config import RunConfig
-from meerkat.engines.flower.stream import NOTICED_S
-from meerkat.experiment import simulate
-from meerkat.runlog import LogReader
-from meerkat.sites import write_sites
+from meerkat import demo
+from meerkat.federation.certificates import certify
+from meerkat.federation.flower.stream import NOTICED_S
+from meerkat.federation.site_folders import write_sites
+from meerkat.record import verification
+from meerkat.record.run_log import LogReader
+from meerkat.run.simulation import simulate
+from meerkat.settings.config import RunConfig
 
 FINISHED = "the run is finished"
 WHOLE = {"clients_minimum": NODES, "quorum": NODES}
@@ -94,7 +95,7 @@ def federation(nursery: Nursery, sites: Path, keys: dict[str, Path], tmp_path: P
 
 def check_outcome(federation: Federation) -> str:
     """The run is whole and sound; the digest of its theta."""
-    replayed = audit.verify(federation.out)
+    replayed = verification.verify(federation.out)
     assert replayed.finished
     assert replayed.rounds == federation.settings["rounds"]
     assert not [*federation.out.glob("*.part")]
@@ -200,7 +201,7 @@ def test_a_coordinator_that_is_told_to_stop_frees_its_nodes_at_once_and_goes_on_
         assert made.poll(-1, wait=True) == 1
         made.wait_for(lambda: all(map(made.is_free, range(NODES))), 2, "the nodes are free")
         assert [made.notes(node)[-1]["why"] for node in range(NODES)] == NODES * ["the coordinator stopped"]
-        stopped = audit.verify(made.out)
+        stopped = verification.verify(made.out)
         assert not stopped.finished
         assert 5 <= stopped.rounds < ROUNDS
         assert "coordinator: the run was stopped; what was logged is safe" in made.log.read_text()
@@ -277,7 +278,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room
         assert "File too large" in line
         assert "make room" in line
         assert "Traceback" not in made.log.read_text()
-        assert 0 < audit.verify(made.out).rounds < 40
+        assert 0 < verification.verify(made.out).rounds < 40
         made.start(-1)
         made.finish()
         assert check_outcome(made) == simulated(settings)

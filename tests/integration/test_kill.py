@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from meerkat.runfolder import RunFolder
+from meerkat.record.run_folder import RunFolder
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:

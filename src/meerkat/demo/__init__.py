@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from meerkat.tasks import Task
-from meerkat.tasks import load_task as load_task_file
+from meerkat.problems.tasks import Task
+from meerkat.problems.tasks import load_task as load_task_file
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"

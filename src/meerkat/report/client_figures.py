@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meerkat.alignment import Alignment
-from meerkat.calibration import CalibrationRecord
+from meerkat.algorithm.alignment import Alignment
+from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.report.clients import FEW, Group, draw_lines, groups, name_ends, names, thinned
-from meerkat.report.look import (
+from meerkat.report.drawing import (
     CYCLE,
     HEAT,
     INK,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from meerkat.report.look import BLUE, MUTED, PURPLE, RED, REST, legend_above
+from meerkat.report.drawing import BLUE, MUTED, PURPLE, RED, REST, legend_above
 
 End = tuple[float, float, int, str]
 """Height and place along x at which a line ends, its client, its colour."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import meerkat.report.study_figures as draw
 from meerkat.errors import RunFailed
-from meerkat.report.look import data_size
+from meerkat.report.drawing import data_size
 from meerkat.report.page import Page, Shown, absent, escape, folded, paragraph, pill, table
-from meerkat.report.study import Study, finite, mean, numeric, read_studies, spread, told_apart, value_words
+from meerkat.report.study_facts import Study, finite, mean, numeric, read_studies, spread, told_apart, value_words
 
 Row = Mapping[str, Any]
 _NONE, _TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"

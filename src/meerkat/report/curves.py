@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from meerkat.runfolder import RunFolder
+from meerkat.record.run_folder import RunFolder
 
 
 def curves(folders: Sequence[Path], to: Path) -> list[Path]:

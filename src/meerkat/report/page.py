@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from meerkat.report.look import VARIABLES, inline, save
+from meerkat.record.run_folder import write_whole
+from meerkat.report.drawing import VARIABLES, inline, save
 from meerkat.report.style import STYLE
-from meerkat.runfolder import write_whole
 
 __all__ = ["Page", "absent", "escape", "folded", "numbers", "paragraph", "pill", "table"]
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 import meerkat.report.client_figures as draw
-from meerkat.alignment import Alignment, alignments
-from meerkat.calibration import CalibrationRecord
-from meerkat.directions import Directions, run_key
-from meerkat.gradip import gradip, magnitude
+from meerkat.algorithm.alignment import Alignment, alignments
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.gradip import gradip, magnitude
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.report.clients import binned, groups, how_drawn, running_mean
 from meerkat.report.page import Page, absent, paragraph
-from meerkat.report.story import Story
-from meerkat.report.words import found_out
-from meerkat.rounds import RoundRecord
+from meerkat.report.run_facts import Story
+from meerkat.report.sentences import found_out
 
 _ENTRIES = 3e8
 """So many entries of directions are made, at most, to see how updates align."""
@@ -168,7 +168,7 @@ def alignment_section(page: Page, story: Story) -> None:
         page.add(
             absent(
                 "How updates align is left out: so many directions of so many entries would take too long; "
-                "meerkat.history.updates gives them."
+                "meerkat.record.history.updates gives them."
             )
         )
         return

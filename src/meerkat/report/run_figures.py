@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator
 
-from meerkat.report.look import (
+from meerkat.report.drawing import (
     BLUE,
     CYCLE,
     HEAT,

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 import meerkat.report.run_figures as draw
-from meerkat.config import SITES, RunConfig
 from meerkat.errors import RunFailed
-from meerkat.metrics import budgets_in_words, defence_in_words
-from meerkat.report.look import CYCLE, data_size
+from meerkat.report.drawing import CYCLE, data_size
 from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph, table
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
-from meerkat.report.story import Story
-from meerkat.report.words import in_digits, outcome, so_far, unfinished
+from meerkat.report.run_facts import Story
+from meerkat.report.sentences import in_digits, outcome, so_far, unfinished
+from meerkat.run.metrics import budgets_in_words, defence_in_words
+from meerkat.settings.config import SITES, RunConfig
 
 
 def write_run_report(root: Path) -> Path:

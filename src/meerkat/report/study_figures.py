@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from meerkat.report.look import (
+from meerkat.report.drawing import (
     BLUE,
     CYCLE,
     GREEN,
@@ -24,7 +24,7 @@ from meerkat.report.look import (
     short,
     whole_numbers,
 )
-from meerkat.report.study import Study, finite, mean, setting_words, told_apart
+from meerkat.report.study_facts import Study, finite, mean, setting_words, told_apart
 
 Row = Mapping[str, Any]
 _DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", (0, (8, 2)), (0, (3, 1)))

@@ -1,0 +1,1 @@
+"""The paper: directions, zeroth-order steps, rounds, paths, GradIP, aggregation, selection."""

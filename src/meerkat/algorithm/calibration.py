@@ -1,0 +1,127 @@
+"""Meerkat-vp: calibrating clients, and stopping the extreme ones early (method, section 6).
+
+Each client makes one uninterrupted path of T_cali steps from the same theta, in a phase of directions of
+its own; theta is put back afterwards. Clients that `selection` finds extreme make one local step a round
+from then on, with a data pointer that moves on. Calibration's steps and bytes are counted like any others.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from meerkat import seeds
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.gradip import gradip, inner_products, magnitude
+from meerkat.algorithm.rounds import Reply, RoundPlan, replies_from_json, replies_to_json, steps_of
+from meerkat.algorithm.selection import Selection, select
+from meerkat.algorithm.server import ServerConfig, ServerState, counted, within_allowance
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """A calibration and what was decided on it: theta does not move."""
+
+    plan: RoundPlan
+    scalars: Mapping[int, np.ndarray]
+    """g_k: float32 [T_cali, P] by client id, ascending."""
+    inner: np.ndarray
+    """c^{t,p} = <grad_p, z^{t,p}>: float64 [T_cali, P], or empty."""
+    selection: Selection
+    early_stopped: tuple[int, ...]
+    """Who makes one step a round from now on: the extreme clients, or as many at random."""
+    signatures: Mapping[int, bytes] = field(default_factory=dict)
+    """Of the replies, 64 bytes each, by client id; who did not sign is not in it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {
+            **replies_to_json(self.plan, steps_of(self.scalars), self.scalars, self.inner, self.signatures),
+            "selection": asdict(self.selection),
+            "early_stopped": list(self.early_stopped),
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> "CalibrationRecord":
+        """The record that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was not written by `to_json`.
+        """
+        plan, _, scalars, inner, signatures = replies_from_json(held)
+        found = held["selection"]
+        if found.keys() != {each.name for each in fields(Selection)}:
+            raise ValueError(f"round {plan.round} has a selection with {', '.join(found)}")
+        settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        chosen = Selection(**settled)
+        return cls(plan, scalars, inner, chosen, tuple(held["early_stopped"]), signatures)
+
+
+def due(state: ServerState, config: ServerConfig) -> bool:
+    """Whether a calibration stands before the next round. At T = 1 none does: there is nothing to stop."""
+    if (
+        config.early_stop == "none"
+        or config.local_steps == 1
+        or state.round == config.rounds
+        or state.calibrated == state.round
+    ):
+        return False
+    every = config.vpcs.recalibrate_every
+    return state.calibrated is None or bool(every and state.round % every == 0)
+
+
+def open_calibration(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
+    """T_cali steps for every client (of those available, where that is said), at the run's first learning rate."""
+    among = sorted(range(config.clients) if available is None else available)
+    steps = within_allowance(state, config, dict.fromkeys(among, config.vpcs.calibration_steps))
+    return RoundPlan(state.round, config.lr, config.eps, config.directions, steps, "calibration")
+
+
+def close_calibration(
+    state: ServerState,
+    plan: RoundPlan,
+    replies: Sequence[Reply],
+    config: ServerConfig,
+    directions: Directions,
+    gradient: Tensor | None = None,
+) -> tuple[ServerState, CalibrationRecord]:
+    """Decide who stops early. Clients that did not answer in full are left as they are."""
+    whole = {reply.client: reply for reply in replies if len(reply.scalars) == plan.steps[reply.client]}
+    scalars = {client: whole[client].scalars for client in sorted(whole)}
+    record = decide(state, plan, scalars, inner_products(gradient, plan, directions), config)
+    record = replace(record, signatures={k: whole[k].signature for k in scalars if whole[k].signature})
+    return replay(state, record), record
+
+
+def decide(
+    state: ServerState,
+    plan: RoundPlan,
+    scalars: Mapping[int, np.ndarray],
+    inner: np.ndarray,
+    config: ServerConfig,
+) -> CalibrationRecord:
+    """The decision that follows from a calibration's scalars: who is extreme, and who stops early."""
+    found = select(
+        {client: magnitude(g) for client, g in scalars.items()},
+        {client: gradip(g, inner) for client, g in scalars.items()},
+        config.vpcs,
+        plan.directions,
+    )
+    chosen = found.extreme
+    if config.early_stop == "random":
+        order = seeds.permutation(len(found.clients), config.seed, "early stopping", plan.round)
+        chosen = tuple(sorted(found.clients[i] for i in order[: len(found.extreme)]))
+    silent = state.early_stopped - scalars.keys()
+    return CalibrationRecord(plan, scalars, inner, found, tuple(sorted({*chosen, *silent})))
+
+
+def replay(state: ServerState, record: CalibrationRecord) -> ServerState:
+    """The state after a calibration: theta is what it was."""
+    return replace(
+        state,
+        steps_made=counted(state, steps_of(record.scalars)),
+        early_stopped=frozenset(record.early_stopped),
+        calibrated=record.plan.round,
+    )

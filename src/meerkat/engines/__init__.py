@@ -1,1 +1,0 @@
-"""Where the clients of a round run."""

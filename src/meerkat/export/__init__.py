@@ -1,0 +1,1 @@
+"""Taking a run's model away, with its model card."""

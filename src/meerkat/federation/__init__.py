@@ -1,0 +1,1 @@
+"""A real federation: coordinator, sites, and what travels between them."""

@@ -1,0 +1,283 @@
+"""Frames: what coordinator and site say to each other in a round, as bytes.
+
+Every frame begins with the same 52 bytes: magic and version, kind, the run, the client, the round it belongs
+to and the SHA-256 of theta as that round finds it. What follows depends on the kind, little-endian throughout.
+A site's frames can hold scalars, counts of an evaluation and words from a fixed list: no loss, label or text
+of its data has a place in them. A signed reply does without the SHA-256, which its signature covers.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meerkat.algorithm.directions import PHASES, Phase
+from meerkat.errors import MeerkatError
+from meerkat.record.signatures import SIGNATURE
+
+VERSION = 2
+LIMIT = 1 << 20
+"""Bytes of a frame, at most."""
+
+_MAGIC = b"MK"
+_ADDRESS = struct.Struct("<2sBB8sII")
+_DIGEST = 32
+_HEADER_SIZE = _ADDRESS.size + _DIGEST
+_WORK = struct.Struct("<BdIQH")
+_CLOSED = struct.Struct("<BddIH")
+ROOM = LIMIT - _HEADER_SIZE
+"""Bytes of a frame's body, at most."""
+_REPLY = struct.Struct("<BIH")
+_COUNTS = struct.Struct("<QQ")
+_PART = struct.Struct("<IIQ")
+_F4 = np.dtype("<f4")
+_PHASES: tuple[Phase, ...] = ("training", "calibration")
+"""By their numbers in directions.PHASES."""
+
+
+class BadFrame(MeerkatError):
+    """Bytes that are no frame of this version, or not one that may come now; the message says how."""
+
+
+class Kind(IntEnum):
+    """What a frame says; who says it stands beside."""
+
+    HELLO = 1  # site: who I am and what I hold; a token or session secret in front
+    WELCOME = 2  # coordinator: you are in, and your session secret
+    WORK = 3  # coordinator: rounds closed since, and the steps to make now
+    REPLY = 4  # site: the scalars
+    CLOSED = 5  # coordinator: rounds closed since, and nothing to do
+    STATE = 6  # coordinator: a part of theta and what goes with it
+    BEHIND = 7  # site: my theta is not the one you mean
+    JUDGE = 8  # coordinator: rounds closed since; evaluate on your own rows
+    COUNTS = 9  # site: rows right, rows in all
+    FAILED = 10  # site: I could not make my steps
+    REFUSAL = 11  # either: no, and why, in one line; the session is over
+    END = 12  # coordinator: the run is over
+    SIGNED = 13  # site: the scalars, with its signature in front
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+FAILURES = ("diverged", "out of memory", "error")
+"""Why a site could not make its steps: all that it says of it."""
+
+
+class Frame(NamedTuple):
+    """One message."""
+
+    kind: Kind
+    run: bytes
+    """The federation's id, 8 bytes."""
+    client: int
+    round: int
+    digest: bytes = bytes(32)
+    """SHA-256 of theta at the start of the round, as the sender has it; none in a SIGNED frame."""
+    body: bytes = b""
+
+    def encode(self) -> bytes:
+        """The frame's bytes.
+
+        Raises:
+            BadFrame: it would be longer than LIMIT.
+        """
+        data = _ADDRESS.pack(_MAGIC, VERSION, self.kind, self.run, self.client, self.round)
+        data += self.body if self.kind is Kind.SIGNED else self.digest + self.body
+        if len(data) > LIMIT:
+            raise BadFrame(f"a frame of {len(data):,} bytes: at most {LIMIT:,} can be sent")
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Frame":
+        """The frame that `encode` wrote.
+
+        Raises:
+            BadFrame: it is none, is too long, or is of another version.
+        """
+        if not _HEADER_SIZE <= len(data) <= LIMIT:
+            raise BadFrame(f"a frame of {len(data):,} bytes: must be {_HEADER_SIZE} to {LIMIT:,}")
+        magic, version, kind, run, client, at = _ADDRESS.unpack_from(data)
+        if magic != _MAGIC:
+            raise BadFrame("not a frame of this protocol")
+        if version != VERSION:
+            raise BadFrame(f"frame format {version}, this side speaks {VERSION}: use the same version of meerkat")
+        if (known := _KINDS.get(kind)) is None:
+            raise BadFrame(f"a frame of unknown kind {kind}")
+        head = _ADDRESS.size if known is Kind.SIGNED else _HEADER_SIZE
+        return cls(known, run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
+
+
+class Closed(NamedTuple):
+    """A closed round, as far as following it needs: 23 bytes and four a scalar."""
+
+    lr: float
+    share: float
+    """Weight of the clients that took part over that of all."""
+    aggregate: np.ndarray
+    """G_r: float32 [T, P]"""
+    counted: bool
+    """Whether this client's own reply was among them."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes it is."""
+        return _CLOSED.size + self.aggregate.nbytes
+
+    def encode(self) -> bytes:
+        """The round's bytes."""
+        head = _CLOSED.pack(self.counted, self.lr, self.share, *self.aggregate.shape)
+        return head + self.aggregate.astype(_F4, copy=False).tobytes()
+
+
+class Work(NamedTuple):
+    """The body of WORK, CLOSED and JUDGE: what happened since, and what to do now."""
+
+    phase: Phase = "training"
+    lr: float = 0.0
+    steps: int = 0
+    """T_k; 0 where there is nothing to do."""
+    pointer: int = 0
+    """Steps that the client has made in all: where in its rows it goes on."""
+    closed: Sequence[Closed] = ()
+    """The rounds that end at the frame's own, oldest first."""
+
+    def encode(self) -> bytes:
+        """The body's bytes."""
+        head = _WORK.pack(PHASES[self.phase], self.lr, self.steps, self.pointer, len(self.closed))
+        return head + b"".join(closed.encode() for closed in self.closed)
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Work":
+        """The body that `encode` wrote.
+
+        Raises:
+            BadFrame: it is none.
+        """
+        phase, lr, steps, pointer, count = _unpack(_WORK, body)
+        at, closed = _WORK.size, []
+        for _ in range(count):
+            counted, rate, share, made, directions = _unpack(_CLOSED, body, at)
+            end = at + _CLOSED.size + 4 * made * directions
+            if end > len(body):
+                raise BadFrame("a body that is cut short")
+            if not made:
+                raise BadFrame("a closed round without a step")
+            aggregate = np.frombuffer(body[at + _CLOSED.size : end], dtype=_F4).astype(np.float32)
+            closed.append(Closed(rate, share, aggregate.reshape(made, directions), bool(counted)))
+            at = end
+        if at != len(body) or phase >= len(_PHASES):
+            raise BadFrame("a body that does not end where it should")
+        return cls(_PHASES[phase], lr, steps, pointer, tuple(closed))
+
+
+def encode_scalars(phase: Phase, scalars: np.ndarray) -> bytes:
+    """The body of a REPLY; scalars float32 [T_k, P]."""
+    return _REPLY.pack(PHASES[phase], *scalars.shape) + scalars.astype(_F4, copy=False).tobytes()
+
+
+def decode_scalars(body: bytes) -> tuple[Phase, np.ndarray]:
+    """The phase and scalars, float32 [T_k, P], of a REPLY.
+
+    Raises:
+        BadFrame: it is none.
+    """
+    phase, steps, directions = _unpack(_REPLY, body)
+    if phase >= len(_PHASES) or len(body) != _REPLY.size + 4 * steps * directions:
+        raise BadFrame(f"a reply of {len(body)} bytes for {steps} steps of {directions} directions")
+    scalars = np.frombuffer(body, dtype=_F4, offset=_REPLY.size).astype(np.float32)
+    return _PHASES[phase], scalars.reshape(steps, directions)
+
+
+def decode_reply(frame: Frame) -> tuple[Phase, np.ndarray, bytes]:
+    """Phase, scalars, float32 [T_k, P], and signature of a REPLY, which has none, or a SIGNED.
+
+    Raises:
+        BadFrame: it is neither.
+    """
+    signed = SIGNATURE if frame.kind is Kind.SIGNED else 0
+    return *decode_scalars(frame.body[signed:]), frame.body[:signed]
+
+
+def encode_counts(correct: int, total: int) -> bytes:
+    """The body of COUNTS."""
+    return _COUNTS.pack(correct, total)
+
+
+def decode_counts(body: bytes) -> tuple[int, int]:
+    """Rows right and rows in all.
+
+    Raises:
+        BadFrame: it is no such body, or more are right than there are.
+    """
+    correct, total = _unpack(_COUNTS, body)
+    if len(body) != _COUNTS.size or correct > total:
+        raise BadFrame(f"an evaluation with {correct} of {total} rows right")
+    return correct, total
+
+
+def encode_state(values: np.ndarray) -> list[bytes]:
+    """The bodies of the STATE frames that hold float32 values: a part each, as long as a frame can be."""
+    data = values.astype(_F4, copy=False).tobytes()
+    room = LIMIT - _HEADER_SIZE - _PART.size
+    parts = [data[at : at + room] for at in range(0, len(data), room)]
+    return [_PART.pack(number, len(parts), len(data)) + part for number, part in enumerate(parts)]
+
+
+class StateParts:
+    """Puts the parts of a state together."""
+
+    def __init__(self, count: int) -> None:
+        """`count`: the float32 values that there must be."""
+        self._bytes = 4 * count
+        self._held = bytearray()
+        self._next = 0
+
+    def add(self, body: bytes) -> np.ndarray | None:
+        """Take the next part; the values, float32 [count], once it was the last. The first begins anew.
+
+        Raises:
+            BadFrame: it is not the next part of as many values.
+        """
+        number, parts, size = _unpack(_PART, body)
+        if number == 0:  # a stream that broke may have left some of an earlier state
+            self._held, self._next = bytearray(), 0
+        if size != self._bytes or number != self._next or number >= parts:
+            raise BadFrame(f"part {number} of a state of {size:,} bytes, where {self._bytes:,} are expected")
+        self._held += body[_PART.size :]
+        self._next += 1
+        held, last = len(self._held), number + 1 == parts
+        if len(body) == _PART.size or held > size or (last and held < size):
+            raise BadFrame(f"a state of {held:,} bytes, where {size:,} were announced")
+        if not last:
+            return None
+        data, self._held, self._next = self._held, bytearray(), 0
+        return np.frombuffer(data, dtype=_F4).astype(np.float32)
+
+
+def encode_words(said: Any, secret: bytes = b"") -> bytes:
+    """The body of HELLO and WELCOME (32 secret bytes and JSON), of REFUSAL and END (JSON)."""
+    return secret + json.dumps(said, separators=(",", ":"), allow_nan=False).encode()
+
+
+def decode_words(body: bytes, secret: int = 0) -> tuple[bytes, dict[str, Any]]:
+    """The secret bytes in front, `secret` of them, and the JSON object.
+
+    Raises:
+        BadFrame: it is no such body.
+    """
+    try:
+        held = json.loads(body[secret:])
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict):
+        raise BadFrame("a frame whose words are no JSON object")
+    return body[:secret], held
+
+
+def _unpack(form: struct.Struct, data: bytes, at: int = 0) -> tuple[Any, ...]:
+    if len(data) - at < form.size:
+        raise BadFrame("a body that is cut short")
+    return form.unpack_from(data, at)

@@ -1,0 +1,50 @@
+"""Each client's rows as a data folder of its own: a simulated split, taken apart for sites that train by themselves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from meerkat.errors import MeerkatError
+from meerkat.problems.partition import partition
+from meerkat.problems.tasks import Row
+from meerkat.record.run_folder import write_whole
+from meerkat.run.setup import open_task, resolve, training_and_evaluation_rows
+from meerkat.settings.config import RunConfig
+
+
+def site_folder(out: Path, client: int) -> Path:
+    """The data folder of one client."""
+    return out / f"site-{client}"
+
+
+def write_sites(config: RunConfig, out: Path) -> list[int]:
+    """Write `out`/site-0/train.jsonl, ...: the rows that each client of a simulation with these settings holds.
+
+    A client's rows come in ascending order of the training set, as in a simulation: client k that trains on its own
+    file sees the same batches as client k there.
+
+    Args:
+        config: `task`, `data`, `held_back`, `partition`, `clients` and `seed` are what counts.
+        out: new or empty; made where it is not there.
+
+    Returns:
+        Rows of each client, [K].
+
+    Raises:
+        MeerkatError: the folder is taken, or the rows cannot be loaded or split so.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MeerkatError(f"'{out}': is not an empty folder; give a new or empty one as --out")
+    config = resolve(config)
+    training, _ = training_and_evaluation_rows(config, open_task(config))
+    held = partition(config.partition, training, config.clients, config.seed)
+    for client, rows in enumerate(held.rows):
+        folder = site_folder(out, client)
+        folder.mkdir(parents=True)
+        _write_rows(folder / "train.jsonl", [training[row] for row in rows])
+    return [len(rows) for rows in held.rows]
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Differential privacy of scalars: the mechanism, and what it costs."""

@@ -1,0 +1,142 @@
+"""What a run costs in privacy: (epsilon, delta) of noisy steps, by dp-accounting's privacy loss distributions.
+
+A charge is so many steps of one mechanism. Distributions are rounded up, so that an epsilon is never too low. Why this
+library, and how its numbers compare with others', stands in docs/privacy.md.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from meerkat.errors import MeerkatError
+from meerkat.privacy.mechanism import Relation
+
+LARGEST_NOISE = 1e4
+"""The largest noise multiplier that is looked for."""
+_WIDTHS = ((0.02, 1e-3), (0.0, 1e-4))
+"""From which q / sigma on, the width of the bins that privacy losses are rounded up to: coarser is ten times faster. It
+depends on the mechanism alone, so that an epsilon grows with the steps."""
+_LONGEST = 1_000_000
+"""Steps that are counted, at most: more count as without noise."""
+_HOPELESS = 200.0
+"""An epsilon, by Rényi orders, above which none is computed: distributions grow with it, to gigabytes and minutes."""
+_ORDERS = (2, 3, 4, 6, 8, 16, 32, 64)
+_TOLERANCE = 1e-3
+"""Noise multipliers found are too large by at most this share."""
+
+
+class Charge(NamedTuple):
+    """Steps of one mechanism."""
+
+    rate: float
+    """q: the sampling probability, in (0, 1]."""
+    noise_multiplier: float
+    """sigma"""
+    steps: int
+
+
+def epsilon(charges: Sequence[Charge], delta: float, relation: Relation) -> float:
+    """The epsilon of several charges together, at a delta: an upper bound; infinite without noise, or with hardly any.
+
+    Raises:
+        MeerkatError: dp-accounting is not installed.
+    """
+    counts: dict[tuple[float, float], int] = {}
+    for charge in charges:
+        if charge.steps and charge.rate:
+            key = charge.rate, charge.noise_multiplier
+            counts[key] = counts.get(key, 0) + charge.steps
+    return _epsilon(tuple(Charge(*key, steps) for key, steps in sorted(counts.items())), delta, relation)
+
+
+@lru_cache(4096)
+def _epsilon(charges: tuple[Charge, ...], delta: float, relation: Relation) -> float:
+    if any(charge.noise_multiplier == 0 for charge in charges) or sum(c.steps for c in charges) > _LONGEST:
+        return math.inf
+    dp, pld, rdp = _library()
+    neighbours = dp.NeighboringRelation
+    events = [
+        dp.SelfComposedDpEvent(
+            dp.PoissonSampledDpEvent(charge.rate, dp.GaussianDpEvent(charge.noise_multiplier)), charge.steps
+        )
+        for charge in charges
+    ]
+    coarse = rdp.RdpAccountant(_ORDERS)  # of one more or less; another one in its place costs more still
+    if charges and coarse.compose(dp.ComposedDpEvent(events)).get_epsilon(delta) > _HOPELESS:
+        return math.inf
+    accountant = pld.PLDAccountant(
+        neighbours.ADD_OR_REMOVE_ONE if relation == "add-or-remove" else neighbours.REPLACE_ONE,
+        value_discretization_interval=min((_width(charge) for charge in charges), default=_WIDTHS[0][1]),
+    )
+    for event in events:
+        accountant.compose(event)
+    return float(accountant.get_epsilon(delta))
+
+
+def _width(charge: Charge) -> float:
+    return next(width for least, width in _WIDTHS if charge.rate / charge.noise_multiplier >= least)
+
+
+def noise_for(target: float, delta: float, rate: float, steps: int, relation: Relation) -> float:
+    """The smallest noise multiplier, to three digits, whose steps cost at most a target epsilon.
+
+    Raises:
+        MeerkatError: none up to LARGEST_NOISE does.
+    """
+
+    def fits(noise_multiplier: float) -> bool:
+        return epsilon([Charge(rate, noise_multiplier, steps)], delta, relation) <= target
+
+    low, high = 0.0, 1.0
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > LARGEST_NOISE:
+            raise MeerkatError(
+                f"dp_epsilon {target:g}: no noise multiplier up to {LARGEST_NOISE:g} keeps {steps} steps within it at "
+                f"delta {delta:g}; allow more, or ask for fewer steps"
+            )
+    if not low:  # a noise that is much too small makes huge distributions: come from above
+        while high > 1 / 64 and fits(high / 2):
+            high /= 2
+        low = high / 2
+    while high - low > _TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def steps_within(
+    target: float,
+    delta: float,
+    rate: float,
+    noise_multiplier: float,
+    relation: Relation,
+    most: int,
+    spent: Sequence[Charge] = (),
+) -> int:
+    """How many more steps, at most `most`, keep a total within a target epsilon, after what was spent before."""
+
+    def fits(steps: int) -> bool:
+        return epsilon([*spent, Charge(rate, noise_multiplier, steps)], delta, relation) <= target
+
+    if fits(most):
+        return most
+    low, high = 0, most  # doubling from below: long compositions are the slow ones
+    reach = 1
+    while reach < most and fits(reach):
+        low, reach = reach, 2 * reach
+    high = min(reach, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _library() -> tuple[Any, Any, Any]:
+    try:
+        import dp_accounting
+        from dp_accounting import pld, rdp
+    except ImportError:
+        raise MeerkatError("differential privacy needs dp-accounting: pip install 'meerkat-fl[privacy]'") from None
+    return dp_accounting, pld, rdp

@@ -1,0 +1,1 @@
+"""What is learned: rows, prompts, models, losses, and who holds which rows."""

@@ -1,0 +1,316 @@
+"""Hugging Face causal language models: loading, losses, evaluation. Knows prompts' tokens, not the method.
+
+Scores are the length-normalised log-probabilities of the label strings; the training loss is the
+cross-entropy over them (method, section 9). Sequences are padded on the right, where a causal model
+never looks, and logits are computed only at the positions that a label is read from.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meerkat.errors import Diverged, MeerkatError
+from meerkat.problems.data import read_texts
+from meerkat.problems.tasks import Example
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Objective = Literal["classification", "language-modelling"]
+
+TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
+"""Padded tokens that go through the model together where sequences are sorted by length.
+
+Measured on the CPU: small passes stay in its caches. See benchmarks/client_batching.py.
+"""
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[nn.Module, Any]:
+    """Load a causal LM and its tokenizer from a local folder or the hub, ready for evaluation.
+
+    Raises:
+        MeerkatError: there is no such model, or it has no tokenizer or no causal-LM head.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise MeerkatError(
+            f"model '{name}': no such folder; give a folder with config.json, or a hub name like org/model"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise MeerkatError(f"model '{name}': the folder has no config.json; give the folder of a Hugging Face model")
+    if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise MeerkatError(
+            f"model '{name}': the folder has no tokenizer; save it there with tokenizer.save_pretrained()"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = "" if folder.is_dir() else "no such folder, and from the hub it "
+        raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
+    model.requires_grad_(False)
+    if not _is_causal(model.eval()):
+        raise MeerkatError(f"model '{name}': its tokens see those after them; give a causal language model")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a later token leaves an earlier one's logits alone; encoders such as BERT load as causal models too."""
+    ids = torch.tensor([[1, 2], [1, 3]], device=next(model.parameters()).device)
+    one, other = model(input_ids=ids).logits[:, 0].float()
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def longest_input(model: nn.Module, limit: int) -> int:
+    """The longest sequence, in tokens, that both the limit and the model's position table allow."""
+    return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
+
+
+# --- pre-training text ----------------------------------------------------------------------------
+
+
+def load_text(source: str, tokenizer: Any, sequences: int, max_length: int) -> list[Tensor]:
+    """The first sequences of a text as token ids, int64 [length], each cut to max_length.
+
+    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are passed over.
+
+    Raises:
+        MeerkatError: no such text, or nothing usable in it.
+    """
+    found: list[Tensor] = []
+    for text in read_texts(source):
+        ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        if len(ids) > 1:
+            found.append(torch.tensor(ids))
+        if len(found) == sequences:
+            break
+    if not found:
+        raise MeerkatError(f"text '{source}': no text in it; give a .jsonl file with 'text' fields, or plain text")
+    return found
+
+
+def language_modelling_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Token ids [length] -> mean cross-entropy of each token given those before it, float32 []."""
+    device = next(model.parameters()).device
+
+    def loss(tokens: Tensor) -> Tensor:
+        ids = tokens.to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return nn.functional.cross_entropy(logits.float(), ids[1:])
+
+    return loss
+
+
+# --- candidate scores -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: padded sequences, and where the label tokens are read."""
+
+    input_ids: Tensor
+    """int64 [sequences, length]"""
+    keep: Tensor
+    """Positions whose logits are needed, int64 [sequences, W]."""
+    read: Tensor
+    """For each label token, its index among the sequences * W kept positions: int64 [labels, longest]."""
+    targets: Tensor
+    """Token ids, int64 [labels, longest]."""
+    share: Tensor
+    """1 / (number of the label's tokens), 0 where there is none: float32 [labels, longest]."""
+    slots: Tensor
+    """row * C + candidate of each label, int64 [labels]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples laid out for the model, once for all passes at different weights."""
+
+    passes: tuple[_Pass, ...]
+    labels: Tensor
+    """int64 [rows]"""
+    candidates: int
+    """C"""
+
+
+def collate(
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+    *,
+    sort: bool = True,
+    sequences_per_pass: int = 0,
+    tokens_per_pass: int = 0,
+) -> Batch:
+    """Lay examples out in padded passes.
+
+    Args:
+        sort: put sequences of like length together, so that little is padded.
+        sequences_per_pass: at most so many in a forward pass; 0 for any number.
+        tokens_per_pass: at most so many padded tokens in a forward pass; 0 for any number.
+    """
+    where = [(row, s) for row, example in enumerate(examples) for s in range(len(example.sequences))]
+    if sort:
+        where.sort(key=lambda at: len(examples[at[0]].sequences[at[1]]))
+    passes: list[_Pass] = []
+    pending: list[tuple[int, int]] = []
+    longest = 0
+    for at in where:
+        length = max(longest, len(examples[at[0]].sequences[at[1]]))
+        full = sequences_per_pass and len(pending) == sequences_per_pass
+        long = tokens_per_pass and length * (len(pending) + 1) > tokens_per_pass
+        if pending and (full or long):
+            passes.append(_lay_out(examples, pending, device))
+            pending, length = [], len(examples[at[0]].sequences[at[1]])
+        pending.append(at)
+        longest = length
+    passes.append(_lay_out(examples, pending, device))
+    labels = torch.tensor([example.label for example in examples], device=device)
+    return Batch(tuple(passes), labels, len(examples[0].candidates))
+
+
+def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
+    inputs = [examples[row].sequences[s] for row, s in where]
+    input_ids = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
+    keeps: list[np.ndarray] = []
+    read, targets, slots = [], [], []
+    for i, (row, s) in enumerate(where):
+        input_ids[i, : len(inputs[i])] = inputs[i]
+        mine = [(c, held) for c, held in enumerate(examples[row].candidates) if held.sequence == s]
+        keep = np.unique(np.concatenate([held.start + np.arange(len(held.targets)) for _, held in mine]))
+        keeps.append(keep)
+        for c, held in mine:
+            at = np.searchsorted(keep, held.start + np.arange(len(held.targets)))
+            read.append((i, at))
+            targets.append(held.targets)
+            slots.append(row * len(examples[row].candidates) + c)
+    width, longest = max(map(len, keeps)), max(map(len, targets))
+    positions = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])
+    counts = np.array([len(target) for target in targets])
+    inside = np.arange(longest) < counts[:, None]
+    read_at = np.zeros((len(read), longest), dtype=np.int64)
+    read_at[inside] = np.concatenate([i * width + at for i, at in read])
+    target_ids = np.zeros_like(read_at)
+    target_ids[inside] = np.concatenate(targets)
+    share = (inside / counts[:, None]).astype(np.float32)
+    arrays = (input_ids, positions, read_at, target_ids, share, np.array(slots))
+    return _Pass(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def _kept_logits(model: nn.Module, batch: _Pass) -> Tensor:
+    """Logits at the kept positions, float32 [sequences * W, V]."""
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits: Tensor = model(**arguments, logits_to_keep=batch.keep).logits
+    else:
+        logits = model(**arguments).logits.take_along_dim(batch.keep[..., None], dim=1)
+    # half-precision logits would quantise the loss to steps that 1 / (2 eps) magnifies
+    return logits.float().flatten(0, 1)
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean log-probability of each label string's tokens: float32 [rows, C]."""
+    scores = torch.zeros(len(batch.labels) * batch.candidates, device=batch.labels.device)
+    for one in batch.passes:
+        logits = _kept_logits(model, one)
+        picked = logits[one.read, one.targets] - logits.logsumexp(-1)[one.read]
+        scores[one.slots] = (picked * one.share).sum(-1)
+    return scores.view(-1, batch.candidates)
+
+
+def row_losses(model: nn.Module, batch: Batch, objective: Objective = "classification") -> Tensor:
+    """Each row's loss, float32 [rows].
+
+    "classification" is the cross-entropy over the candidates' scores; "language-modelling" that of the
+    right label's tokens over the whole vocabulary.
+    """
+    scores = candidate_scores(model, batch)
+    if objective == "classification":
+        return nn.functional.cross_entropy(scores, batch.labels, reduction="none")
+    return -scores.gather(1, batch.labels[:, None])[:, 0]
+
+
+def client_losses(
+    model: nn.Module,
+    examples: Sequence[Example],
+    lay_out: Callable[[list[Example]], Batch],
+    objective: Objective = "classification",
+    each_row: bool = False,
+) -> Callable[[Sequence[np.ndarray]], Callable[[], Tensor]]:
+    """How an engine gets losses: row numbers of each of K clients -> their mean losses at the present weights.
+
+    The batch is laid out once; each call of what is returned goes through the model: float64 [K]. With `each_row` it
+    gives every row's loss, client by client: float64 [rows], where a loss that is not finite is zero, so that no row
+    can end a private run.
+    """
+
+    def losses_of(rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
+        wanted = [examples[row] for of_client in rows for row in of_client]
+        if not wanted:
+            return lambda: torch.zeros(0, dtype=torch.float64)
+        batch, counts = lay_out(wanted), [len(of_client) for of_client in rows]
+
+        def losses() -> Tensor:
+            each = row_losses(model, batch, objective).double()
+            if each_row:
+                return each.nan_to_num(0.0, 0.0, 0.0)
+            return torch.stack([part.mean() for part in each.split(counts)])
+
+        return losses
+
+    return losses_of
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does a task."""
+
+    accuracy: float
+    loss: float
+    """Mean classification loss."""
+    per_class: dict[str, float]
+    """Accuracy on the rows of each label, by label string; classes without rows are left out."""
+    predictions: np.ndarray
+    """int64 [rows]"""
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluation:
+    """Accuracy by highest candidate score, overall and per class.
+
+    Raises:
+        Diverged: a score is not finite.
+    """
+    scores = candidate_scores(model, batch)
+    if not torch.isfinite(scores).all():
+        raise Diverged(
+            "the model's scores are not finite on the evaluation rows; "
+            "start a new run with a lower --lr, or with float32 weights"
+        )
+    predictions = scores.argmax(1)
+    right = (predictions == batch.labels).double()
+    return Evaluation(
+        accuracy=right.mean().item(),
+        loss=nn.functional.cross_entropy(scores, batch.labels).item(),
+        per_class={
+            label: right[batch.labels == index].mean().item()
+            for index, label in enumerate(labels)
+            if (batch.labels == index).any()
+        },
+        predictions=predictions.cpu().numpy(),
+    )

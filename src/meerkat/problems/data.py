@@ -1,0 +1,134 @@
+"""Labelled rows and texts: JSON-lines files, or data sets of the Hugging Face hub."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from meerkat.errors import DAMAGE, MeerkatError, in_short
+from meerkat.problems.tasks import Row, is_whole
+
+HUB_SPLITS = {"validation": ("validation", "test")}
+"""Where a hub data set has no validation split, its test split stands in."""
+
+
+def load_rows(source: str, split: str) -> list[Row]:
+    """The rows of one split.
+
+    Args:
+        source: a folder with SPLIT.jsonl files; any other folder or name goes to `datasets.load_dataset`,
+            with a configuration after a colon where it has one, as in `aps/super_glue:boolq`.
+        split: "train", "validation" or "test".
+
+    Raises:
+        MeerkatError: no such data, or rows that are not JSON objects.
+    """
+    folder = Path(source)
+    file = folder / f"{split}.jsonl"
+    if file.is_file():
+        return _read_jsonl(file)
+    if folder.is_file():
+        raise MeerkatError(f"data '{source}': is a file; give the folder that it is in")
+    if folder.is_dir() and any(folder.glob("*.jsonl")):
+        raise MeerkatError(f"data '{source}': the folder has no {split}.jsonl; add it, or use another split")
+    if not folder.exists() and (folder.is_absolute() or source.startswith(".")):
+        raise MeerkatError(
+            f"data '{source}': no such folder; give one with train.jsonl and validation.jsonl, or a hub name"
+        )
+    return _from_hub(source, split)
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise MeerkatError(f"data '{file}': not UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # among them JSONDecodeError, and numbers too long for Python
+            said = error.msg if isinstance(error, json.JSONDecodeError) else in_short(error)
+            raise MeerkatError(f"data '{file}', line {number}: not JSON ({said})") from None
+        if not isinstance(row, dict):
+            raise MeerkatError(f"data '{file}', line {number}: must be a JSON object, not {type(row).__name__}")
+        rows.append(row)
+    if not rows:
+        raise MeerkatError(f"data '{file}': the file has no rows; give one JSON object a line")
+    return rows
+
+
+def read_texts(source: str) -> Iterator[str]:
+    """Texts one by one: of a file, or of a hub data set's training split, which is streamed.
+
+    Args:
+        source: a `.jsonl` file with a `text` a line; another file, with a text a line; or a data set's name,
+            with a configuration after a colon where it has one, as in `allenai/c4:en`,
+            or a folder of one.
+
+    Raises:
+        MeerkatError: no such text, or rows without one.
+    """
+    path = Path(source)
+    named = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
+    if path.is_dir() or (named and not path.exists()):
+        yield from _hub_texts(source)
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(line, f"{source}, line {number}") if path.suffix == ".jsonl" else line.strip()
+    except OSError as error:
+        raise MeerkatError(
+            f"text '{source}': {error.strerror}; give a .jsonl file with 'text' fields, plain text, or a hub name"
+        ) from None
+    except UnicodeDecodeError:
+        raise MeerkatError(f"text '{source}': not UTF-8 text") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except DAMAGE:
+        text = None
+    if not isinstance(text, str) or not is_whole(text):
+        raise MeerkatError(f"{where}: must be a JSON object with a 'text' string")
+    return text
+
+
+def _hub_texts(source: str) -> Iterator[str]:
+    held = _load_dataset(source, "text", split="train", streaming=True)
+    for row in held:
+        if not isinstance(row.get("text"), str):
+            raise MeerkatError(f"text '{source}': its rows have no 'text', only {', '.join(row)}; give another")
+        yield row["text"]
+
+
+def _from_hub(source: str, split: str) -> list[Row]:
+    held = _load_dataset(source, "data")
+    present = next((s for s in HUB_SPLITS.get(split, (split,)) if s in held), None)
+    if present is None:
+        raise MeerkatError(f"data '{source}': has no split '{split}', only {', '.join(held)}")
+    return [dict(row) for row in held[present]]
+
+
+def _load_dataset(source: str, what: str, **options: Any) -> Any:
+    """A hub data set, or a folder of one; its type is Any here: its rows are plain dictionaries."""
+    try:
+        import datasets
+    except ImportError:
+        raise MeerkatError(
+            f"{what} '{source}': hub data needs the 'datasets' package; pip install 'meerkat-fl[hub]'"
+        ) from None
+    name, configuration = source, None
+    if not Path(source).exists() and ":" in source:
+        name, configuration = source.rsplit(":", 1)
+    try:
+        return datasets.load_dataset(name, configuration, **options)
+    except Exception as error:  # the library raises many kinds, its own and its transport's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cure = "a folder with train.jsonl" if what == "data" else "a .jsonl file with 'text' fields"
+        raise MeerkatError(f"{what} '{source}': cannot be loaded ({reason}); give {cure}, or a hub name") from None

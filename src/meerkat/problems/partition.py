@@ -1,0 +1,207 @@
+"""Who holds which rows: splits of a training set over clients, deterministic in the seed.
+
+The names follow Flower Datasets' partitioners. Every client gets at least one row, or there is a clear
+error.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+from meerkat import seeds
+from meerkat.errors import MeerkatError
+from meerkat.problems.tasks import Row
+
+FORMS = "iid, dirichlet:A (A > 0), single-label, mixed:N (N single-label clients, the rest iid), column:NAME"
+_DRAWS = 10
+"""How often a Dirichlet split is drawn again when it leaves a client with nothing."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A split: the rows of each client, and which clients are known to be extremely skewed."""
+
+    rows: tuple[np.ndarray, ...]
+    """Row numbers of each client, int64, ascending."""
+    extreme: tuple[int, ...] = ()
+    """Clients that hold one single label because the split was asked for it."""
+
+
+def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
+    """Split rows over clients.
+
+    Args:
+        spec: one of `FORMS`.
+        rows: each with its `label`, and the column's value for column:NAME.
+
+    Raises:
+        MeerkatError: an unknown form, more clients than rows, or a client left without a row.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in PARTITIONERS or bool(argument) != (name in ("dirichlet", "mixed", "column")):
+        raise MeerkatError(f"partition '{spec}': must be one of {FORMS}")
+    if not 1 <= clients <= len(rows):
+        raise MeerkatError(
+            f"{clients} clients: must be at least 1 and at most the number of training rows, {len(rows)}"
+        )
+    return PARTITIONERS[name](argument, rows, clients, seed)
+
+
+def _labels(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([row["label"] for row in rows], dtype=np.int64)
+
+
+def _dealt(order: np.ndarray, clients: int) -> list[np.ndarray]:
+    return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+def _iid(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
+    return Partition(tuple(_dealt(seeds.permutation(len(rows), seed, "iid"), clients)))
+
+
+def _dirichlet(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
+    """For each label, shares over the clients ~ Dirichlet(A, ..., A)."""
+    alpha = _number(argument, float, "dirichlet:A needs a number A above 0, such as dirichlet:0.5")
+    labels = _labels(rows)
+    for draw in range(_DRAWS):
+        rng = seeds.generator(seed, "dirichlet", draw)
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label in np.unique(labels):
+            of_label = np.flatnonzero(labels == label)
+            of_label = of_label[seeds.permutation(len(of_label), seed, "dirichlet rows", draw, int(label))]
+            cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(of_label)
+            for client, part in enumerate(np.split(of_label, cuts.astype(np.int64))):
+                parts[client].append(part)
+        joined = tuple(np.sort(np.concatenate(part)) for part in parts)
+        if all(len(part) for part in joined):
+            return Partition(joined)
+    empty = sum(not len(part) for part in joined)
+    raise MeerkatError(
+        f"partition 'dirichlet:{alpha:g}' left {empty} of {clients} clients without rows in each of {_DRAWS} draws; "
+        "use a larger A, fewer clients or another --seed"
+    )
+
+
+def _single_label(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
+    """Client k holds only rows of one label; the labels go round the clients. Fewer clients leave labels unused."""
+    labels = _labels(rows)
+    return Partition(tuple(_one_label_each(np.arange(len(rows)), labels, clients, seed)), tuple(range(clients)))
+
+
+def _one_label_each(among: np.ndarray, labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+    present = np.unique(labels[among])
+    parts: list[np.ndarray] = [among[:0]] * clients
+    for i, label in enumerate(present):
+        holders = list(range(clients))[i :: len(present)]
+        of_label = among[labels[among] == label]
+        if len(of_label) < len(holders):
+            raise MeerkatError(
+                f"label {label} has {len(of_label)} rows for {len(holders)} single-label clients; use fewer clients"
+            )
+        if holders:
+            of_label = of_label[seeds.permutation(len(of_label), seed, "single label", int(label))]
+            for client, part in zip(holders, _dealt(of_label, len(holders)), strict=True):
+                parts[client] = part
+    return parts
+
+
+def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
+    """Clients 0 .. N-1 hold one label each, the others draw from all that are left.
+
+    All get equally many rows, but for single-label clients whose label has fewer left.
+    """
+    single = _number(argument, int, "mixed:N needs a whole number N of single-label clients, such as mixed:3")
+    if not 0 < single <= clients:
+        raise MeerkatError(f"partition 'mixed:{single}': N must be 1 to the number of clients, {clients}")
+    labels = _labels(rows)
+    present = np.unique(labels)
+    size = len(rows) // clients
+    order = seeds.permutation(len(rows), seed, "mixed")
+    free = np.ones(len(rows), dtype=bool)
+    parts: list[np.ndarray] = []
+    for client in range(single):
+        label = present[client % len(present)]
+        taken = order[free[order] & (labels[order] == label)][:size]
+        if not len(taken):
+            raise MeerkatError(
+                f"partition 'mixed:{single}': label {label} has no rows left for client {client}; use a smaller N"
+            )
+        free[taken] = False
+        parts.append(np.sort(taken))
+    rest = np.flatnonzero(free)
+    rest = rest[seeds.permutation(len(rest), seed, "mixed rest")]
+    if clients > single:
+        # the single-label clients may have taken unevenly from the labels; the others are iid over what is left
+        parts += _dealt(rest, clients - single)
+    return Partition(tuple(parts), tuple(range(single)))
+
+
+def _column(argument: str, rows: Sequence[Row], clients: int, _: int) -> Partition:
+    """Rows with the same value of a column stay together; values go to the client with the fewest rows so far."""
+    if missing := next((number for number, row in enumerate(rows, 1) if row.get(argument) is None), 0):
+        raise MeerkatError(f"partition 'column:{argument}': training row {missing} has no field '{argument}'")
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(str(row[argument]), []).append(number)
+    if len(groups) < clients:
+        raise MeerkatError(
+            f"partition 'column:{argument}': {len(groups)} different values for {clients} clients; "
+            f"use --clients {len(groups)} or fewer"
+        )
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return Partition(tuple(np.sort(np.array(part, dtype=np.int64)) for part in parts))
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _number(text: str, kind: Callable[[str], _Number], need: str) -> _Number:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise MeerkatError(f"partition argument '{text}': {need}") from None
+    if not 0 < value < float("inf"):
+        raise MeerkatError(f"partition argument '{text}': {need}")
+    return value
+
+
+PARTITIONERS: dict[str, Callable[[str, Sequence[Row], int, int], Partition]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "single-label": _single_label,
+    "mixed": _mixed,
+    "column": _column,
+}
+
+
+@lru_cache(maxsize=4096)
+def _epoch(rows: int, seed: int, client: int, epoch: int) -> np.ndarray:
+    """The order of one client's rows in one epoch, int64 [rows]."""
+    return seeds.permutation(rows, seed, "batches", client, epoch)
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's rows and the order it goes through them: a batch is a function of (seed, client, step)."""
+
+    client: int
+    rows: np.ndarray
+    batch_size: int
+    seed: int
+
+    def batch(self, step: int) -> np.ndarray:
+        """Row numbers of the step-th batch since the run began: epoch after epoch, each in a fresh order.
+
+        A client with fewer rows than a batch uses all it has.
+        """
+        size = min(self.batch_size, len(self.rows))
+        first, last = step * size, (step + 1) * size
+        epochs = range(first // len(self.rows), (last - 1) // len(self.rows) + 1)
+        stream = np.concatenate([self.rows[_epoch(len(self.rows), self.seed, self.client, epoch)] for epoch in epochs])
+        offset = epochs[0] * len(self.rows)
+        return stream[first - offset : last - offset]

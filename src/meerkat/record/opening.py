@@ -1,0 +1,180 @@
+"""A run's opening record: everything that its rounds rest on, as digests, and what follows from it and the settings."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meerkat.algorithm import path
+from meerkat.algorithm.robust import RULES, norm
+from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.server import ServerConfig
+from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.errors import RunFailed
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record.run_log import LogReader
+from meerkat.record.signatures import Charter, is_hex
+from meerkat.settings import budget
+from meerkat.settings.config import RunConfig
+
+FORMAT = 4
+
+MEANING = (
+    *("method", "task", "objective", "max_length", "batch_size", "eps", "directions"),
+    *("local_steps", "rounds", "dtype", "seed"),
+    *("dp", "dp_epsilon", "dp_delta", "dp_clip", "dp_noise_multiplier", "dp_relation"),
+)
+"""Settings that say what a scalar is, and of how long a run: sites sign them with their joining."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first record: everything that the rounds rest on."""
+
+    run_key: str
+    """The directions' 128-bit key, hexadecimal."""
+    config: str
+    """SHA-256 of config.toml as it was written."""
+    model: str
+    """Fingerprint of the pre-trained weights."""
+    mask: str
+    """SHA-256 of the moving entries."""
+    gradient: str
+    """SHA-256 of the pre-training gradient at them; empty where there is none."""
+    theta: str
+    """SHA-256 of their base values."""
+    data: str
+    """SHA-256 of the rows as the model sees them, and of who holds which."""
+    examples: list[int]
+    """Rows of each client, by id: the weights p_k follow from them. None in a federation, whose clients join."""
+    torch: str
+    transformers: str
+    allowance: list[int] = field(default_factory=list)
+    """Local steps that each client's privacy budget lasts for, by id; empty without one. Sites keep their own."""
+    federation: str = ""
+    """A real federation's own id, hexadecimal, drawn at random; empty in a simulation."""
+    signed: bool = False
+    """Whether every reply must be signed: nobody joins without a key."""
+    format: int = FORMAT
+    rule: str = "mean"
+    """How replies are aggregated."""
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any], log: Path) -> "Opening":
+        """Read the first record.
+
+        Raises:
+            RunFailed: it is no opening, or asks for something that this version does not know.
+        """
+        check_format(held, log)
+        known = {part.name for part in fields(cls)}
+        if held.get("kind") != "open" or held.keys() - {"kind"} != known:
+            raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
+        opening = cls(**{name: held[name] for name in known})
+        if opening.rule not in RULES:
+            only = ", ".join(map(repr, RULES))
+            raise RunFailed(f"{log}: rule {opening.rule!r} is not known, only {only}; use the version that wrote it")
+        run = opening.federation
+        if not (is_hex(run, 8) and (opening.data, opening.examples) == ("", []) if run else not opening.signed):
+            raise RunFailed(f"{log}: the opening is neither a simulation's nor a federation's; restore a copy")
+        return opening
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {"kind": "open", **asdict(self)}
+
+    def settings(self, config: RunConfig, theta_0: Tensor) -> ServerConfig:
+        """What the server opens every round from. The cap on a round's step is relative to theta_0's norm, if any."""
+        level = norm(theta_0.cpu().numpy()) / math.sqrt(len(theta_0))
+        return ServerConfig(
+            rounds=config.rounds,
+            local_steps=config.local_steps,
+            directions=0 if config.recipe.update == "first-order" else config.directions,
+            lr=config.lr,
+            eps=config.eps,
+            clients=config.clients,
+            clients_per_round=config.clients_per_round,
+            examples=dict(enumerate(self.examples)),
+            weights=config.weights,
+            lr_schedule=config.lr_schedule,
+            optimizer=server_optimizer(config),
+            early_stop=config.stopping,
+            vpcs=Vpcs(
+                rule=config.vpcs_rule,
+                calibration_steps=config.calibration_steps,
+                initial_steps=config.initial_steps,
+                later_steps=config.later_steps,
+                rho_later=config.rho_later,
+                rho_quie=config.rho_quie,
+                sigma=config.sigma,
+                recalibrate_every=config.recalibrate_every,
+            ),
+            aggregation=config.rule,
+            step_limit=config.max_step_norm * level or math.inf,
+            seed=config.seed,
+            allowance=dict(enumerate(self.allowance)),
+            hides_clients=budget.mechanism(config) if config.dp == "client" else None,
+        )
+
+    def charter(self, config: RunConfig) -> Charter:
+        """What a federation's signatures are about."""
+        return Charter(
+            run=self.federation,
+            signed=self.signed,
+            run_key=self.run_key,
+            model=self.model,
+            mask=self.mask,
+            theta=self.theta,
+            settings=meaning(config),
+        )
+
+
+def check_format(first: Mapping[str, Any], log: Path) -> None:
+    """Raise RunFailed where a log's first record says that the log is of another format than this version's."""
+    if first.get("kind") == "open" and (found := first.get("format", FORMAT)) != FORMAT:
+        raise RunFailed(f"{log}: format {found!r} is not known, only {FORMAT}; use the version that wrote it")
+
+
+def meaning(config: RunConfig) -> str:
+    """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file the name alone."""
+    held = {name: getattr(config, name) for name in MEANING} | {"task": Path(config.task).name}
+    return hashlib.sha256(json.dumps(held, separators=(",", ":")).encode()).hexdigest()
+
+
+def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
+    """(client, its rows at the time) -> local steps that a log counts: what privacy was spent on."""
+    rows: dict[int, int] = {}
+    made: Counter[tuple[int, int]] = Counter()
+    for held in LogReader(log):
+        if held["kind"] == "open":
+            rows.update(enumerate(held["examples"]))
+        elif held["kind"] == "join":
+            rows[held["client"]] = held["examples"]
+        elif held["kind"] in ("round", "calibration"):
+            made.update({(k, rows[k]): steps for k, steps in zip(held["clients"], held["made"], strict=True)})
+    return made
+
+
+def server_optimizer(config: RunConfig) -> ServerOptimizer:
+    """The optimiser that a run's settings call for."""
+    if config.recipe.update == "feddyn":
+        return ServerOptimizer("feddyn", alpha=config.feddyn_alpha)
+    return ServerOptimizer(
+        config.server_optimizer, config.server_lr, config.server_beta1, config.server_beta2, config.server_tau
+    )
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def gradient_digest(mask: SparseMask) -> str:
+    """SHA-256 of a mask's pre-training gradient; empty where it has none."""
+    return "" if mask.pretraining_gradient is None else path.digest(mask.pretraining_gradient)

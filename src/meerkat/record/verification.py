@@ -1,0 +1,191 @@
+"""After a run: replaying it from its folder alone, and checking every step."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from meerkat.algorithm import path
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.privacy.mechanism import Guarantee
+from meerkat.progress import track
+from meerkat.record.members import Register
+from meerkat.record.opening import Opening, file_digest, gradient_digest, steps_by_rows
+from meerkat.record.replay import Replay, agree
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import LogReader
+from meerkat.settings import budget
+from meerkat.settings.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A run as its record tells it."""
+
+    config: RunConfig
+    mask: SparseMask
+    theta: Tensor
+    """float32 [n], on the CPU"""
+    rounds: int
+    finished: bool
+    opening: Opening
+    examples: Mapping[int, int]
+    """Rows of each client, by id; in a federation, of those that joined."""
+    asked: int
+    """Replies that rounds asked for, calibrations aside."""
+    answered: Mapping[int, int]
+    """The rounds that each client's reply counted in, by id; who is in none is left out."""
+    calibration: CalibrationRecord | None
+    """The last one."""
+    log_hash: str
+    """The log's chain after its last record, hexadecimal."""
+    guarantee: Guarantee | None = None
+    """Its differential privacy so far; None for none."""
+    replies: int = 0
+    """Replies in all, calibrations' among them."""
+    signed: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    """Signed replies by (client, fingerprint of its key)."""
+
+
+def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> Replayed:
+    """Replay a run from its folder alone, without model or data.
+
+    Every hash, plan, signature, weight and digest is compared.
+
+    Args:
+        listed: fingerprints of the keys that are known to be sites': every reply must be signed, with no other.
+        revoked: fingerprint -> the round from which a key is known to be revoked, beside those that the log says are.
+
+    Raises:
+        MeerkatError: there is no run in the folder.
+        RunFailed: something in it is damaged or does not agree; the first such record is named, and who signed it.
+    """
+    folder = RunFolder.open(root)
+    try:
+        replayed = _verify(folder, listed, revoked)
+    except RunFailed:
+        raise
+    except MeerkatError as error:
+        raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
+    except DAMAGE as error:
+        raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
+    _check_budgets(folder.log_path, replayed)
+    promised = budget.guarantee(replayed.config, steps_by_rows(folder.log_path), replayed.rounds)
+    return replace(replayed, guarantee=promised)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder opened for replay: its settings and mask are checked against the log's opening."""
+
+    config: RunConfig
+    mask: SparseMask
+    directions: Directions
+    opening: Opening
+    reader: LogReader
+    replay: Replay
+
+    @classmethod
+    def of(
+        cls, root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None
+    ) -> "OpenRun":
+        """Open a folder; `listed` and `revoked` as in `verify`.
+
+        Raises:
+            MeerkatError: there is no run in the folder; RunFailed: its files do not agree.
+        """
+        folder = RunFolder.open(root)
+        try:
+            return cls._of(folder, listed, revoked)
+        except DAMAGE as error:
+            raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
+
+    @classmethod
+    def _of(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "OpenRun":
+        reader = LogReader(folder.log_path)
+        records = iter(reader)
+        first = next(records, None)
+        if first is None:
+            trouble = reader.damage or "no record in it"
+            raise RunFailed(f"{folder.log_path}: {trouble}; 'meerkat resume {folder.root}' begins the run")
+        opening = Opening.from_json(first, folder.log_path)
+        agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
+        config, mask = folder.config(), folder.mask()
+        if not opening.federation:
+            agree(folder.log_path, "the number of clients", str(len(opening.examples)), str(config.clients))
+        if mask.theta_0 is None:
+            raise RunFailed(f"{folder.mask_path}: has no base values; restore it from a copy")
+        agree(folder.log_path, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
+        agree(folder.mask_path, "model", opening.model, mask.fingerprint)
+        agree(folder.mask_path, "entries", opening.mask, mask.digest())
+        agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
+        agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
+        agree(folder.log_path, "the rule of aggregation", opening.rule, config.aggregation)
+        z, settings = Directions(int(opening.run_key, 16), len(mask)), opening.settings(config, mask.theta_0)
+        register, gradient = Register(opening.charter(config), listed), mask.pretraining_gradient
+        replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, register, revoked)
+        return cls(config, mask, z, opening, reader, replay)
+
+
+def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> Replayed:
+    run = OpenRun.of(folder.root, listed, revoked)
+    if listed is not None and not run.opening.federation:
+        raise RunFailed(f"{folder.root}: a simulation, which nobody signs: nothing to check; leave --signers out")
+    reader = run.reader
+    calibrated: CalibrationRecord | None = None
+
+    def rounds() -> Iterator[RoundRecord]:
+        nonlocal calibrated
+        for _, record in run.replay:
+            if isinstance(record, CalibrationRecord):
+                calibrated = record
+            else:
+                yield record
+
+    asked, answered = 0, Counter[int]()
+    for record in track(rounds(), "verifying", run.config.rounds):
+        asked += len(record.plan.steps)
+        answered.update(record.made.keys())
+    state = run.replay.state
+    if reader.damage:
+        cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
+        said = "" if reader.damage.endswith("cut short") else f", it reads as {run.replay.read(reader.broken)}"
+        raise RunFailed(
+            f"{folder.log_path}: {reader.damage}{said}; the {reader.count} records before it are sound: {cure}"
+        )
+    summary = folder.summary()
+    if summary is not None:
+        agree(folder.summary_path, "theta_digest", summary["theta_digest"], path.digest(state.theta))
+        if not run.replay.closed:
+            raise RunFailed(
+                f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
+                "has a summary; restore the file from a copy"
+            )
+    return Replayed(
+        config=run.config,
+        mask=run.mask,
+        theta=state.theta,
+        rounds=state.round,
+        finished=run.replay.closed,
+        opening=run.opening,
+        examples=run.replay.settings.examples,
+        asked=asked,
+        answered=answered,
+        calibration=calibrated,
+        log_hash=reader.hash,
+        replies=run.replay.replies,
+        signed=dict(run.replay.signed),
+    )
+
+
+def _check_budgets(log: Path, run: Replayed) -> None:
+    """Count anew how long clients' privacy budgets last; sites count for themselves."""
+    if run.config.dp == "example" and not run.opening.federation:
+        lasting = budget.allowance(run.config, run.opening.examples)
+        agree(log, "the steps that privacy budgets last for", str(run.opening.allowance), str(lasting))

@@ -1,0 +1,1 @@
+"""A run's settings, and what they ask of each other."""

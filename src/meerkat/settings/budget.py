@@ -1,0 +1,150 @@
+"""A run's differential privacy as its settings have it: which mechanism, how much noise, how long budgets last.
+
+Example-level: client k's step is one Gaussian mechanism on rows sampled at q_k = B / N_k, and its budget is its own.
+Client-level: a round is one, on clients sampled at q = clients_per_round / K; all clients share one budget.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from meerkat.algorithm.rounds import LARGEST_LOSS
+from meerkat.errors import MeerkatError
+from meerkat.privacy.accounting import Charge, epsilon, noise_for, steps_within
+from meerkat.privacy.mechanism import Guarantee, Mechanism, Relation
+from meerkat.settings.config import RunConfig
+
+
+def mechanism(config: RunConfig) -> Mechanism | None:
+    """What makes a noisy mean of vectors: of rows' slopes on a site, or of clients' replies on the server."""
+    if config.dp == "none":
+        return None
+    expected = config.batch_size if config.dp == "example" else config.clients_per_round or config.clients
+    return Mechanism(config.dp_clip, config.dp_noise_multiplier, float(expected))
+
+
+def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
+    """The settings with their noise multiplier, where it follows from a budget.
+
+    It is the noise with which the client of the fewest rows stays within the budget to the end of the run.
+
+    Args:
+        sizes: rows of each client; empty where they are not known, in a federation.
+
+    Raises:
+        MeerkatError: no noise does, what is given lasts no client to the end, or the rows must be known.
+    """
+    if config.dp == "none":
+        return config
+    if not config.dp_noise_multiplier:
+        if config.dp == "example" and not sizes:
+            raise MeerkatError(
+                "dp_noise_multiplier: needed in a federation with dp example, which does not know the sites' rows; "
+                "each site counts its own epsilon from it"
+            )
+        rate = max(rates(config, sizes))
+        noise = noise_for(config.dp_epsilon, config.dp_delta, rate, steps_asked(config), config.dp_relation)
+        config = config.model_copy(update={"dp_noise_multiplier": math.ceil(1e4 * noise) / 1e4})
+    noisy = config.dp_clip * (1 + 6 * config.dp_noise_multiplier) / config.batch_size
+    if config.dp == "example" and noisy > (most := LARGEST_LOSS / (config.eps or config.recipe.eps)):
+        raise MeerkatError(
+            f"dp_clip {config.dp_clip:g} with dp_noise_multiplier {config.dp_noise_multiplier:g}: makes scalars of up "
+            f"to {noisy:.3g}, where {most:.3g} is allowed; use less of one, or larger batches"
+        )
+    lasting = allowance(config, sizes)
+    if lasting and max(lasting) < steps_asked(config):
+        what = "local steps" if config.dp == "example" else "rounds"
+        raise MeerkatError(
+            f"dp_noise_multiplier {config.dp_noise_multiplier:g}: dp_epsilon {config.dp_epsilon:g} lasts no client for "
+            f"more than {max(lasting)} of {steps_asked(config)} {what}; use more noise, a larger budget or fewer rounds"
+        )
+    return config
+
+
+def rates(config: RunConfig, sizes: Sequence[int]) -> list[float]:
+    """Each client's sampling rate q_k; under client-level privacy the one rate of all."""
+    found = mechanism(config)
+    assert found is not None
+    return [found.rate(size) for size in (sizes if config.dp == "example" else [config.clients])]
+
+
+def steps_asked(config: RunConfig) -> int:
+    """How often a client's rows can be asked in a run: its local steps, calibrations included; of clients, rounds."""
+    if config.dp == "client":
+        return config.rounds
+    calibrations = 0
+    if config.stopping != "none" and config.local_steps > 1:
+        every = config.recalibrate_every
+        calibrations = -(-config.rounds // every) if every else 1
+    return config.rounds * config.local_steps + calibrations * config.calibration_steps
+
+
+def allowance(config: RunConfig, sizes: Sequence[int]) -> list[int]:
+    """Local steps that each client's budget lasts for, by id; under client-level privacy rounds, the same for all.
+
+    Counted up to `steps_asked`; empty without a budget.
+    """
+    if config.dp == "none" or not config.dp_epsilon:
+        return []
+    lasting = {
+        rate: steps_within(
+            config.dp_epsilon,
+            config.dp_delta,
+            rate,
+            config.dp_noise_multiplier,
+            config.dp_relation,
+            steps_asked(config),
+        )
+        for rate in {*rates(config, sizes)}
+    }
+    return [lasting[rate] for rate in rates(config, sizes)]
+
+
+def ending_early(config: RunConfig, lasting: Sequence[int]) -> list[int]:
+    """Clients whose budgets do not last to the end of the run, of a simulation's allowance."""
+    asked = steps_asked(config)
+    return [client for client, steps in enumerate(lasting) if steps < asked]
+
+
+def spent(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int, relation: Relation) -> list[float]:
+    """The epsilon that each client of a run has spent, at the run's delta; under client-level privacy one for all.
+
+    Args:
+        made: (client, its rows at the time) -> local steps that it made of them.
+        rounds: rounds closed, which are what all clients share under client-level privacy.
+    """
+    found = mechanism(config)
+    if found is None:
+        return []
+    noise, charges = found.noise_multiplier, dict[int, list[Charge]]()
+    if config.dp == "client":
+        charges[0] = [Charge(found.rate(config.clients), noise, rounds)]
+    else:
+        for (client, rows), steps in made.items():
+            charges.setdefault(client, []).append(Charge(found.rate(rows), noise, steps))
+    return [epsilon(charges[client], config.dp_delta, relation) for client in sorted(charges)]
+
+
+def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int) -> Guarantee | None:
+    """What a run promises, as far as it has come, to whom it promises least; None without differential privacy.
+
+    Arguments as in `spent`. Of a federation it is what the log tells: a site's own ledger also has replies that came
+    too late to count.
+    """
+    if config.dp == "none":
+        return None
+    either: tuple[Relation, ...] = ("add-or-remove", "replace")
+    most = {relation: max(spent(config, made, rounds, relation), default=0.0) for relation in either}
+    this = config.dp_relation
+    rows: dict[int, int] = {}
+    for client, count in made:
+        rows[client] = max(count, rows.get(client, 0))
+    return Guarantee(
+        level=config.dp,
+        relation=this,
+        epsilon=most.pop(this),
+        otherwise=most.popitem()[1],
+        delta=config.dp_delta,
+        clip=config.dp_clip,
+        noise_multiplier=config.dp_noise_multiplier,
+        among=sum(rows.values()) if config.dp == "example" else config.clients,
+    )

@@ -1,0 +1,46 @@
+"""The method and the baselines of its section 8, each a small difference to the same engine."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meerkat.algorithm.server import EarlyStop
+from meerkat.masks.sensitivity import Kind
+
+Method = Literal[
+    "meerkat",
+    "meerkat-vp",
+    "full-fedzo",
+    "lora-fedzo",
+    "weight-magnitude",
+    "random-mask",
+    "task-mask",
+    "random-early-stop",
+    "feddyn",
+    "fo-fedavg",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method's name stands for."""
+
+    moves: Kind = "sensitivity"
+    early_stop: EarlyStop = "none"
+    update: Literal["scalars", "feddyn", "first-order"] = "scalars"
+    eps: float = 1e-3
+    lr_times_moving: float = 110
+    """The default learning rate times the number of moving parameters; measured in docs/log.md."""
+
+
+METHODS: dict[Method, Recipe] = {
+    "meerkat": Recipe(),
+    "meerkat-vp": Recipe(early_stop="vp"),
+    "full-fedzo": Recipe("full", lr_times_moving=550),
+    "lora-fedzo": Recipe("lora", eps=1e-2, lr_times_moving=220),
+    "weight-magnitude": Recipe("magnitude"),
+    "random-mask": Recipe("random"),
+    "task-mask": Recipe("task"),
+    "random-early-stop": Recipe(early_stop="random"),
+    "feddyn": Recipe(update="feddyn", lr_times_moving=28),
+    "fo-fedavg": Recipe(update="first-order", lr_times_moving=3500),
+}
