@@ -15,6 +15,7 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.settings.config import RunConfig, make_config, read_toml
 
 MASK_SETTINGS = (
+    "problem",
     "model",
     "text",
     "method",
@@ -254,7 +255,8 @@ def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(_settings(arguments))
     out = Path(arguments.out)
     from meerkat.record.run_folder import write_whole
-    from meerkat.run.setup import make_mask, open_model, resolve, resolve_model
+    from meerkat.run.mask import make_mask
+    from meerkat.run.setup import open_problem, resolve, resolve_model
 
     if config.recipe.moves == "lora":
         raise MeerkatError("--method lora-fedzo: moves adapters whole and has no mask to write; choose another method")
@@ -264,7 +266,7 @@ def _mask(arguments: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
     config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
-    mask = make_mask(config, *open_model(config))
+    mask = make_mask(config, open_problem(config))
     write_whole(out, mask.save)
     by_tensor = dict(mask.counts())
     if arguments.json:
@@ -379,6 +381,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from meerkat.run.evaluate import evaluate
+    from meerkat.run.sentences import scores_in_words
 
     found = evaluate(arguments.folder, arguments.split)
     if arguments.json:
@@ -386,17 +389,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             json.dumps(
                 {
                     "split": arguments.split,
-                    "rows": len(found.predictions),
-                    "accuracy": found.accuracy,
-                    "loss": found.loss,
+                    "rows": found.rows,
+                    **{name: found.scores[name] for name in ("accuracy", "loss") if name in found.scores},
                     "per_class": found.per_class,
+                    "scores": found.scores,
                 }
             )
         )
     else:
-        print(f"{arguments.split}, {len(found.predictions)} rows: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}")
-        for label, accuracy in found.per_class.items():
-            print(f"  {accuracy:.3f}  {label}")
+        print(f"{arguments.split}, {found.rows} rows: {scores_in_words(found.scores)}")
+        for label, score in found.per_class.items():
+            print(f"  {score:.3f}  {label}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

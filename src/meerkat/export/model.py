@@ -17,9 +17,10 @@ from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.problems.classification import Classification
 from meerkat.record.run_folder import RunFolder, told_plainly
 from meerkat.run.evaluate import load_run
-from meerkat.run.metrics import without_budget
+from meerkat.run.summary import without_budget
 
 Form = Literal["merged", "delta"]
 DELTA_FILE = "delta.safetensors"
@@ -42,7 +43,12 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise MeerkatError(f"'{to}': is not an empty folder; give a new or empty one as --to")
-    run, workplace = load_run(root)
+    run, problem = load_run(root)
+    if form == "merged" and not isinstance(problem, Classification):
+        raise MeerkatError(
+            f"--form merged: writes a Hugging Face model, and that of problem '{run.config.problem}' is none; "
+            "use --form delta"
+        )
     folder = RunFolder(root)
     metrics, events = folder.metrics(), folder.events()
     shown_out = sorted({event["client"] for event in events if event.get("event") == "shown out" and "client" in event})
@@ -53,18 +59,18 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         try:
             part.mkdir(parents=True)
             of_adapters = run.config.recipe.moves == "lora"
-            model: Any = workplace.model
+            model: Any = problem.model
             content: Content = "model" if form == "merged" else "adapters" if of_adapters else "delta"
             if content == "model":
                 model = merge_lora_(model) if of_adapters else model
                 model.save_pretrained(part)
-                workplace.tokenizer.save_pretrained(part)
+                cast(Classification, problem).tokenizer.save_pretrained(part)
             elif content == "adapters":
                 save_adapter(model, part, run.config.model)
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             weights = "" if content == "adapters" else fingerprint(model)
-            told = model_card(run, workplace.task, metrics, content, weights, shown_out, without_budget(folder))
+            told = model_card(run, problem, metrics, content, weights, shown_out, without_budget(folder))
             (part / CARD_FILE).write_text(told, encoding="utf-8")
             if to.exists():
                 to.rmdir()

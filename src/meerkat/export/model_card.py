@@ -14,12 +14,14 @@ from huggingface_hub import ModelCardData
 from meerkat.algorithm import path
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
-from meerkat.problems.tasks import Task
+from meerkat.problems.classification import Classification
+from meerkat.problems.problem import Problem
 from meerkat.progress import one_line
 from meerkat.record.run_folder import Metric
 from meerkat.record.verification import Replayed
-from meerkat.run.metrics import clients_in_words
-from meerkat.settings.config import EMBEDDED, RunConfig
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import clients_in_words
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 Content = Literal["model", "delta", "adapters"]
 """What an exported folder holds beside its card."""
@@ -28,7 +30,7 @@ CARD_FILE = "README.md"
 _LIBRARIES: dict[Content, str] = {"model": "transformers", "delta": "meerkat", "adapters": "peft"}
 _LISTED = 20
 """Clients whose rows are told one by one, at most."""
-_JUDGED_ON = {
+_EVALUATED_ON = {
     "coordinator": "the coordinator's own validation rows",
     "sites": "the sites' own validation rows",
     "held-back": "held-back training rows",
@@ -38,7 +40,7 @@ _JUDGED_ON = {
 
 def model_card(
     run: Replayed,
-    task: Task,
+    problem: Problem,
     metrics: Sequence[Metric],
     holds: Content,
     weights: str = "",
@@ -55,24 +57,25 @@ def model_card(
     """
     config = run.config
     sections = {
-        "Load it": _loading(config, task, holds),
+        "Load it": _loading(config, problem, holds),
         "How it was tuned": _tuning(run),
         "The mask": _mask(run.mask),
-        "Data": _data(run, task),
+        "Data": _data(run, problem),
         "Privacy": _privacy(run.guarantee, without_budget),
         "Clients": _clients(run, shown_out),
         "Evaluation": _evaluation(run, metrics),
         "Digests, and how to verify them": _digests(run, weights),
     }
     base, method = _base(config), one_line(config.method)
+    kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
     what = {
         "model": "a whole model",
         "delta": "the entries that moved and their values, to be put into the base model",
         "adapters": "LoRA adapters, to be put on the base model",
     }[holds]
     opening = (
-        f"# {base}, tuned for {_name(task.name)}\n\n"
-        f"{base} (a causal language model), tuned for the task {_name(task.name)} by sparse zeroth-order federated "
+        f"# {base}, tuned for {_name(problem.name)}\n\n"
+        f"{base} ({kind}), tuned for the task {_name(problem.name)} by sparse zeroth-order federated "
         f"fine-tuning with [Meerkat](https://arxiv.org/abs/2506.03337), method `{method}`. This folder holds {what}. "
         f"Licence and languages: those of the base model and of the data, which the run's record does not tell."
     )
@@ -83,12 +86,14 @@ def model_card(
 def _front_matter(run: Replayed, metrics: Sequence[Metric], holds: Content) -> str:
     config = run.config
     simulated_on_hub = config.data and not run.opening.federation and not _is_local(config.data)
+    evaluations = _evaluations(run, metrics)
+    on_hub = config.problem == CLASSIFICATION and config.model != EMBEDDED and not _is_local(config.model)
     known = ModelCardData(
-        base_model=config.model if config.model != EMBEDDED and not _is_local(config.model) else None,
+        base_model=config.model if on_hub else None,
         library_name=_LIBRARIES[holds],
         tags=["meerkat", "federated-learning", "zeroth-order-optimization", f"method:{config.method}"],
         datasets=[config.data.partition(":")[0]] if simulated_on_hub else None,
-        metrics=["accuracy"] if any(metric["kind"] == "evaluation" for metric in metrics) else None,
+        metrics=[evaluations[0].score] if evaluations else None,
     )
     return known.to_yaml(line_break="\n")
 
@@ -104,6 +109,8 @@ def _name(text: str) -> str:
 
 
 def _base(config: RunConfig) -> str:
+    if config.problem != CLASSIFICATION:
+        return f"the model of problem {_name(config.problem)}"
     if config.model == EMBEDDED:
         return "Meerkat's embedded model"
     return _name(Path(config.model).name if _is_local(config.model) else config.model)
@@ -113,7 +120,14 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {told} |" for name, told in rows.items())])
 
 
-def _loading(config: RunConfig, task: Task, holds: Content) -> str:
+def _loading(config: RunConfig, problem: Problem, holds: Content) -> str:
+    if not isinstance(problem, Classification):
+        return (
+            "```python\nfrom pathlib import Path\n\nfrom meerkat.export.model import apply_delta\n\n"
+            f"model = ...  # the base model, as problem {json.dumps(config.problem)} builds it\n"
+            'apply_delta(model, Path("delta.safetensors"))\n```'
+        )
+    task = problem.task
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "."  # where this card is']
     if holds == "model":
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
@@ -185,7 +199,7 @@ def _mask(mask: SparseMask) -> str:
     )
 
 
-def _data(run: Replayed, task: Task) -> str:
+def _data(run: Replayed, problem: Problem) -> str:
     config, examples = run.config, run.examples
     counts = [examples[client] for client in sorted(examples)]
     if run.config.dp == "client":
@@ -202,13 +216,17 @@ def _data(run: Replayed, task: Task) -> str:
     else:
         here = config.data and _name(Path(config.data).name if _is_local(config.data) else config.data)
         kind = "a local folder; its origin is not known" if _is_local(config.data) else "a hub data set"
-        source = f"{here}, {kind}" if here else f"Meerkat's embedded data `{config.task}`"
+        embedded = f"Meerkat's embedded data `{config.task}`"
+        other = (
+            embedded if config.problem == CLASSIFICATION else f"as problem {_name(config.problem)} makes or reads them"
+        )
+        source = f"{here}, {kind}" if here else other
         held = f"{_name(config.partition)}, clients simulated on one machine"
         if config.held_back:
             source += f"; {config.held_back:g} of the training rows held back"
     return _table(
         {
-            "task": _name(task.name),
+            "task": _name(problem.name),
             "training rows": rows,
             "where they came from": source,
             "who held which": held,
@@ -256,20 +274,26 @@ def _whom(clients: Sequence[int]) -> str:
 
 
 def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
-    judged = sorted(
-        (metric for metric in metrics if metric["kind"] == "evaluation" and metric["round"] <= run.rounds),
-        key=lambda metric: metric["round"],
-    )
-    if not judged:
+    evaluations = _evaluations(run, metrics)
+    if not evaluations:
         return "Not known: the run's folder has no evaluation."
-    lines = ["| after round | accuracy | loss |", "| --- | --- | --- |"]
-    for found in (judged[0], judged[-1])[: len(judged)]:
-        told = ("not known" if found[name] is None else f"{found[name]:.3f}" for name in ("accuracy", "loss"))
-        lines.append(f"| {found['round']:,} | {' | '.join(told)} |")
-    on = "sites" if "rows" in judged[-1] else "held-back" if run.config.held_back else "validation"
+    last = evaluations[-1]
+    names = list(last.better)
+    lines = [f"| after round | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    for found in (evaluations[0], last)[: len(evaluations)]:
+        values = [found.scores.get(name) for name in names]
+        shown = ("not known" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"| {found.round:,} | {' | '.join(shown)} |")
+    on = "sites" if last.rows is not None else "held-back" if run.config.held_back else "validation"
     on = "coordinator" if on == "validation" and run.opening.federation else on
-    model = "" if judged[-1]["round"] == run.rounds else f" The model here stands after round {run.rounds:,}."
-    return f"On {_JUDGED_ON[on]}; round 0 is the base model.{model}\n\n" + "\n".join(lines)
+    model = "" if last.round == run.rounds else f" The model here stands after round {run.rounds:,}."
+    return f"On {_EVALUATED_ON[on]}; round 0 is the base model.{model}\n\n" + "\n".join(lines)
+
+
+def _evaluations(run: Replayed, metrics: Sequence[Metric]) -> list[EvaluationMetric]:
+    """Those of the rounds that were replayed, in order."""
+    read = [EvaluationMetric.from_json(metric) for metric in metrics if metric["kind"] == EvaluationMetric.kind]
+    return sorted((one for one in read if one.round <= run.rounds), key=lambda one: one.round)
 
 
 def _digests(run: Replayed, weights: str) -> str:

@@ -6,7 +6,7 @@ label are tokenised as one string, and a label may be several tokens.
 
 import string
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from meerkat.errors import MeerkatError, in_short
-
-Row = Mapping[str, Any]
+from meerkat.problems.data import Row, is_whole
 
 _ROWS_TOGETHER = 1000
 """Rows tokenised at a time."""
@@ -143,15 +142,6 @@ def parse_task(text: str, name: str) -> Task:
         raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
     needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
     return Task(str(held.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
-
-
-def is_whole(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold one half of a surrogate pair, and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:

@@ -12,7 +12,7 @@ from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record import history
 from meerkat.record.run_folder import Metric, RunFolder
-from meerkat.run.metrics import without_budget
+from meerkat.run.summary import without_budget
 from meerkat.settings.config import RunConfig
 
 

@@ -12,7 +12,7 @@ from meerkat.report.page import Page, absent, escape, folded, numbers, paragraph
 from meerkat.report.run_clients import alignment_section, calibration_section, signal_section, split_section
 from meerkat.report.run_facts import Story
 from meerkat.report.sentences import in_digits, outcome, so_far, unfinished
-from meerkat.run.metrics import budgets_in_words, defence_in_words
+from meerkat.run.sentences import budgets_in_words, defence_in_words
 from meerkat.settings.config import SITES, RunConfig
 
 

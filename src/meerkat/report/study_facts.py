@@ -14,7 +14,7 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.record.run_folder import RunFolder
 
 FILE = "compare.json"
-FORMAT = 1
+FORMAT = 2
 SYMBOLS = {"local_steps": "T", "density": "u", "directions": "P", "clients": "K", "lr": "eta"}
 
 

@@ -20,6 +20,8 @@ from meerkat.settings.compatibility import check_aggregation, check_attack, chec
 from meerkat.settings.methods import METHODS, Method, Recipe
 
 EMBEDDED = "embedded"
+CLASSIFICATION = "classification"
+"""The built-in problem."""
 SITES = "sites"
 """The partition of a real federation, where every site holds its own rows."""
 
@@ -35,6 +37,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    problem: str = Field(
+        CLASSIFICATION, description="what is learned: classification, or a problem of an extension's, by its name"
+    )
     model: str = Field(
         EMBEDDED, description="pre-trained causal LM: a local folder or a hub name; embedded is the demo model"
     )
