@@ -25,8 +25,10 @@ from meerkat.algorithm.server import ServerConfig, ServerState, close_round, ope
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.sensitivity import full_mask, random_mask, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.causal_lm import client_losses, collate, language_modelling_loss
+from meerkat.problems.causal_lm import language_modelling_loss
+from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.problem import client_losses
 from meerkat.problems.tasks import Candidate, Example
 from meerkat.run.local_engine import LocalEngine
 
@@ -54,7 +56,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
         masked,
         Directions(1, len(mask)),
         batch_of=lambda client, step: holders[client].batch(step),
-        losses_of=client_losses(model, examples, lambda batch: collate(batch, sequences_per_pass=TOGETHER)),
+        losses_of=client_losses(Classification(model, sequences_per_pass=TOGETHER), examples),
     )
     settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
     state = ServerState(0, masked.read())

@@ -19,7 +19,7 @@ from typing import Any
 from meerkat.comparison.studies import Check, Comparison, Setting, Study, spelled
 from meerkat.problems.problem import Better, primary
 from meerkat.record.run_folder import write_whole
-from meerkat.run.summary import Summary
+from meerkat.run.summary import worst_class
 
 FORMAT = 2
 
@@ -115,7 +115,7 @@ def _row(comparison: Comparison, line: Line, root: Path) -> dict[str, Any]:
         "diverged": [seed for seed, s in zip(comparison.seeds, line.summaries, strict=True) if s is None],
         "scores": {name: [summary["scores"][name] for _, summary in sound] for name in line.better},
         "scores_before": {name: [summary["scores_before"][name] for _, summary in sound] for name in line.better},
-        "worst_class": [Summary.from_json(summary).worst_class for _, summary in sound],
+        "worst_class": [worst_class(summary["per_class"], next(iter(line.better.values()))) for _, summary in sound],
         **(_accuracies([summary for _, summary in sound]) if "accuracy" in line.better else {}),
         "loss": each("loss"),
         "rounds": config.rounds,
@@ -174,7 +174,7 @@ def _scores_of(better: Mapping[str, Better], summary: Mapping[str, Any] | None) 
     if summary is None:
         return dict.fromkeys(names)
     after = summary["scores"]
-    worst = Summary.from_json(summary).worst_class
+    worst = worst_class(summary["per_class"], better[first])
     values = (summary["scores_before"][first], after[first], worst, *(after[name] for name in others))
     return dict(zip(names, values, strict=True))
 

@@ -55,7 +55,7 @@ class Kind(IntEnum):
     CLOSED = 5  # coordinator: rounds closed since, and nothing to do
     STATE = 6  # coordinator: a part of theta and what goes with it
     BEHIND = 7  # site: my theta is not the one you mean
-    JUDGE = 8  # coordinator: rounds closed since; evaluate on your own rows
+    EVALUATE = 8  # coordinator: rounds closed since; evaluate on your own rows
     SCORE = 9  # site: the run's score on its own rows, and how many they are
     FAILED = 10  # site: I could not make my steps
     REFUSAL = 11  # either: no, and why, in one line; the session is over
@@ -136,7 +136,7 @@ class Closed(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The body of WORK, CLOSED and JUDGE: what happened since, and what to do now."""
+    """The body of WORK, CLOSED and EVALUATE: what happened since, and what to do now."""
 
     phase: Phase = "training"
     lr: float = 0.0

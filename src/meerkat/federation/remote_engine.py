@@ -273,7 +273,7 @@ class RemoteEngine:
         self._evaluated = {}
         present = self.available() if rounds == self._trail.round else []  # sites hold no theta of the past
         self._evaluating = {k for k in present if self._members[k].guest.evaluates}
-        self._link.send({client: self._telling(client, Kind.JUDGE) for client in sorted(self._evaluating)})
+        self._link.send({client: self._telling(client, Kind.EVALUATE) for client in sorted(self._evaluating)})
         end = time.monotonic() + self._terms.deadline_s
         while self._evaluating and (left := end - time.monotonic()) > 0:
             self._wait(left)
@@ -365,7 +365,7 @@ class RemoteEngine:
         plan = self._plan
         self._failed.pop(client, None)
         if client in self._evaluating and guest.evaluates:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         owes = plan is not None and client in plan.steps and client not in self._replied
         if plan is not None and owes and self._is_logged(guest):
             self._link.send({client: self._asking(client, plan)})
@@ -443,7 +443,7 @@ class RemoteEngine:
         if member.trouble == _PATIENT:
             self._show_out(client, why)
         elif client in self._evaluating:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         elif self._plan is not None and client in self._plan.steps and client not in self._replied:
             self._link.send({client: self._asking(client, self._plan)})
 

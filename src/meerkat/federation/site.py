@@ -180,7 +180,7 @@ class Site:
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
                     self._take(values, frame.round)
-            case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
+            case Kind.WORK | Kind.CLOSED | Kind.EVALUATE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
@@ -209,7 +209,7 @@ class Site:
         try:
             if frame.kind is Kind.WORK:
                 return self._work(work)
-            return self._judge() if frame.kind is Kind.JUDGE else None
+            return self._judge() if frame.kind is Kind.EVALUATE else None
         except Diverged:
             failure = "diverged"
         except (MemoryError, torch.OutOfMemoryError):

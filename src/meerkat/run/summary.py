@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 from meerkat.algorithm import path
@@ -111,35 +111,25 @@ class Summary:
             / (2**20 if sys.platform == "darwin" else 2**10),
         )
 
-    @property
-    def worst_class(self) -> float | None:
-        """The primary score of the label that does worst."""
-        worst = min if self.better[self.score] == "higher" else max
-        return worst(self.per_class.values(), default=None)
-
     def to_json(self) -> dict[str, Any]:
         """All of it, with `loss` and `loss_before` beside the scores, and `accuracy` where it is one of them."""
         beside: dict[str, Any] = {"loss_before": self.scores_before.get("loss"), "loss": self.scores.get("loss")}
         if "accuracy" in self.scores:
             beside |= {"accuracy_before": self.scores_before["accuracy"], "accuracy": self.scores["accuracy"]}
         if self.score == "accuracy":
-            beside["accuracy_worst_class"] = self.worst_class
+            beside["accuracy_worst_class"] = worst_class(self.per_class, self.better[self.score])
         return asdict(self) | beside
-
-    @classmethod
-    def from_json(cls, summary: Mapping[str, Any]) -> Self:
-        """The summary that `to_json` wrote; what else a run's outcome holds is left aside.
-
-        Raises:
-            KeyError: something of it is missing.
-        """
-        return cls(**{field.name: summary[field.name] for field in fields(cls)})
 
 
 _OF_THE_SETTINGS = (
     *("method", "problem", "model", "task", "seed", "rounds", "local_steps", "directions", "clients"),
     *("clients_per_round", "partition", "lr", "eps", "aggregation", "attack"),
 )
+
+
+def worst_class(per_class: Mapping[str, float], better: Better) -> float | None:
+    """The score of the label that does worst; None where there are no labels."""
+    return (min if better == "higher" else max)(per_class.values(), default=None)
 
 
 def write_summary(
