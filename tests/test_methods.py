@@ -261,18 +261,17 @@ def theta_of(folder: Path) -> Tensor:
 
 def _another_delta(records: list[dict[str, Any]]) -> None:
     record = RoundRecord.from_json(records[2])
-    assert record.delta is not None
-    delta = record.delta.copy()
+    delta = record.aggregate.copy()
     delta[5] += 1e-3
-    records[2]["delta"] = pack(delta)
+    records[2]["aggregate"] = pack(delta)
 
 
 def _no_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["delta"] = None
+    records[2]["aggregate"] = ""
 
 
 def _scalars_in_place_of_a_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["directions"] = 1
+    records[2]["sends"] = "scalars"
 
 
 @pytest.mark.parametrize("forge", [_another_delta, _no_delta, _scalars_in_place_of_a_delta])

@@ -459,7 +459,7 @@ def test_a_trail_fits_a_frame_however_large_the_state() -> None:
 
 
 def reply(federation: Federation, client: int, scalars: Any, phase: Any = "training", **about: Any) -> bytes:
-    state = replace(federation.state, **about)
+    state = replace(federation.state, replica=replace(federation.state.replica, **about))
     return frame(Kind.REPLY, client, state, frames.encode_scalars(phase, np.array(scalars, "f4")))
 
 
