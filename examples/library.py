@@ -50,7 +50,7 @@ sites = [ClientRows(k, of_site, 16, seed=0) for k, of_site in enumerate(partitio
 losses_of = client_losses(problem, problem.prepare(rows))
 engine = meerkat.LocalEngine(masked, directions, lambda site, step: sites[site].batch(step), losses_of)
 config = meerkat.ServerConfig(400, 1, 1, 0.1, 1e-3, len(sites), len(sites), {site.client: 400 for site in sites})
-state, before = meerkat.ServerState(round=0, theta=masked.read()), problem.evaluate(judged).scores["accuracy"]
+state, before = meerkat.ServerState(meerkat.Replica(0, masked.read())), problem.evaluate(judged).scores["accuracy"]
 for _ in range(config.rounds):
     plan = meerkat.open_round(state, config)
     state, _ = meerkat.close_round(state, plan, engine.run(state, plan), config, directions, mask.pretraining_gradient)
