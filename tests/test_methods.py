@@ -26,7 +26,7 @@ from meerkat.masks.sensitivity import concentration, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
-from meerkat.report import in_words
+from meerkat.report import summary_in_words
 from meerkat.run.setup import classification
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.methods import METHODS
@@ -405,7 +405,7 @@ def test_calibrations_and_missing_steps_are_counted_by_hand(run_of: Callable[[st
 @pytest.mark.parametrize("name", ["meerkat", "meerkat-vp", "fo-fedavg"])
 def test_a_run_is_told_as_it_was(run_of: Callable[[str], Path], name: str) -> None:
     summary = summary_of(run_of(name))
-    told = in_words(summary, run_of(name))
+    told = summary_in_words(summary, run_of(name))
     assert ("no client ran backpropagation" in told) == (name != "fo-fedavg")
     assert ("every client ran backpropagation" in told) == (name == "fo-fedavg")
     assert f"about {summary['payload_bytes_up'] / CLIENTS:,.0f} in all" in told

@@ -241,14 +241,14 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     from meerkat.record.run_folder import told_plainly
-    from meerkat.report import curves, in_words
+    from meerkat.report import draw_curves, summary_in_words
 
     with told_plainly(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
-        picture, _ = curves([folder], folder)
+        picture, _ = draw_curves([folder], folder)
     if as_json:
         print(json.dumps(summary))
     else:
-        print(f"{in_words(summary, folder)}\nPicture: {picture}")
+        print(f"{summary_in_words(summary, folder)}\nPicture: {picture}")
 
 
 def _mask(arguments: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> 
         "format": FORMAT,
         "title": comparison.title,
         "model": _shared(lines, "model"),
-        "task": _shared(lines, "task"),
+        "task": _shared(lines, "task") or _shared(lines, "problem"),
         "studies": [
             {
                 "name": study.name,

@@ -16,7 +16,7 @@ from meerkat.record.run_folder import Metric, RunFolder, write_whole
 from meerkat.record.run_log import LogReader
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings import budget
-from meerkat.settings.config import RunConfig
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Summary:
         same = {name: getattr(config, name) for name in _OF_THE_SETTINGS}
         return cls(
             **same,
+            model="" if config.problem != CLASSIFICATION and config.model == EMBEDDED else config.model,
             params_total=mask.total,
             params_masked=len(mask),
             evaluated_on="sites" if after.rows is not None else "held-back" if config.held_back else "validation",
@@ -122,7 +123,7 @@ class Summary:
 
 
 _OF_THE_SETTINGS = (
-    *("method", "problem", "model", "task", "seed", "rounds", "local_steps", "directions", "clients"),
+    *("method", "problem", "task", "seed", "rounds", "local_steps", "directions", "clients"),
     *("clients_per_round", "partition", "lr", "eps", "aggregation", "attack"),
 )
 
