@@ -103,11 +103,8 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
     """
     score, before, after = _primary(summary)
     losses = (summary["loss_before"], summary["loss"])
-    loss = (
-        ""
-        if None in losses or score == "loss"
-        else f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}"
-    )
+    known = None not in losses and score != "loss"
+    loss = f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}" if known else ""
     calibration = f", {sent_to_calibrate:,.0f} of them to calibrate" if sent_to_calibrate else ""
     return " ".join(
         [
