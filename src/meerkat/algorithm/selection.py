@@ -30,8 +30,8 @@ _LIVELY = 0.2
 """At least this share of the clients is taken to be lively."""
 _PRICE_DECAY, _PRICE_LEVELS = 3.5, 5.0
 """What leaving a client out of the lively ones must save, in squared spreads. If those left out may lie anywhere
-within w spreads, it is 2 log(w / sqrt(2 pi)); within an area of A squared spreads, 2 log(A / 2 pi). This is w = 14, about a
-factor of 60 at 30 and 30 steps, and A = 77."""
+within w spreads, it is 2 log(w / sqrt(2 pi)); within an area of A squared spreads, 2 log(A / 2 pi). This is w = 14,
+about a factor of 60 at 30 and 30 steps, and A = 77."""
 _TINY = 1e-30
 
 
