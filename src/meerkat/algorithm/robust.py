@@ -17,9 +17,9 @@ The rules but the mean count clients equally: a weight by rows is one more numbe
 
 **Steps that a client did not make** (early stopping) are not votes for zero, which could outnumber those that made
 them. Each run of steps that the same m of K clients made is aggregated over those m, and counts m / K: for equal
-replies every rule is then the equally weighted mean, in which missing steps are zero. **Where too few made them** for the
-rule and f, they are aggregated by the plain median, which needs no f. So a round goes on when clients stay away, and which
-rule it went by follows from its replies alone. Of m <= 2f replies no rule can promise anything.
+replies every rule is then the equally weighted mean, in which missing steps are zero. **Where too few made them** for
+the rule and f, they are aggregated by the plain median, which needs no f. So a round goes on when clients stay away,
+and which rule it went by follows from its replies alone. Of m <= 2f replies no rule can promise anything.
 
 Float64 throughout, in order of client id, by operations of a fixed order (elementwise, sorting, running sums): the same
 bits on every machine.
