@@ -24,7 +24,7 @@ from meerkat.algorithm.rounds import Reply, RoundPlan, check_reply
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation.ledger import Asked, Ledger
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.privacy.accounting import Charge
 from meerkat.privacy.mechanism import Mechanism
 from meerkat.record.members import Join, Register

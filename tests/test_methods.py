@@ -22,8 +22,9 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.rounds import RoundRecord, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.masks.sensitivity import concentration, sensitivity_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.top_entries import concentration
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
 from meerkat.report import in_words

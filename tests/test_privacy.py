@@ -25,7 +25,7 @@ from meerkat.algorithm.server import ServerConfig, ServerState, close_round, ope
 from meerkat.algorithm.update_rules import ServerOptimizer
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Guarantee, Mechanism, clipped
 from meerkat.problems import causal_lm
