@@ -27,7 +27,7 @@ from meerkat.federation.ledger import Asked, Ledger
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy.accounting import Charge
 from meerkat.privacy.mechanism import Mechanism
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.signatures import Charter, Signer, SigningKey
 
 CLIENTS = 10
@@ -112,8 +112,8 @@ def signing() -> Callable[[], object]:
     key = SigningKey(Ed25519PrivateKey.generate())
     run, *digests = secrets.token_hex(8), *(secrets.token_hex(32) for _ in range(4))
     charter = Charter(run, True, secrets.token_hex(16), *digests)
-    signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Register(charter)
-    register.join(Join(0, 0, ROWS_HELD, "node", signer.words["key"], signer.words["signature"]))
+    signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Members(charter)
+    register.join(Member(0, 0, ROWS_HELD, "node", signer.words["key"], signer.words["signature"]))
     plan, theta = RoundPlan(0, LR, EPS, 1, {0: 1}), secrets.token_bytes(32)
     scalars = np.ones((1, 1), np.float32)
 

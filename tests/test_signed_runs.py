@@ -32,7 +32,7 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
-from meerkat.record.members import Join, Revocation
+from meerkat.record.members import KeyRevocation, Member
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
 from meerkat.record.verification import OpenRun, verify
@@ -389,7 +389,7 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
     for held in records(run):
         match held["kind"]:
             case "join":
-                settings = Join.from_json(held).settle(settings)
+                settings = Member.from_json(held).added_to(settings)
             case "calibration":
                 state = calibration.replay(state, CalibrationRecord.from_json(held))
             case "round":
@@ -524,7 +524,7 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
     held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, charter = Join.from_json(held[1]), OpenRun.of(run).replay.register.charter
+    joined, charter = Member.from_json(held[1]), OpenRun.of(run).replay.register.charter
     joining = charter.joining(0, joined.examples, joined.node, key.public)
     held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
     invented = signed_again(run, held, client=0, key=key)
@@ -540,7 +540,7 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
     states = {(record.plan.phase, record.plan.round): before for before, record in replay}
     for record in made:
         if record["kind"] == "join" and record["client"] == client:
-            join = Join.from_json(record)
+            join = Member.from_json(record)
             joined = replay.register.charter.joining(client, join.examples, join.node, bytes.fromhex(join.key))
         if record["kind"] in ("round", "calibration") and client in record["clients"]:
             before = states[record["phase"], record["round"]]
@@ -562,7 +562,7 @@ def test_what_a_revoked_key_signs_is_found(course: Course, run: Path, tmp_path: 
     """A coordinator that wrote down a revocation and went on all the same."""
     held, name = records(run), course.name("k0")
     at = line(held, "round", 3)
-    forgery = [*held[:at], Revocation(3, name).to_json(), *held[at:]]
+    forgery = [*held[:at], KeyRevocation(3, name).to_json(), *held[at:]]
     said = f"line {at + 2} (round 3): client 0's reply is signed with key {name}, which is revoked from round 3 on"
     fails(forged(run, tmp_path / "forged", forgery), said)
 
@@ -620,7 +620,7 @@ def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tm
     held[at]["handover"] = ""
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
     fails(forged(run, tmp_path / "forged", held), *said)
-    join = Join.from_json(held[at])
+    join = Member.from_json(held[at])
     joining = OpenRun.of(run).replay.register.charter.joining(1, join.examples, join.node, bytes.fromhex(join.key))
     held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
     fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")

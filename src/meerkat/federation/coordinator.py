@@ -25,7 +25,7 @@ from meerkat.federation.link import Link, Terms
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.progress import number_of, say
-from meerkat.record.members import Revocation
+from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import check_fingerprint, fingerprint, read_keys
@@ -254,7 +254,7 @@ def _coordinate(
         if name not in replayed.register.revoked:
             if signing and name not in signing:
                 say(f"note: revoked {name}: no client of this run signs with it now; is it the right one?")
-            log.append((revocation := Revocation(replayed.state.round, name)).to_json())
+            log.append((revocation := KeyRevocation(replayed.state.round, name)).to_json())
             replayed.register.revoke(revocation)
     terms = federation.terms(config.clients)
     door = Door(replayed.register, config.clients, replayed.nodes)

@@ -32,7 +32,7 @@ from meerkat.record.signatures import (
 
 
 @dataclass(frozen=True)
-class Join:
+class Member:
     """A site that became a client of a federation, or came back with other data or another key: from the next round."""
 
     round: int
@@ -49,7 +49,7 @@ class Join:
     """The key before's, where this one took its place; hexadecimal."""
 
     @classmethod
-    def from_json(cls, held: dict[str, Any]) -> "Join":
+    def from_json(cls, held: dict[str, Any]) -> "Member":
         """The record that `to_json` wrote.
 
         Raises:
@@ -59,7 +59,7 @@ class Join:
         whole = all(isinstance(n, int) for n in (join.round, join.client, join.examples))
         if not (whole and isinstance(join.node, str) and 0 <= join.client < 2**32 and 0 < join.examples < 2**40):
             raise ValueError(f"a join of client {join.client!r} with {join.examples!r} rows")
-        if not is_key(join.key, join.signature, join.handover):
+        if not are_credentials(join.key, join.signature, join.handover):
             raise ValueError(f"a join of client {join.client} with a key or signature that is none")
         return join
 
@@ -67,12 +67,12 @@ class Join:
         """The record as JSON values."""
         return {"kind": "join", **asdict(self)}
 
-    def settle(self, settings: ServerConfig) -> ServerConfig:
+    def added_to(self, settings: ServerConfig) -> ServerConfig:
         """The settings with this client among them."""
         return replace(settings, examples={**settings.examples, self.client: self.examples})
 
 
-def is_key(key: object, signature: object, handed: object) -> bool:
+def are_credentials(key: object, signature: object, handed: object) -> bool:
     """Whether these are a key with its signature and perhaps a handover, hexadecimal; or nothing at all."""
     return (key, signature, handed) == ("", "", "") or (
         is_hex(key, KEY) and is_hex(signature, SIGNATURE) and (handed == "" or is_hex(handed, SIGNATURE))
@@ -80,7 +80,7 @@ def is_key(key: object, signature: object, handed: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Revocation:
+class KeyRevocation:
     """A key that is not taken any more, from a round on."""
 
     round: int
@@ -88,7 +88,7 @@ class Revocation:
     """Its fingerprint."""
 
     @classmethod
-    def from_json(cls, held: dict[str, Any]) -> "Revocation":
+    def from_json(cls, held: dict[str, Any]) -> "KeyRevocation":
         """The record that `to_json` wrote.
 
         Raises:
@@ -104,7 +104,7 @@ class Revocation:
         return {"kind": "revoke", **asdict(self)}
 
 
-class Register:
+class Members:
     """The clients of a run that sign, and the revoked keys."""
 
     def __init__(self, charter: Charter, listed: Collection[str] | None = None) -> None:
@@ -122,7 +122,7 @@ class Register:
         self._joined: dict[int, bytes] = {}
         self._owners: dict[bytes, int] = {}
 
-    def check(self, join: Join) -> None:
+    def check(self, join: Member) -> None:
         """Whether a site may join so.
 
         Raises:
@@ -157,12 +157,12 @@ class Register:
         if before != key and self.listed is not None and name not in self.listed:
             raise BadSignature(f"key {name} of client {client} is not among the listed ones")
 
-    def needs_handover(self, join: Join) -> bool:
+    def needs_handover(self, join: Member) -> bool:
         """Whether the key of a joining takes the place of another, which can hand over."""
         before = self.keys.get(join.client)
         return before is not None and before.hex() != join.key and fingerprint(before) not in self.revoked
 
-    def join(self, join: Join) -> None:
+    def join(self, join: Member) -> None:
         """Take up a client that joins from now on.
 
         Raises:
@@ -174,7 +174,7 @@ class Register:
             self.keys[join.client], self._owners[key] = key, join.client
             self._joined[join.client] = hashlib.sha256(joining).digest()
 
-    def revoke(self, revocation: Revocation) -> None:
+    def revoke(self, revocation: KeyRevocation) -> None:
         """Take nothing more that a key signs."""
         self.revoked.setdefault(revocation.key, revocation.round)
 

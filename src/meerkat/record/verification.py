@@ -15,7 +15,7 @@ from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.progress import track
-from meerkat.record.members import Register
+from meerkat.record.members import Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
@@ -128,7 +128,7 @@ class OpenRun:
         agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
         agree(folder.log_path, "the rule of aggregation", opening.rule, config.aggregation)
         z, settings = Directions(int(opening.run_key, 16), len(mask)), opening.settings(config, mask.theta_0)
-        register, gradient = Register(opening.charter(config), listed), mask.pretraining_gradient
+        register, gradient = Members(opening.charter(config), listed), mask.pretraining_gradient
         replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, register, revoked)
         return cls(config, mask, z, opening, reader, replay)
 

@@ -29,7 +29,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows
 from meerkat.progress import number_of, say, track
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import Metric, RunFolder, write_whole
@@ -279,7 +279,7 @@ class Judge:
 class Engine(Protocol):
     """Whoever makes clients take their steps: in this process, or at the end of a network."""
 
-    def arrivals(self, round: int) -> Sequence[Join]:
+    def arrivals(self, round: int) -> Sequence[Member]:
         """The clients that came since the last round, to be logged before the next."""
 
     def available(self) -> Sequence[int] | None:
@@ -321,7 +321,7 @@ def replay_log(
         opening = logged
     z = Directions(int(opening.run_key, 16), len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
-    register = Register(opening.charter(config))
+    register = Members(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
     lost: list[Metric] = [
@@ -365,7 +365,7 @@ def run_rounds(
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
-            settings = join.settle(settings)
+            settings = join.added_to(settings)
         return settings
 
     def due(rounds: int) -> bool:
