@@ -20,12 +20,12 @@ from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
 from meerkat.federation.link import Terms
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.members import Members
-from meerkat.record.signatures import Charter
+from meerkat.record.signatures import RunIdentity
 
 LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
-CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
+CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
 def scalars_of(client: int, round: int) -> np.ndarray:

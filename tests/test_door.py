@@ -17,12 +17,12 @@ from meerkat.federation.admission import Door, Guest
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
 from meerkat.record.members import KeyRevocation, Members
-from meerkat.record.signatures import Charter, Signer, SigningKey, fingerprint
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey, fingerprint
 
 RUN = "00112233445566ff"
 MODEL, MASK = "a" * 64, "b" * 64
 DIGEST = bytes(range(32))
-CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
+CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
 def door(nodes: dict[int, str] | None = None) -> Door:

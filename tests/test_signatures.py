@@ -23,7 +23,7 @@ from meerkat.federation.certificates import make_node_key, make_signing_key
 from meerkat.record.opening import MEANING, meaning
 from meerkat.record.signatures import (
     BadSignature,
-    Charter,
+    RunIdentity,
     Signer,
     SigningKey,
     fingerprint,
@@ -34,7 +34,7 @@ from meerkat.record.signatures import (
 )
 from meerkat.settings.config import make_config
 
-CHARTER = Charter("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
+CHARTER = RunIdentity("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
 PLAN = RoundPlan(7, 0.25, 1e-3, 2, {1: 3, 4: 1})
 THETA, SCALARS = bytes(range(32)), np.arange(6, dtype="f4").reshape(3, 2)
 

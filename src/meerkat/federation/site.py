@@ -30,7 +30,7 @@ from meerkat.problems.partition import ClientRows
 from meerkat.problems.tasks import Row, Task, check_rows
 from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning, server_optimizer
-from meerkat.record.signatures import Charter, Signer, SigningKey
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey
 from meerkat.run.setup import Workplace, open_model, resolve_place
 
 
@@ -100,7 +100,7 @@ class Site:
         self._z = Directions(directions_key, len(self.mask), self._theta.device)
         self._signer: Signer | None = None
         if key is not None:
-            charter = Charter(
+            charter = RunIdentity(
                 run=offer.run,
                 signed=offer.sign,
                 run_key=f"{directions_key:032x}",

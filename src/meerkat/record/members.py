@@ -21,7 +21,7 @@ from meerkat.record.signatures import (
     KEY,
     SIGNATURE,
     BadSignature,
-    Charter,
+    RunIdentity,
     fingerprint,
     handover,
     is_fingerprint,
@@ -107,7 +107,7 @@ class KeyRevocation:
 class Members:
     """The clients of a run that sign, and the revoked keys."""
 
-    def __init__(self, charter: Charter, listed: Collection[str] | None = None) -> None:
+    def __init__(self, charter: RunIdentity, listed: Collection[str] | None = None) -> None:
         """Nobody has joined, and nothing is revoked.
 
         Args:

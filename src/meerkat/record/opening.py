@@ -19,7 +19,7 @@ from meerkat.algorithm.update_rules import ServerOptimizer
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.run_log import LogReader
-from meerkat.record.signatures import Charter, is_hex
+from meerkat.record.signatures import RunIdentity, is_hex
 from meerkat.settings import budget
 from meerkat.settings.config import RunConfig
 
@@ -122,9 +122,9 @@ class Opening:
             hides_clients=budget.mechanism(config) if config.dp == "client" else None,
         )
 
-    def charter(self, config: RunConfig) -> Charter:
+    def charter(self, config: RunConfig) -> RunIdentity:
         """What a federation's signatures are about."""
-        return Charter(
+        return RunIdentity(
             run=self.federation,
             signed=self.signed,
             run_key=self.run_key,

@@ -50,7 +50,7 @@ class BadSignature(MeerkatError):
 
 
 @dataclass(frozen=True)
-class Charter:
+class RunIdentity:
     """A run as its signatures mean it. Identifiers and digests are hexadecimal, as in the log's opening."""
 
     run: str
@@ -171,7 +171,13 @@ class Signer:
     """A site's own side: signs as one client of one run."""
 
     def __init__(
-        self, charter: Charter, client: int, examples: int, node: str, key: SigningKey, before: SigningKey | None = None
+        self,
+        charter: RunIdentity,
+        client: int,
+        examples: int,
+        node: str,
+        key: SigningKey,
+        before: SigningKey | None = None,
     ) -> None:
         """`before` is the key that this client signed with until now, to hand over to `key`."""
         joining = charter.joining(client, examples, node, key.public)
