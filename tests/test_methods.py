@@ -291,7 +291,7 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
     before = theta_of(run)
     for record in (RoundRecord.from_json(r) for r in logged(run) if r["kind"] == "round"):
         if record.plan.round < ROUNDS - 1:
-            before = path.advance(before, record, verification.OpenRun.of(run).directions)
+            before = path.advance(before, record, verification.StoredRun.open(run).directions)
     theta = path.digest(before + torch.from_numpy(delta))
 
     def forge(records: list[dict[str, Any]]) -> None:

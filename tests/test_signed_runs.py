@@ -35,7 +35,7 @@ from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.record.members import KeyRevocation, Member
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
-from meerkat.record.verification import OpenRun, verify
+from meerkat.record.verification import StoredRun, verify
 from meerkat.settings.config import SITES, RunConfig
 
 Record = dict[str, Any]
@@ -383,7 +383,7 @@ def test_a_record_of_another_run_is_found_though_it_says_the_same(
 
 def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[Reply]]) -> tuple[list[Record], str]:
     """The log of a coordinator that tells of other replies: weights, aggregates and theta as they follow from them."""
-    opened = OpenRun.of(run)
+    opened = StoredRun.open(run)
     settings, z, gradient = opened.replay.settings, opened.directions, opened.mask.pretraining_gradient
     state, made = ServerState(0, opened.mask.theta_0), []
     for held in records(run):
@@ -524,7 +524,7 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
     held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, charter = Member.from_json(held[1]), OpenRun.of(run).replay.register.charter
+    joined, charter = Member.from_json(held[1]), StoredRun.open(run).replay.register.charter
     joining = charter.joining(0, joined.examples, joined.node, key.public)
     held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
     invented = signed_again(run, held, client=0, key=key)
@@ -536,7 +536,7 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) -> list[Record]:
     """The records with one client's replies signed by a key, as its holder would."""
     made = copy.deepcopy(held)
-    joined, replay = b"", OpenRun.of(run).replay
+    joined, replay = b"", StoredRun.open(run).replay
     states = {(record.plan.phase, record.plan.round): before for before, record in replay}
     for record in made:
         if record["kind"] == "join" and record["client"] == client:
@@ -621,7 +621,7 @@ def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tm
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
     fails(forged(run, tmp_path / "forged", held), *said)
     join = Member.from_json(held[at])
-    joining = OpenRun.of(run).replay.register.charter.joining(1, join.examples, join.node, bytes.fromhex(join.key))
+    joining = StoredRun.open(run).replay.register.charter.joining(1, join.examples, join.node, bytes.fromhex(join.key))
     held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
     fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")
 

@@ -20,7 +20,7 @@ from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.record.opening import check_format
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.record.verification import OpenRun
+from meerkat.record.verification import StoredRun
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
         MeerkatError: there is no such round, or the client took no part in it, or made its steps by
             backpropagation; RunFailed: the record is damaged.
     """
-    run = OpenRun.of(Path(root))
+    run = StoredRun.open(Path(root))
     for state, record in run.replay:
         if isinstance(record, RoundRecord) and record.plan.round == round:
             if client not in record.scalars or not record.plan.directions:
@@ -109,7 +109,7 @@ def updates(root: Path) -> Iterator[tuple[int, Mapping[int, Alignment]]]:
     Raises:
         MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
     """
-    run = OpenRun.of(Path(root))
+    run = StoredRun.open(Path(root))
     for _, record in run.replay:
         if isinstance(record, RoundRecord):
             yield record.plan.round, alignments(record, run.directions)

@@ -25,7 +25,7 @@ from meerkat.settings.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Replayed:
+class VerifiedRun:
     """A run as its record tells it."""
 
     config: RunConfig
@@ -53,7 +53,7 @@ class Replayed:
     """Signed replies by (client, fingerprint of its key)."""
 
 
-def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> Replayed:
+def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> VerifiedRun:
     """Replay a run from its folder alone, without model or data.
 
     Every hash, plan, signature, weight and digest is compared.
@@ -81,7 +81,7 @@ def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[s
 
 
 @dataclass(frozen=True)
-class OpenRun:
+class StoredRun:
     """A run's folder opened for replay: its settings and mask are checked against the log's opening."""
 
     config: RunConfig
@@ -94,7 +94,7 @@ class OpenRun:
     @classmethod
     def of(
         cls, root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None
-    ) -> "OpenRun":
+    ) -> "StoredRun":
         """Open a folder; `listed` and `revoked` as in `verify`.
 
         Raises:
@@ -107,7 +107,7 @@ class OpenRun:
             raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
 
     @classmethod
-    def _of(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "OpenRun":
+    def _of(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "StoredRun":
         reader = LogReader(folder.log_path)
         records = iter(reader)
         first = next(records, None)
@@ -133,8 +133,8 @@ class OpenRun:
         return cls(config, mask, z, opening, reader, replay)
 
 
-def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> Replayed:
-    run = OpenRun.of(folder.root, listed, revoked)
+def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> VerifiedRun:
+    run = StoredRun.open(folder.root, listed, revoked)
     if listed is not None and not run.opening.federation:
         raise RunFailed(f"{folder.root}: a simulation, which nobody signs: nothing to check; leave --signers out")
     reader = run.reader
@@ -167,7 +167,7 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
                 f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
                 "has a summary; restore the file from a copy"
             )
-    return Replayed(
+    return VerifiedRun(
         config=run.config,
         mask=run.mask,
         theta=state.theta,
@@ -184,7 +184,7 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
     )
 
 
-def _check_budgets(log: Path, run: Replayed) -> None:
+def _check_budgets(log: Path, run: VerifiedRun) -> None:
     """Count anew how long clients' privacy budgets last; sites count for themselves."""
     if run.config.dp == "example" and not run.opening.federation:
         lasting = budget.allowance(run.config, run.opening.examples)
