@@ -69,7 +69,7 @@ class RunFolder:
         except OSError as error:
             raise MeerkatError(f"run folder '{root}': {error.strerror}; give another --out") from None
         folder = cls(root)
-        write_whole(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
+        write_atomically(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
         return folder
 
     @classmethod
@@ -96,7 +96,7 @@ class RunFolder:
 
     def note(self, metric: Metric, through: bool = True) -> None:
         """Add one line to the metrics: the whole of it, `through` to the disk, or nothing."""
-        with told_plainly(self.metrics_path, self.cure):
+        with explain_disk_errors(self.metrics_path, self.cure):
             file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 append_whole(file, (json.dumps(metric) + "\n").encode(), through)
@@ -111,7 +111,7 @@ class RunFolder:
     def tell(self, event: str, **facts: Any) -> None:
         """Add one event to the federation's structured log: who came, who left, what did not count. Not synced."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with told_plainly(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
+        with explain_disk_errors(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
@@ -144,13 +144,13 @@ class RunFolder:
                 "the run itself is in the log"
             ) from None
 
-    def keep_metrics(
+    def rewrite_metrics(
         self, wanted: Callable[[Metric], bool], place: Callable[[Metric], Any], more: Sequence[Metric] = ()
     ) -> list[Metric]:
         """Drop the metrics that are not wanted, add more, put all in the order of their places, and return them."""
         kept = sorted([*(metric for metric in self.metrics() if wanted(metric)), *more], key=place)
         lines = "".join(json.dumps(metric) + "\n" for metric in kept)
-        write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
+        write_atomically(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
         for metric in more:
             self._tell_followers(metric)
         return kept
@@ -174,10 +174,10 @@ class RunFolder:
         return f"make room, then 'meerkat resume {self.root}'"
 
 
-def write_whole(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
+def write_atomically(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
     """Write a file whole or not at all: `fill` writes a part file, which then takes its name."""
     part = path.with_name(path.name + ".part")
-    with told_plainly(path, cure):
+    with explain_disk_errors(path, cure):
         try:
             fill(part)
             with part.open("rb+") as file:
@@ -188,7 +188,7 @@ def write_whole(path: Path, fill: Callable[[Path], Any], cure: str = "make room,
 
 
 @contextmanager
-def told_plainly(path: Path, cure: str) -> Iterator[None]:
+def explain_disk_errors(path: Path, cure: str) -> Iterator[None]:
     """Turn a disk's refusal into one line."""
     try:
         yield

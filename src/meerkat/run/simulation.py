@@ -32,7 +32,7 @@ from meerkat.progress import number_of, say, track
 from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay
-from meerkat.record.run_folder import Metric, RunFolder, write_whole
+from meerkat.record.run_folder import Metric, RunFolder, write_atomically
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.attacked_engine import Attacked
 from meerkat.run.local_engine import LocalEngine, LossesOf
@@ -141,7 +141,7 @@ class _Timer:
 def store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(workplace.model, mask).read().cpu()
-    write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
+    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
 def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
@@ -399,7 +399,7 @@ def run_rounds(
         engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
         log.append({"kind": kind, **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place, lost)
+    metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
@@ -461,7 +461,7 @@ def write_summary(
     summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
-    write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
+    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary
 
 
