@@ -39,7 +39,7 @@ def a_key() -> SigningKey:
 
 def words(key: SigningKey, client: int = 0, node: str = "n", before: SigningKey | None = None, **charter: Any) -> Any:
     """What a hello says of a key, signed for a client of ten rows."""
-    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).words
+    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).credentials
 
 
 def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, **said: Any) -> bytes:

@@ -55,7 +55,7 @@ def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
     reply += struct.pack("<ddQIH", 0.25, 1e-3, 41, 3, 2) + struct.pack("<6f", *range(6))
     signer = Signer(CHARTER, 1, 300, "nö", key)
     public = Ed25519PublicKey.from_public_bytes(key.public)
-    public.verify(bytes.fromhex(signer.words["signature"]), joining)
+    public.verify(bytes.fromhex(signer.credentials["signature"]), joining)
     made = signer.sign(PLAN, THETA, 41, SCALARS)
     public.verify(made, reply)
     assert len(made) == 64

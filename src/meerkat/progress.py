@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 _LINES = 5
 
 
-def speak_alone() -> None:
+def use_thread_lock() -> None:
     """Do without a lock between processes, which one that is killed would leave behind."""
     tqdm.set_lock(threading.RLock())
 

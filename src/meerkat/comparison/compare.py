@@ -30,7 +30,7 @@ from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import load_text, longest_input
 from meerkat.problems.partition import partition
-from meerkat.progress import say, speak_alone
+from meerkat.progress import say, use_thread_lock
 from meerkat.record.run_folder import RunFolder, write_atomically
 from meerkat.run.setup import (
     Workplace,
@@ -370,7 +370,7 @@ def _live_with(other: Connection) -> None:
         except (EOFError, OSError):
             os._exit(1)
 
-    speak_alone()
+    use_thread_lock()
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -281,7 +281,7 @@ def _coordinate(
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-                folder.follow(follower)
+                folder.on_metric(follower)
                 try:
                     state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, lost=lost)
                 finally:
@@ -310,7 +310,7 @@ class _Watched(RemoteEngine):
     def tell(self, event: str, text: str, **facts: Any) -> None:
         """See `RemoteEngine`."""
         super().tell(event, text, **facts)
-        self._folder.tell(event, round=self._trail.round, **facts)
+        self._folder.append_event(event, round=self._trail.round, **facts)
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """See `experiment.Engine`."""

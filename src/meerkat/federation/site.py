@@ -129,7 +129,7 @@ class Site:
             "model": self.mask.fingerprint,
             "mask": self.mask.digest(),
             "evaluates": self._validation is not None,
-            **({} if self._signer is None else self._signer.words),
+            **({} if self._signer is None else self._signer.credentials),
             "versions": {"meerkat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
         return self._frame(Kind.HELLO, frames.encode_words(said, self._secret))
@@ -163,7 +163,7 @@ class Site:
     @property
     def joined(self) -> bytes:
         """SHA-256 of what the site signed when it came in, rows and key among it; nothing where it does not sign."""
-        return b"" if self._signer is None else self._signer.joined
+        return b"" if self._signer is None else self._signer.joining_digest
 
     def answer(self, data: bytes) -> bytes | None:
         """The frame that answers one of the coordinator's, or None where none is due.

@@ -181,18 +181,18 @@ class Signer:
     ) -> None:
         """`before` is the key that this client signed with until now, to hand over to `key`."""
         joining = charter.joining(client, examples, node, key.public)
-        self.joined = hashlib.sha256(joining).digest()
+        self.joining_digest = hashlib.sha256(joining).digest()
         """Names the joining in every reply."""
-        self.words = {"key": key.public.hex(), "signature": key.sign(joining).hex()}
+        self.credentials = {"key": key.public.hex(), "signature": key.sign(joining).hex()}
         """What a hello says of it."""
         if before is not None:
-            self.words["handover"] = before.sign(handover(joining)).hex()
+            self.credentials["handover"] = before.sign(handover(joining)).hex()
         self._client = client
         self._key = key
 
     def sign(self, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray) -> bytes:
         """The signature of a reply; arguments as in `reply_message`."""
-        return self._key.sign(reply_message(self.joined, self._client, plan, theta, pointer, scalars))
+        return self._key.sign(reply_message(self.joining_digest, self._client, plan, theta, pointer, scalars))
 
 
 def read_keys(path: str, setting: str) -> frozenset[str]:

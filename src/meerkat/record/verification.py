@@ -92,7 +92,7 @@ class StoredRun:
     replay: Replay
 
     @classmethod
-    def of(
+    def open(
         cls, root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None
     ) -> "StoredRun":
         """Open a folder; `listed` and `revoked` as in `verify`.
@@ -102,12 +102,12 @@ class StoredRun:
         """
         folder = RunFolder.open(root)
         try:
-            return cls._of(folder, listed, revoked)
+            return cls._open(folder, listed, revoked)
         except DAMAGE as error:
             raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
 
     @classmethod
-    def _of(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "StoredRun":
+    def _open(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "StoredRun":
         reader = LogReader(folder.log_path)
         records = iter(reader)
         first = next(records, None)

@@ -254,7 +254,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         lost.append(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-        folder.follow(follower)
+        folder.on_metric(follower)
         state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
@@ -359,7 +359,7 @@ def run_rounds(
         engine.settle()
         began = time.perf_counter()
         found = judge(theta, rounds)
-        folder.note({**found, "wall_s": time.perf_counter() - began})
+        folder.append_metric({**found, "wall_s": time.perf_counter() - began})
         say(evaluation_in_words(found, config.rounds))
 
     def gather(settings: ServerConfig) -> ServerConfig:
@@ -396,7 +396,7 @@ def run_rounds(
     def note(kind: str, metric: Callable[[], Metric], record: RoundRecord | CalibrationRecord) -> None:
         facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
         # not through to the disk: what of it is lost with the machine, going on makes again from the log
-        engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
+        engine.meanwhile(lambda: folder.append_metric({**metric(), **facts}, sync=False))
         log.append({"kind": kind, **record.to_json()})
 
     metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
