@@ -113,7 +113,7 @@ def signing() -> Callable[[], object]:
     run, *digests = secrets.token_hex(8), *(secrets.token_hex(32) for _ in range(4))
     charter = RunIdentity(run, True, secrets.token_hex(16), *digests)
     signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Members(charter)
-    register.join(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
+    register.admit(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
     plan, theta = RoundPlan(0, LR, EPS, 1, {0: 1}), secrets.token_bytes(32)
     scalars = np.ones((1, 1), np.float32)
 

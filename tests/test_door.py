@@ -290,7 +290,7 @@ def test_a_key_that_is_none_is_a_bad_frame(change: dict[str, Any]) -> None:
 def joined(at: Door, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> Guest:
     """A site comes in, and its joining is logged."""
     guest = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
-    at.register.join(guest.joining)
+    at.register.admit(guest.joining)
     return guest
 
 

@@ -87,7 +87,7 @@ def test_every_fact_of_a_run_is_in_its_charter() -> None:
     others += [replace(CHARTER, **{name: "00" * 32}) for name in ("model", "mask", "theta", "settings")]
     assert len({charter.digest() for charter in (CHARTER, *others)}) == 8
     for name in ("run", "run_key", "model", "mask", "theta", "settings"):
-        with pytest.raises(ValueError, match="not of their lengths"):
+        with pytest.raises(ValueError, match="of the wrong length"):
             replace(CHARTER, **{name: getattr(CHARTER, name) + "00"}).digest()
 
 
@@ -170,8 +170,8 @@ def test_what_is_no_signing_key_is_told(tmp_path: Path) -> None:
         subprocess.run(made, check=True)
     for file, said in (
         (tmp_path / "none", "No such file"),
-        (tmp_path / "locked", "no OpenSSH key without a password"),
-        (ecdsa.public, "no OpenSSH key without a password"),
+        (tmp_path / "locked", "not an OpenSSH key without a password"),
+        (ecdsa.public, "not an OpenSSH key without a password"),
         (ecdsa.private, "is not an Ed25519 key"),
         (tmp_path / "rsa", "is not an Ed25519 key"),
     ):
@@ -195,7 +195,7 @@ def test_keys_are_listed_a_line_each(tmp_path: Path, key: SigningKey) -> None:
         with pytest.raises(MeerkatError, match=said):
             read_keys(str(given), "signers")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(MeerkatError, match="is no text"):
+    with pytest.raises(MeerkatError, match="is not text"):
         read_keys(str(file), "signers")
 
 
@@ -215,7 +215,7 @@ def test_revocations_are_keys_with_rounds_or_files_of_them(tmp_path: Path, key: 
     with pytest.raises(MeerkatError, match=r"line 1 '-----BEGIN OPENSSH PRIVATE KEY-----': must be a key's finger"):
         read_revoked([str(pair.private)], "--revoked")
     for text, said in (
-        ("# none yet\n", "holds no key"),
+        ("# none yet\n", "has no key in it"),
         ("ssh-rsa AAAA me@host\n", "line 1 'ssh-rsa AAAA me@host': must be"),
     ):
         (tmp_path / "revoked").write_text(text)

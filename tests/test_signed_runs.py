@@ -506,7 +506,7 @@ def test_a_log_that_is_stripped_of_all_signatures_says_so_and_is_found_by_who_kn
     stripped = forged(run, tmp_path / "forged", unsigned(records(run)))
     assert main(["verify", str(stripped)]) == 0
     assert "0 of 17 replies signed" in capsys.readouterr().out
-    said = "client 0 has no key, where every reply must be signed, and the run took replies without: there is nothing"
+    said = "client 0 has no key, where every reply must be signed, and the run took unsigned replies: there is nothing"
     fails(stripped, f"line 2 (join of client 0): {said} to check", listed=course.listed)
 
 
@@ -524,7 +524,7 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
     held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, charter = Member.from_json(held[1]), StoredRun.open(run).replay.register.charter
+    joined, charter = Member.from_json(held[1]), StoredRun.open(run).replay.register.identity
     joining = charter.joining(0, joined.examples, joined.node, key.public)
     held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
     invented = signed_again(run, held, client=0, key=key)
@@ -541,7 +541,7 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
     for record in made:
         if record["kind"] == "join" and record["client"] == client:
             join = Member.from_json(record)
-            joined = replay.register.charter.joining(client, join.examples, join.node, bytes.fromhex(join.key))
+            joined = replay.register.identity.joining(client, join.examples, join.node, bytes.fromhex(join.key))
         if record["kind"] in ("round", "calibration") and client in record["clients"]:
             before = states[record["phase"], record["round"]]
             read = RoundRecord if record["kind"] == "round" else CalibrationRecord
@@ -621,7 +621,7 @@ def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tm
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
     fails(forged(run, tmp_path / "forged", held), *said)
     join = Member.from_json(held[at])
-    joining = StoredRun.open(run).replay.register.charter.joining(1, join.examples, join.node, bytes.fromhex(join.key))
+    joining = StoredRun.open(run).replay.register.identity.joining(1, join.examples, join.node, bytes.fromhex(join.key))
     held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
     fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")
 
@@ -697,5 +697,5 @@ def test_a_federation_where_some_sign_is_gone_through(course: Course, monkeypatc
         if record["kind"] == "round":
             assert [bool(text) for text in record["signatures"]] == [False, False, True]
             swapped = {**record, "signatures": [record["signatures"][2], "", ""]}
-            with pytest.raises(RunFailed, match="client 0's reply is signed, and it joined without a key"):
+            with pytest.raises(RunFailed, match="client 0's reply is signed, but it joined without a key"):
                 replay(setting, [*federation.records[:at], swapped, *federation.records[at + 1 :]])

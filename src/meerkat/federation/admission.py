@@ -64,9 +64,9 @@ class Door:
         """
         self.register = register
         """As given: whoever logs a joining writes it there."""
-        self._run = bytes.fromhex(register.charter.run)
+        self._run = bytes.fromhex(register.identity.run)
         self._clients = clients
-        self._must = {"model": register.charter.model, "mask": register.charter.mask}
+        self._must = {"model": register.identity.model, "mask": register.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()

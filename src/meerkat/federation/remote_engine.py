@@ -148,7 +148,7 @@ class RemoteEngine:
                 continue
             join = replace(guest.joining, round=round)
             try:
-                self._door.register.join(join)
+                self._door.register.admit(join)
             except BadSignature as error:  # another came in between with the same key
                 self._show_out(client, str(error))
                 continue

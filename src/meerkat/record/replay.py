@@ -157,7 +157,7 @@ class Replay:
             raise RunFailed(f"{log}: client {client} joined, of {self.settings.clients} clients; restore a copy")
         agree(log, f"the round that client {client} joined before", str(join.round), str(self.state.round))
         agree(log, f"the node of client {client}", join.node, self.nodes.get(client, join.node))
-        self.register.join(join)
+        self.register.admit(join)
         self._check_form(join.to_json(), held)
         self.settings = join.added_to(self.settings)
         self.nodes[join.client] = join.node
