@@ -65,7 +65,15 @@ def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
 def test_every_fact_of_a_reply_is_in_its_signature() -> None:
     def message(joined: bytes = b"j" * 32, plan: RoundPlan = PLAN, **given: Any) -> bytes:
         return reply_message(
-            **{"joined": joined, "client": 1, "plan": plan, "theta": THETA, "pointer": 0, "scalars": SCALARS, **given}
+            **{
+                "joining_digest": joined,
+                "client": 1,
+                "plan": plan,
+                "theta": THETA,
+                "pointer": 0,
+                "scalars": SCALARS,
+                **given,
+            }
         )
 
     others = [

@@ -547,7 +547,7 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
             read = RoundRecord if record["kind"] == "round" else CalibrationRecord
             told = read.from_json(record)
             message = reply_message(
-                joined=hashlib.sha256(joined).digest(),
+                joining_digest=hashlib.sha256(joined).digest(),
                 client=client,
                 plan=told.plan,
                 theta=bytes.fromhex(path.digest(before.theta)),
@@ -637,7 +637,7 @@ def test_a_simulation_is_said_to_have_no_signatures(
     capsys.readouterr()
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out.strip().endswith("a simulation: no signatures; no differential privacy")
-    fails(out, "a simulation, which nobody signs: nothing to check; leave --signers out", listed=course.listed)
+    fails(out, "a simulation, whose replies are not signed; leave --signers out", listed=course.listed)
     assert main(["verify", str(out), "--revoked", course.name("k0")]) == 0
     assert "note: --revoked: no reply of this run is signed" in capsys.readouterr().err
     held = records(out)
