@@ -15,8 +15,8 @@ from meerkat.privacy.mechanism import Relation
 LARGEST_NOISE = 1e4
 """The largest noise multiplier that is tried."""
 _WIDTHS = ((0.02, 1e-3), (0.0, 1e-4))
-"""(least q / sigma, width of the bins that privacy losses are rounded up to): coarse bins are ten times faster. The width
-depends on the mechanism alone, so that an epsilon grows with the steps."""
+"""(least q / sigma, width of the bins to which privacy losses are rounded up): coarse bins are ten times faster. The
+width depends on the mechanism alone, so that an epsilon grows with the steps."""
 _LONGEST = 1_000_000
 """The most steps that are accounted for; more of them count as steps without noise."""
 _HOPELESS = 200.0

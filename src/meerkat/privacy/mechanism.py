@@ -108,7 +108,7 @@ class Mechanism:
 
 
 def clipped(vectors: np.ndarray, clip: float) -> np.ndarray:
-    """Vectors, float64 [count, D], each scaled down to an L2 norm of at most `clip`; zeros for one that is not finite."""
+    """Vectors, float64 [count, D], each scaled down to an L2 norm of at most `clip`; zeros if it is not finite."""
     vectors = np.where(np.isfinite(vectors).all(1, keepdims=True), vectors, 0.0)
     largest = np.abs(vectors).max(1, keepdims=True, initial=0.0)
     unit = vectors / np.where(largest > 0, largest, 1.0)  # so that squares do not overflow
