@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.masks.sensitivity import full_mask, random_mask, sensitivity_mask
+from meerkat.masks.baselines import full_mask, random_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import client_losses, collate, language_modelling_loss
 from meerkat.problems.partition import ClientRows, partition
@@ -57,7 +59,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
         losses_of=client_losses(model, examples, lambda batch: collate(batch, sequences_per_pass=TOGETHER)),
     )
     settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
-    state = ServerState(0, masked.read())
+    state = ServerState(Replica(0, masked.read()))
     plan = open_round(state, settings)
     close_round(state, plan, engine.run(state, plan), settings, engine.directions)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -36,7 +37,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import RunFolder
@@ -136,11 +137,11 @@ class Setting:
         """The run's directions."""
         return Directions(run_key(self.config.seed), len(self.mask))
 
-    def register(self, listed: Sequence[str] | None = None) -> Register:
+    def register(self, listed: Sequence[str] | None = None) -> Members:
         """The register of a run that nobody has joined."""
-        return Register(self.opening.charter(self.config), listed)
+        return Members(self.opening.charter(self.config), listed)
 
-    def door(self, nodes: dict[int, str] | None = None, register: Register | None = None) -> Door:
+    def door(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Door:
         """A door of the run."""
         return Door(register or self.register(), self.config.clients, nodes)
 
@@ -164,13 +165,16 @@ class Setting:
         losses_of = causal_lm.client_losses(
             workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
         )
-        return LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+        rule = self.settings.rules.client
+        return LocalEngine(
+            model, z, lambda client, step: clients[client].batch(step), losses_of, together=False, rule=rule
+        )
 
     def simulated(self) -> list[str]:
         """Theta's digest after each round of the same federation in one process."""
         engine, z = self.in_one_process(), self.directions
         settings = replace(self.settings, examples=dict(enumerate(self.sizes)))
-        state, gradient, digests = ServerState(0, self.theta_0), self.mask.pretraining_gradient, []
+        state, gradient, digests = ServerState(Replica(0, self.theta_0)), self.mask.pretraining_gradient, []
         while state.round < settings.rounds:
             if calibration.due(state, settings):
                 plan = calibration.open_calibration(state, settings)
@@ -331,14 +335,14 @@ class Federation:
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
-    register: Register | None = None
+    register: Members | None = None
 
     def __post_init__(self) -> None:
         self.door = self.setting.door(self.nodes, self.register)
         self.wire = Wire(self.door)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
-        self.state = self.state or ServerState(0, self.setting.theta_0)
+        self.state = self.state or ServerState(Replica(0, self.setting.theta_0))
         self.engine = RemoteEngine(
             self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z
         )
@@ -368,15 +372,14 @@ class Federation:
 
     def engine_state_size(self) -> int:
         """Float32 values of a whole state."""
-        by = self.settings.optimizer
-        return len(self.setting.mask) * (1 + by.carried + bool(by.alpha))
+        return len(self.setting.mask) * self.settings.rules.vectors
 
-    def gather(self) -> list[Join]:
+    def gather(self) -> list[Member]:
         """The clients that join before the next round."""
         joined = self.engine.arrivals(self.state.round)
         for join in joined:
             self.records.append(join.to_json())
-            self.settings = join.settle(self.settings)
+            self.settings = join.added_to(self.settings)
         return joined
 
     def round(self) -> RoundRecord:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from meerkat import seeds
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import RoundRecord, pack
+from meerkat.algorithm.rounds import RoundRecord, Update, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.masks.sensitivity import concentration, sensitivity_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.top_entries import concentration
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
 from meerkat.report import summary_in_words
@@ -261,18 +262,17 @@ def theta_of(folder: Path) -> Tensor:
 
 def _another_delta(records: list[dict[str, Any]]) -> None:
     record = RoundRecord.from_json(records[2])
-    assert record.delta is not None
-    delta = record.delta.copy()
+    delta = record.aggregate.copy()
     delta[5] += 1e-3
-    records[2]["delta"] = pack(delta)
+    records[2]["aggregate"] = pack(delta)
 
 
 def _no_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["delta"] = None
+    records[2]["aggregate"] = ""
 
 
 def _scalars_in_place_of_a_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["directions"] = 1
+    records[2]["sends"] = "scalars"
 
 
 @pytest.mark.parametrize("forge", [_another_delta, _no_delta, _scalars_in_place_of_a_delta])
@@ -290,11 +290,13 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
     before = theta_of(run)
     for record in (RoundRecord.from_json(r) for r in logged(run) if r["kind"] == "round"):
         if record.plan.round < ROUNDS - 1:
-            before = path.advance(before, record, verification.OpenRun.of(run).directions)
+            before = path.moved(
+                before, Update(record.plan, record.aggregate), verification.StoredRun.open(run).directions
+            )
     theta = path.digest(before + torch.from_numpy(delta))
 
     def forge(records: list[dict[str, Any]]) -> None:
-        records[-2] |= {"delta": pack(delta), "theta": theta}
+        records[-2] |= {"aggregate": pack(delta), "theta": theta}
         records[-1]["theta"] = theta
 
     rewrite(run, forge)
@@ -307,7 +309,7 @@ def test_verify_refuses_a_delta_where_scalars_say_what_moved_though_all_digests_
 ) -> None:
     run = copied(run_of("meerkat"), tmp_path / "run")
     forged_last_round(run, np.ones(len(theta_of(run)), np.float32))
-    with pytest.raises(RunFailed, match="delta"):
+    with pytest.raises(RunFailed, match="aggregate"):
         verification.verify(run)
 
 
@@ -316,7 +318,7 @@ def test_verify_refuses_a_delta_of_another_length_though_all_digests_agree(
 ) -> None:
     run = copied(run_of("fo-fedavg"), tmp_path / "run")
     forged_last_round(run, np.ones(1, np.float32))
-    with pytest.raises(RunFailed, match="delta"):
+    with pytest.raises(RunFailed, match="aggregate"):
         verification.verify(run)
 
 

@@ -12,10 +12,11 @@ from federation import Federation, Setting, replay
 
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
-from meerkat.record.members import Join
+from meerkat.record.members import Member
 from meerkat.record.replay import Replay
 
 Records = list[dict[str, Any]]
@@ -39,8 +40,8 @@ def records(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 
 def test_a_join_comes_out_as_it_went_in() -> None:
-    join = Join(3, 1, 20, "a node")
-    assert Join.from_json(join.to_json()) == join
+    join = Member(3, 1, 20, "a node")
+    assert Member.from_json(join.to_json()) == join
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_join_comes_out_as_it_went_in() -> None:
 )
 def test_a_damaged_join_is_refused(setting: Setting, change: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match="damaged"):
-        replay(setting, [{**Join(0, 0, 10, "n").to_json(), **change}])
+        replay(setting, [{**Member(0, 0, 10, "n").to_json(), **change}])
 
 
 def test_a_federation_s_log_is_gone_through_with_its_joins(setting: Setting, records: Records) -> None:
@@ -115,11 +116,11 @@ def test_what_cannot_have_been_is_refused(
 def test_a_calibration_is_computed_no_longer_than_its_record_is(setting: Setting) -> None:
     """A billion steps that nobody made are a few bytes: they are refused before a direction is drawn."""
     long = setting.but(early_stop="vp", local_steps=2, calibration_steps=10**9)
-    plan = open_calibration(ServerState(0, long.theta_0), long.settings, [0])
+    plan = open_calibration(ServerState(Replica(0, long.theta_0)), long.settings, [0])
     nobody = CalibrationRecord(plan, {}, np.zeros((0, plan.directions)), select({}, {}, Vpcs()), ())
     calibrated = {"kind": "calibration", **nobody.to_json()}
     with pytest.raises(RunFailed, match="the inner products of the calibration before round 0"):
-        replay(long, [Join(0, 0, 10, "n").to_json(), calibrated])
+        replay(long, [Member(0, 0, 10, "n").to_json(), calibrated])
 
 
 def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting, records: Records) -> None:
@@ -129,7 +130,7 @@ def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting,
 
 def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:
     settings = replace(setting.settings, examples=dict(enumerate(setting.sizes)))
-    join = Join(0, 0, 10, "n").to_json()
+    join = Member(0, 0, 10, "n").to_json()
     log, register = Path("rounds.log"), setting.register()
     with pytest.raises(RunFailed, match="unknown kind 'join'"):
         Replay([join], setting.theta_0, settings, setting.directions, None, log, register).run()

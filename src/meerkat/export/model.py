@@ -18,8 +18,8 @@ from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems.tasks import Task
-from meerkat.record.run_folder import RunFolder, told_plainly
-from meerkat.record.verification import Replayed
+from meerkat.record.run_folder import RunFolder, explain_disk_errors
+from meerkat.record.verification import VerifiedRun
 from meerkat.run.evaluate import load_run
 from meerkat.run.metrics import without_budget
 
@@ -50,7 +50,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     content: Content = "model" if form == "merged" else "adapters" if lora else "delta"
     to = to.resolve()
     part = to.with_name(to.name + ".part")
-    with told_plainly(to, "make room, or give another --to"):
+    with explain_disk_errors(to, "make room, or give another --to"):
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
         try:
             part.mkdir(parents=True)
@@ -74,7 +74,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     return to / DELTA_FILE if content == "delta" else to
 
 
-def _card(folder: RunFolder, run: Replayed, task: Task, content: Content, tuned_fingerprint: str) -> str:
+def _card(folder: RunFolder, run: VerifiedRun, task: Task, content: Content, tuned_fingerprint: str) -> str:
     removals = [event for event in folder.events() if event.get("event") == "shown out" and "client" in event]
     removed = sorted({event["client"] for event in removals})
     return model_card(run, task, folder.metrics(), content, tuned_fingerprint, removed, without_budget(folder))

@@ -17,7 +17,7 @@ from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.tasks import Task
 from meerkat.progress import one_line
 from meerkat.record.run_folder import Metric
-from meerkat.record.verification import Replayed
+from meerkat.record.verification import VerifiedRun
 from meerkat.run.metrics import clients_in_words
 from meerkat.settings.config import EMBEDDED, RunConfig
 
@@ -37,7 +37,7 @@ _EVALUATED_ON = {
 
 
 def model_card(
-    run: Replayed,
+    run: VerifiedRun,
     task: Task,
     metrics: Sequence[Metric],
     content: Content,
@@ -80,7 +80,7 @@ def model_card(
     return f"---\n{_front_matter(run, metrics, content)}\n---\n\n{body}\n"
 
 
-def _front_matter(run: Replayed, metrics: Sequence[Metric], content: Content) -> str:
+def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], content: Content) -> str:
     config = run.config
     hub_data = config.data and not run.opening.federation and not _is_local(config.data)
     front_matter = ModelCardData(
@@ -143,7 +143,7 @@ def _loading_code(config: RunConfig, content: Content) -> list[str]:
     return [*imports, auto, "", folder, base, model, tuned, "tokenizer = AutoTokenizer.from_pretrained(base)"]
 
 
-def _tuning(run: Replayed) -> str:
+def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
     first_order = recipe.update == "first-order"
     steps = (
@@ -168,7 +168,7 @@ def _tuning(run: Replayed) -> str:
     )
 
 
-def _aggregation(run: Replayed) -> str:
+def _aggregation(run: VerifiedRun) -> str:
     config = run.config
     server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.update == "feddyn" else config.server_optimizer
     by_rows = config.weights == "examples" and config.aggregation == "mean"
@@ -197,7 +197,7 @@ def _mask(mask: SparseMask) -> str:
     )
 
 
-def _data(run: Replayed, task: Task) -> str:
+def _data(run: VerifiedRun, task: Task) -> str:
     config = run.config
     if run.opening.federation:
         source = (
@@ -228,7 +228,7 @@ def _data(run: Replayed, task: Task) -> str:
     )
 
 
-def _numbers_of_rows(run: Replayed) -> str:
+def _numbers_of_rows(run: VerifiedRun) -> str:
     counts = {client: run.examples[client] for client in sorted(run.examples)}
     if run.config.dp == "client":
         return "not given: clients are private"
@@ -255,7 +255,7 @@ def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     )
 
 
-def _clients(run: Replayed, removed: Sequence[int]) -> str:
+def _clients(run: VerifiedRun, removed: Sequence[int]) -> str:
     calibration = run.calibration
     extreme = _listed(calibration.selection.extreme) if calibration else "not known: there was no calibration"
     facts = {
@@ -273,7 +273,7 @@ def _listed(clients: Sequence[int]) -> str:
     return clients_in_words(clients) if clients else "none"
 
 
-def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
+def _evaluation(run: VerifiedRun, metrics: Sequence[Metric]) -> str:
     evaluations = sorted(
         (metric for metric in metrics if metric["kind"] == "evaluation" and metric["round"] <= run.rounds),
         key=lambda metric: metric["round"],
@@ -291,7 +291,7 @@ def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
     return f"On {_EVALUATED_ON[rows]}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
 
 
-def _digests(run: Replayed, tuned_fingerprint: str) -> str:
+def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
     # A simulation's log holds the hash of its rows, and a log of hidden clients which of them were drawn. Whoever can
     # work out the rest of it, from theta and the seed, could check a guess at these against the chain's hash, which no
     # noise covers. A federation with noisy replies logs only what is noisy or public.

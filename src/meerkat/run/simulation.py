@@ -21,7 +21,7 @@ from torch import Tensor
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions, run_key
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, check_reply
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
@@ -29,10 +29,10 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows
 from meerkat.progress import number_of, say, track
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay
-from meerkat.record.run_folder import Metric, RunFolder, write_whole
+from meerkat.record.run_folder import Metric, RunFolder, write_atomically
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.attacked_engine import Attacked
 from meerkat.run.local_engine import LocalEngine, LossesOf
@@ -54,6 +54,7 @@ from meerkat.run.metrics import (
 from meerkat.run.setup import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
+from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.config import SITES, RunConfig
 
 
@@ -141,7 +142,7 @@ class _Timer:
 def store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(workplace.model, mask).read().cpu()
-    write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
+    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
 def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
@@ -184,6 +185,8 @@ def opening_of(
         allowance=list(allowance),
         federation=federation,
         rule=config.aggregation,
+        estimator=config.estimator,
+        update_rule=config.server_optimizer,
         signed=signed,
     )
 
@@ -195,7 +198,10 @@ def _check_opening(logged: Opening, now: Opening, folder: RunFolder) -> None:
         "gradient": "mask.safetensors was changed",
         "data": "the data, its split, the task or the tokenizer is not the same any more",
         "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
-        **dict.fromkeys(("run_key", "model", "theta", "examples", "rule"), "the log's opening was changed"),
+        **dict.fromkeys(
+            ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"),
+            "the log's opening was changed",
+        ),
     }
     for name, trouble in what.items():
         if getattr(logged, name) != getattr(now, name):
@@ -239,6 +245,8 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         losses_of=timer.around(losses_of),
         together=config.batching == "auto",
         private=private,
+        estimator=estimator(config),
+        rule=rules(config).client,
     )
     engine: Engine = honest
     if config.attack != "none":
@@ -254,7 +262,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         lost.append(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-        folder.follow(follower)
+        folder.on_metric(follower)
         state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
@@ -279,7 +287,7 @@ class Judge:
 class Engine(Protocol):
     """Whoever makes clients take their steps: in this process, or at the end of a network."""
 
-    def arrivals(self, round: int) -> Sequence[Join]:
+    def arrivals(self, round: int) -> Sequence[Member]:
         """The clients that came since the last round, to be logged before the next."""
 
     def available(self) -> Sequence[int] | None:
@@ -319,9 +327,9 @@ def replay_log(
         logged = Opening.from_json(first, folder.log_path)
         _check_opening(logged, opening, folder)
         opening = logged
-    z = Directions(int(opening.run_key, 16), len(mask), theta_0.device)
+    z = directions(config, len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
-    register = Register(opening.charter(config))
+    register = Members(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
     lost: list[Metric] = [
@@ -359,20 +367,21 @@ def run_rounds(
         engine.settle()
         began = time.perf_counter()
         found = judge(theta, rounds)
-        folder.note({**found, "wall_s": time.perf_counter() - began})
+        folder.append_metric({**found, "wall_s": time.perf_counter() - began})
         say(evaluation_in_words(found, config.rounds))
 
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
-            settings = join.settle(settings)
+            settings = join.added_to(settings)
         return settings
 
     def due(rounds: int) -> bool:
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
 
     def open_round(settings: ServerConfig) -> RoundPlan:
-        plan = server.open_round(state, settings, server.sampled(settings, engine.available()))
+        invited = settings.aggregation.invited(settings.clients, engine.available())
+        plan = server.open_round(state, settings, invited)
         if not plan.steps and settings.allowance:
             raise RunFailed(f"round {plan.round}: every client's privacy budget is spent; the model is as it is")
         return plan
@@ -386,7 +395,8 @@ def run_rounds(
             raise Diverged(f"round {plan.round}: {error}") from None
         for reply in replies:
             try:
-                check_reply(plan, reply.client, reply.scalars)
+                if isinstance(reply, Scalars):
+                    check_reply(plan, reply.client, reply.scalars)
             except ValueError as error:
                 raise Diverged(
                     f"round {plan.round}: client {reply.client}: {error}; start a new run with a lower --lr"
@@ -396,10 +406,10 @@ def run_rounds(
     def note(kind: str, metric: Callable[[], Metric], record: RoundRecord | CalibrationRecord) -> None:
         facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
         # not through to the disk: what of it is lost with the machine, going on makes again from the log
-        engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
+        engine.meanwhile(lambda: folder.append_metric({**metric(), **facts}, sync=False))
         log.append({"kind": kind, **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place, lost)
+    metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
@@ -424,11 +434,10 @@ def run_rounds(
             settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
         plan = open_round(settings)
-        while not (replies := replies_to(plan)) and not settings.hides_clients:
+        while not (replies := replies_to(plan)) and settings.aggregation.keeps_replies:
             settings = gather(settings)  # too few were left: it opens again, with who is here
             plan = open_round(settings)
-        if not settings.hides_clients:  # whose replies decide nothing by themselves
-            server.check_rate(plan, replies, settings)
+        server.check_rate(plan, replies, settings)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
         note("round", partial(round_metric, closed, replies), closed)
         engine.closed(state, closed)
@@ -436,7 +445,7 @@ def run_rounds(
             evaluate(state.theta, state.round)
     engine.settle()
     if not replayed.closed:
-        log.append({"kind": "close", "rounds": state.round, "theta": path.digest(state.theta)})
+        log.append({"kind": "close", "rounds": state.round, "theta": state.replica.digest})
     return state
 
 
@@ -461,7 +470,7 @@ def write_summary(
     summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
-    write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
+    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary
 
 

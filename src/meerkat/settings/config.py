@@ -13,7 +13,7 @@ from meerkat.algorithm.robust import Rule as AggregationRule
 from meerkat.algorithm.selection import Rule
 from meerkat.algorithm.server import EarlyStop, Schedule
 from meerkat.errors import MeerkatError, in_short
-from meerkat.masks.sensitivity import Exclusion, Scope
+from meerkat.masks.kinds import Exclusion, Scope
 from meerkat.privacy.mechanism import Level, Relation
 from meerkat.problems.causal_lm import Objective
 from meerkat.settings.compatibility import check_aggregation, check_attack, check_privacy
@@ -88,6 +88,9 @@ class RunConfig(BaseModel):
         ge=0,
         allow_inf_nan=False,
         description="eta: learning rate; 0 takes one that fits the number of moving parameters",
+    )
+    estimator: str = Field(
+        "plain", description="how a step's slopes are estimated; plain is two-sided along normal directions"
     )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
     eps: float = Field(
