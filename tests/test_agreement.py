@@ -9,7 +9,7 @@ from conftest import tiny_model
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.run.mask import make_mask
 from meerkat.run.setup import open_problem, resolve

@@ -18,7 +18,7 @@ from typing import Any
 
 from meerkat.comparison.studies import Check, Comparison, Setting, Study, spelled
 from meerkat.problems.problem import Better, primary
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 from meerkat.run.summary import worst_class
 
 FORMAT = 2
@@ -82,7 +82,7 @@ def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> 
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _shared(lines: Sequence[Line], name: str) -> str:

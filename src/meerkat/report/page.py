@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 from meerkat.report.drawing import VARIABLES, inline, save
 from meerkat.report.style import STYLE
 
@@ -111,7 +111,7 @@ class Page:
             save(figure, folder / name)
         path, text = root / "report.html", self.html()
         cure = f"make room, then 'meerkat report {root}'"
-        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
+        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
         return path
 
 

@@ -8,12 +8,12 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.problems.problem import Evaluation, Problem, Split
 from meerkat.progress import say
 from meerkat.record.run_folder import RunFolder
-from meerkat.record.verification import Replayed, verify
+from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.mask import check_model
 from meerkat.run.setup import open_problem
 
 
-def load_run(root: Path) -> tuple[Replayed, Problem]:
+def load_run(root: Path) -> tuple[VerifiedRun, Problem]:
     """A verified run, and its problem with the run's theta in the model."""
     replayed = verify(root)
     config = replayed.config

@@ -7,12 +7,13 @@ from meerkat import seeds
 from meerkat.algorithm import path
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
 from meerkat.masks.lora import lora_mask
-from meerkat.masks.sensitivity import full_mask, magnitude_mask, pretraining_gradient, random_mask, sensitivity_mask
+from meerkat.masks.sensitivity import pretraining_gradient, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Problem
 from meerkat.progress import track
-from meerkat.record.run_folder import RunFolder, write_whole
+from meerkat.record.run_folder import RunFolder, write_atomically
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
 from meerkat.settings.methods import METHODS, Method
@@ -91,7 +92,7 @@ def default_lr(method: Method, moving: int) -> float:
 def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(problem.model, mask).read().cpu()
-    write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
+    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
 def settled_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:

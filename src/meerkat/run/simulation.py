@@ -27,7 +27,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, client_losses
 from meerkat.progress import number_of, say, track
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import Metric, RunFolder
@@ -233,7 +233,7 @@ def _run(folder: RunFolder, config: RunConfig, problem: Problem, split: Split, l
         lost.append(SplitMetric.of(problem.labels, split.label_counts(len(problem.labels))).to_json())
     evaluate = evaluation_of(problem, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-        folder.follow(follower)
+        folder.on_metric(follower)
         state = run_rounds(folder, log, replayed, z, config, mask, engine, evaluate, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
@@ -256,7 +256,7 @@ def evaluation_of(problem: Problem, model: MaskedModel, batch: Any) -> Evaluate:
 class Engine(Protocol):
     """Whoever makes clients take their steps: in this process, or at the end of a network."""
 
-    def arrivals(self, round: int) -> Sequence[Join]:
+    def arrivals(self, round: int) -> Sequence[Member]:
         """The clients that came since the last round, to be logged before the next."""
 
     def available(self) -> Sequence[int] | None:
@@ -298,7 +298,7 @@ def replay_log(
         opening = logged
     z = directions(config, len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
-    register = Register(opening.charter(config))
+    register = Members(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
     lost = [
@@ -335,13 +335,13 @@ def run_rounds(
         engine.settle()
         began = time.perf_counter()
         metric = evaluate(theta, rounds)
-        folder.note(replace(metric, facts={"wall_s": time.perf_counter() - began}).to_json())
+        folder.append_metric(replace(metric, facts={"wall_s": time.perf_counter() - began}).to_json())
         say(evaluation_in_words(metric, config.rounds))
 
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
-            settings = join.settle(settings)
+            settings = join.added_to(settings)
         return settings
 
     def due(rounds: int) -> bool:
@@ -374,10 +374,10 @@ def run_rounds(
     def note(record: RoundRecord | CalibrationRecord, replies: Sequence[Reply] = ()) -> None:
         facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
         # not through to the disk: lines that are lost with the machine are made again from the log
-        engine.meanwhile(lambda: folder.note(metric_of(record, facts, replies), through=False))
+        engine.meanwhile(lambda: folder.append_metric(metric_of(record, facts, replies), sync=False))
         log.append({"kind": kind_of(record), **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place, lost)
+    metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
     evaluated = {m["round"] for m in metrics if m["kind"] == EvaluationMetric.kind}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")

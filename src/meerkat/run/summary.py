@@ -12,7 +12,7 @@ from meerkat.algorithm.server import ServerState
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
 from meerkat.record.opening import steps_by_rows
-from meerkat.record.run_folder import Metric, RunFolder, write_whole
+from meerkat.record.run_folder import Metric, RunFolder, write_atomically
 from meerkat.record.run_log import LogReader
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings import budget
@@ -154,7 +154,7 @@ def write_summary(
     summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
-    write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
+    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary
 
 
