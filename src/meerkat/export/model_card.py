@@ -16,7 +16,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.classification import Classification
 from meerkat.problems.problem import Problem
-from meerkat.progress import one_line
+from meerkat.progress import number_of, one_line
 from meerkat.record.run_folder import Metric
 from meerkat.record.verification import VerifiedRun
 from meerkat.run.metrics import EvaluationMetric
@@ -160,11 +160,7 @@ def _loading_code(config: RunConfig, content: Content) -> list[str]:
 def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
     first_order = recipe.update == "first-order"
-    steps = (
-        "by backpropagation"
-        if first_order
-        else f"P = {config.directions} direction{'s' * (config.directions > 1)} a step"
-    )
+    steps = "by backpropagation" if first_order else f"P = {number_of(config.directions, 'direction')} a step"
     source = "Philox4x64-10, counting by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
     return _table(
         {
@@ -214,9 +210,7 @@ def _mask(mask: SparseMask) -> str:
 def _data(run: VerifiedRun, problem: Problem) -> str:
     config = run.config
     if run.opening.federation:
-        source = (
-            "each site's own; they never left the sites. Their origin is not known; their numbers are the sites' word"
-        )
+        source = "each site's own, which never left the sites; their origin is not known; the sites gave the numbers"
         split = f"each site of federation `{run.opening.federation}` holds its own"
     else:
         split = f"{_code(config.partition)}, clients simulated on one machine"
@@ -231,17 +225,9 @@ def _data(run: VerifiedRun, problem: Problem) -> str:
         if config.held_back:
             source += f"; {config.held_back:g} of the training rows held back"
     digest = f"`{run.opening.data}`" if run.opening.data else "not known"
-    return _table(
-        {
-            "task": _code(problem.name),
-            "training rows": _numbers_of_rows(run),
-            "source": source,
-            "split": split,
-            "SHA-256 of the rows and their split": "not given: it is a function of private rows"
-            if run.guarantee
-            else digest,
-        }
-    )
+    digest = "not given: it is a function of private rows" if run.guarantee else digest
+    facts = {"task": _code(problem.name), "training rows": _numbers_of_rows(run), "source": source, "split": split}
+    return _table(facts | {"SHA-256 of the rows and their split": digest})
 
 
 def _numbers_of_rows(run: VerifiedRun) -> str:
@@ -258,10 +244,7 @@ def _numbers_of_rows(run: VerifiedRun) -> str:
 
 def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     if guarantee is None:
-        return (
-            "No differential privacy: nothing bounds what the weights, or the scalars that clients sent, reveal about "
-            "a row."
-        )
+        return "No differential privacy: nothing bounds what the weights, or the clients' scalars, reveal about a row."
     return _table(
         {
             "differential privacy": guarantee.in_words(),

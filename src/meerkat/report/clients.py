@@ -38,14 +38,9 @@ def data_section(page: Page, run: RunFacts) -> None:
     page.add(paragraph(f"{holders}, split as '{run.config.partition}'. A simulation knows this; a server does not."))
     figure = draw.split(labels, counts, run.extreme or ())
     if figure.get_figwidth() > 6:
-        caption = (
-            "One column a client, one row a label: the stronger the blue, the larger the label's share of the "
-            "client's rows."
-        )
+        caption = "One column a client, one row a label: the stronger the blue, the more of its rows have that label."
     else:
-        caption = (
-            "One bar a client, one colour a label: the more one colour fills a bar, the more skewed that client's data."
-        )
+        caption = "One bar a client, one colour a label: the more one colour fills a bar, the more skewed its data."
         if run.extreme:
             caption += " Clients in bold orange hold one label alone."
     page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))
