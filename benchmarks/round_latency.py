@@ -44,8 +44,9 @@ from meerkat.federation.link import Terms
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
+from meerkat.run.loop import run_rounds
 from meerkat.run.metrics import EvaluationMetric
-from meerkat.run.simulation import run_rounds
+from meerkat.run.run import Run
 
 METHOD, FRAME_BYTES = "/echo.Echo/Frames", 102
 """A frame that closes one round of T = 1 and asks for the next has so many bytes."""
@@ -162,9 +163,9 @@ class Engine(RemoteEngine):
         super().closed(state, record)
         self.clock.lap()
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         began = time.perf_counter()
-        super().settle()
+        super().run_deferred()
         self.clock.noting += time.perf_counter() - began
 
 
@@ -197,10 +198,23 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     folder = RunFolder(root)
     log = Log(folder.log_path)
     log.clock = clock
-    replayed: Any = SimpleNamespace(state=held.state, settings=held.settings, closed=False)
-    config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS)
-    mask: Any = SimpleNamespace(pretraining_gradient=None, theta_0=None)
-    run_rounds(folder, log, replayed, held.z, config, mask, engine, evaluate)
+    absent: Any = None
+    run = Run(
+        folder=folder,
+        log=log,
+        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS),
+        model=SimpleNamespace(mask=SimpleNamespace(theta_0=None)),
+        opening=absent,
+        members=absent,
+        nodes={},
+        directions=held.z,
+        gradient=None,
+        settings=held.settings,
+        state=held.state,
+        closed=False,
+        lost=[],
+    )
+    run_rounds(run, engine, evaluate, attendance=engine)
     log.close()
     held.close()
     control.send(0)

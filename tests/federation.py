@@ -39,14 +39,15 @@ from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
 from meerkat.problems.problem import client_losses
 from meerkat.record.members import Member, Members
-from meerkat.record.opening import Opening, file_digest, gradient_digest
+from meerkat.record.opening import Opening, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import RunFolder
-from meerkat.record.run_log import LogReader, RunLog
-from meerkat.run import simulation
+from meerkat.record.run_log import LogReader
 from meerkat.run.local_engine import LocalEngine
+from meerkat.run.loop import run_rounds
 from meerkat.run.mask import make_mask, store_mask
 from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.run import carry_on
 from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import RunConfig, make_config
 
@@ -415,21 +416,14 @@ class Federation:
         self.wire.settle()
 
     def lived(self, folder: Path) -> ServerState:
-        """The whole run by simulation.run_rounds, with a log on the disk."""
-        setting = self.setting
-        made = RunFolder.create(folder, setting.config)
-        store_mask(made, setting.mask, open_problem(setting.config))
-        log = RunLog(made.log_path)
-        try:
-            opening = replace(setting.opening, config=file_digest(made.config_path))
-            replayed, z, *_ = simulation.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
-            state = simulation.run_rounds(
-                made, log, replayed, z, setting.config, setting.mask, self.engine, judged_nothing
-            )
-        finally:
-            log.close()
+        """The whole run by loop.run_rounds, with a log on the disk."""
+        opening, problem = self.setting.opening, open_problem(self.setting.config)
+        made = RunFolder.create(folder, self.setting.config)
+        store_mask(made, self.setting.mask, problem)
+        with carry_on(made, problem, federation=opening.federation, signed=opening.signed) as run:
+            run_rounds(run, self.engine, judged_nothing, attendance=self.engine)
         _, *self.records = LogReader(made.log_path)
-        return state
+        return run.state
 
 
 def judged_nothing(_: Tensor, rounds: int) -> EvaluationMetric:

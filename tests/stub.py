@@ -162,7 +162,7 @@ class Coordinator:
         return Attending(self.site(client, compute_s), port or self.port, self.authority, **more)
 
     def rounds(self, count: int) -> Iterator[RoundRecord]:
-        """Run rounds, one each time the next is asked for, as `experiment.run_rounds` does."""
+        """Run rounds, one each time the next is asked for, as `loop.run_rounds` does."""
         for _ in range(count):
             for join in self.engine.arrivals(self.state.round):
                 self.settings = join.added_to(self.settings)

@@ -28,7 +28,7 @@ def base(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def hidden_round(fed: Federation) -> RoundRecord:
-    """A round as `experiment.run_rounds` goes through it where clients are hidden."""
+    """A round as `loop.run_rounds` goes through it where clients are hidden."""
     fed.gather()
     plan = server.open_round(
         fed.state, fed.settings, fed.settings.aggregation.invited(fed.settings.clients, fed.engine.available())

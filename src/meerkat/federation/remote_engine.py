@@ -54,7 +54,7 @@ class _Member:
 
 
 class RemoteEngine:
-    """Runs rounds over a link. See `experiment.Engine`."""
+    """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class RemoteEngine:
         self._round_s = 0.0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
-        self._settled = -math.inf
+        self._deferred_done = -math.inf
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -140,7 +140,7 @@ class RemoteEngine:
                     here=here,
                 )
                 told = True
-            self.settle()
+            self.run_deferred()
             self._wait(_WAKE_S)
         self._begun = True
         arrived, joined = sorted(self._joined.items()), []
@@ -170,7 +170,7 @@ class RemoteEngine:
     def _idle(self) -> list[int]:
         return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
 
-    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
 
         None where those who are left are fewer than the quorum: the round is to be opened again, with who is here.
@@ -183,8 +183,8 @@ class RemoteEngine:
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
         self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
-        if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
-            self.settle()
+        if self._tasks and time.monotonic() - self._deferred_done >= _LEISURE_S:
+            self.run_deferred()
         least = min(self._terms.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
         while True:
             waited = time.monotonic() - began
@@ -204,7 +204,7 @@ class RemoteEngine:
                     "void", f"round {plan.round}: {here} replies of {least} that it needs: it opens again", here=here
                 )
                 self._plan = None
-                return []
+                return None
             if waited > self._terms.deadline_s + self._terms.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
@@ -227,15 +227,15 @@ class RemoteEngine:
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
 
-    def meanwhile(self, task: Callable[[], None]) -> None:
+    def defer(self, task: Callable[[], None]) -> None:
         """Do something while clients are at work; what came in a second together, which costs much less."""
         self._tasks.append(task)
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         """Do it now."""
         while self._tasks:
             self._tasks.popleft()()
-        self._settled = time.monotonic()
+        self._deferred_done = time.monotonic()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
