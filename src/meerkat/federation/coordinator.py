@@ -19,9 +19,9 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import LIMIT
-from meerkat.federation.link import Link, Terms
+from meerkat.federation.link import Link, WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.progress import number_of, say
@@ -67,9 +67,9 @@ class FederationConfig(BaseModel):
         "coordinator", description="who judges: the coordinator on its own rows, or the sites that agree on theirs"
     )
 
-    def terms(self, clients: int) -> Terms:
+    def waiting_rules(self, clients: int) -> WaitingRules:
         """How the engine waits."""
-        return Terms(
+        return WaitingRules(
             clients_minimum=self.clients_minimum,
             clients_wanted=self.clients_wanted or clients,
             start_s=self.start_s,
@@ -170,10 +170,10 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
 class Control(Protocol):
     """Reaches nodes before they have a session: tells each of the run, again when its session ended early."""
 
-    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+    def open(self, admission: Admission, offer: Offer, stop: Callable[[str], None]) -> None:
         """Begin to invite nodes, from a thread of its own; `stop` is called when the run is to end."""
 
-    def link(self, door: Door) -> Link:
+    def link(self, admission: Admission) -> Link:
         """Where frames go."""
 
     def stop_inviting(self) -> None:
@@ -256,8 +256,8 @@ def _coordinate(
                 say(f"note: revoked {name}: no client of this run signs with it now; is it the right one?")
             log.append((revocation := Revocation(replayed.state.round, name)).to_json())
             replayed.register.revoke(revocation)
-    terms = federation.terms(config.clients)
-    door = Door(replayed.register, config.clients, replayed.nodes)
+    terms = federation.waiting_rules(config.clients)
+    admission = Admission(replayed.register, config.clients, replayed.nodes)
     offer = Offer.of(
         config,
         mask,
@@ -268,9 +268,9 @@ def _coordinate(
         federation.sign,
     )
     why = "the coordinator stopped"
-    with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z)
-        control.open(door, offer, engine.stop)
+    with closing(control), closing(control.link(admission)) as link:
+        engine = _Watched(folder, link, admission, replayed.settings, terms, opening.federation, replayed.state, z)
+        control.open(admission, offer, engine.stop)
         many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
         say(
             f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
