@@ -359,7 +359,7 @@ def test_replies_of_another_round_and_replies_twice_do_not_count(
 
     def wired(call: stream._Call, *arguments: object) -> None:
         made(call, *arguments)
-        site.say = call.say
+        site.say = call.send
 
     monkeypatch.setattr(stream._Call, "__init__", wired)
     attending = Attending(site, held.port, held.authority)
