@@ -379,7 +379,7 @@ def test_a_run_of_hardly_any_noise_is_refused_by_a_budget(setting: Setting, tmp_
 @pytest.mark.parametrize(
     ("run", "own", "said"),
     [
-        ({}, {"ledger": ""}, "ledger: the run asks for noisy replies without, the site accepts a ledger"),
+        ({}, {"ledger": ""}, "ledger: the run asks for noisy replies, the site accepts them only with a ledger"),
         ({"dp": "none"}, {"accepts": {"epsilon": 1.0}}, "dp: the run asks for dp none, the site accepts dp example"),
         ({"dp": "client"}, {"accepts": {"epsilon": 1.0}}, "dp: the run asks for dp client"),
     ],

@@ -110,10 +110,10 @@ class SiteConfig(BaseModel):
         )
         _require("directions", asked.directions, f"at most {bounds.directions}", asked.directions <= bounds.directions)
         _require("rounds", asked.rounds, f"at most {bounds.rounds}", asked.rounds <= bounds.rounds)
-        private = "dp example: the site has a budget of epsilon"
+        private = "dp example only, as it has a budget of epsilon"
         _require("dp", f"dp {asked.dp}", private, asked.dp == "example" or not bounds.epsilon)
-        noised = "a ledger for what it costs: set 'ledger' in site.toml"
-        _require("ledger", "noisy replies without", noised, asked.dp != "example" or bool(self.ledger))
+        charged = "them only with a ledger to charge: set 'ledger'"
+        _require("ledger", "noisy replies", charged, asked.dp != "example" or bool(self.ledger))
         _require("local_steps", steps, f"at most {bounds.local_steps}", steps <= bounds.local_steps)
 
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
