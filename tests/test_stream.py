@@ -214,7 +214,7 @@ def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
         (b"MK\x02\xff" + bytes(60), "unknown kind 255"),
         (_hello(b"\xff" * 100), "no JSON object"),
         (_hello(b"[" * 4000), "no JSON object"),
-        (_hello(b"[" * 100_000), "at most 4,096 are read"),
+        (_hello(b"[" * 100_000), "at most 4,096 are accepted"),
         (_hello(bytes(32) + b"{}"), "no token of this session"),
         (_hello(bytes(32) + b"{}", OTHERS_RUN), "a frame of another run"),
         (Frame(Kind.REPLY, bytes.fromhex(RUN), 0, 0).encode(), "does not begin with a hello"),

@@ -129,7 +129,7 @@ def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAY
 
 
 def make_node_key(path: Path) -> Pair:
-    """Make a site's identity as a node: an ECDSA key on P-384 in OpenSSH format, as `ssh-keygen -t ecdsa -b 384` makes it.
+    """Make a site's node key: ECDSA on P-384 in OpenSSH format, as `ssh-keygen -t ecdsa -b 384` makes it.
 
     Args:
         path: the private key's file. The public key's is beside it, with suffix .pub in place of .key, if it has that.
