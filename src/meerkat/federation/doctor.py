@@ -184,9 +184,9 @@ def versions() -> Results:
         except importlib.metadata.PackageNotFoundError:
             yield fail(name, "is not installed", "pip install 'meerkat-fl[flower]'")
             continue
-        found = f"{installed}; meerkat {about['Version']} is made for {allowed}"
+        message = f"{installed}; meerkat {about['Version']} is made for {allowed}"
         fits = allowed.contains(installed, prereleases=True)
-        yield ok(name, found) if fits else fail(name, found, "install a version that fits")
+        yield ok(name, message) if fits else fail(name, message, "install a version that fits")
 
 
 def programs() -> Results:
@@ -206,8 +206,8 @@ def disk(folder: Path) -> Results:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for what, path in (("disk", folder), ("hub cache", cache)):
         free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-        found = f"{_size(free)} free at {path}"
-        yield ok(what, found) if free > 1e9 else warn(what, found, "free some space: a full disk ends a run")
+        message = f"{_size(free)} free at {path}"
+        yield ok(what, message) if free > 1e9 else warn(what, message, "free some space: a full disk ends a run")
 
 
 def _available() -> int:
@@ -238,25 +238,25 @@ def model(name: str, device: str, pinned: str = "", mask: str = "") -> Results:
     """That the model fits into memory, loads, and has the pinned fingerprint; that a mask fits it."""
     folder = demo.MODEL if name == EMBEDDED else Path(name)
     weights = sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
-    found = f"{_size(weights)} of weights, {_size(free := _available())} free"
+    message = f"{_size(weights)} of weights, {_size(free := _available())} free"
     if weights > free:
-        yield fail("memory", found, "use a larger machine; the model was not loaded")
+        yield fail("memory", message, "use a larger machine; the model was not loaded")
         return
     if folder.exists():
-        yield ok("memory", found)
+        yield ok("memory", message)
     elif _is_hub_name(name):
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
-            found = f"'{name}': not a folder, and not in the hub's cache"
-            yield warn("model", found, "a run would download it, if the hub has it")
+            message = f"'{name}': not a folder, and not in the hub's cache"
+            yield warn("model", message, "a run would download it, if the hub has it")
             return
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded, _ = load_model(str(folder), place)
-    own, size = sparse_mask.fingerprint(loaded), sum(parameter.numel() for parameter in loaded.parameters())
-    yield ok("model", f"{name}: {size:,} parameters on {place}, fingerprint {own}")
-    if pinned and own != pinned:
+    actual, size = sparse_mask.fingerprint(loaded), sum(parameter.numel() for parameter in loaded.parameters())
+    yield ok("model", f"{name}: {size:,} parameters on {place}, fingerprint {actual}")
+    if pinned and actual != pinned:
         yield fail("model", f"its fingerprint is not accepts.model, {pinned}", "use the model that was agreed on")
     if mask:
         entries = SparseMask.load(Path(mask))
@@ -319,8 +319,8 @@ def coordinator_signers(federation: FederationConfig) -> Results:
         if revoked := sorted(listed.intersection(federation.revoked)):
             yield warn("signers", f"{revoked[0]} is listed, and revoked", "remove it from the list")
     elif federation.sign:
-        found = "none listed: the first key that a client shows becomes its key"
-        yield warn("signers", found, "list the sites' .pub files, or compare fingerprints afterwards")
+        message = "none listed: the first key that a client shows becomes its key"
+        yield warn("signers", message, "list the sites' .pub files, or compare fingerprints afterwards")
     else:
         yield ok("signers", "sign = false: sites without a key do not sign")
 
@@ -341,8 +341,8 @@ def coordinator_certificate(federation: FederationConfig) -> Results:
     certificate = certificates.read_certificate(federation.certificate)
     yield _validity("certificate", certificate)
     host, _ = host_and_port(federation.stream, "stream")
-    found = f"{host}; the certificate is for {', '.join(names := certificates.names_of(certificate))}"
-    yield ok("stream", found) if host in names else fail("stream", found, f"meerkat certify --host {host} ...")
+    message = f"{host}; the certificate is for {', '.join(names := certificates.names_of(certificate))}"
+    yield ok("stream", message) if host in names else fail("stream", message, f"meerkat certify --host {host} ...")
     authority = Path(federation.certificate).with_name("ca.crt")
     if not authority.is_file():
         yield warn("authority", f"no {authority}: the certificate's signature was not checked", "sites need it too")
@@ -360,12 +360,14 @@ def coordinator_certificate(federation: FederationConfig) -> Results:
 
 def _validity(check: str, certificate: x509.Certificate) -> CheckResult:
     now, begin, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    found = f"valid from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC; this machine's clock: {now:%Y-%m-%d %H:%M}"
+    message = (
+        f"valid from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC; this machine's clock: {now:%Y-%m-%d %H:%M}"
+    )
     if not begin <= now <= end:
-        return fail(check, found, "set the clock, or make new certificates with 'meerkat certify'")
+        return fail(check, message, "set the clock, or make new certificates with 'meerkat certify'")
     if end - now < timedelta(days=30):
-        return warn(check, found, "it expires within 30 days: make new certificates with 'meerkat certify'")
-    return ok(check, found)
+        return warn(check, message, "it expires within 30 days: make new certificates with 'meerkat certify'")
+    return ok(check, message)
 
 
 def _readable_by_others(check: str, key: str) -> Results:
@@ -395,8 +397,8 @@ def connection(address: tuple[str, int], authority: str) -> Results:
     """A TLS handshake with the coordinator under the site's CA, step by step; nothing else is sent to it."""
     host, number = address
     if proxies := sorted(n for n in os.environ if n.lower() in ("https_proxy", "http_proxy", "grpc_proxy")):
-        found = f"{', '.join(proxies)} is set: a run may use that proxy, this check does not"
-        yield warn("proxy", found, f"put {host} into no_proxy if the proxy is not for it")
+        message = f"{', '.join(proxies)} is set: a run may use that proxy, this check does not"
+        yield warn("proxy", message, f"put {host} into no_proxy if the proxy is not for it")
     try:
         yield ok("name", f"{host} is {socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][4][0]}")
     except OSError as error:
