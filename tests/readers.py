@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import run_key
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.server import ServerState, close_round, open_round
 from meerkat.comparison.studies import read_comparison
 from meerkat.errors import MeerkatError
@@ -403,7 +404,7 @@ class World:
             admission = setting.admission()
             wire = Wire(admission)
             self.patch.setattr(remote_engine, "time", wire)
-            state = ServerState(0, theta)
+            state = ServerState(Replica(0, theta))
             engine = RemoteEngine(wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, admission.token(f"node {client}"), setting)))

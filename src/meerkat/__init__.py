@@ -3,10 +3,10 @@
 from meerkat.algorithm.calibration import close_calibration, open_calibration
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars
 from meerkat.algorithm.selection import Selection, Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.algorithm.update_rules import ServerOptimizer
 from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
@@ -16,18 +16,20 @@ from meerkat.run.local_engine import LocalEngine
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "Directions",
     "Diverged",
     "LocalEngine",
     "MaskedModel",
     "MeerkatError",
+    "Replica",
     "Reply",
     "RoundPlan",
     "RoundRecord",
     "RunFailed",
+    "Scalars",
     "Selection",
     "ServerConfig",
-    "ServerOptimizer",
     "ServerState",
     "SparseMask",
     "Vpcs",

@@ -89,6 +89,9 @@ class RunConfig(BaseModel):
         allow_inf_nan=False,
         description="eta: learning rate; 0 takes one that fits the number of moving parameters",
     )
+    estimator: str = Field(
+        "plain", description="how a step's slopes are estimated; plain is two-sided along normal directions"
+    )
     lr_schedule: Schedule = Field("constant", description="learning rate over the rounds")
     eps: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="perturbation size; 0 takes the method's: 1e-3, for LoRA 1e-2"
