@@ -16,21 +16,21 @@ from meerkat.federation import frames
 from meerkat.federation.admission import Admission, AdmittedSite
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
-from meerkat.record.members import Register, Revocation
-from meerkat.record.signatures import Charter, Signer, SigningKey, fingerprint
+from meerkat.record.members import KeyRevocation, Members
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey, fingerprint
 
 RUN = "00112233445566ff"
 MODEL, MASK = "a" * 64, "b" * 64
 DIGEST = bytes(range(32))
-CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
+CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
 def admission(nodes: dict[int, str] | None = None) -> Admission:
-    return Admission(Register(CHARTER), 3, nodes)
+    return Admission(Members(CHARTER), 3, nodes)
 
 
 def signing_admission(**given: Any) -> Admission:
-    return Admission(Register(replace(CHARTER, signed=True), **given), 3)
+    return Admission(Members(replace(CHARTER, signed=True), **given), 3)
 
 
 def a_key() -> SigningKey:
@@ -39,7 +39,7 @@ def a_key() -> SigningKey:
 
 def words(key: SigningKey, client: int = 0, node: str = "n", before: SigningKey | None = None, **charter: Any) -> Any:
     """What a hello says of a key, signed for a client of ten rows."""
-    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).words
+    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).credentials
 
 
 def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, **said: Any) -> bytes:
@@ -247,12 +247,12 @@ def test_a_key_comes_in_with_what_it_signed() -> None:
     at, key = signing_admission(), a_key()
     said = words(key, 1)
     site = at.admit(hello(at.token("n"), 1, **said))
-    assert (site.join.key, site.join.signature) == (said["key"], said["signature"])
+    assert (site.member.key, site.member.signature) == (said["key"], said["signature"])
     assert at.register.keys == {}  # it is the log that it has to stand in
     with pytest.raises(Refused, match="client 1 has no key, where every reply must be signed"):
         at.admit(hello(at.token("n"), 1))
     open_to_all = admission()
-    assert open_to_all.admit(hello(open_to_all.token("n"))).join.key == ""
+    assert open_to_all.admit(hello(open_to_all.token("n"))).member.key == ""
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_key_that_is_none_is_a_bad_frame(change: dict[str, Any]) -> None:
 def joined(at: Admission, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> AdmittedSite:
     """A site comes in, and its joining is logged."""
     site = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
-    at.register.join(site.join)
+    at.register.admit(site.member)
     return site
 
 
@@ -303,7 +303,7 @@ def test_a_key_is_one_client_s() -> None:
 
 
 def test_who_has_signed_goes_on_signing() -> None:
-    at, key = Admission(Register(CHARTER), 3), a_key()
+    at, key = Admission(Members(CHARTER), 3), a_key()
     joined(at, key, signed=False)
     with pytest.raises(Refused, match=r"has signed with key SHA256:.*, and now has none"):
         at.admit(hello(at.token("n")))
@@ -311,13 +311,13 @@ def test_who_has_signed_goes_on_signing() -> None:
 
 def test_a_new_key_comes_in_by_the_one_before() -> None:
     at, old, new = signing_admission(), a_key(), a_key()
-    assert joined(at, old, before=a_key()).join.handover == ""  # there is nothing to hand over yet
+    assert joined(at, old, before=a_key()).member.handover == ""  # there is nothing to hand over yet
     with pytest.raises(Refused, match=r"signed with key SHA256:.*, and nothing hands over"):
         joined(at, new)
     with pytest.raises(Refused, match="has not handed over"):
         joined(at, new, before=a_key())
-    assert joined(at, new, before=old).join.handover
-    assert joined(at, new, before=old).join.handover == ""  # as its site.toml may still say
+    assert joined(at, new, before=old).member.handover
+    assert joined(at, new, before=old).member.handover == ""  # as its site.toml may still say
     with pytest.raises(Refused, match="nothing hands over"):
         joined(at, old)
 
@@ -336,13 +336,13 @@ def test_a_revoked_key_stays_out_and_hands_over_to_nobody() -> None:
     old, new = a_key(), a_key()
     at = signing_admission()
     joined(at, old)
-    at.register.revoke(Revocation(3, fingerprint(old.public)))
+    at.register.revoke(KeyRevocation(3, fingerprint(old.public)))
     with pytest.raises(Refused, match="is revoked from round 3 on"):
         joined(at, old)
     with pytest.raises(Refused, match="was revoked: its successor must be in the coordinator's 'signers'"):
         joined(at, new, before=old)
     at.register.listed = [fingerprint(new.public)]
-    assert joined(at, new, before=old).join.handover == ""
+    assert joined(at, new, before=old).member.handover == ""
 
 
 def test_a_hello_with_keys_is_short_enough_to_be_read() -> None:

@@ -428,7 +428,7 @@ def test_a_budget_that_is_no_protection_is_said_to_be_none(
 ) -> None:
     run = tmp_path / "run"
     simulate(arguments, run, *EXAMPLE, "--dp-noise-multiplier", "0.001", "--rounds", "1")
-    weak = "; too weak to protect anybody: the noise bounds nothing that could be computed"
+    weak = "; too weak to protect anybody: no bound could be computed"
     assert capsys.readouterr().out.count(weak) == 1
     assert main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count(weak) == 1

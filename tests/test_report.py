@@ -106,9 +106,9 @@ def write_run(
     labels = ["sports", "music"]
     counts = np.tile([[10, 12]], (clients, 1))
     counts[:extreme] = [[20, 0]]
-    folder.note(split_metric(labels, counts))
+    folder.append_metric(split_metric(labels, counts))
     judged = {"kind": "evaluation", "per_class": {"sports": 0.5, "music": 0.25}, "wall_s": 0.5}
-    folder.note(judged | {"round": 0, "accuracy": 0.25, "loss": 1.5})
+    folder.append_metric(judged | {"round": 0, "accuracy": 0.25, "loss": 1.5})
 
     plan = RoundPlan(0, 0.1, 1e-3, 1, dict.fromkeys(range(clients), 60), "calibration")
     fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
@@ -117,7 +117,7 @@ def write_run(
     found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
     calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
     log.append({"kind": "calibration", **calibration.to_json()})
-    folder.note(calibration_metric(calibration) | {"forward_s": 0.1})
+    folder.append_metric(calibration_metric(calibration) | {"forward_s": 0.1})
 
     for number in range(rounds if done else rounds - 1):
         steps = {k: 1 if k < extreme else 2 for k in range(clients)}
@@ -130,8 +130,12 @@ def write_run(
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append({"kind": "round", **record.to_json()})
-        folder.note(round_metric(record, [Scalars(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1})
-        folder.note(judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number})
+        folder.append_metric(
+            round_metric(record, [Scalars(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1}
+        )
+        folder.append_metric(
+            judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number}
+        )
     log.close()
     if done:
         stopped = list(range(extreme))

@@ -9,7 +9,8 @@ from meerkat.algorithm.selection import Selection, Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import Diverged, MeerkatError, RunFailed
-from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
+from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.run.local_engine import LocalEngine
 

@@ -239,10 +239,10 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 
 def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from meerkat.record.run_folder import told_plainly
+    from meerkat.record.run_folder import explain_disk_errors
     from meerkat.report import curves, in_words
 
-    with told_plainly(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
+    with explain_disk_errors(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
         picture, _ = curves([folder], folder)
     if as_json:
         print(json.dumps(summary))
@@ -253,7 +253,7 @@ def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
 def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(_settings(arguments))
     out = Path(arguments.out)
-    from meerkat.record.run_folder import write_whole
+    from meerkat.record.run_folder import write_atomically
     from meerkat.run.setup import make_mask, open_model, resolve, resolve_model
 
     if config.recipe.moves == "lora":
@@ -265,7 +265,7 @@ def _mask(arguments: argparse.Namespace) -> None:
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
     config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
     mask = make_mask(config, *open_model(config))
-    write_whole(out, mask.save)
+    write_atomically(out, mask.save)
     by_tensor = dict(mask.counts())
     if arguments.json:
         print(

@@ -17,7 +17,7 @@ from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
-from meerkat.record.run_folder import RunFolder, told_plainly
+from meerkat.record.run_folder import RunFolder, explain_disk_errors
 from meerkat.run.evaluate import load_run
 from meerkat.run.metrics import without_budget
 
@@ -48,7 +48,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     shown_out = sorted({event["client"] for event in events if event.get("event") == "shown out" and "client" in event})
     to = to.resolve()
     part = to.with_name(to.name + ".part")
-    with told_plainly(to, "make room, or give another --to"):
+    with explain_disk_errors(to, "make room, or give another --to"):
         shutil.rmtree(part, ignore_errors=True)  # what a killed export left
         try:
             part.mkdir(parents=True)

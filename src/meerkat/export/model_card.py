@@ -17,7 +17,7 @@ from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.tasks import Task
 from meerkat.progress import one_line
 from meerkat.record.run_folder import Metric
-from meerkat.record.verification import Replayed
+from meerkat.record.verification import VerifiedRun
 from meerkat.run.metrics import clients_in_words
 from meerkat.settings.config import EMBEDDED, RunConfig
 
@@ -37,7 +37,7 @@ _JUDGED_ON = {
 
 
 def model_card(
-    run: Replayed,
+    run: VerifiedRun,
     task: Task,
     metrics: Sequence[Metric],
     holds: Content,
@@ -80,7 +80,7 @@ def model_card(
     return f"---\n{_front_matter(run, metrics, holds)}\n---\n\n{body}\n"
 
 
-def _front_matter(run: Replayed, metrics: Sequence[Metric], holds: Content) -> str:
+def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], holds: Content) -> str:
     config = run.config
     simulated_on_hub = config.data and not run.opening.federation and not _is_local(config.data)
     known = ModelCardData(
@@ -139,7 +139,7 @@ def _loading(config: RunConfig, task: Task, holds: Content) -> str:
     )
 
 
-def _tuning(run: Replayed) -> str:
+def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
     left = "" if run.finished else f" of {config.rounds:,}: the run is not finished"
     steps = "by backpropagation" if recipe.update == "first-order" else f"P = {config.directions} directions a step"
@@ -185,7 +185,7 @@ def _mask(mask: SparseMask) -> str:
     )
 
 
-def _data(run: Replayed, task: Task) -> str:
+def _data(run: VerifiedRun, task: Task) -> str:
     config, examples = run.config, run.examples
     counts = [examples[client] for client in sorted(examples)]
     if run.config.dp == "client":
@@ -235,7 +235,7 @@ def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     )
 
 
-def _clients(run: Replayed, shown_out: Sequence[int]) -> str:
+def _clients(run: VerifiedRun, shown_out: Sequence[int]) -> str:
     found = run.calibration
     replies = f"{sum(run.answered.values()):,} came of {run.asked:,} that rounds asked for"
     silent = sorted(run.examples.keys() - run.answered.keys())
@@ -255,7 +255,7 @@ def _whom(clients: Sequence[int]) -> str:
     return clients_in_words(clients) if clients else "none"
 
 
-def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
+def _evaluation(run: VerifiedRun, metrics: Sequence[Metric]) -> str:
     judged = sorted(
         (metric for metric in metrics if metric["kind"] == "evaluation" and metric["round"] <= run.rounds),
         key=lambda metric: metric["round"],
@@ -272,7 +272,7 @@ def _evaluation(run: Replayed, metrics: Sequence[Metric]) -> str:
     return f"On {_JUDGED_ON[on]}; round 0 is the base model.{model}\n\n" + "\n".join(lines)
 
 
-def _digests(run: Replayed, weights: str) -> str:
+def _digests(run: VerifiedRun, weights: str) -> str:
     theta = path.digest(run.theta)
     # A simulation's log holds the hash of its rows, and a log of hidden clients who was drawn. Whoever can work out the
     # rest of it, from theta and the seed, could check a guess at these by the chain's hash, which no noise covers. What

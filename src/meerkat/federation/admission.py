@@ -13,7 +13,7 @@ from typing import Any
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
-from meerkat.record.members import Join, Register, is_key
+from meerkat.record.members import Member, Members, are_credentials
 from meerkat.record.signatures import BadSignature, fingerprint
 
 _SECRET = 32
@@ -25,7 +25,7 @@ _LONGEST_HELLO = 4096
 class AdmittedSite:
     """A site that was admitted."""
 
-    join: Join
+    member: Member
     """To be logged if it is new or has changed. Its round is a placeholder: the coordinator fills it in."""
     evaluates: bool
     round: int
@@ -38,35 +38,35 @@ class AdmittedSite:
     @property
     def client(self) -> int:
         """Its client number."""
-        return self.join.client
+        return self.member.client
 
     @property
     def node(self) -> str:
         """The node that the client number belongs to."""
-        return self.join.node
+        return self.member.node
 
     @property
     def examples(self) -> int:
         """How many rows it has."""
-        return self.join.examples
+        return self.member.examples
 
 
 class Admission:
     """Checks first frames. Safe to call from several threads."""
 
-    def __init__(self, register: Register, clients: int, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, register: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
         """What a site must match.
 
         Args:
-            register: who signs with which key, as logged; its charter names run, model and mask.
+            register: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
             nodes: the nodes of the client numbers that joined before.
         """
         self.register = register
-        """As given: the coordinator adds each join that it logs."""
-        self._run = bytes.fromhex(register.charter.run)
+        """As given: the coordinator adds each member that it logs."""
+        self._run = bytes.fromhex(register.identity.run)
         self._clients = clients
-        self._required = {"model": register.charter.model, "mask": register.charter.mask}
+        self._required = {"model": register.identity.model, "mask": register.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
@@ -133,7 +133,7 @@ class Admission:
                 raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
         if isinstance(examples, bool) or not isinstance(examples, int) or not 0 < examples < 2**40:
             raise Refused("a site without a number of rows")
-        join = self._join_with_key(Join(0, client, examples, node), hello)
+        member = self._with_key(Member(0, client, examples, node), hello)
         self._nodes[client] = node
         if not session:
             secret = secrets.token_bytes(_SECRET)
@@ -141,26 +141,26 @@ class Admission:
             self._sessions[secret] = (client, node)
         welcome = Frame(Kind.WELCOME, self._run, client, frame.round, frame.digest, frames.encode_words({}, secret))
         evaluates = hello.get("evaluates") is True
-        return AdmittedSite(join, evaluates, frame.round, frame.digest, welcome.encode())
+        return AdmittedSite(member, evaluates, frame.round, frame.digest, welcome.encode())
 
-    def _join_with_key(self, join: Join, hello: dict[str, Any]) -> Join:
-        """A join completed with the key in the site's hello, if that key may sign for the client."""
+    def _with_key(self, member: Member, hello: dict[str, Any]) -> Member:
+        """A member completed with the key in the site's hello, if that key may sign for the client."""
         key, signature, handover = (hello.get(name, "") for name in ("key", "signature", "handover"))
-        if not is_key(key, signature, handover):
+        if not are_credentials(key, signature, handover):
             raise BadFrame("a hello with a malformed key or signature")
-        join = replace(join, key=key, signature=signature)
-        before = self.register.keys.get(join.client)
-        if before is not None and self.register.needs_handover(join):
-            join = replace(join, handover=handover)
+        member = replace(member, key=key, signature=signature)
+        before = self.register.keys.get(member.client)
+        if before is not None and self.register.needs_handover(member):
+            member = replace(member, handover=handover)
         elif before not in (None, bytes.fromhex(key)) and self.register.listed is None:
             raise Refused(
                 f"key {fingerprint(before)} was revoked: its successor must be in the coordinator's 'signers'"
             )
         try:
-            self.register.check(join)
+            self.register.check(member)
         except BadSignature as error:
             raise Refused(str(error)) from None
-        return join
+        return member
 
     def refusal(self, why: str, client: int = 0) -> bytes:
         """The frame that refuses a site."""

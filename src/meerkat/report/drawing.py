@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 
 INK, MUTED, GRID, PAPER = "#1c1f24", "#666c75", "#dde0e4", "#fefefe"
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN, REST = [
@@ -103,7 +103,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg, for a paper: on white, the same bytes each time."""
     paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
     for path in paths:
-        write_whole(path, _writer(figure, path.suffix[1:]), "make room, then try again")
+        write_atomically(path, _writer(figure, path.suffix[1:]), "make room, then try again")
     return paths
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 from meerkat.report.drawing import VARIABLES, inline, save
 from meerkat.report.style import STYLE
 
@@ -97,7 +97,7 @@ class Page:
             save(figure, folder / name)
         path = root / "report.html"
         text = self.html()
-        write_whole(
+        write_atomically(
             path, lambda part: part.write_text(text, encoding="utf-8"), f"make room, then 'meerkat report {root}'"
         )
         return path
