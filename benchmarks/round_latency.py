@@ -40,7 +40,7 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.federation.certificates import certify
 from meerkat.federation.flower.stream import attend
-from meerkat.federation.link import Terms
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
@@ -171,8 +171,10 @@ class Engine(RemoteEngine):
 
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
-    held = Coordinator(keys, nodes, Terms(nodes, nodes, start_s=120.0), rounds)
-    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state, held.z)
+    held = Coordinator(keys, nodes, WaitingRules(nodes, nodes, start_s=120.0), rounds)
+    engine = Engine(
+        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), RUN, held.state, held.z
+    )
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()
@@ -181,7 +183,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     processes[0].start()
     echo_port = control.recv()
     for client in range(nodes):
-        token = held.door.token(f"node {client}")
+        token = held.admission.token(f"node {client}")
         arguments = (client, token, held.port, echo_port, held.authority)
         processes.append(spawn.Process(target=node, args=arguments, daemon=True))
         processes[-1].start()

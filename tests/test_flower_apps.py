@@ -17,10 +17,10 @@ pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from meerkat.engines.flower import client_app, messages, server_app
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import coordinate, read_federation
+from meerkat.federation.flower import client_app, messages, server_app
 from meerkat.federation.site_folders import site_folder, write_sites
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys
 from meerkat.record.verification import verify

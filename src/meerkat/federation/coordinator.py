@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import MeerkatError
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import LIMIT
-from meerkat.federation.link import Link, Terms
+from meerkat.federation.link import Link, WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.problems.problem import Better, Problem
@@ -66,9 +66,9 @@ class FederationConfig(BaseModel):
         "coordinator", description="who judges: the coordinator on its own rows, or the sites that agree on theirs"
     )
 
-    def terms(self, clients: int) -> Terms:
+    def waiting_rules(self, clients: int) -> WaitingRules:
         """How the engine waits."""
-        return Terms(
+        return WaitingRules(
             clients_minimum=self.clients_minimum,
             clients_wanted=self.clients_wanted or clients,
             start_s=self.start_s,
@@ -169,10 +169,10 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
 class Control(Protocol):
     """Reaches nodes before they have a session: tells each of the run, again when its session ended early."""
 
-    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+    def open(self, admission: Admission, offer: Offer, stop: Callable[[str], None]) -> None:
         """Begin to invite nodes, from a thread of its own; `stop` is called when the run is to end."""
 
-    def link(self, door: Door) -> Link:
+    def link(self, admission: Admission) -> Link:
         """Where frames go."""
 
     def stop_inviting(self) -> None:
@@ -242,7 +242,7 @@ def _revoke(run: Run, names: Iterable[str]) -> None:
 def _coordinate(run: Run, problem: Problem, federation: FederationConfig, control: Control) -> dict[str, Any]:
     """Run the rounds that are left. Returns what the summary tells of the network."""
     config, opening = run.config, run.opening
-    door = Door(run.members, config.clients, run.nodes)
+    admission = Admission(run.members, config.clients, run.nodes)
     offer = Offer.of(
         config,
         run.mask,
@@ -253,9 +253,9 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
         federation.sign,
     )
     why = "the coordinator stopped"
-    with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(run, link, door, federation.terms(config.clients), problem.scores)
-        control.open(door, offer, engine.stop)
+    with closing(control), closing(control.link(admission)) as link:
+        engine = _Watched(run, link, admission, federation.waiting_rules(config.clients), problem.scores)
+        control.open(admission, offer, engine.stop)
         _announce(run)
         try:
             evaluate: Evaluate = engine.evaluate
@@ -290,8 +290,12 @@ def _announce(run: Run) -> None:
 class _Watched(RemoteEngine):
     """A remote engine that says every few seconds how the federation stands, and keeps its events."""
 
-    def __init__(self, run: Run, link: Link, door: Door, terms: Terms, better: Mapping[str, Better]) -> None:
-        super().__init__(link, door, run.settings, terms, run.opening.federation, run.state, run.directions, better)
+    def __init__(
+        self, run: Run, link: Link, admission: Admission, rules: WaitingRules, better: Mapping[str, Better]
+    ) -> None:
+        super().__init__(
+            link, admission, run.settings, rules, run.opening.federation, run.state, run.directions, better
+        )
         self._folder = run.folder
         self._said = 0.0
 
