@@ -1,5 +1,1 @@
-"""What moves: the sparse mask, how it is chosen, LoRA adapters."""
-
-from meerkat.masks.sparse_mask import SparseMask, fingerprint
-
-__all__ = ["SparseMask", "fingerprint"]
+"""What moves: the sparse mask, how its entries are chosen, LoRA adapters."""

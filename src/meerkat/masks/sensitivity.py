@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from meerkat import seeds
 from meerkat.errors import MeerkatError
+from meerkat.masks.kinds import Exclusion, Kind, Scope
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 
 _CHUNK = 1 << 22
 """Entries looked at together, so that counting needs little memory beside the tensors."""
-
-Kind = Literal["sensitivity", "magnitude", "random", "full", "task", "lora"]
-Scope = Literal["global", "per-tensor"]
-Exclusion = Literal["embeddings", "norms"]
 
 
 # --- which scores are the n largest --------------------------------------------------------------

@@ -13,7 +13,7 @@ from meerkat.algorithm.robust import Rule as AggregationRule
 from meerkat.algorithm.selection import Rule
 from meerkat.algorithm.server import EarlyStop, Schedule
 from meerkat.errors import MeerkatError, in_short
-from meerkat.masks.sensitivity import Exclusion, Scope
+from meerkat.masks.kinds import Exclusion, Scope
 from meerkat.privacy.mechanism import Level, Relation
 from meerkat.problems.causal_lm import Objective
 from meerkat.settings.compatibility import check_aggregation, check_attack, check_privacy

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meerkat.algorithm.server import EarlyStop
-from meerkat.masks.sensitivity import Kind
+from meerkat.masks.kinds import Kind
 
 Method = Literal[
     "meerkat",
