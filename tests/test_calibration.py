@@ -15,8 +15,8 @@ from meerkat.algorithm.calibration import CalibrationRecord, close_calibration, 
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.rounds import Reply
-from meerkat.algorithm.selection import Vpcs, select
-from meerkat.algorithm.server import EarlyStop, ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.selection import EarlyStop, Vpcs, select
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.update_rules import ServerOptimizer
 from meerkat.problems.partition import ClientRows
 

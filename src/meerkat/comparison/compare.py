@@ -41,6 +41,7 @@ from meerkat.run.setup import (
     training_and_evaluation_rows,
 )
 from meerkat.run.simulation import resume, simulate
+from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import RunConfig
 
 _FOLDERS = ("cells", "search", "masks", "logs")
@@ -67,7 +68,8 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         for i, (study, setting) in enumerate(lines)
         for seed in comparison.seeds
     }
-    _check_means([configs[i, comparison.seeds[0]] for i in range(len(lines))], comparison.search)
+    searched = {i for i, (study, setting) in enumerate(lines) if study.searches(setting)}
+    _check_means([(configs[i, comparison.seeds[0]], i in searched) for i in range(len(lines))], comparison.search)
     on_cpu = resolve(configs[0, comparison.seeds[0]]).device == "cpu"
     jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
     with _taken(root):
@@ -76,11 +78,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         with _Pool(jobs, root) as pool:
             searches = pool.map_unique(
                 "learning-rate searches",
-                {
-                    i: (_search, config, comparison.search, root / "search")
-                    for i, config in firsts.items()
-                    if not config.lr
-                },
+                {i: (_search, firsts[i], comparison.search, root / "search") for i in sorted(searched)},
                 lambda i, found: f"{_words(*lines[i])}: {_found(found, firsts[i])}",
             )
             rates = {i: _best(searches[i], config) if i in searches else config.lr for i, config in firsts.items()}
@@ -96,7 +94,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
                 study=study,
                 setting=setting,
                 rates=tuple(searches.get(i, ())),
-                lr=rates[i],
+                lr=number_or(rates[i], None) or _rate_of(folders[i, comparison.seeds[0]]),
                 runs=tuple(folders[i, seed] for seed in comparison.seeds),
                 summaries=tuple(summaries[i, seed] for seed in comparison.seeds),
             )
@@ -151,22 +149,27 @@ def _placed(config: RunConfig) -> RunConfig:
         update |= {name: RunConfig.model_fields[name].default for name in ("density", "mask_scope", "exclude")}
     # nor is what nobody reads
     update |= {name: RunConfig.model_fields[name].default for name in config.idle()}
-    return config.model_copy(update={**update, "threads": config.threads or 1})
+    return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
-def _check_means(configs: Iterable[RunConfig], search: Search) -> None:
-    """Raise MeerkatError for what only the models, the data or a mask can tell, before anything is written."""
-    by_model: dict[tuple[Any, ...], list[RunConfig]] = {}
-    for config in map(resolve, configs):
-        by_model.setdefault((config.model, config.dtype, config.device), []).append(config)
+def _check_means(configs: Iterable[tuple[RunConfig, bool]], search: Search) -> None:
+    """Raise MeerkatError for what only the models, the data or a mask can tell, before anything is written.
+
+    Args:
+        configs: each with whether its learning rate is searched for.
+    """
+    by_model: dict[tuple[Any, ...], list[tuple[RunConfig, bool]]] = {}
+    for given, searched in configs:
+        config = resolve(given)
+        by_model.setdefault((config.model, config.dtype, config.device), []).append((config, searched))
     for group in by_model.values():
-        model, tokenizer = open_model(group[0].model_copy(update={"method": "full-fedzo"}))
+        model, tokenizer = open_model(group[0][0].model_copy(update={"method": "full-fedzo"}))
         names = ("task", "data", "partition", "clients", "max_length", "text", "text_sequences", "text_length", "mask")
-        for config in {(*(getattr(c, n) for n in names), not c.lr): c for c in group}.values():
-            _check_rows(config, model, tokenizer, search)
+        for config, searched in {(*(getattr(c, n) for n in names), s): (c, s) for c, s in group}.values():
+            _check_rows(config, model, tokenizer, search if searched else None)
 
 
-def _check_rows(config: RunConfig, model: nn.Module, tokenizer: Any, search: Search) -> None:
+def _check_rows(config: RunConfig, model: nn.Module, tokenizer: Any, search: Search | None) -> None:
     if config.mask:
         SparseMask.load(Path(config.mask)).check_fits(model)
     elif config.text:
@@ -175,7 +178,7 @@ def _check_rows(config: RunConfig, model: nn.Module, tokenizer: Any, search: Sea
     training, _ = training_and_evaluation_rows(config, task)
     partition(config.partition, training, config.clients, config.seed)
     Workplace(config, model, tokenizer, task, next(model.parameters()).device).examples(training[:1])
-    if config.lr:
+    if search is None:
         return
     try:
         trial = config.model_copy(update={"held_back": search.held_back})
@@ -244,6 +247,11 @@ def _run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise
 
 
+def _rate_of(folder: Path) -> float:
+    """The learning rate that a run began with."""
+    return number(RunFolder.open(folder).config().lr)
+
+
 # --- learning rates -------------------------------------------------------------------------------
 
 
@@ -257,13 +265,13 @@ def _search(config: RunConfig, search: Search, folder: Path) -> list[tuple[float
         }
     )
 
-    def loss_with(lr: float) -> float:
+    def loss_with(lr: float | Auto) -> float:
         tried = trial.model_copy(update={"lr": lr})
         summary = _run(tried, folder / _name(tried))
         return math.inf if summary is None else float(summary["loss"])
 
-    default = loss_with(0)  # a rate of zero takes the method's default, which the run then knows
-    start = RunFolder.open(folder / _name(trial)).config().lr
+    default = loss_with(AUTO)  # the method's default, which the run then knows
+    start = _rate_of(folder / _name(trial))
 
     def rate(place: int) -> float:
         return float(f"{start * search.factor**place:.3g}")

@@ -143,7 +143,7 @@ def _tuning(run: Replayed) -> str:
     config, recipe = run.config, run.config.recipe
     left = "" if run.finished else f" of {config.rounds:,}: the run is not finished"
     steps = "by backpropagation" if recipe.update == "first-order" else f"P = {config.directions} directions a step"
-    server = config.server_optimizer if recipe.update != "feddyn" else f"feddyn, alpha {config.feddyn_alpha:g}"
+    server = config.update_rule if recipe.update != "feddyn" else f"feddyn, alpha {config.feddyn_alpha:g}"
     by_rows = config.weights == "examples" and config.aggregation == "mean"
     rule = f"{run.opening.rule} of the replies, clients weighted {'by their rows' if by_rows else 'equally'}"
     if config.rule.needs_f:

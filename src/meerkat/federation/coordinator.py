@@ -34,6 +34,7 @@ from meerkat.run.setup import Workplace, default_lr, load_split, make_mask, open
 from meerkat.run.simulation import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
+from meerkat.settings.auto import AUTO, number_or
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
 
 _STATUS_S = 10.0
@@ -202,8 +203,8 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         workplace = replace(workplace, config=_same(config, folder))
     else:
         mask = make_mask(config, workplace.model, workplace.tokenizer)
-        rate = config.lr or default_lr(config.method, len(mask))
-        settled = budget.settle(config, ()).model_copy(update={"density": mask.density, "lr": rate})
+        rate = number_or(config.lr, default_lr(config.method, len(mask)))
+        settled = budget.with_noise(config, ()).model_copy(update={"density": mask.density, "lr": rate})
         workplace = replace(workplace, config=settled)
         folder = RunFolder.create(out, settled)
         store_mask(folder, mask, workplace)
@@ -219,7 +220,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
 def _same(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The settings that a run began with, if those given now do not differ."""
     held = folder.config()
-    left_to_us = {"density", *(name for name in ("lr", "dp_noise_multiplier") if not getattr(config, name))}
+    left_to_us = {"density", *(name for name in ("lr", "dp_noise_multiplier") if getattr(config, name) == AUTO)}
     for name, value in config.model_dump().items():
         if name not in left_to_us and value != (then := getattr(held, name)):
             raise MeerkatError(

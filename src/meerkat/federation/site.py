@@ -32,6 +32,7 @@ from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning, server_optimizer
 from meerkat.record.signatures import Charter, Signer, SigningKey
 from meerkat.run.setup import Workplace, open_model, resolve_place
+from meerkat.settings.auto import number
 
 
 class Site:
@@ -226,7 +227,7 @@ class Site:
         return RoundPlan(
             round=self.round,
             lr=lr,
-            eps=self.config.eps,
+            eps=number(self.config.eps),
             directions=self.config.directions,
             steps={self.client: steps},
             phase="calibration" if phase == "calibration" else "training",

@@ -16,6 +16,7 @@ from meerkat.masks.sensitivity import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey
+from meerkat.settings.auto import number
 from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
 
 
@@ -106,8 +107,9 @@ class SiteConfig(BaseModel):
         steps = max(asked.local_steps, asked.calibration_steps if asked.stopping != "none" else 0)
         _hold("method", asked.method, "methods that send scalars", asked.recipe.update != "first-order")
         _hold("task", task, bounds.task or task, task == (bounds.task or task))
-        _hold("eps", asked.eps, f"at least {bounds.eps_minimum:g}", asked.eps >= bounds.eps_minimum)
-        _hold("eps", asked.eps, f"at most {bounds.eps_maximum:g}", asked.eps <= bounds.eps_maximum)
+        eps = number(asked.eps)
+        _hold("eps", eps, f"at least {bounds.eps_minimum:g}", eps >= bounds.eps_minimum)
+        _hold("eps", eps, f"at most {bounds.eps_maximum:g}", eps <= bounds.eps_maximum)
         _hold(
             "batch_size", asked.batch_size, f"at least {bounds.batch_minimum}", asked.batch_size >= bounds.batch_minimum
         )

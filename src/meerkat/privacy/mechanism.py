@@ -87,7 +87,7 @@ class Mechanism:
 
     def rate(self, count: int) -> float:
         """q: with what probability each of so many is sampled."""
-        return min(1.0, self.expected / count)
+        return sampling_rate(self.expected, count)
 
     def sample(self, members: Sequence[int] | np.ndarray) -> np.ndarray:
         """Each of the members with probability q, by itself: int64, in their order; perhaps none."""
@@ -103,6 +103,11 @@ class Mechanism:
         total = clipped(vectors, self.clip).sum(0)
         noisy: np.ndarray = (total + self.noise_multiplier * self.clip * gaussian(len(total))) / self.expected
         return noisy
+
+
+def sampling_rate(expected: float, count: int) -> float:
+    """q: with what probability each of `count` is sampled, so that `expected` are."""
+    return min(1.0, expected / count)
 
 
 def clipped(vectors: np.ndarray, clip: float) -> np.ndarray:

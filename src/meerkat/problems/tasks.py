@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from meerkat.errors import MeerkatError, in_short
 
 Row = Mapping[str, Any]
+Objective = Literal["classification", "language-modelling"]
 
 _ROWS_TOGETHER = 1000
 """Rows tokenised at a time."""

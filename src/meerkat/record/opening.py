@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -15,12 +15,14 @@ from meerkat.algorithm import path
 from meerkat.algorithm.robust import RULES, norm
 from meerkat.algorithm.selection import Vpcs
 from meerkat.algorithm.server import ServerConfig
-from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.update_rules import Name, ServerOptimizer
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import Charter, is_hex
 from meerkat.settings import budget
+from meerkat.settings.auto import number
+from meerkat.settings.compatibility import check_known
 from meerkat.settings.config import RunConfig
 
 FORMAT = 4
@@ -96,8 +98,8 @@ class Opening:
             rounds=config.rounds,
             local_steps=config.local_steps,
             directions=0 if config.recipe.update == "first-order" else config.directions,
-            lr=config.lr,
-            eps=config.eps,
+            lr=number(config.lr),
+            eps=number(config.eps),
             clients=config.clients,
             clients_per_round=config.clients_per_round,
             examples=dict(enumerate(self.examples)),
@@ -163,10 +165,15 @@ def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
 
 def server_optimizer(config: RunConfig) -> ServerOptimizer:
     """The optimiser that a run's settings call for."""
+    check_known(config)
     if config.recipe.update == "feddyn":
         return ServerOptimizer("feddyn", alpha=config.feddyn_alpha)
     return ServerOptimizer(
-        config.server_optimizer, config.server_lr, config.server_beta1, config.server_beta2, config.server_tau
+        cast(Name, config.update_rule),
+        number(config.server_lr),
+        config.server_beta1,
+        config.server_beta2,
+        config.server_tau,
     )
 
 

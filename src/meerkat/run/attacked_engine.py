@@ -25,8 +25,8 @@ class Attacked:
     attack: Attack
     clients: Sequence[int]
     """The attackers."""
-    scale: float = 0.0
-    """The attack's strength; 0 for its own."""
+    scale: float | None = None
+    """The attack's strength; None for its own."""
     seed: int = 0
 
     def arrivals(self, round: int) -> tuple[()]:

@@ -23,6 +23,8 @@ from meerkat.problems.partition import Partition, partition
 from meerkat.problems.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
 from meerkat.progress import say, track
 from meerkat.record.run_folder import RunFolder
+from meerkat.settings.auto import number, number_or
+from meerkat.settings.compatibility import check_known
 from meerkat.settings.config import EMBEDDED, RunConfig
 from meerkat.settings.methods import METHODS, Method
 
@@ -49,7 +51,7 @@ class Workplace:
             self.device,
             sort=together,
             sequences_per_pass=self.config.micro_batch,
-            tokens_per_pass=self.config.tokens_per_pass if together else 0,
+            tokens_per_pass=number(self.config.tokens_per_pass) if together else 0,
         )
 
     def evaluation_batch(self, examples: Sequence[Example]) -> causal_lm.Batch:
@@ -58,7 +60,7 @@ class Workplace:
             examples,
             self.device,
             sequences_per_pass=self.config.micro_batch,
-            tokens_per_pass=self.config.tokens_per_pass,
+            tokens_per_pass=number(self.config.tokens_per_pass),
         )
 
 
@@ -71,6 +73,7 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     Raises:
         MeerkatError: something is needed that was not given.
     """
+    check_known(config)
     task = config.task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
     if not task:
         raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
@@ -81,9 +84,9 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     filled = {
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
-        "eps": config.eps or config.recipe.eps,
+        "eps": number_or(config.eps, config.recipe.eps),
         "early_stop": config.stopping,
-        "server_lr": config.server_lr or {"adam": 1e-2}.get(config.server_optimizer, 1.0),
+        "server_lr": number_or(config.server_lr, {"adam": 1e-2}.get(config.update_rule, 1.0)),
     }
     if filled["early_stop"] != "none" and config.local_steps == 1:
         say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
@@ -103,9 +106,10 @@ def resolve_place(config: RunConfig) -> RunConfig:
     kind = device.partition(":")[0]
     filled: dict[str, Any] = {
         "device": device,
-        "threads": config.threads or torch.get_num_threads(),
-        "tokens_per_pass": config.tokens_per_pass
-        or causal_lm.TOKENS_PER_PASS.get(kind, causal_lm.TOKENS_PER_PASS["cuda"]),
+        "threads": number_or(config.threads, torch.get_num_threads()),
+        "tokens_per_pass": number_or(
+            config.tokens_per_pass, causal_lm.TOKENS_PER_PASS.get(kind, causal_lm.TOKENS_PER_PASS["cuda"])
+        ),
     }
     named = {"model": {EMBEDDED}, "task": TASKS.keys() | demo.TASKS.keys()}
     for name in ("model", "task", "data", "text", "mask"):
@@ -117,7 +121,7 @@ def resolve_place(config: RunConfig) -> RunConfig:
 
 def open_model(config: RunConfig) -> tuple[nn.Module, Any]:
     """Load the model and its tokenizer. Global state of torch is touched here alone: the number of threads."""
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(number(config.threads))
     if config.dtype != "float32":
         say(f"note: with {config.dtype} weights small perturbations are rounded away; float32 is what was measured")
     name = str(demo.MODEL) if config.model == EMBEDDED else config.model

@@ -54,6 +54,7 @@ from meerkat.run.metrics import (
 from meerkat.run.setup import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
+from meerkat.settings.auto import number_or
 from meerkat.settings.config import SITES, RunConfig
 
 
@@ -75,8 +76,8 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
             "give --text or a mask that has one, or use automatic"
         )
     # what config.toml says is what runs: a given mask's own density, and the rate that fits its size
-    rate = config.lr or default_lr(config.method, len(mask))
-    settled = budget.settle(config, [len(rows) for rows in split.partition.rows])
+    rate = number_or(config.lr, default_lr(config.method, len(mask)))
+    settled = budget.with_noise(config, [len(rows) for rows in split.partition.rows])
     workplace = replace(workplace, config=settled.model_copy(update={"density": mask.density, "lr": rate}))
     # nothing is written before everything that was asked for is known to be possible
     folder = RunFolder.create(out, workplace.config)
@@ -242,7 +243,9 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     )
     engine: Engine = honest
     if config.attack != "none":
-        engine = Attacked(honest, config.attack, config.attacking_clients, config.attack_scale, config.seed)
+        engine = Attacked(
+            honest, config.attack, config.attacking_clients, number_or(config.attack_scale, None), config.seed
+        )
     if not replayed.state.round:
         say(plan_in_words(config, mask, sizes))
     if defence := defence_in_words(config):
