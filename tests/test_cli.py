@@ -45,12 +45,23 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--text", "/no/such/text.jsonl", "No such file"),
         ("--mask", "/no/such/mask.safetensors", "no such file"),
         ("--density", "0", "--density 0: must be greater than 0"),
-        ("--density", "1.5", "--density 1.5: must be less than or equal to 1"),
+        ("--density", "1.5", "--density 1.5: must be at most 1"),
         ("--density", "many", "must be a valid number"),
-        ("--eps", "1e-7", "eps 1e-07: must be at least 1e-6"),
+        ("--eps", "1e-7", "--eps 1e-07: must be at least 0.000001, or auto"),
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
         ("--lr", "-1", "--lr -1"),
+        ("--lr", "0", "--lr 0: must be greater than 0, or auto"),
+        ("--eps", "0", "--eps 0: must be at least 0.000001, or auto"),
+        ("--server-lr", "0", "--server-lr 0: must be greater than 0, or auto"),
+        ("--attack-scale", "0", "--attack-scale 0: must be greater than 0, or auto"),
+        ("--dp-noise-multiplier", "0", "--dp-noise-multiplier 0: must be greater than 0, or auto"),
+        ("--threads", "0", "--threads 0: must be at least 1, or auto"),
+        ("--tokens-per-pass", "0", "--tokens-per-pass 0: must be at least 1, or auto"),
+        ("--update-rule", "newton", "--update-rule newton: unknown; must be one of sgd, momentum, adam"),
+        ("--estimator", "exact", "--estimator exact: unknown; must be one of plain"),
+        ("--problem", "chess", "--problem chess: unknown; must be one of classification"),
+        ("--server-lr", "2", "server_lr 2: sgd has none; use lr, or update_rule momentum or adam"),
         ("--dp-delta", "-1e-5", "--dp-delta -1e-5: must be greater than 0"),
         ("--clients", "49", "at most the number of training rows, 48"),
         ("--clients", "0", "--clients 0"),
@@ -207,6 +218,6 @@ def test_settings_survive_toml(tmp_path: Path) -> None:
 
 
 def test_no_command_no_traceback() -> None:
-    ran = subprocess.run([sys.executable, "-m", "meerkat.cli"], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "meerkat"], capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1

@@ -435,7 +435,7 @@ def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
     arguments = command(tmp_path, text, "--jobs", "1")
     out = tmp_path / "out"
     with subprocess.Popen(
-        [sys.executable, "-m", "meerkat.cli", *arguments],
+        [sys.executable, "-m", "meerkat", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,

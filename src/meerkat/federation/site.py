@@ -32,7 +32,7 @@ from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning, server_optimizer
 from meerkat.record.signatures import Charter, Signer, SigningKey
 from meerkat.run.setup import Workplace, open_model, resolve_place
-from meerkat.settings.auto import number
+from meerkat.settings import auto
 
 
 class Site:
@@ -227,7 +227,7 @@ class Site:
         return RoundPlan(
             round=self.round,
             lr=lr,
-            eps=number(self.config.eps),
+            eps=auto.number(self.config.eps),
             directions=self.config.directions,
             steps={self.client: steps},
             phase="calibration" if phase == "calibration" else "training",
