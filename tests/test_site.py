@@ -394,7 +394,7 @@ def test_an_offer_with_a_part_of_another_kind_is_refused(setting: Setting, chang
 
 def test_an_offer_of_threads_that_no_machine_has_is_refused(setting: Setting) -> None:
     offer = setting.offer()
-    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be less than or equal to 1024"):
+    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be at most 1024"):
         replace(offer, settings={**offer.settings, "threads": 10**6}).config({})
 
 

@@ -130,7 +130,7 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         ("local_steps = { a = 1 }", "must be a valid integer"),
         ('local_steps = ["2", 2]', "2 stands there twice"),
         ('method = ["meerkat", "sgd"]', "method sgd: must be 'meerkat'"),
-        ("density = [0.1, 5]", "density 5: must be less than or equal to 1"),
+        ("density = [0.1, 5]", "density 5: must be at most 1"),
         ("seed = 1", "takes 'seeds'"),
         ("seeds = 3", "seeds 3: input should be a valid list"),
         ("seeds = []", "seeds []"),
