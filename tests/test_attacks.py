@@ -13,7 +13,7 @@ from test_compare import InThisProcess
 from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
-from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, flipped, z_max
+from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
 from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply
 from meerkat.algorithm.selection import Vpcs
@@ -26,7 +26,7 @@ from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
 from meerkat.run.attacked_engine import Attacked
 from meerkat.run.setup import Split, open_workplace, resolve
-from meerkat.settings.config import Attack, RunConfig, make_config
+from meerkat.settings.config import RunConfig, make_config
 
 BAD = (1, 4)
 
