@@ -1,4 +1,4 @@
-# Each target sets up all it needs in .venv first: a fresh clone needs git, Python 3.11+ and make.
+# Each target first sets up what it needs in .venv: a fresh clone needs git, Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
 

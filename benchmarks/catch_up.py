@@ -18,7 +18,7 @@ import torch
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.federation.catch_up import Trail
 from meerkat.federation.frames import Closed
 
@@ -32,7 +32,7 @@ def measured(entries: int, rounds: int) -> dict[str, float]:
     began = time.perf_counter()
     for number in range(rounds):
         plan = RoundPlan(number, 1e-3, 1e-3, 1, {0: 1})
-        theta = path.advance(theta, RoundRecord(plan, {}, {}, aggregate, "", np.zeros((0, 1))), z)
+        theta = path.moved(theta, Update(plan, aggregate), z)
         path.digest(theta)
     each = (time.perf_counter() - began) / rounds
     closed, trail = Closed(1e-3, 1.0, aggregate, True), Trail(4 * entries, 0, bytes(32))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -64,7 +65,7 @@ def main() -> None:
             row_losses(model, batch)
         middle = time.perf_counter()
         plan = RoundPlan(number, 1e-3, 1e-3, 1, dict.fromkeys(range(CLIENTS), 1))
-        engine.run(ServerState(number, theta, dict.fromkeys(range(CLIENTS), number)), plan)
+        engine.run(ServerState(Replica(number, theta), dict.fromkeys(range(CLIENTS), number)), plan)
         ratios.append((time.perf_counter() - middle) / (middle - began))
     ratios = ratios[1:]  # the first one warms up
     result = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -57,7 +58,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
         losses_of=client_losses(model, examples, lambda batch: collate(batch, sequences_per_pass=TOGETHER)),
     )
     settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
-    state = ServerState(0, masked.read())
+    state = ServerState(Replica(0, masked.read()))
     plan = open_round(state, settings)
     close_round(state, plan, engine.run(state, plan), settings, engine.directions)
 

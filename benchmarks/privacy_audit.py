@@ -23,8 +23,9 @@ import numpy as np
 from scipy.stats import beta
 
 from meerkat import seeds
-from meerkat.algorithm.client import row_slopes
+from meerkat.algorithm.client import slopes
 from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.accounting import Charge, epsilon
@@ -155,11 +156,11 @@ def scores(ground: Ground, case: Case, trials: int) -> np.ndarray:
         clients_per_round=len(held),
         examples=dict.fromkeys(range(len(held)), ROWS),
     )
-    state, found = ServerState(0, ground.model.read()), np.zeros(len(held))
+    state, found = ServerState(Replica(0, ground.model.read())), np.zeros(len(held))
     for _ in range(ROUNDS):
         plan = open_round(state, server)
         losses = ground.losses_of([places])
-        slopes = [row_slopes(ground.model, state.theta, plan, 0, p, losses, z) for p in range(DIRECTIONS)]
+        of_rows, _ = slopes(ground.model, state.theta, plan, 0, losses, z)
         replies = engine.run(state, plan)
         sums = mechanism.expected * np.concatenate([reply.scalars for reply in replies]).astype(np.float64)
         spread, sampled = mechanism.noise_multiplier * mechanism.clip, np.full(len(held), mechanism.rate(ROWS))
@@ -168,7 +169,7 @@ def scores(ground: Ground, case: Case, trials: int) -> np.ndarray:
             spread *= 1e-3  # far above what rounding leaves
         if case.sample:
             sampled = (case.sample.random((len(held), ROWS))[:, 0] < sampled).astype(np.float64)
-        contributions = clipped(np.stack(slopes, axis=1), mechanism.clip)
+        contributions = clipped(of_rows, mechanism.clip)
         found += evidence(sums, contributions[0], contributions[1:], mechanism.rate(ROWS), spread, sampled)
         state, _ = close_round(state, plan, replies, server, z)
     return found.reshape(2, trials)

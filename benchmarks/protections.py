@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
 
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import Reply, RoundPlan, check_reply
+from meerkat.algorithm.rounds import RoundPlan, Scalars, check_reply
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation.ledger import Asked, Ledger
@@ -75,7 +75,7 @@ def on_the_server() -> dict[str, Callable[[], object]]:
     """Rounds of ten clients: what is always on, held against the plain mean, and beside it what can be chosen."""
     plan = RoundPlan(0, LR, EPS, 1, dict.fromkeys(range(CLIENTS), 1))
     scalars = np.random.default_rng(0).normal(size=(CLIENTS, 1, 1)).astype(np.float32)
-    replies = [Reply(k, g) for k, g in enumerate(scalars)]
+    replies = [Scalars(k, g) for k, g in enumerate(scalars)]
     weights = dict.fromkeys(range(CLIENTS), 1 / CLIENTS)
     noisy = Mechanism(1.0, 1.0, float(CLIENTS))
 

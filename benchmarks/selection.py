@@ -17,6 +17,7 @@ import numpy as np
 from meerkat.algorithm.calibration import open_calibration
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -57,7 +58,7 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
         of_client = [ClientRows(k, rows, config.batch_size, seed) for k, rows in enumerate(held.rows)]
         z = Directions(run_key(seed), len(mask))
         server = ServerConfig(1, 1, 1, lr, config.eps, clients, clients, dict.fromkeys(range(clients), 1))
-        state = ServerState(0, theta)
+        state = ServerState(Replica(0, theta))
         plan = open_calibration(state, server)
         engine = LocalEngine(model, z, lambda k, t, rows=of_client: rows[k].batch(t), losses_of)
         scalars = np.stack([reply.scalars for reply in engine.run(state, plan)])

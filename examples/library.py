@@ -48,7 +48,7 @@ engine = meerkat.LocalEngine(
     batch_of=lambda site, step: np.append(np.arange(step * BATCH, (step + 1) * BATCH) % 400, site),
     losses_of=lambda batches: lambda: torch.stack([loss_of(sites[b[-1]][b[:-1]], int(b[-1])) for b in batches]),
 )
-state, before = meerkat.ServerState(round=0, theta=masked.read()), accuracy()
+state, before = meerkat.ServerState(meerkat.Replica(0, masked.read())), accuracy()
 for _ in range(config.rounds):
     plan = meerkat.open_round(state, config)
     state, record = meerkat.close_round(

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.client_rules import FedDynClient
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica, Rules
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.update_rules import FedDyn, UpdateRule
 from meerkat.algorithm.zeroth_order import Loss
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.run.local_engine import LocalEngine
@@ -56,9 +59,9 @@ def live(
 ) -> Lived:
     """Run a federation over the Bowl, calibrations included."""
     _, mask, engine = bowl_engine(together)
-    engine = flat_for(engine, quiet)
+    engine = dataclasses.replace(flat_for(engine, quiet), rule=settings.rules.client)
     lived = Lived(engine, mask, [], [])
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     while state.round < settings.rounds:
         assert len(lived.records) < 2 * settings.rounds, "a round is calibrated again and again"
         record: RoundRecord | CalibrationRecord
@@ -118,16 +121,23 @@ def moved_by(record: RoundRecord, width: int) -> Tensor:
     """-D of a round in float64, from its aggregate."""
     z, plan = Directions(KEY, width), record.plan
     total = torch.zeros(width, dtype=torch.float64)
-    if record.delta is not None:
-        return total + torch.from_numpy(record.delta).double()
+    if plan.sends == "delta":
+        return total + torch.from_numpy(record.aggregate).double()
     for t, row in enumerate(record.aggregate):
         for p, g in enumerate(row):
             total -= plan.lr / plan.directions * float(g) * z(plan.place(t, p)).double()
     return total
 
 
+def rules_of(update_rule: UpdateRule) -> Rules:
+    """The rules of a federation with this update rule; FedDyn's comes with its clients' half."""
+    if isinstance(update_rule, FedDyn):
+        return Rules(update_rule, FedDynClient(update_rule.alpha))
+    return Rules(update_rule)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return path.digest(a) == path.digest(b)
 
 
-__all__ = ["KEY", "Bowl", "Literal", "Lived", "live", "moved_by", "same_bits"]
+__all__ = ["KEY", "Bowl", "Literal", "Lived", "live", "moved_by", "rules_of", "same_bits"]

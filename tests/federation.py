@@ -21,6 +21,7 @@ from torch import Tensor
 
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -164,13 +165,16 @@ class Setting:
         losses_of = causal_lm.client_losses(
             workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
         )
-        return LocalEngine(model, z, lambda client, step: clients[client].batch(step), losses_of, together=False)
+        rule = self.settings.rules.client
+        return LocalEngine(
+            model, z, lambda client, step: clients[client].batch(step), losses_of, together=False, rule=rule
+        )
 
     def simulated(self) -> list[str]:
         """Theta's digest after each round of the same federation in one process."""
         engine, z = self.in_one_process(), self.directions
         settings = replace(self.settings, examples=dict(enumerate(self.sizes)))
-        state, gradient, digests = ServerState(0, self.theta_0), self.mask.pretraining_gradient, []
+        state, gradient, digests = ServerState(Replica(0, self.theta_0)), self.mask.pretraining_gradient, []
         while state.round < settings.rounds:
             if calibration.due(state, settings):
                 plan = calibration.open_calibration(state, settings)
@@ -338,7 +342,7 @@ class Federation:
         self.wire = Wire(self.door)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
-        self.state = self.state or ServerState(0, self.setting.theta_0)
+        self.state = self.state or ServerState(Replica(0, self.setting.theta_0))
         self.engine = RemoteEngine(
             self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z
         )
@@ -368,8 +372,7 @@ class Federation:
 
     def engine_state_size(self) -> int:
         """Float32 values of a whole state."""
-        by = self.settings.optimizer
-        return len(self.setting.mask) * (1 + by.carried + bool(by.alpha))
+        return len(self.setting.mask) * self.settings.rules.vectors
 
     def gather(self) -> list[Join]:
         """The clients that join before the next round."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import run_key
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.server import ServerState, close_round, open_round
 from meerkat.comparison.studies import read_comparison
 from meerkat.errors import MeerkatError
@@ -43,10 +44,10 @@ from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
 from meerkat.record import history, verification
-from meerkat.record.opening import server_optimizer
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys, read_revoked
 from meerkat.run import setup, simulation
+from meerkat.settings.algorithm import rules
 from meerkat.settings.config import make_config, read_toml
 
 Check = Callable[[Any], object]
@@ -263,7 +264,8 @@ class World:
 
         def check(data: bytes) -> None:
             config = make_config(read_toml(self.written("config.toml", data)))
-            server_optimizer(config)
+            config.check_resolved("")
+            rules(config)
             assert len(f"{run_key(config.seed):032x}") == 32
             assert make_config(read_toml(self.written("again.toml", config.to_toml().encode()))) == config
 
@@ -403,7 +405,7 @@ class World:
             door = setting.door()
             wire = Wire(door)
             self.patch.setattr(remote_engine, "time", wire)
-            state = ServerState(0, theta)
+            state = ServerState(Replica(0, theta))
             engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, door.token(f"node {client}"), setting)))

@@ -11,6 +11,7 @@ import torch
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions, Place
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.federation import frames
@@ -145,7 +146,7 @@ class Coordinator:
         self.port = self.link.port
         self._closed = False
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
-        self.state = ServerState(0, torch.zeros(LENGTH))
+        self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
         terms = terms or Terms(clients, clients, deadline_s=20.0, patience_s=20.0)
         self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z)

@@ -14,7 +14,7 @@ from torch import Tensor
 from meerkat.algorithm import alignment
 from meerkat.algorithm.alignment import alignments, direction_products
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars
 from meerkat.algorithm.server import aggregate
 
 KEY = 12345
@@ -29,7 +29,7 @@ def closed(scalars: Mapping[int, np.ndarray], directions: int, lr: float = 0.3) 
     """A round in which every client counts equally."""
     plan = RoundPlan(2, lr, 1e-3, directions, {k: len(g) for k, g in scalars.items()})
     weights = dict.fromkeys(scalars, 1 / len(scalars))
-    total = aggregate([Reply(k, g) for k, g in scalars.items()], weights, plan)
+    total = aggregate([Scalars(k, g) for k, g in scalars.items()], weights, plan)
     return RoundRecord(plan, weights, scalars, total, "", np.zeros((0, directions)))
 
 
@@ -81,9 +81,8 @@ def test_where_the_federation_stands_still_nobody_has_a_cosine() -> None:
 
 
 def test_a_first_order_round_has_no_alignment() -> None:
-    plan = RoundPlan(0, 0.1, 1e-3, 0, {0: 2})
-    none = np.zeros((2, 0), np.float32)
-    record = RoundRecord(plan, {0: 1.0}, {0: none}, none, "", np.zeros((0, 0)), np.ones(9, np.float32))
+    plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 2}, sends="delta")
+    record = RoundRecord(plan, {0: 1.0}, {}, np.ones(9, np.float32), "", np.zeros((0, 1)), unkept={0: 2})
     assert alignments(record, Directions(KEY, 9)) == {}
 
 

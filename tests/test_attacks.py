@@ -14,8 +14,9 @@ from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
 from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply
+from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, check_reply
 from meerkat.algorithm.selection import Vpcs
 from meerkat.algorithm.server import ServerState, aggregate, client_weights, close_round, open_round
 from meerkat.cli import main
@@ -52,7 +53,7 @@ def replies(
     """Scalars of a round by client: as honest clients made them, and as they were sent."""
     settings = settings_of(local_steps=steps)
     _, _, engine = bowl_engine()
-    state = ServerState(round, engine.model.read())
+    state = ServerState(Replica(round, engine.model.read()))
     plan = open_round(state, settings)
     honest = {r.client: r.scalars.astype(np.float64) for r in engine.run(state, plan)}
     sent = Attacked(engine, attack, bad, scale, seed).run(state, plan)
@@ -76,11 +77,13 @@ def test_sign_flip_sends_the_update_turned_round() -> None:
 
 
 def test_gaussian_is_noise_of_its_own_for_each_attacker_round_and_seed() -> None:
-    none = [Reply(k, np.zeros((200, 2), np.float32)) for k in range(6)]
+    none = [Scalars(k, np.zeros((200, 2), np.float32)) for k in range(6)]
 
     def drawn(round: int, seed: int, scale: float = 0.0) -> dict[int, np.ndarray]:
         plan = RoundPlan(round, 0.1, 1e-3, 2, dict.fromkeys(range(6), 200))
-        sent = Attacked(Canned(none), "gaussian", BAD, scale, seed).run(ServerState(round, torch.zeros(1)), plan)
+        sent = Attacked(Canned(none), "gaussian", BAD, scale, seed).run(
+            ServerState(Replica(round, torch.zeros(1))), plan
+        )
         return {r.client: r.scalars for r in sent}
 
     draws = [drawn(r, s)[k] for k in BAD for r in (0, 1) for s in (0, 1)]
@@ -95,7 +98,7 @@ def test_gaussian_is_noise_of_its_own_for_each_attacker_round_and_seed() -> None
 def test_scaled_puts_the_attackers_mean_in_the_place_of_everyones() -> None:
     honest, sent, plan = replies("scaled")
     weights = dict.fromkeys(sent, 1 / 6)
-    total = aggregate([Reply(k, g.astype(np.float32)) for k, g in sent.items()], weights, plan)
+    total = aggregate([Scalars(k, g.astype(np.float32)) for k, g in sent.items()], weights, plan)
     of_honest = sum(honest[k] for k in honest if k not in BAD) / 6
     np.testing.assert_allclose(total, of_honest + np.mean([honest[k] for k in BAD], axis=0), rtol=1e-5)
 
@@ -134,7 +137,7 @@ def test_colluders_send_the_same_and_turn_the_mean_round() -> None:
     honest, sent, plan = replies("collusion")
     good = np.mean([honest[k] for k in honest if k not in BAD], axis=0)
     assert np.array_equal(sent[1], sent[4])
-    total = aggregate([Reply(k, g.astype(np.float32)) for k, g in sent.items()], dict.fromkeys(sent, 1 / 6), plan)
+    total = aggregate([Scalars(k, g.astype(np.float32)) for k, g in sent.items()], dict.fromkeys(sent, 1 / 6), plan)
     np.testing.assert_allclose(total, -4 / 6 * good, rtol=1e-5)
     _, sent, _ = replies("collusion", 0.1)
     np.testing.assert_allclose(sent[1], -0.1 * good, rtol=1e-6)
@@ -161,7 +164,7 @@ def test_a_round_of_attackers_alone_is_one_too(attack: Attack) -> None:
 def test_clients_stopped_early_send_one_step_and_are_seen_as_such(attack: Attack) -> None:
     settings = settings_of()
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read(), early_stopped=frozenset({0, 1, 2, 3, 5}))
+    state = ServerState(Replica(0, engine.model.read()), early_stopped=frozenset({0, 1, 2, 3, 5}))
     plan = open_round(state, settings)
     honest = {r.client: r.scalars for r in engine.run(state, plan)}
     sent = {r.client: r.scalars for r in Attacked(engine, attack, BAD).run(state, plan)}
@@ -221,7 +224,7 @@ def settings_of_ten(rule: str = "automatic") -> Any:
 def honest_traces(decaying: frozenset[int]) -> list[Reply]:
     """A calibration of ten clients on the Bowl, some of which learn all they have within a few steps."""
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     replies = engine.run(state, calibration.open_calibration(state, settings_of_ten()))
     decay = np.exp(-np.arange(VPCS.calibration_steps) / 8, dtype=np.float32)[:, None]
     return [dataclasses.replace(r, scalars=r.scalars * decay) if r.client in decaying else r for r in replies]
@@ -233,7 +236,7 @@ def calibrated(
     """What a calibration finds where clients 2 and 7 attack."""
     settings, (_, mask, engine) = settings_of_ten(rule), bowl_engine()
     gradient = torch.randn(len(mask), generator=torch.Generator().manual_seed(3))
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     plan = calibration.open_calibration(state, settings)
     sent = Attacked(Canned(honest_traces(frozenset(decaying))), attack, (2, 7), scale, seed).run(state, plan)
     return calibration.close_calibration(state, plan, sent, settings, engine.directions, gradient)[1]
@@ -460,7 +463,7 @@ def test_a_federation_refuses_an_attack(tmp_path: Path) -> None:
 def test_a_robust_rule_keeps_the_direction_that_the_mean_loses() -> None:
     settings = settings_of(local_steps=1, directions=4)
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     plan = open_round(state, settings)
     honest = engine.run(state, plan)
     weights = client_weights(settings, range(6))

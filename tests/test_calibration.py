@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import reference
 import torch
-from bowl import KEY, Literal, flat_for, live, same_bits
+from bowl import KEY, Literal, flat_for, live, rules_of, same_bits
 from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.calibration import CalibrationRecord, close_calibration, decide, due, open_calibration
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
-from meerkat.algorithm.rounds import Reply
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import Scalars
 from meerkat.algorithm.selection import EarlyStop, Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
-from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.update_rules import FedDyn
 from meerkat.problems.partition import ClientRows
 
 VPCS = Vpcs(calibration_steps=24, initial_steps=8, later_steps=8)
@@ -39,7 +40,7 @@ def federation(**changes: object) -> ServerConfig:
 
 
 def state_at(round: int, calibrated: int | None, early_stopped: frozenset[int] = frozenset()) -> ServerState:
-    return ServerState(round, torch.zeros(4), early_stopped=early_stopped, calibrated=calibrated)
+    return ServerState(Replica(round, torch.zeros(4)), early_stopped=early_stopped, calibrated=calibrated)
 
 
 # --- what a calibration does and leaves alone ---
@@ -48,7 +49,7 @@ def state_at(round: int, calibrated: int | None, early_stopped: frozenset[int] =
 def test_theta_and_weights_are_put_back_to_the_bit() -> None:
     model, _, engine = bowl_engine()
     before = [p.detach().clone() for p in model.parameters()]
-    start, settings = ServerState(0, engine.model.read()), federation(lr=0.05)
+    start, settings = ServerState(Replica(0, engine.model.read())), federation(lr=0.05)
     theta = start.theta.clone()
     plan = open_calibration(start, settings)
     replies = engine.run(start, plan)
@@ -98,7 +99,7 @@ def test_data_pointers_move_on_and_rounds_begin_after_them() -> None:
         return rows_of(client, step)
 
     engine = dataclasses.replace(engine, batch_of=noted)
-    settings, state = federation(), ServerState(0, engine.model.read())
+    settings, state = federation(), ServerState(Replica(0, engine.model.read()))
     plan = open_calibration(state, settings)
     state, _ = close_calibration(state, plan, engine.run(state, plan), settings, engine.directions)
     assert state.steps_made == dict.fromkeys(range(5), VPCS.calibration_steps)
@@ -112,15 +113,14 @@ def test_data_pointers_move_on_and_rounds_begin_after_them() -> None:
 
 def test_optimisers_moments_and_corrections_stay_as_they_are() -> None:
     vpcs = dataclasses.replace(VPCS, recalibrate_every=2)
-    lived = live(federation(optimizer=ServerOptimizer("feddyn", alpha=0.4), vpcs=vpcs))
+    lived = live(federation(rules=rules_of(FedDyn(0.4)), vpcs=vpcs))
     pairs = list(zip(lived.states, lived.states[1:], lived.records[1:], strict=False))
     calibrated = [(a, b, r) for a, b, r in pairs if isinstance(r, CalibrationRecord)]
     assert len(calibrated) == 2
-    for before, after, record in calibrated:
-        assert record.plan.alpha == 0
-        assert before.moments
-        assert after.moments is before.moments
-        assert after.corrections is before.corrections
+    for before, after, _ in calibrated:
+        assert before.replica.moments
+        assert after.replica is before.replica
+        assert after.carried is before.carried
 
 
 # --- when ---
@@ -175,7 +175,7 @@ def test_a_flagged_client_uses_all_its_rows_in_the_end() -> None:
 
     engine = dataclasses.replace(flat_for(engine, QUIET), batch_of=batch_of)
     settings = federation(rounds=12, vpcs=Vpcs(calibration_steps=5, initial_steps=2, later_steps=2))
-    state = ServerState(0, engine.model.read(), early_stopped=frozenset(QUIET), calibrated=0)
+    state = ServerState(Replica(0, engine.model.read()), early_stopped=frozenset(QUIET), calibrated=0)
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
         state, _ = close_round(state, plan, engine.run(state, plan), settings, engine.directions)
@@ -239,10 +239,10 @@ def test_who_did_not_answer_stays_as_it_was() -> None:
 
 def test_an_answer_in_part_is_none() -> None:
     _, _, engine = bowl_engine()
-    settings, state = federation(), ServerState(0, engine.model.read(), {1: 9})
+    settings, state = federation(), ServerState(Replica(0, engine.model.read()), {1: 9})
     plan = open_calibration(state, settings)
     replies = [
-        Reply(r.client, r.scalars[:7] if r.client == 1 else r.scalars, r.loss)
+        Scalars(r.client, r.scalars[:7] if r.client == 1 else r.scalars, r.loss)
         for r in engine.run(state, plan)
         if r.client != 4
     ]
@@ -323,7 +323,7 @@ def test_the_same_federation_makes_the_same_decisions_and_bits(early_stop: Early
 def test_a_client_that_comes_alive_is_let_go_again() -> None:
     settings = federation(vpcs=dataclasses.replace(VPCS, recalibrate_every=1), rounds=2)
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     stopped = []
     for quiet in ({1}, {3}):
         plan = open_calibration(state, settings)

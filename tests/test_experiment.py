@@ -16,7 +16,7 @@ import torch
 from conftest import tiny_model
 
 from meerkat.algorithm import path
-from meerkat.algorithm.rounds import Reply, RoundRecord
+from meerkat.algorithm.rounds import RoundRecord, Scalars
 from meerkat.algorithm.server import aggregate
 from meerkat.cli import main
 from meerkat.errors import RunFailed
@@ -235,7 +235,7 @@ def _heavy_client(records: list[dict[str, Any]]) -> None:
     """One client counts three times, and everything after is computed anew, digests included."""
     record = RoundRecord.from_json(records[1])
     weights = {0: 3.0, 1: 0.0, 2: 0.0}
-    total = aggregate([Reply(k, g) for k, g in record.scalars.items()], weights, record.plan)
+    total = aggregate([Scalars(k, g) for k, g in record.scalars.items()], weights, record.plan)
     records[1] |= dataclasses.replace(record, weights=weights, aggregate=total).to_json()
 
 

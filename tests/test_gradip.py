@@ -79,8 +79,8 @@ def test_a_mask_without_a_gradient_has_no_gradip_but_a_magnitude() -> None:
 
 
 def test_a_first_order_round_has_no_inner_products() -> None:
-    plan = RoundPlan(0, 0.1, 1e-3, 0, {0: 3})
-    assert inner_products(gradient(), plan, Directions(KEY, WIDTH)).shape == (0, 0)
+    plan = RoundPlan(0, 0.1, 1e-3, 2, {0: 3}, sends="delta")
+    assert inner_products(gradient(), plan, Directions(KEY, WIDTH)).shape == (0, 2)
 
 
 def test_phases_rounds_and_steps_have_products_of_their_own() -> None:

@@ -11,6 +11,7 @@ import pytest
 from federation import RUN, Federation, Setting
 from test_site import Server, decoded, scalars_of, stands_at
 
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
@@ -284,7 +285,7 @@ def test_a_round_is_answered_for_one_theta_alone_in_any_process(setting: Setting
     kept = site.keep()
     site.close()
     honest = server.state
-    server.state = ServerState(0, setting.theta_0 + 1e-3)
+    server.state = ServerState(Replica(0, setting.theta_0 + 1e-3))
     for taken in ({}, kept):
         another = site_of(setting, ledger)
         if taken:
@@ -406,7 +407,7 @@ def test_nothing_exact_is_told_of_a_private_run_s_rows(setting: Setting, tmp_pat
 def test_a_loss_that_is_no_number_is_not_told(setting: Setting, tmp_path: Path) -> None:
     """At a theta that is nowhere every loss is, and what leaves is noise."""
     server, site = Coordinator(setting), site_of(setting, tmp_path / "ledger")
-    server.state = ServerState(0, setting.theta_0 * np.float32(1e30))
+    server.state = ServerState(Replica(0, setting.theta_0 * np.float32(1e30)))
     for part in server.whole_state():
         site.answer(part)
     reply = scalars_of(site.answer(server.ask()))

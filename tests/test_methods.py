@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meerkat import seeds
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import RoundRecord, pack
+from meerkat.algorithm.rounds import RoundRecord, Update, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sensitivity import concentration, sensitivity_mask
@@ -290,11 +290,11 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
     before = theta_of(run)
     for record in (RoundRecord.from_json(r) for r in logged(run) if r["kind"] == "round"):
         if record.plan.round < ROUNDS - 1:
-            before = path.advance(before, record, verification.OpenRun.of(run).directions)
+            before = path.moved(before, Update(record.plan, record.aggregate), verification.OpenRun.of(run).directions)
     theta = path.digest(before + torch.from_numpy(delta))
 
     def forge(records: list[dict[str, Any]]) -> None:
-        records[-2] |= {"delta": pack(delta), "theta": theta}
+        records[-2] |= {"aggregate": pack(delta), "theta": theta}
         records[-1]["theta"] = theta
 
     rewrite(run, forge)
@@ -307,7 +307,7 @@ def test_verify_refuses_a_delta_where_scalars_say_what_moved_though_all_digests_
 ) -> None:
     run = copied(run_of("meerkat"), tmp_path / "run")
     forged_last_round(run, np.ones(len(theta_of(run)), np.float32))
-    with pytest.raises(RunFailed, match="delta"):
+    with pytest.raises(RunFailed, match="aggregate"):
         verification.verify(run)
 
 
@@ -316,7 +316,7 @@ def test_verify_refuses_a_delta_of_another_length_though_all_digests_agree(
 ) -> None:
     run = copied(run_of("fo-fedavg"), tmp_path / "run")
     forged_last_round(run, np.ones(1, np.float32))
-    with pytest.raises(RunFailed, match="delta"):
+    with pytest.raises(RunFailed, match="aggregate"):
         verification.verify(run)
 
 

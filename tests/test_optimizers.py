@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import reference
 import torch
-from bowl import KEY, Literal, live, moved_by, same_bits
+from bowl import KEY, Literal, live, moved_by, rules_of, same_bits
 from test_server import config
 from torch import Tensor
 
-from meerkat.algorithm import path, server, update_rules
+from meerkat.algorithm import path, server
 from meerkat.algorithm.client import correction, local_steps
+from meerkat.algorithm.client_rules import ZEROTH_ORDER, FedDynClient
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.server import ServerState, client_weights, close_round, open_round, participants, replay
-from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, Moments, UpdateRule
 
 WIDTH = 60
-MOMENTUM = ServerOptimizer("momentum", lr=0.7, beta1=0.8)
-ADAM = ServerOptimizer("adam", lr=0.05, beta1=0.9, beta2=0.95, tau=1e-3)
-FEDDYN = ServerOptimizer("feddyn", alpha=0.4)
+MOMENTUM = FedAvgM(lr=0.7, beta1=0.8)
+ADAM = FedAdam(lr=0.05, beta1=0.9, beta2=0.95, tau=1e-3)
+FEDDYN = FedDyn(alpha=0.4)
 
 
 def records(rounds: int, steps: int = 3, directions: int = 2, share: float = 1.0) -> list[RoundRecord]:
@@ -37,11 +39,13 @@ def records(rounds: int, steps: int = 3, directions: int = 2, share: float = 1.0
     return made
 
 
-def after_each(optimizer: ServerOptimizer, rounds: Sequence[RoundRecord], share: float = 1.0) -> list[Tensor]:
-    theta, moments = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)), ()
+def after_each(optimizer: UpdateRule, rounds: Sequence[RoundRecord], share: float = 1.0) -> list[Tensor]:
+    theta = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    moments = optimizer.init(theta)
     thetas = [theta]
     for record in rounds:
-        theta, moments = update_rules.advance(optimizer, theta, moments, record, share, Directions(KEY, WIDTH))
+        update = Update(record.plan, record.aggregate, share)
+        theta, moments = optimizer.apply(theta, moments, update, Directions(KEY, WIDTH))
         thetas.append(theta)
     return thetas
 
@@ -68,16 +72,17 @@ def test_adam_is_the_literal_one() -> None:
 
 
 def test_momentum_without_memory_at_rate_one_is_the_plain_step() -> None:
-    plain = after_each(ServerOptimizer(), records(4))
-    for a, b in zip(after_each(ServerOptimizer("momentum", lr=1.0, beta1=0.0), records(4)), plain, strict=True):
+    plain = after_each(FedAvg(), records(4))
+    for a, b in zip(after_each(FedAvgM(lr=1.0, beta1=0.0), records(4)), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_the_plain_step_is_the_path_to_the_bit() -> None:
     theta, z = torch.randn(WIDTH), Directions(KEY, WIDTH)
     (record,) = records(1)
-    moved, moments = update_rules.advance(ServerOptimizer(), theta, (), record, 0.5, z)
-    assert same_bits(moved, path.advance(theta, record, z))
+    update = Update(record.plan, record.aggregate, 0.5)
+    moved, moments = FedAvg().apply(theta, (), update, z)
+    assert same_bits(moved, path.moved(theta, update, z))
     assert moments == ()
 
 
@@ -106,29 +111,27 @@ def test_feddyns_server_step_is_its_formula(share: float) -> None:
         torch.testing.assert_close(ours_after.double(), theta, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [ServerOptimizer(), MOMENTUM, ADAM, FEDDYN])
-def test_nothing_that_was_there_is_written_into(optimizer: ServerOptimizer) -> None:
+@pytest.mark.parametrize("optimizer", [FedAvg(), MOMENTUM, ADAM, FEDDYN])
+def test_nothing_that_was_there_is_written_into(optimizer: UpdateRule) -> None:
     theta, z, rounds = torch.randn(WIDTH), Directions(KEY, WIDTH), records(3)
-    moments: update_rules.Moments = ()
+    moments: Moments = optimizer.init(theta)
     for record in rounds:
         before = [theta.clone(), *(m.clone() for m in moments)]
-        moved, next_moments = update_rules.advance(optimizer, theta, moments, record, 1.0, z)
+        moved, next_moments = optimizer.apply(theta, moments, Update(record.plan, record.aggregate), z)
         assert all(same_bits(a, b) for a, b in zip([theta, *moments], before, strict=True))
         assert not same_bits(moved, theta)
         theta, moments = moved, next_moments
 
 
-@pytest.mark.parametrize("optimizer", [ServerOptimizer(), MOMENTUM, ADAM, FEDDYN])
-def test_a_first_order_rounds_delta_counts_like_scalars(optimizer: ServerOptimizer) -> None:
+@pytest.mark.parametrize("optimizer", [FedAvg(), MOMENTUM, ADAM, FEDDYN])
+def test_a_first_order_rounds_delta_counts_like_scalars(optimizer: UpdateRule) -> None:
     rounds = records(5)
-    none = np.zeros((3, 0), np.float32)
     first_order = [
         dataclasses.replace(
             record,
-            plan=dataclasses.replace(record.plan, directions=0),
-            scalars={0: none},
-            aggregate=none,
-            delta=moved_by(record, WIDTH).float().numpy(),
+            plan=dataclasses.replace(record.plan, sends="delta"),
+            scalars={},
+            aggregate=moved_by(record, WIDTH).float().numpy(),
         )
         for record in rounds
     ]
@@ -141,25 +144,26 @@ def test_a_first_order_rounds_delta_counts_like_scalars(optimizer: ServerOptimiz
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM, FEDDYN])
 @pytest.mark.parametrize("per_round", [3, 2])
-def test_replaying_the_records_gives_the_same_bits(optimizer: ServerOptimizer, per_round: int) -> None:
-    settings = config(optimizer=optimizer, clients_per_round=per_round, rounds=6, lr=0.02)
+def test_replaying_the_records_gives_the_same_bits(optimizer: UpdateRule, per_round: int) -> None:
+    settings = config(rules=rules_of(optimizer), clients_per_round=per_round, rounds=6, lr=0.02)
     lived = live(settings)
-    state = ServerState(0, live(dataclasses.replace(settings, rounds=0)).engine.model.read())
+    state = ServerState(Replica(0, live(dataclasses.replace(settings, rounds=0)).engine.model.read()))
     for record, then in zip(lived.rounds, lived.states, strict=True):
         held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
         assert held.plan == record.plan
         state = replay(state, held, settings, Directions(KEY, len(lived.mask)))
         assert path.digest(state.theta) == record.theta_digest
-        assert len(state.moments) == len(then.moments) > 0
-        assert all(same_bits(a, b) for a, b in zip(state.moments, then.moments, strict=True))
-        assert state.corrections.keys() == then.corrections.keys()
-        assert all(same_bits(state.corrections[k], h) for k, h in then.corrections.items())
-    assert bool(state.corrections) == (optimizer is FEDDYN)
+        moments, expected = state.replica.moments, then.replica.moments
+        assert len(moments) == len(expected) > 0
+        assert all(same_bits(a, b) for a, b in zip(moments, expected, strict=True))
+        assert state.carried.keys() == then.carried.keys()
+        assert all(same_bits(state.carried[k], h) for k, h in then.carried.items())
+    assert bool(state.carried) == (optimizer is FEDDYN)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(MOMENTUM, 0.02), (ADAM, 1.0)])
-def test_a_federation_under_a_server_optimiser_descends(optimizer: ServerOptimizer, lr: float) -> None:
-    lived = live(config(optimizer=optimizer, rounds=80, local_steps=1, directions=4, lr=lr))
+def test_a_federation_under_a_server_optimiser_descends(optimizer: UpdateRule, lr: float) -> None:
+    lived = live(config(rules=rules_of(optimizer), rounds=80, local_steps=1, directions=4, lr=lr))
 
     def mean_loss(theta: Tensor) -> float:
         lived.engine.model.write_(theta)
@@ -173,7 +177,7 @@ def test_a_federation_under_a_server_optimiser_descends(optimizer: ServerOptimiz
 @pytest.mark.parametrize("per_round", [4, 2])
 def test_a_feddyn_federation_is_the_literal_one(steps: int, per_round: int, together: bool) -> None:
     settings = config(
-        optimizer=FEDDYN,
+        rules=rules_of(FEDDYN),
         rounds=7,
         local_steps=steps,
         directions=1,
@@ -207,19 +211,19 @@ def test_a_feddyn_federation_is_the_literal_one(steps: int, per_round: int, toge
         torch.testing.assert_close(ours.double(), theirs[twin.moving], rtol=0, atol=1e-3)
         for k, scalars in record.scalars.items():
             np.testing.assert_allclose(scalars[:, 0], g[k].numpy(), rtol=0, atol=4e-3)
-    plain = live(dataclasses.replace(settings, optimizer=ServerOptimizer()), together)
+    plain = live(dataclasses.replace(settings, rules=rules_of(FedAvg())), together)
     assert (plain.thetas[-1] - lived.thetas[-1]).abs().max() > 0.02  # or the comparison above says nothing
 
 
 def test_feddyn_clients_together_and_one_by_one_are_equal_to_the_bit_here() -> None:
-    settings = config(optimizer=FEDDYN, local_steps=1, rounds=6, clients_per_round=2)
+    settings = config(rules=rules_of(FEDDYN), local_steps=1, rounds=6, clients_per_round=2)
     assert [path.digest(t) for t in live(settings, True).thetas] == [
         path.digest(t) for t in live(settings, False).thetas
     ]
 
 
 def test_a_feddyn_clients_virtual_path_is_what_it_had() -> None:
-    settings = config(optimizer=FEDDYN, rounds=3)
+    settings = config(rules=rules_of(FEDDYN), rounds=3)
     lived = live(settings)
     state, plan = lived.states[-2], open_round(lived.states[-2], settings)
     masked, z = lived.engine.model, lived.engine.directions
@@ -231,7 +235,8 @@ def test_a_feddyn_clients_virtual_path_is_what_it_had() -> None:
             k,
             lambda t, k=k: lambda: masked.model.loss(k, state.steps_made[k] + t),
             z,
-            state.corrections[k],
+            rule=settings.rules.client,
+            h=state.carried[k],
         )
         for k in plan.steps
     }
@@ -242,29 +247,29 @@ def test_a_feddyn_clients_virtual_path_is_what_it_had() -> None:
         assert same_bits(rebuilt, end)
 
 
-def test_a_correction_is_zero_where_there_is_no_alpha() -> None:
-    ones = torch.ones(3)
-    assert correction(0.0, ones, ones, ones) == 0
-    assert correction(0.5, None, None, ones) == 0
-    assert correction(0.5, None, ones, 2 * ones) == 3
-    assert correction(0.5, ones, None, 2 * ones) == -6
-    assert correction(0.5, ones, ones, 2 * ones) == -3
+def test_feddyns_correction_is_its_formula() -> None:
+    ones, rule = torch.ones(3), FedDynClient(0.5)
+    assert ZEROTH_ORDER.correction(ones, ones, ones) == 0
+    assert rule.correction(None, None, ones) == 0
+    assert rule.correction(None, ones, 2 * ones) == 3
+    assert rule.correction(ones, None, 2 * ones) == -6
+    assert rule.correction(ones, ones, 2 * ones) == -3
 
 
 def test_who_did_not_take_part_keeps_its_correction() -> None:
-    settings = config(optimizer=FEDDYN, rounds=6, clients_per_round=1)
+    settings = config(rules=rules_of(FEDDYN), rounds=6, clients_per_round=1)
     lived = live(settings)
     for record, before, after in zip(lived.rounds[1:], lived.states, lived.states[1:], strict=False):
         (asked,) = record.scalars
-        for k, h in before.corrections.items():
-            assert same_bits(after.corrections[k], h) == (k != asked)
+        for k, h in before.carried.items():
+            assert same_bits(after.carried[k], h) == (k != asked)
 
 
-def test_only_feddyn_plans_ask_for_a_correction() -> None:
-    state = ServerState(0, torch.zeros(3))
-    assert open_round(state, config()).alpha == 0
-    assert open_round(state, config(optimizer=MOMENTUM)).alpha == 0
-    assert open_round(state, config(optimizer=FEDDYN)).alpha == FEDDYN.alpha
+def test_calibrations_add_no_correction() -> None:
+    ones = torch.ones(3)
+    plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 1})
+    assert correction(plan, FedDynClient(0.5), ones, ones, ones) == -1.5
+    assert correction(dataclasses.replace(plan, phase="calibration"), FedDynClient(0.5), ones, ones, ones) == 0
 
 
 def test_a_round_of_many_clients_weighs_them_once_not_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,5 +286,5 @@ def test_a_round_of_many_clients_weighs_them_once_not_once_each(monkeypatch: pyt
         return client_weights(*arguments)
 
     monkeypatch.setattr(server, "client_weights", counted)
-    replay(ServerState(0, torch.zeros(9)), record, settings, Directions(KEY, 9))
+    replay(ServerState(Replica(0, torch.zeros(9))), record, settings, Directions(KEY, 9))
     assert calls <= 2

@@ -5,24 +5,29 @@ With the noise stubbed to zero, a huge clip and everybody sampled, example-level
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from bowl import rules_of
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_server import KEY, Bowl, config
 from torch import Tensor
 
+from meerkat.algorithm.aggregation import Hidden
 from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.client_rules import ZEROTH_ORDER, FedDynClient
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan
-from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round, sampled
-from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.robust import MEAN
+from meerkat.algorithm.rounds import RoundPlan, Scalars
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.update_rules import FedAvg, FedDyn
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
 from meerkat.masks.sensitivity import random_mask
@@ -82,7 +87,7 @@ def engine_of(
 
 def lived(engine: LocalEngine, settings: ServerConfig) -> list[dict[int, np.ndarray]]:
     """The scalars of each round."""
-    state, found = ServerState(0, engine.model.read()), []
+    state, found = ServerState(Replica(0, engine.model.read())), []
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
         state, record = close_round(state, plan, engine.run(state, plan), settings, engine.directions)
@@ -107,8 +112,8 @@ class Sizes(Mechanism):
 def test_without_noise_and_clip_it_is_training_on_the_mean(
     steps: int, directions: int, alpha: float, together: bool
 ) -> None:
-    optimizer = ServerOptimizer("feddyn", alpha=alpha) if alpha else ServerOptimizer()
-    settings = config(rounds=3, local_steps=steps, directions=directions, optimizer=optimizer, lr=0.02)
+    rules = rules_of(FedDyn(alpha) if alpha else FedAvg())
+    settings = config(rounds=3, local_steps=steps, directions=directions, rules=rules, lr=0.02)
     plain = lived(engine_of(None, together), settings)
     private = lived(engine_of(Sizes(HUGE, 1.0, 1.0), together), settings)
     for ours, theirs in zip(private, plain, strict=True):
@@ -118,7 +123,13 @@ def test_without_noise_and_clip_it_is_training_on_the_mean(
 
 
 def literal_steps(
-    plan: RoundPlan, h: Tensor, rows_at: Callable[[int], np.ndarray], clip: float, noise: float, expected: float
+    plan: RoundPlan,
+    alpha: float,
+    h: Tensor,
+    rows_at: Callable[[int], np.ndarray],
+    clip: float,
+    noise: float,
+    expected: float,
 ) -> np.ndarray:
     """Client 0's scalars, every noise value the same, by loops over rows in float64, from theta_0."""
     model = Words()
@@ -146,8 +157,8 @@ def literal_steps(
         noisy = (total + noise) / expected
         moved = theta.clone()
         for p, way in enumerate(ways):
-            drift = plan.alpha * (theta - start).double() - h.double()
-            scalars[t, p] = noisy[p] + (float(drift @ way.double()) if plan.alpha else 0.0)
+            drift = alpha * (theta - start).double() - h.double()
+            scalars[t, p] = noisy[p] + (float(drift @ way.double()) if alpha else 0.0)
             moved -= plan.lr / plan.directions * scalars[t, p] * way
         theta = moved
     return scalars
@@ -162,16 +173,16 @@ def test_clipped_noisy_steps_are_the_literal_ones(
     monkeypatch.setattr(mechanisms, "gaussian", ones)
     batches = [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.array([1])]
     clip, expected = 0.1 * math.sqrt(directions), 2.0
-    plan = RoundPlan(0, 0.05, 1e-3, directions, {0: 3}, alpha=alpha)
+    plan = RoundPlan(0, 0.05, 1e-3, directions, {0: 3})
     engine = engine_of(Mechanism(clip, 0.5, expected), batch=lambda _, step: batches[step])
     start = engine.model.read()
     h = torch.linspace(-1, 1, len(start))
-    state = ServerState(0, start, corrections={0: h})
-    (reply,) = engine.run(state, plan)
+    state = ServerState(Replica(0, start), carried={0: h})
+    (reply,) = replace(engine, rule=FedDynClient(alpha) if alpha else ZEROTH_ORDER).run(state, plan)
     assert math.isnan(reply.loss)
-    theirs = literal_steps(plan, h, lambda t: batches[t], clip, 0.5 * clip, expected)
+    theirs = literal_steps(plan, alpha, h, lambda t: batches[t], clip, 0.5 * clip, expected)
     np.testing.assert_allclose(reply.scalars, theirs, rtol=1e-3, atol=2e-4)
-    free = literal_steps(plan, h, lambda t: batches[t], HUGE, 0.5 * clip, expected)
+    free = literal_steps(plan, alpha, h, lambda t: batches[t], HUGE, 0.5 * clip, expected)
     assert not np.allclose(free[0], theirs[0], rtol=1e-3, atol=2e-4)
 
 
@@ -289,9 +300,15 @@ def test_two_threads_never_share_noise() -> None:
 # --- client level ---
 
 
-def hidden(**changes: object) -> ServerConfig:
-    made = config(clients_per_round=2, weights="equal", hides_clients=Mechanism(1.0, 0.5, 2.0))
-    return replace(made, **changes)
+def invited(settings: ServerConfig, available: list[int] | None) -> Collection[int] | None:
+    return settings.aggregation.invited(settings.clients, available)
+
+
+def hidden(mechanism: Mechanism | None = None, **changes: object) -> ServerConfig:
+    mechanism = mechanism or Mechanism(1.0, 0.5, 2.0)
+    made = config(clients_per_round=2, weights="equal")
+    made = replace(made, **changes)
+    return replace(made, aggregation=Hidden(mechanism, made.local_steps, made.directions))
 
 
 def test_a_noisy_mean_of_clients_is_the_literal_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,14 +316,14 @@ def test_a_noisy_mean_of_clients_is_the_literal_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mechanisms, "gaussian", ones)
     settings = hidden(local_steps=2, directions=2)
     engine = engine_of(None)
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     plan = open_round(state, settings)
     scalars = {
         0: np.array([[3.0, 0.0], [0.0, 4.0]], "f4"),
         1: np.array([[0.1, 0.2], [0.3, 0.4]], "f4"),
         2: np.array([[math.inf, 0.2], [0.3, 0.4]], "f4"),
     }
-    replies = [Reply(client, g) for client, g in scalars.items()]
+    replies = [Scalars(client, g) for client, g in scalars.items()]
     after, record = close_round(state, plan, replies, settings, engine.directions)
     by_hand = (np.array([[0.6, 0.0], [0.0, 0.8]]) + scalars[1] + 0.5 * 1.0) / 2.0
     np.testing.assert_allclose(record.aggregate, by_hand, rtol=1e-6)
@@ -314,21 +331,21 @@ def test_a_noisy_mean_of_clients_is_the_literal_one(monkeypatch: pytest.MonkeyPa
     assert record.made == {0: 2, 1: 2, 2: 2}
     assert not len(record.inner)
     assert after.steps_made == {0: 2, 1: 2, 2: 2}
-    short = [*replies[:2], Reply(2, np.ones((1, 2), "f4"))]
+    short = [*replies[:2], Scalars(2, np.ones((1, 2), "f4"))]
     _, of_two = close_round(state, plan, short, settings, engine.directions)
     assert np.array_equal(of_two.aggregate, record.aggregate)
 
 
 @pytest.mark.usefixtures("no_noise")
 def test_without_noise_and_clip_everybody_s_mean_is_the_plain_one() -> None:
-    settings = hidden(clients_per_round=0, hides_clients=Mechanism(HUGE, 1.0, 3.0))
+    settings = hidden(Mechanism(HUGE, 1.0, 3.0), clients_per_round=0)
     engine = engine_of(None)
-    state = ServerState(0, engine.model.read())
-    plan = open_round(state, settings, sampled(settings, None))
+    state = ServerState(Replica(0, engine.model.read()))
+    plan = open_round(state, settings, invited(settings, None))
     assert list(plan.steps) == [0, 1, 2]
     replies = engine.run(state, plan)
     _, ours = close_round(state, plan, replies, settings, engine.directions)
-    _, theirs = close_round(state, plan, replies, replace(settings, hides_clients=None), engine.directions)
+    _, theirs = close_round(state, plan, replies, replace(settings, aggregation=MEAN), engine.directions)
     np.testing.assert_allclose(ours.aggregate, theirs.aggregate, rtol=1e-6)
 
 
@@ -336,7 +353,7 @@ def test_an_empty_sample_of_clients_moves_theta_by_noise_alone(monkeypatch: pyte
     monkeypatch.setattr(mechanisms, "gaussian", ones)
     settings = hidden(local_steps=2, directions=1)
     engine = engine_of(None)
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     plan = open_round(state, settings, [])
     assert plan.steps == {}
     after, record = close_round(state, plan, [], settings, engine.directions)
@@ -349,11 +366,11 @@ def test_an_empty_sample_of_clients_moves_theta_by_noise_alone(monkeypatch: pyte
 def test_clients_are_sampled_from_all_and_then_asked_if_they_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = np.array([0, 2**64 - 1, 2**40], "<u8").tobytes()
     monkeypatch.setattr(mechanisms.os, "urandom", lambda count: draws[:count])
-    settings = hidden(hides_clients=Mechanism(1.0, 1.0, 1.5))
-    assert sampled(settings, None) == [0, 2]
-    assert sampled(settings, [1, 2]) == [2]  # the rate stays that of all: who is away is not made up for
-    assert sampled(settings, []) == []
-    assert sampled(replace(settings, hides_clients=None), [1, 2]) == [1, 2]
+    settings = hidden(Mechanism(1.0, 1.0, 1.5))
+    assert invited(settings, None) == [0, 2]
+    assert invited(settings, [1, 2]) == [2]  # the rate stays that of all: who is away is not made up for
+    assert invited(settings, []) == []
+    assert invited(replace(settings, aggregation=MEAN), [1, 2]) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from torch import nn
 pytest.importorskip("dp_accounting")
 from scipy import stats
 
-from meerkat.algorithm import path
-from meerkat.algorithm.client import local_steps, row_slopes
+from meerkat.algorithm import client, path
+from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
@@ -87,13 +88,13 @@ def test_a_client_sends_clipped_slopes_and_fresh_noise_all_along_its_own_path(ro
     plan = RoundPlan(0, ground.lr, ground.eps, ways, {0: steps})
     mechanism = Mechanism(CLIP, 1.0, 4.0)
     losses, theta = ground.losses_of([np.arange(rows)]), ground.model.read()
-    reply, end = local_steps(ground.model, theta, plan, 0, lambda _: losses, ground.directions, None, mechanism)
+    reply, end = local_steps(ground.model, theta, plan, 0, lambda _: losses, ground.directions, private=mechanism)
     along = [theta, *(at.clone() for at in path.walk(theta, plan, reply.scalars, ground.directions))]
     assert torch.equal(along[-1], end)
     noise = []
     for t, at in enumerate(along[:-1]):
-        slopes = [row_slopes(ground.model, at, plan, t, p, losses, ground.directions) for p in range(ways)]
-        noise.append((4.0 * reply.scalars[t] - clipped(np.stack(slopes, 1), CLIP).sum(0)) / CLIP)
+        of_rows, _ = client.slopes(ground.model, at, plan, t, losses, ground.directions)
+        noise.append((4.0 * reply.scalars[t] - clipped(of_rows, CLIP).sum(0)) / CLIP)
     values = np.ravel(noise)
     assert within((values**2).sum(), stats.chi2(len(values)))
     assert stats.kstest(values, "norm").pvalue > RARE
@@ -171,7 +172,7 @@ def test_two_runs_of_one_seed_send_different_scalars_and_sample_different_rows()
 
         engine = LocalEngine(ground.model, ground.directions, batch_of, ground.losses_of, private=mechanism)
         plan = RoundPlan(0, ground.lr, ground.eps, 2, dict.fromkeys(range(5), 4))
-        replies = engine.run(ServerState(0, ground.model.read()), plan)
+        replies = engine.run(ServerState(Replica(0, ground.model.read())), plan)
         return np.stack([reply.scalars for reply in replies]), asked
 
     (one, rows), (other, other_rows) = sent(), sent()

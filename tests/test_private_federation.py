@@ -30,7 +30,9 @@ def base(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def hidden_round(fed: Federation) -> RoundRecord:
     """A round as `experiment.run_rounds` goes through it where clients are hidden."""
     fed.gather()
-    plan = server.open_round(fed.state, fed.settings, server.sampled(fed.settings, fed.engine.available()))
+    plan = server.open_round(
+        fed.state, fed.settings, fed.settings.aggregation.invited(fed.settings.clients, fed.engine.available())
+    )
     replies = fed.engine.run(fed.state, plan) if plan.steps else []
     fed.state, record = server.close_round(fed.state, plan, replies, fed.settings, fed.z, None)
     fed.records.append({"kind": "round", **record.to_json()})

@@ -12,6 +12,7 @@ from federation import Federation, Setting, replay
 
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
@@ -115,7 +116,7 @@ def test_what_cannot_have_been_is_refused(
 def test_a_calibration_is_computed_no_longer_than_its_record_is(setting: Setting) -> None:
     """A billion steps that nobody made are a few bytes: they are refused before a direction is drawn."""
     long = setting.but(early_stop="vp", local_steps=2, calibration_steps=10**9)
-    plan = open_calibration(ServerState(0, long.theta_0), long.settings, [0])
+    plan = open_calibration(ServerState(Replica(0, long.theta_0)), long.settings, [0])
     nobody = CalibrationRecord(plan, {}, np.zeros((0, plan.directions)), select({}, {}, Vpcs()), ())
     calibrated = {"kind": "calibration", **nobody.to_json()}
     with pytest.raises(RunFailed, match="the inner products of the calibration before round 0"):

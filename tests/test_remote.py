@@ -12,7 +12,9 @@ import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
 from meerkat.algorithm import path, server
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundRecord
+from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.federation import frames, remote_engine
 from meerkat.federation.catch_up import Trail
@@ -545,7 +547,7 @@ def test_a_reply_from_another_theta_is_asked_for_again(setting: Setting, monkeyp
 
 def test_who_never_comes_to_the_right_theta_is_shown_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch)
-    behind = frame(Kind.BEHIND, 1, replace(federation.state, theta=federation.state.theta + 1))
+    behind = frame(Kind.BEHIND, 1, ServerState(Replica(federation.state.round, federation.state.theta + 1)))
     federation.wire.meddle = lambda k, data, up: [(0.0, behind if up and k == 1 else data)]
     assert answered(federation.round()) == [0, 2]
     assert federation.engine.counts["behind"] == 3

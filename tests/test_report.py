@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
@@ -130,7 +130,7 @@ def write_run(
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append({"kind": "round", **record.to_json()})
-        folder.note(round_metric(record, [Reply(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1})
+        folder.note(round_metric(record, [Scalars(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1})
         folder.note(judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number})
     log.close()
     if done:

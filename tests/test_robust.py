@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bowl import KEY, live, moved_by
+from bowl import KEY, live, moved_by, rules_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.robust import MEAN, RULES, Aggregation, capped, clipped, combine, mixed, norm, robust
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, check_reply, pack, unpack
+from meerkat.algorithm.rounds import LARGEST_LOSS, Delta, Reply, RoundPlan, Scalars, check_reply, pack, unpack
 from meerkat.algorithm.selection import Vpcs
 from meerkat.algorithm.server import (
     ServerConfig,
@@ -32,7 +33,7 @@ from meerkat.algorithm.server import (
     open_round,
     share_of,
 )
-from meerkat.algorithm.update_rules import ServerOptimizer
+from meerkat.algorithm.update_rules import FedAvg, FedAvgM, FedDyn
 from meerkat.cli import main
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.record import run_log
@@ -199,7 +200,7 @@ def test_the_order_of_replies_does_not_matter_to_the_bit(data: st.DataObject) ->
         clip_norm=1.0,
     )
     steps = {k: data.draw(st.integers(1, 3)) for k in range(clients)}
-    replies = [Reply(k, rows_of(t, 2, 7 + k).astype(np.float32)) for k, t in steps.items()]
+    replies = [Scalars(k, rows_of(t, 2, 7 + k).astype(np.float32)) for k, t in steps.items()]
     plan = RoundPlan(0, 1e-3, 1e-3, 2, steps)
     weights = client_weights(config(examples={k: k + 1 for k in steps}), list(steps))
     shuffled = data.draw(st.permutations(replies))
@@ -237,7 +238,7 @@ def mean_as_it_was(replies: Sequence[Reply], weights: dict[int, float], plan: Ro
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 99)), min_size=1, max_size=12), st.integers(0, 99))
 def test_the_mean_keeps_its_bits(drawn: list[tuple[int, int]], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    replies = [Reply(k, rng.normal(size=(t, 2)).astype(np.float32)) for k, (t, _) in enumerate(drawn)]
+    replies = [Scalars(k, rng.normal(size=(t, 2)).astype(np.float32)) for k, (t, _) in enumerate(drawn)]
     plan = RoundPlan(0, 0.1, 1e-3, 2, {k: t for k, (t, _) in enumerate(drawn)})
     weights = client_weights(config(examples={k: n for k, (_, n) in enumerate(drawn)}), range(len(drawn)))
     expected = mean_as_it_was(replies, weights, plan)
@@ -337,22 +338,22 @@ def test_the_cap_scales_a_step_down_and_leaves_shorter_ones_alone() -> None:
 def test_a_capped_rounds_step_is_as_long_as_the_cap_in_theta_space(steps: int) -> None:
     width, limit = 20_000, 0.01
     plan = RoundPlan(0, 0.5, 1e-3, 2, {0: steps, 1: steps})
-    replies = [Reply(k, np.full((steps, 2), 40.0, np.float32)) for k in range(2)]
+    replies = [Scalars(k, np.full((steps, 2), 40.0, np.float32)) for k in range(2)]
     settings = config(local_steps=steps, clients=2, examples={0: 1, 1: 1}, step_limit=limit)
     theta = torch.zeros(width)
-    moved, record = close_round(ServerState(0, theta), plan, replies, settings, Directions(KEY, width))
+    moved, record = close_round(ServerState(Replica(0, theta)), plan, replies, settings, Directions(KEY, width))
     assert moved.theta.norm().item() / math.sqrt(width) == pytest.approx(limit, rel=0.03)
     assert np.ptp(record.aggregate) == 0
     free, _ = close_round(
-        ServerState(0, theta), plan, replies, replace(settings, step_limit=99.0), Directions(KEY, width)
+        ServerState(Replica(0, theta)), plan, replies, replace(settings, step_limit=99.0), Directions(KEY, width)
     )
     assert free.theta.norm() > 100 * moved.theta.norm()
 
 
 def test_every_optimiser_is_given_the_capped_step() -> None:
     limit = 1e-3
-    for optimizer in (ServerOptimizer(), ServerOptimizer("momentum"), ServerOptimizer("feddyn", alpha=0.4)):
-        lived = live(config(optimizer=optimizer, step_limit=limit, rounds=3))
+    for optimizer in (FedAvg(), FedAvgM(), FedDyn(0.4)):
+        lived = live(config(rules=rules_of(optimizer), step_limit=limit, rounds=3))
         for record in lived.rounds:
             rate = float(record.plan.rate)
             assert rate * np.linalg.norm(record.aggregate.astype(float)) == pytest.approx(limit, rel=1e-6)
@@ -361,10 +362,10 @@ def test_every_optimiser_is_given_the_capped_step() -> None:
 
 def test_a_rate_that_is_far_too_high_is_told_from_replies_that_are() -> None:
     plan = RoundPlan(0, 0.5, 1e-3, 1, dict.fromkeys(range(5), 1))
-    replies = [Reply(k, np.full((1, 1), g, np.float32)) for k, g in enumerate([1, 2, 3, 1e4, 1e4])]
+    replies = [Scalars(k, np.full((1, 1), g, np.float32)) for k, g in enumerate([1, 2, 3, 1e4, 1e4])]
     check_rate(plan, replies, config(step_limit=1.5))
     check_rate(plan, [], config(step_limit=1.5))
-    check_rate(replace(plan, directions=0), [Reply(0, np.zeros((1, 0), np.float32))], config(step_limit=0.0))
+    check_rate(replace(plan, sends="delta"), [Delta(0, np.full(3, 1e9, np.float32), 1)], config(step_limit=0.0))
     check_rate(plan, replies[3:], config(step_limit=1.5))  # two that lie, and nobody else was in time
     with pytest.raises(Diverged, match=r"round 0: most clients' steps are 1\.5 times as long"):
         check_rate(plan, replies, config(step_limit=1.0))
@@ -376,7 +377,7 @@ def test_a_rate_that_is_far_too_high_is_told_from_replies_that_are() -> None:
 @pytest.mark.parametrize(
     ("client", "scalars", "said"),
     [
-        (5, np.zeros((2, 1), np.float32), "client 5, who was not asked"),
+        (5, np.zeros((2, 1), np.float32), "client 5, which was not asked"),
         (1, np.zeros((1, 1), np.float32), "1 steps in 1 directions, where 2 in 1"),
         (1, np.zeros((3, 1), np.float32), "3 steps in 1 directions, where 2 in 1"),
         (1, np.zeros((2, 2), np.float32), "2 steps in 2 directions, where 2 in 1"),
@@ -467,7 +468,7 @@ def test_a_log_with_a_reply_that_cannot_be_one_is_refused(kind: str) -> None:
 def test_a_round_in_which_fewer_answered_is_replayed() -> None:
     settings = config(**MANY, aggregation=Aggregation("krum", 3))
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     plan = open_round(state, settings)
     replies = engine.run(state, plan)[:4]
     moved, record = close_round(state, plan, replies, settings, engine.directions)

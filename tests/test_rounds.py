@@ -28,22 +28,18 @@ def test_a_record_survives_json_to_the_bit(data: st.DataObject) -> None:
         width,
         steps,
         "calibration",
-        data.draw(st.floats(0, 1)),
     )
     made = {k: data.draw(st.integers(0, t)) for k, t in steps.items()}
     replies = {k: scalars(t) for k, t in made.items() if t}
     weights = {k: data.draw(st.floats(0, 1)) for k in replies}
     inner = np.array(data.draw(st.lists(st.floats(-9, 9), min_size=width, max_size=width))).reshape(1, width)
-    delta = data.draw(st.none() | st.just(scalars(1)[0]))
-    record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab", inner[:0], delta)
+    record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab", inner[:0])
     record = replace(record, inner=np.repeat(inner, max(steps.values()), 0) if data.draw(st.booleans()) else inner[:0])
     held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert held.plan == record.plan
     assert held.weights == record.weights
     assert held.theta_digest == "ab"
     assert (held.inner.shape, held.inner.tobytes()) == (record.inner.shape, record.inner.tobytes())
-    assert (held.delta is None) == (delta is None)
-    assert delta is None or held.delta.tobytes() == delta.tobytes()
     assert held.aggregate.tobytes() == record.aggregate.tobytes()
     assert {k: g.tobytes() for k, g in held.scalars.items()} == {k: g.tobytes() for k, g in record.scalars.items()}
 
@@ -61,3 +57,13 @@ def test_a_record_whose_scalars_do_not_fit_is_refused() -> None:
     held = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "", two[:0]).to_json()
     with pytest.raises(ValueError, match="cannot reshape"):
         RoundRecord.from_json({**held, "made": [2, 1]})
+
+
+def test_a_round_of_deltas_is_kept_as_their_mean_to_the_bit() -> None:
+    plan = RoundPlan(3, 0.1, 1e-3, 2, {0: 2, 4: 1}, sends="delta")
+    delta = np.linspace(-1, 1, 7, dtype=np.float32)
+    record = RoundRecord(plan, {0: 0.75, 4: 0.25}, {}, delta, "ab", np.zeros((0, 2)), unkept={0: 2, 4: 1})
+    again = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+    assert (again.plan, again.made, again.weights) == (plan, {0: 2, 4: 1}, record.weights)
+    assert again.aggregate.tobytes() == delta.tobytes()
+    assert (again.scalars, again.inner.shape) == ({}, (0, 2))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, Update
 from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
@@ -86,7 +87,7 @@ def bowl_engine(together: bool = True) -> tuple[Bowl, SparseMask, LocalEngine]:
 def run(settings: ServerConfig, together: bool = True) -> tuple[list[Tensor], list[RoundRecord]]:
     """theta after each round, and the records."""
     _, _, engine = bowl_engine(together)
-    state, thetas, records = ServerState(0, engine.model.read()), [], []
+    state, thetas, records = ServerState(Replica(0, engine.model.read())), [], []
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
         replies = engine.run(state, plan)
@@ -158,11 +159,11 @@ def test_a_clients_virtual_path_is_what_it_had() -> None:
     settings = config()
     _, _, engine = bowl_engine()
     start = engine.model.read()
-    plan = open_round(ServerState(0, start), settings)
+    plan = open_round(ServerState(Replica(0, start)), settings)
     losses: Callable[[int], Callable[[int], Loss]] = lambda k: lambda t: lambda: engine.model.model.loss(k, t)  # noqa: E731
     lived = {k: local_steps(engine.model, start, plan, k, losses(k), engine.directions) for k in range(3)}
     replies = [reply for reply, _ in lived.values()]
-    _, record = close_round(ServerState(0, start), plan, replies, settings, engine.directions)
+    _, record = close_round(ServerState(Replica(0, start)), plan, replies, settings, engine.directions)
     elsewhere = Directions(KEY, engine.directions.count)
     for k, (_, end) in lived.items():
         rebuilt = [theta.clone() for theta in path.client_path(start, record, k, elsewhere)]
@@ -174,7 +175,7 @@ def test_replaying_the_records_gives_the_same_bits() -> None:
     settings = config()
     thetas, records = run(settings)
     _, mask, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     for theta, record in zip(thetas, records, strict=True):
         held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
         state = replay(state, held, settings, Directions(KEY, len(mask)))
@@ -195,7 +196,7 @@ def test_the_update_is_the_contract_s_arithmetic() -> None:
             step = (c * z(plan.place(t, p)).numpy()).astype(np.float32)
             expected = (expected - step).astype(np.float32)
     record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "", NO_INNER)
-    assert np.array_equal(path.advance(theta, record, z).numpy(), expected)
+    assert np.array_equal(path.moved(theta, Update(record.plan, record.aggregate), z).numpy(), expected)
 
 
 @pytest.mark.gpu
@@ -204,8 +205,8 @@ def test_the_update_has_the_same_bits_on_a_gpu() -> None:
     plan = RoundPlan(2, lr=0.0123, eps=1e-3, directions=3, steps={0: 2})
     scalars = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     record = RoundRecord(plan, {0: 1.0}, {0: scalars}, scalars, "", NO_INNER)
-    on_gpu = path.advance(theta.cuda(), record, Directions(KEY, 100_000, "cuda"))
-    assert torch.equal(on_gpu.cpu(), path.advance(theta, record, Directions(KEY, 100_000)))
+    on_gpu = path.moved(theta.cuda(), Update(record.plan, record.aggregate), Directions(KEY, 100_000, "cuda"))
+    assert torch.equal(on_gpu.cpu(), path.moved(theta, Update(record.plan, record.aggregate), Directions(KEY, 100_000)))
 
 
 # --- aggregation ---
@@ -228,8 +229,8 @@ def test_aggregating_scalars_equals_averaging_weights(data: st.DataObject) -> No
     plan = RoundPlan(0, lr=1e-3, eps=1e-3, directions=width, steps=steps)
     z = Directions(KEY, 20)
     start = torch.zeros(20)
-    total = aggregate([Reply(k, held) for k, held in g.items()], shares, plan)
-    ours = path.advance(start, RoundRecord(plan, shares, g, total, "", NO_INNER), z)
+    total = aggregate([Scalars(k, held) for k, held in g.items()], shares, plan)
+    ours = path.moved(start, Update(plan, total), z)
     ends = [list(path.walk(start, plan, held, z))[-1] for held in g.values()]
     theirs = reference.aggregate_weights(ends, list(shares.values()))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
@@ -239,14 +240,14 @@ def test_aggregating_scalars_equals_averaging_weights(data: st.DataObject) -> No
 
 def test_replies_may_come_in_any_order() -> None:
     rng = np.random.default_rng(0)
-    replies = [Reply(k, rng.normal(size=(2, 1)).astype(np.float32)) for k in range(9)]
+    replies = [Scalars(k, rng.normal(size=(2, 1)).astype(np.float32)) for k in range(9)]
     shares = client_weights(config(examples={k: k + 1 for k in range(9)}), range(9))
     plan = RoundPlan(0, 1e-3, 1e-3, 1, dict.fromkeys(range(9), 2))
     assert np.array_equal(aggregate(replies[::-1], shares, plan), aggregate(replies, shares, plan))
 
 
 def test_a_client_that_stopped_early_counts_as_zero() -> None:
-    replies = [Reply(0, np.ones((1, 1), np.float32)), Reply(1, np.ones((3, 1), np.float32))]
+    replies = [Scalars(0, np.ones((1, 1), np.float32)), Scalars(1, np.ones((3, 1), np.float32))]
     plan = RoundPlan(0, 1e-3, 1e-3, 1, {0: 3, 1: 3})
     assert aggregate(replies, {0: 0.25, 1: 0.75}, plan).ravel().tolist() == [1.0, 0.75, 0.75]
 
@@ -259,9 +260,9 @@ def test_weights_follow_rows_or_are_equal_and_sum_to_one_over_who_replied() -> N
 def test_who_does_not_answer_or_stops_early_is_in_the_record_as_such() -> None:
     _, _, engine = bowl_engine()
     settings = config(directions=1)
-    start = ServerState(0, engine.model.read(), {0: 3, 1: 3, 2: 3})
+    start = ServerState(Replica(0, engine.model.read()), {0: 3, 1: 3, 2: 3})
     plan = open_round(start, settings)
-    replies = [Reply(2, np.full((1, 1), 7, np.float32)), Reply(0, np.array([[1], [2], [3]], np.float32))]
+    replies = [Scalars(2, np.full((1, 1), 7, np.float32)), Scalars(0, np.array([[1], [2], [3]], np.float32))]
     state, record = close_round(start, plan, replies, settings, engine.directions)
     held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert held.plan == plan
@@ -285,7 +286,7 @@ def test_a_fresh_sample_of_clients_each_round() -> None:
 def test_only_participants_data_pointers_move() -> None:
     settings = config(clients_per_round=2, rounds=3)
     _, _, engine = bowl_engine()
-    state = ServerState(0, engine.model.read())
+    state = ServerState(Replica(0, engine.model.read()))
     asked: list[int] = []
     for _ in range(3):
         plan = open_round(state, settings)
@@ -299,13 +300,13 @@ def test_only_participants_data_pointers_move() -> None:
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])
 def test_schedules(schedule: str, expected: list[float]) -> None:
     settings = config(lr=1.0, lr_schedule=schedule)
-    rates = [open_round(ServerState(r, torch.zeros(1)), settings).lr for r in range(4)]
+    rates = [open_round(ServerState(Replica(r, torch.zeros(1))), settings).lr for r in range(4)]
     assert rates == pytest.approx(expected)
 
 
 def test_the_cosine_schedule_falls_slowly_then_fast_then_slowly() -> None:
     settings = config(lr=1.0, lr_schedule="cosine", rounds=100)
-    rates = [open_round(ServerState(r, torch.zeros(1)), settings).lr for r in range(100)]
+    rates = [open_round(ServerState(Replica(r, torch.zeros(1))), settings).lr for r in range(100)]
     assert rates[0] == 1
     assert rates[50] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.001

@@ -20,7 +20,8 @@ pytest.importorskip("cryptography")
 
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import Reply, RoundRecord
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import Reply, RoundRecord, Scalars
 from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
@@ -385,7 +386,7 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
     """The log of a coordinator that tells of other replies: weights, aggregates and theta as they follow from them."""
     opened = OpenRun.of(run)
     settings, z, gradient = opened.replay.settings, opened.directions, opened.mask.pretraining_gradient
-    state, made = ServerState(0, opened.mask.theta_0), []
+    state, made = ServerState(Replica(0, opened.mask.theta_0)), []
     for held in records(run):
         match held["kind"]:
             case "join":
@@ -394,7 +395,7 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
                 state = calibration.replay(state, CalibrationRecord.from_json(held))
             case "round":
                 record = RoundRecord.from_json(held)
-                replies = [Reply(k, g, signature=record.signatures[k]) for k, g in record.scalars.items()]
+                replies = [Scalars(k, g, signature=record.signatures[k]) for k, g in record.scalars.items()]
                 replies = lie(record.plan.round, replies)
                 plan = server.open_round(state, settings, list(record.plan.steps))
                 state, record = server.close_round(state, plan, replies, settings, z, gradient)

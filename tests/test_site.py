@@ -13,7 +13,8 @@ from federation import RUN, Federation, Setting, counted, frame, write_rows
 
 from meerkat import demo
 from meerkat.algorithm import path
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, Update
 from meerkat.algorithm.server import ServerState, close_round, open_round, share_of
 from meerkat.errors import MeerkatError
 from meerkat.federation import frames
@@ -47,7 +48,7 @@ class Server:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.config = replace(setting.settings, examples={0: 16, 1: 10})
-        self.state = ServerState(0, setting.theta_0)
+        self.state = ServerState(Replica(0, setting.theta_0))
         self.z = setting.directions
         self.records: list[RoundRecord] = []
         self.states = [self.state]
@@ -67,17 +68,15 @@ class Server:
         """Close a round with the site's scalars, or without, and another client's."""
         plan = self.plan()
         other = np.random.default_rng(self.state.round).normal(size=(2, 2)).astype("f4")
-        replies = [Reply(1, other), *([] if mine is None else [Reply(0, mine)])]
+        replies = [Scalars(1, other), *([] if mine is None else [Scalars(0, mine)])]
         self.state, record = close_round(self.state, plan, replies, self.config, self.z)
         self.records.append(record)
         self.states.append(self.state)
         return Closed(plan.lr, share_of(self.config, record.scalars), record.aggregate, mine is not None)
 
     def whole_state(self) -> list[bytes]:
-        by, none = self.config.optimizer, torch.zeros_like(self.state.theta)
-        held = [self.state.theta, *(self.state.moments or (none,) * by.carried)]
-        held += [self.state.corrections.get(0, none)] * bool(by.alpha)
-        return [self.frame(Kind.STATE, part) for part in frames.encode_state(torch.cat(held).numpy())]
+        values = self.state.replica_of(0).pack(self.config.rules)
+        return [self.frame(Kind.STATE, part) for part in frames.encode_state(values)]
 
 
 def decoded(data: bytes | None) -> Frame:
@@ -266,7 +265,7 @@ def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind,
     if back:
         site.answer(server.ask([server.close(None)], kind=kind))
     kept = site.keep()
-    server.state = ServerState(0, setting.theta_0 + 1e-3)
+    server.state = ServerState(Replica(0, setting.theta_0 + 1e-3))
     another = setting.site(0, evaluate=True)
     another.take_up(kept)
     for asked in (site, another):  # in another process, too
@@ -349,15 +348,15 @@ def test_it_does_not_evaluate_without_consent(setting: Setting) -> None:
 def test_a_loss_that_is_not_finite_is_told_in_one_word(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0)
     huge = Closed(1.0, 1.0, np.full((2, 2), 3e38, "f4"), False)
-    record = RoundRecord(replace(server.plan(), lr=1.0), {}, {}, huge.aggregate, "", np.zeros((0, 2)))
-    server.state = ServerState(1, path.advance(setting.theta_0, record, server.z))
+    update = Update(replace(server.plan(), lr=1.0), huge.aggregate)
+    server.state = ServerState(Replica(1, path.moved(setting.theta_0, update, server.z)))
     failed = decoded(site.answer(server.ask([huge])))
     assert (failed.kind, failed.round) == (Kind.FAILED, 1)
     assert json.loads(failed.body) == {"why": "diverged"}
 
 
 def test_no_memory_is_told_in_one_word(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("GPU 0 has 3 rows of 'a patient's text' in it")
 
     monkeypatch.setattr("meerkat.federation.site.local_steps", full)

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from meerkat.algorithm.calibration import close_calibration, open_calibration
     from meerkat.algorithm.client import local_steps
     from meerkat.algorithm.directions import Directions
-    from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+    from meerkat.algorithm.replica import Replica
+    from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars
     from meerkat.algorithm.selection import Selection, Vpcs, select
     from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
-    from meerkat.algorithm.update_rules import ServerOptimizer
     from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
     from meerkat.errors import Diverged, MeerkatError, RunFailed
     from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
@@ -28,10 +28,10 @@ _HOMES = {
     "algorithm.calibration": ("close_calibration", "open_calibration"),
     "algorithm.client": ("local_steps",),
     "algorithm.directions": ("Directions",),
-    "algorithm.rounds": ("Reply", "RoundPlan", "RoundRecord"),
+    "algorithm.replica": ("Replica",),
+    "algorithm.rounds": ("Delta", "Reply", "RoundPlan", "RoundRecord", "Scalars"),
     "algorithm.selection": ("Selection", "Vpcs", "select"),
     "algorithm.server": ("ServerConfig", "ServerState", "close_round", "open_round"),
-    "algorithm.update_rules": ("ServerOptimizer",),
     "algorithm.zeroth_order": ("MaskedModel", "projected_gradient"),
     "errors": ("Diverged", "MeerkatError", "RunFailed"),
     "masks.sensitivity": ("full_mask", "magnitude_mask", "random_mask", "sensitivity_mask"),
@@ -43,18 +43,20 @@ _MODULES = {"demo": "demo", "history": "record.history"}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Delta",
     "Directions",
     "Diverged",
     "LocalEngine",
     "MaskedModel",
     "MeerkatError",
+    "Replica",
     "Reply",
     "RoundPlan",
     "RoundRecord",
     "RunFailed",
+    "Scalars",
     "Selection",
     "ServerConfig",
-    "ServerOptimizer",
     "ServerState",
     "SparseMask",
     "Vpcs",

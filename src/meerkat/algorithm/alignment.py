@@ -3,7 +3,7 @@
     D_k = (eta / P) sum_{t,p} g_k^{t,p} z^{t,p},    <D_j, D_k> = (eta / P)^2 g_j^T Z g_k,    Z = (<z^s, z^t>)
 
 Once the T P x T P inner products of a round's directions are known, every client's norm and cosine cost a few
-multiplications; no update is rebuilt (method, section 5).
+multiplications. No update is rebuilt (method, section 5).
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meerkat.algorithm.directions import Directions, direction
+from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 
 _SLICE = 1 << 16
-"""Entries of all directions held at a time: a slice of z can be made alone."""
+"""Entries of all directions in memory at a time: a slice of z can be made alone."""
 
 
 class Alignment(NamedTuple):
@@ -29,28 +29,28 @@ class Alignment(NamedTuple):
 
 def direction_products(plan: RoundPlan, directions: Directions) -> np.ndarray:
     """<z^{s,q}, z^{t,p}> for all steps and directions of a plan: float64 [T P, T P], steps first."""
-    places = [plan.place(t, p) for t in range(max(plan.steps.values())) for p in range(plan.directions)]
-    found = np.zeros((len(places), len(places)))
+    places = [plan.place(t, p) for t in range(plan.longest) for p in range(plan.directions)]
+    products = np.zeros((len(places), len(places)))
     for start in range(0, directions.count, _SLICE):
         count = min(_SLICE, directions.count - start)
-        z = np.stack([direction(directions.key, place, count, start) for place in places]).astype(np.float64)
-        found += z @ z.T
-    return found
+        z = np.stack([directions.slice(place, start, count) for place in places]).astype(np.float64)
+        products += z @ z.T
+    return products
 
 
 def alignments(record: RoundRecord, directions: Directions) -> Mapping[int, Alignment]:
-    """Norm and cosine of each client's update in a round, by client id. A first-order round has none: no scalars."""
-    if not record.plan.directions:
+    """Norm and cosine of each client's update in a round, by client id; none where the record keeps no scalars."""
+    if not record.scalars:
         return {}
     products, rate = direction_products(record.plan, directions), float(record.plan.rate)
     together = record.aggregate.astype(np.float64).ravel()
     towards = products @ together
     length = np.sqrt(together @ towards)
-    found = {}
+    of_clients = {}
     for client, scalars in record.scalars.items():
-        g = np.zeros_like(together)  # steps that were not made count as zero
+        g = np.zeros_like(together)  # steps that the client did not make count as zero
         g[: scalars.size] = scalars.ravel()
         norm = np.sqrt(g @ products @ g)
         cosine = float(g @ towards / (norm * length)) if norm and length else float("nan")
-        found[client] = Alignment(rate * float(norm), cosine)
-    return found
+        of_clients[client] = Alignment(rate * float(norm), cosine)
+    return of_clients

@@ -15,7 +15,7 @@ from torch import Tensor
 from meerkat import seeds
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
-from meerkat.algorithm.rounds import Reply, RoundPlan, replies_from_json, replies_to_json, steps_of
+from meerkat.algorithm.rounds import Reply, RoundPlan, Scalars, replies_from_json, replies_to_json, steps_of
 from meerkat.algorithm.selection import Selection, select
 from meerkat.algorithm.server import ServerConfig, ServerState, counted, within_allowance
 
@@ -88,10 +88,11 @@ def close_calibration(
     gradient: Tensor | None = None,
 ) -> tuple[ServerState, CalibrationRecord]:
     """Decide who stops early. Clients that did not answer in full are left as they are."""
-    whole = {reply.client: reply for reply in replies if len(reply.scalars) == plan.steps[reply.client]}
-    scalars = {client: whole[client].scalars for client in sorted(whole)}
-    record = decide(state, plan, scalars, inner_products(gradient, plan, directions), config)
-    record = replace(record, signatures={k: whole[k].signature for k in scalars if whole[k].signature})
+    scalars = (reply for reply in replies if isinstance(reply, Scalars))
+    whole = {reply.client: reply for reply in scalars if reply.steps == plan.steps[reply.client]}
+    g = {client: whole[client].scalars for client in sorted(whole)}
+    record = decide(state, plan, g, inner_products(gradient, plan, directions), config)
+    record = replace(record, signatures={k: whole[k].signature for k in g if whole[k].signature})
     return replay(state, record), record
 
 

@@ -1,8 +1,8 @@
-"""FedAvg by backpropagation on the masked entries: the upper bound to compare with (method, section 8).
+"""FedAvg by backpropagation on the masked entries: the upper bound that others are compared with (method, section 8).
 
     theta <- theta - eta d f_k(theta; B) / d theta
 
-The one method here that needs gradients on the clients and sends 4n bytes a round, not scalars.
+The only method that needs gradients on the clients. It sends 4n bytes a round, not scalars.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meerkat.algorithm.rounds import Reply, RoundPlan
+from meerkat.algorithm.rounds import Delta, RoundPlan
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
 
@@ -47,16 +47,15 @@ def masked_gradient(model: MaskedModel, theta: Tensor, loss: Loss) -> tuple[Tens
 
 def gradient_steps(
     model: MaskedModel, theta: Tensor, plan: RoundPlan, client: int, batch_loss: Callable[[int], Loss]
-) -> tuple[Reply, Tensor]:
+) -> tuple[Delta, Tensor]:
     """Client k's steps of one round by backpropagation; the arguments are those of `client.local_steps`.
 
     Returns:
-        The reply, with delta = theta_k - theta, float32 [n], and no scalars; and theta_k.
+        The reply, with delta = theta_k - theta, float32 [n], and theta_k.
     """
     moved, losses = theta, []
     for t in range(plan.steps[client]):
         gradient, level = masked_gradient(model, moved, batch_loss(t))
         moved = moved - gradient * plan.lr
         losses.append(level)
-    none = np.zeros((plan.steps[client], 0), dtype=np.float32)
-    return Reply(client, none, float(np.mean(losses)), delta=(moved - theta).cpu().numpy()), moved
+    return Delta(client, (moved - theta).cpu().numpy(), len(losses), float(np.mean(losses))), moved

@@ -20,19 +20,14 @@ _CHUNK = 1 << 20
 def inner_products(gradient: Tensor | None, plan: RoundPlan, directions: Directions) -> np.ndarray:
     """c^{t,p} = <grad_p, z^{t,p}> for all steps of a plan: float64 [T, P], summed in float64.
 
-    `gradient` is the pre-training gradient at the moving entries, float32 [n] on the directions' device;
-    without one, or in a first-order plan, the answer is empty: [0, P].
+    Args:
+        gradient: the pre-training gradient at the moving entries, float32 [n] on the directions' device. Without one,
+            or in a round of deltas, the answer is empty: [0, P].
     """
-    if gradient is None or not plan.directions:
+    if gradient is None or plan.sends == "delta":
         return np.zeros((0, plan.directions))
-    steps = plan.longest
-    found = np.zeros((steps, plan.directions))
-    for t in range(steps):
-        for p in range(plan.directions):
-            z = directions(plan.place(t, p))
-            directions.prepare(plan.place_after(t, p))
-            found[t, p] = _dot(gradient, z)
-    return found
+    inner = [[_dot(gradient, z) for z in plan.along(t, directions)] for t in range(plan.longest)]
+    return np.array(inner, dtype=np.float64).reshape(-1, plan.directions)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -51,11 +46,11 @@ def gradip(scalars: np.ndarray, inner: np.ndarray) -> np.ndarray:
     if not len(inner):
         return np.full(scalars.shape[:-1], np.nan)
     steps, directions = scalars.shape[-2:]
-    found: np.ndarray = np.einsum("...tp,tp->...t", scalars, inner[:steps]) / directions
-    return found
+    values: np.ndarray = np.einsum("...tp,tp->...t", scalars, inner[:steps]) / directions
+    return values
 
 
 def magnitude(scalars: np.ndarray) -> np.ndarray:
     """|g| of steps, the mean over directions: float64 [..., T]. GradIP's signal without c's noise."""
-    found: np.ndarray = np.abs(scalars.astype(np.float64)).mean(-1)
-    return found
+    values: np.ndarray = np.abs(scalars.astype(np.float64)).mean(-1)
+    return values

@@ -1,8 +1,8 @@
 """Paths: scalars and shared directions -> theta (method, section 5).
 
-One arithmetic serves client, server, auditor and late joiner, and gives each the same bits (numeric
-contract 2): c = float32(eta / P) * G; step = c * z; theta -= step, every operation rounded by
-itself, steps then directions ascending.
+One arithmetic serves client, server, auditor and late joiner, and gives each the same bits (numeric contract 2):
+c = float32(eta / P) * G; step = c * z; theta -= step. Every operation is rounded by itself, steps then directions
+ascending.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 
 
 def descend(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor, out: Tensor | None = None) -> Tensor:
@@ -34,19 +34,20 @@ def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Direct
         yield theta
 
 
-def advance(theta: Tensor, record: RoundRecord, directions: Directions) -> Tensor:
-    """theta moved by what a round says: theta - (eta / P) sum_{t,p} G z, or theta + delta of a first-order round."""
-    if record.delta is not None:
-        return theta + torch.from_numpy(record.delta).to(theta.device)
-    *_, end = walk(theta, record.plan, record.aggregate, directions)
+def moved(theta: Tensor, update: Update, directions: Directions) -> Tensor:
+    """theta moved by what a round says: theta - (eta / P) sum_{t,p} G z, or theta plus the mean delta."""
+    if not update.aggregate.size:
+        return theta
+    if update.plan.sends == "delta":
+        return theta + torch.from_numpy(update.aggregate).to(theta.device)
+    *_, end = walk(theta, update.plan, update.aggregate, directions)
     return end
 
 
 def client_path(theta: Tensor, record: RoundRecord, client: int, directions: Directions) -> Iterator[Tensor]:
     """One client's virtual path: its theta after each local step of a round that began at theta.
 
-    Equal to what the client had, to the bit. Each tensor yielded is the same one, updated: clone what
-    you keep.
+    Equal to what the client had, to the bit. Each tensor yielded is the same one, updated: clone what you keep.
 
     Raises:
         KeyError: the client took no part in the round.

@@ -26,9 +26,9 @@ same bits on every machine.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Aggregation:
     """Whose length is bounded: by the median of all, or by `clip_norm`."""
     clip_norm: float = 0.0
     """The L2 norm of a reply's scalars, at most, where clipping is fixed."""
+    keeps_replies: ClassVar[bool] = True
 
     @property
     def needs_f(self) -> bool:
@@ -64,6 +65,21 @@ class Aggregation:
         if not self.needs_f:
             return 1
         return 2 * self.byzantine + (3 if self.rule in ("krum", "multi-krum") else 1)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether clients may count by their rows: the mean alone does."""
+        return self.rule == "mean"
+
+    def invited(self, clients: int, available: Collection[int] | None) -> Collection[int] | None:  # noqa: ARG002
+        """Everyone who is available."""
+        return available
+
+    def combine(
+        self, replies: Mapping[int, np.ndarray], weights: Mapping[int, float], shape: tuple[int, int]
+    ) -> np.ndarray:
+        """See `combine` below."""
+        return combine(replies, weights, shape, self)
 
 
 MEAN = Aggregation()

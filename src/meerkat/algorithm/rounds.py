@@ -1,17 +1,21 @@
-"""What one round is: the plan the server opens it with, a client's reply, the record that stays."""
+"""What one round is: the plan that the server opens it with, a client's reply, the record that stays."""
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
-from meerkat.algorithm.directions import Phase, Place
+from meerkat.algorithm.directions import Directions, Phase, Place
 
 LARGEST_LOSS = 50.0
-"""Nats: two losses differ by less, so no honest |g| is above this over eps (over 2 eps, and as much again to spare)."""
+"""Nats. Two losses differ by less, so no honest |g| is above this over eps: twice what a two-sided slope can be."""
+
+Sends = Literal["scalars", "delta"]
+"""What clients reply with: four bytes a local step, or theta's whole change."""
 
 
 @dataclass(frozen=True)
@@ -23,47 +27,83 @@ class RoundPlan:
     """eta in this round: the schedule is the server's, and travels here."""
     eps: float
     directions: int
-    """P: directions a step; 0 in a first-order round, whose update travels as a delta."""
+    """P: directions a step"""
     steps: Mapping[int, int]
     """T_k: local steps of each participant, by client id, ascending."""
     phase: Phase = "training"
-    alpha: float = 0.0
-    """FedDyn's alpha; 0 for no correction."""
+    sends: Sends = "scalars"
 
     def place(self, step: int, direction: int) -> Place:
         """Where direction p of local step t stands in the run."""
         return Place(self.phase, self.round, step, direction)
 
     def place_after(self, step: int, direction: int) -> Place:
-        """The direction asked for after this one; after the last, the first: another client or the server begins."""
+        """The direction that is needed after this one; after the last, the first: for another client, or the server."""
         if direction + 1 < self.directions:
             return self.place(step, direction + 1)
         return self.place(step + 1 if step + 1 < self.longest else 0, 0)
 
+    def along(self, step: int, directions: Directions) -> Iterator[Tensor]:
+        """The P directions of local step t, float32 [n] each; the next is prepared while one is used."""
+        for p in range(self.directions):
+            z = directions(self.place(step, p))
+            directions.prepare(self.place_after(step, p))
+            yield z
+
     @property
     def longest(self) -> int:
-        """T: the most steps that any participant makes; 0 where a sample of clients came out empty."""
+        """T: the most steps that any participant makes; 0 where nobody was asked."""
         return max(self.steps.values(), default=0)
 
     @property
     def rate(self) -> np.float32:
-        """float32(eta / P): what every update is multiplied with."""
+        """float32(eta / P): what every update is multiplied by."""
         return np.float32(self.lr / self.directions)
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What client k sends: its projected gradients, four bytes each."""
+class Scalars:
+    """A client's reply of zeroth-order steps: its projected gradients, four bytes each."""
 
     client: int
     scalars: np.ndarray
     """g_k^{r,t,p}: float32 [T_k, P]"""
     loss: float = float("nan")
-    """Mean training loss, known in a simulation only: it is never sent."""
-    delta: np.ndarray | None = None
-    """theta_k - theta_r of a first-order round, float32 [n]."""
+    """Mean training loss. Only a simulation knows it: it is never sent."""
     signature: bytes = b""
-    """The client's own, of its scalars: 64 bytes, or none where it does not sign. See `signatures`."""
+    """The client's signature of its scalars, 64 bytes; empty where it does not sign. See `record.signatures`."""
+
+    @property
+    def steps(self) -> int:
+        """Local steps made."""
+        return len(self.scalars)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A client's reply of first-order steps: how far they took it, 4n bytes."""
+
+    client: int
+    delta: np.ndarray
+    """theta_k - theta_r: float32 [n]"""
+    steps: int
+    """Local steps made."""
+    loss: float = float("nan")
+    """Mean training loss, as in `Scalars`."""
+
+
+Reply = Scalars | Delta
+
+
+@dataclass(frozen=True)
+class Update:
+    """What everyone needs of a closed round to follow it."""
+
+    plan: RoundPlan
+    aggregate: np.ndarray
+    """G_r, float32 [T, P]; in a round of deltas their mean, float32 [n], or empty where none came."""
+    share: float = 1.0
+    """The weight of the clients that replied over that of all clients, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +112,23 @@ class RoundRecord:
 
     plan: RoundPlan
     weights: Mapping[int, float]
-    """p_k: renormalised over the clients that answered, by client id, ascending; float64."""
+    """p_k, renormalised over the clients that replied, by client id, ascending; float64."""
     scalars: Mapping[int, np.ndarray]
-    """g_k: float32 [steps made, P] by client id, ascending; who did not answer is not in it."""
+    """g_k: float32 [steps made, P] by client id, ascending. Clients that did not reply are not in it."""
     aggregate: np.ndarray
-    """G_r: float32 [T, P]"""
+    """As in `Update`."""
     theta_digest: str
     """SHA-256 of theta after the round."""
     inner: np.ndarray
     """c^{t,p} = <grad_p, z^{t,p}>, float64 [T, P]: GradIP is a client's scalars times these. Empty without grad_p."""
-    delta: np.ndarray | None = None
-    """The mean of a first-order round's deltas, float32 [n]."""
     signatures: Mapping[int, bytes] = field(default_factory=dict)
-    """Of the replies, 64 bytes each, by client id; who did not sign is not in it."""
+    """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
     unkept: Mapping[int, int] = field(default_factory=dict)
-    """Steps of the replies whose scalars are not kept, by client id, ascending: all of a run that hides its clients."""
+    """Steps of replies that are not kept themselves, by client id, ascending: deltas, and those of hidden clients."""
 
     @property
     def made(self) -> Mapping[int, int]:
-        """Steps that each client's reply held, by client id, ascending."""
+        """Local steps that each client replied with, by client id, ascending."""
         return self.unkept or steps_of(self.scalars)
 
     def to_json(self) -> dict[str, Any]:
@@ -99,44 +137,44 @@ class RoundRecord:
             **replies_to_json(self.plan, self.made, self.scalars, self.inner, self.signatures),
             "weights": list(self.weights.values()),
             "aggregate": pack(self.aggregate),
-            "delta": None if self.delta is None else pack(self.delta),
             "theta": self.theta_digest,
         }
 
     @classmethod
-    def from_json(cls, held: Mapping[str, Any]) -> "RoundRecord":
+    def from_json(cls, values: Mapping[str, Any]) -> "RoundRecord":
         """The record that `to_json` wrote, to the bit.
 
         Raises:
-            KeyError, TypeError, ValueError: it was not written by `to_json`.
+            KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        plan, unkept, scalars, inner, signatures = replies_from_json(held)
-        aggregate = unpack(held["aggregate"])
+        plan, unkept, scalars, inner, signatures = replies_from_json(values)
+        aggregate = unpack(values["aggregate"])
+        if plan.sends == "scalars":
+            aggregate = aggregate.reshape(-1 if aggregate.size else plan.longest, plan.directions)
         return cls(
             plan=plan,
-            weights=dict(zip(unkept or scalars, held["weights"], strict=True)),
+            weights=dict(zip(unkept or scalars, values["weights"], strict=True)),
             scalars=scalars,
-            aggregate=aggregate.reshape(-1 if aggregate.size else plan.longest, plan.directions),
-            theta_digest=held["theta"],
+            aggregate=aggregate,
+            theta_digest=values["theta"],
             inner=inner,
-            delta=None if held["delta"] is None else unpack(held["delta"]),
             signatures=signatures,
             unkept=unkept,
         )
 
 
 def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
-    """What every reply is held to, whoever sent it and wherever it is read: at the wire, in a simulation, in a log.
+    """Check what every reply of scalars must be, wherever it is read: at the wire, in a simulation, in a log.
 
     Args:
         scalars: g_k, float32.
 
     Raises:
-        ValueError: the client was not asked, the reply is not [T_k, P] as it was asked for, a scalar is not finite, or
-            one is larger than any loss makes it.
+        ValueError: the client was not asked, the reply is not the [T_k, P] that was asked for, or a scalar is not
+            finite or larger than any loss can make it.
     """
     if client not in plan.steps:
-        raise ValueError(f"a reply of client {client}, who was not asked")
+        raise ValueError(f"a reply of client {client}, which was not asked")
     if scalars.shape != (plan.steps[client], plan.directions):
         raise ValueError(
             f"a reply of {scalars.shape[0]} steps in {scalars.shape[1]} directions, where {plan.steps[client]} "
@@ -150,7 +188,7 @@ def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
 
 
 def steps_of(scalars: Mapping[int, np.ndarray]) -> dict[int, int]:
-    """How many steps each client's scalars, float32 [T_k, P], are of."""
+    """How many local steps each client's scalars, float32 [T_k, P], are of."""
     return {client: len(g) for client, g in scalars.items()}
 
 
@@ -163,9 +201,9 @@ def replies_to_json(
 ) -> dict[str, Any]:
     """What was asked and what came, as JSON values.
 
-    `made` are the steps that each participant's reply holds: none where it did not answer. `scalars` is null where
-    replies came and are not kept.
-    `signatures` are of those who answered, base64, empty where one does not sign; an empty list where nobody does.
+    `made` has the steps of each participant's reply, 0 where none came. `scalars` is null where replies came and are
+    not kept. `signatures` has one entry a reply, base64, empty where the client does not sign; no entry where nobody
+    does.
     """
     none = np.zeros((0, plan.directions), np.float32)
     replies = [none, *(scalars.get(client, none) for client in plan.steps)]
@@ -175,7 +213,7 @@ def replies_to_json(
         "lr": plan.lr,
         "eps": plan.eps,
         "directions": plan.directions,
-        "alpha": plan.alpha,
+        "sends": plan.sends,
         "clients": list(plan.steps),
         "steps": list(plan.steps.values()),
         "made": [made.get(client, 0) for client in plan.steps],
@@ -186,33 +224,33 @@ def replies_to_json(
 
 
 def replies_from_json(
-    held: Mapping[str, Any],
+    values: Mapping[str, Any],
 ) -> tuple[RoundPlan, dict[int, int], dict[int, np.ndarray], np.ndarray, dict[int, bytes]]:
-    """Plan, steps whose scalars are not kept, scalars, inner products and signatures, as `replies_to_json` had them.
+    """Plan, steps of replies that are not kept, scalars, inner products and signatures, as `replies_to_json` had them.
 
     Raises:
-        KeyError, TypeError, ValueError: it was not written by `replies_to_json`.
+        KeyError, TypeError, ValueError: `replies_to_json` did not write it.
     """
-    directions = held["directions"]
-    whole = (held["round"], directions, *held["clients"], *held["steps"], *held["made"])
-    if not all(type(number) is int and number < 2**32 for number in whole):
-        raise TypeError(f"round {held['round']!r} counts in what are no whole numbers of 32 bits")
-    steps = dict(zip(held["clients"], held["steps"], strict=True))
-    made = dict(zip(held["clients"], held["made"], strict=True))
+    directions = values["directions"]
+    counts = (values["round"], directions, *values["clients"], *values["steps"], *values["made"])
+    if not all(type(number) is int and number < 2**32 for number in counts):
+        raise TypeError(f"round {values['round']!r} has counts that are not whole numbers of 32 bits")
+    steps = dict(zip(values["clients"], values["steps"], strict=True))
+    made = dict(zip(values["clients"], values["made"], strict=True))
     if (least := min(made.values(), default=0)) < 0:
-        raise ValueError(f"round {held['round']} has a reply of {least} steps")
+        raise ValueError(f"round {values['round']} has a reply of {least} steps")
     made = {client: count for client, count in made.items() if count}
     scalars: dict[int, np.ndarray] = {}
-    if held["scalars"] is not None:
+    if values["scalars"] is not None:
         ends = np.cumsum([0, *made.values()])
-        together = unpack(held["scalars"]).reshape(int(ends[-1]), directions)
+        together = unpack(values["scalars"]).reshape(int(ends[-1]), directions)
         spans = zip(made, ends[:-1], ends[1:], strict=True)
         made, scalars = {}, {client: together[first:last] for client, first, last in spans}
-    plan = RoundPlan(held["round"], held["lr"], held["eps"], directions, steps, held["phase"], held["alpha"])
-    inner = unpack(held["inner"], "<f8")
+    plan = RoundPlan(values["round"], values["lr"], values["eps"], directions, steps, values["phase"], values["sends"])
+    inner = unpack(values["inner"], "<f8")
     inner = inner.reshape(plan.longest if inner.size else 0, directions)
-    signed = held["signatures"] or [""] * len(scalars)
-    signatures = {k: base64.b64decode(text) for k, text in zip(scalars, signed, strict=True) if text}
+    encoded = values["signatures"] or [""] * len(scalars)
+    signatures = {k: base64.b64decode(text) for k, text in zip(scalars, encoded, strict=True) if text}
     return plan, made, scalars, inner, signatures
 
 

@@ -1,97 +1,123 @@
-"""Server optimisers in theta space: what the server makes of a round's pseudo-gradient D (method, section 5).
+"""Update rules: what everyone makes of a round's pseudo-gradient D in theta space (method, section 5).
 
     D = (eta / P) sum_{t,p} G z
-    sgd (FedAvg):        theta -= D
-    momentum (FedAvgM):  theta -= eta_s m,                  m = beta_1 m + D
-    adam (FedAdam):      theta -= eta_s eta m / (sqrt(v) + tau),   m = beta_1 m + (1 - beta_1) D, v so of D^2 by beta_2
-    feddyn:              theta -= D + h / alpha,            h = h + alpha s D
+    FedAvg:   theta -= D
+    FedAvgM:  theta -= eta_s m,                           m = beta_1 m + D
+    FedAdam:  theta -= eta_s eta m / (sqrt(v) + tau),     m = beta_1 m + (1 - beta_1) D, v so of D^2 by beta_2
+    FedDyn:   theta -= D + h / alpha,                     h = h + alpha s D
 
-D follows from scalars that everyone has, so every client replays any of them at no cost in bytes. Each
-operation is rounded by itself, as in path.py. Sources: Hsu et al. 2019 (FedAvgM), Reddi et al. 2021
-(FedAdam, without bias correction), Acar et al. 2021 (FedDyn; s is the share of all clients' weight that
-took part).
+D follows from scalars that everyone has, so every client replays any of them at no cost in bytes. Each operation is
+rounded by itself, as in path.py. Sources: McMahan et al. 2017 (FedAvg), Hsu et al. 2019 (FedAvgM), Reddi et al. 2021
+(FedAdam, without bias correction), Acar et al. 2021 (FedDyn; s is the share of all clients' weight that took part).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundRecord
+from meerkat.algorithm.rounds import Update
 
-Name = Literal["sgd", "momentum", "adam", "feddyn"]
 Moments = tuple[Tensor, ...]
-"""What an optimiser carries from round to round, float32 [n] each: () or (m,), (m, v), (h,)."""
-_Moved = tuple[Tensor, Moments]
+"""What a rule carries from round to round, float32 [n] each: (), (m,), (m, v), (h,)."""
 
 
-@dataclass(frozen=True)
-class ServerOptimizer:
-    """The server's step, and its settings."""
-
-    name: Name = "sgd"
-    lr: float = 1.0
-    """eta_s, of momentum and adam. D's length cancels in adam's step: there eta_s multiplies the round's eta, so that
-    the rate and its schedule reach it."""
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-9
-    alpha: float = 0.0
-    """FedDyn's alpha."""
+class UpdateRule(Protocol):
+    """How theta follows from a round's update. A rule is a value: its settings are its fields."""
 
     @property
     def carried(self) -> int:
-        """How many vectors it carries from round to round."""
-        return {"sgd": 0, "momentum": 1, "adam": 2, "feddyn": 1}[self.name]
+        """How many vectors of n floats it carries from round to round."""
+
+    def init(self, theta: Tensor) -> Moments:
+        """What it carries before the first round: `carried` vectors."""
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta (float32 [n]) and moments after a round, as new tensors, to the same bits on every machine.
+
+        Args:
+            update: the round's G, with `update.plan.place(t, p)` for the z that it goes with.
+        """
 
 
-def advance(
-    optimizer: ServerOptimizer,
-    theta: Tensor,
-    moments: Moments,
-    record: RoundRecord,
-    share: float,
-    directions: Directions,
-) -> tuple[Tensor, Moments]:
-    """theta (float32 [n]) and moments after a round, as new tensors.
+class _FromZero:
+    """A rule whose moments are zero at first."""
 
-    Args:
-        moments: empty before the first round.
-        share: s, the weight of the clients that took part over that of all; in (0, 1].
-    """
-    if optimizer.name == "sgd":
-        return path.advance(theta, record, directions), ()
-    descent = path.advance(torch.zeros_like(theta), record, directions)  # -D
-    if optimizer.name == "adam":
-        optimizer = replace(optimizer, lr=optimizer.lr * record.plan.lr)
-    return _RULES[optimizer.name](optimizer, theta, moments, descent, share)
+    carried: ClassVar[int]
+
+    def init(self, theta: Tensor) -> Moments:
+        """Zeros."""
+        return tuple(torch.zeros_like(theta) for _ in range(self.carried))
 
 
-def _momentum(by: ServerOptimizer, theta: Tensor, moments: Moments, descent: Tensor, _: float) -> _Moved:
-    (m,) = moments or (torch.zeros_like(theta),)
-    m = (m * by.beta1) - descent
-    return theta - m * by.lr, (m,)
+def descent(theta: Tensor, update: Update, directions: Directions) -> Tensor:
+    """-D, float32 [n]; theta gives the shape and device alone."""
+    return path.moved(torch.zeros_like(theta), update, directions)
 
 
-def _adam(by: ServerOptimizer, theta: Tensor, moments: Moments, descent: Tensor, _: float) -> _Moved:
-    m, v = moments or (torch.zeros_like(theta), torch.zeros_like(theta))
-    m = (m * by.beta1) - (descent * (1 - by.beta1))
-    v = (v * by.beta2) + ((descent * descent) * (1 - by.beta2))
-    return theta - (m / (v.sqrt() + by.tau)) * by.lr, (m, v)
+@dataclass(frozen=True)
+class FedAvg(_FromZero):
+    """The plain step."""
+
+    carried: ClassVar[int] = 0
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - D"""
+        return path.moved(theta, update, directions), moments
 
 
-def _feddyn(by: ServerOptimizer, theta: Tensor, moments: Moments, descent: Tensor, share: float) -> _Moved:
-    (h,) = moments or (torch.zeros_like(theta),)
-    h = h - descent * (by.alpha * share)
-    return (theta + descent) - h / by.alpha, (h,)
+@dataclass(frozen=True)
+class FedAvgM(_FromZero):
+    """Server momentum."""
+
+    lr: float = 1.0
+    """eta_s"""
+    beta1: float = 0.9
+    carried: ClassVar[int] = 1
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta_s m"""
+        (m,) = moments
+        m = (m * self.beta1) - descent(theta, update, directions)
+        return theta - m * self.lr, (m,)
 
 
-_RULES: dict[str, Callable[[ServerOptimizer, Tensor, Moments, Tensor, float], _Moved]] = {
-    "momentum": _momentum,
-    "adam": _adam,
-    "feddyn": _feddyn,
-}
+@dataclass(frozen=True)
+class FedAdam(_FromZero):
+    """Adam on the server."""
+
+    lr: float = 1e-2
+    """eta_s. D's length cancels in the step, so eta_s multiplies the round's eta: its schedule reaches the step."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-9
+    carried: ClassVar[int] = 2
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta_s eta m / (sqrt(v) + tau)"""
+        m, v = moments
+        down = descent(theta, update, directions)
+        m = (m * self.beta1) - (down * (1 - self.beta1))
+        v = (v * self.beta2) + ((down * down) * (1 - self.beta2))
+        return theta - (m / (v.sqrt() + self.tau)) * (self.lr * update.plan.lr), (m, v)
+
+
+@dataclass(frozen=True)
+class FedDyn(_FromZero):
+    """The server's half of FedDyn; the other is `client_rules.FedDynClient`."""
+
+    alpha: float
+    carried: ClassVar[int] = 1
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - D - h / alpha"""
+        (h,) = moments
+        down = descent(theta, update, directions)
+        h = h - down * (self.alpha * update.share)
+        return (theta + down) - h / self.alpha, (h,)
+
+
+FEDAVG = FedAvg()

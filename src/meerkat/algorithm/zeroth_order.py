@@ -1,22 +1,24 @@
-"""Two forward passes instead of a gradient (method, section 3).
+"""Forward passes instead of a gradient (method, section 3).
 
     l+ = f(theta + eps z)    l- = f(theta - eps z)    g = (l+ - l-) / (2 eps)
 
-Weights are always written from theta, which stays float32: nothing is added to a weight and taken
-away again, so restoring is exact and no drift builds up (numeric contracts 2 and 3).
+Weights are always written from theta, which stays float32. Nothing is added to a weight and taken away again, so
+restoring is exact and no drift builds up (numeric contracts 2 and 3).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from meerkat.errors import Diverged
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.estimators import PLAIN, Estimator, LossAt, Slopes
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.masks.sparse_mask import SparseMask
 
 Loss = Callable[[], Tensor]
-"""The loss at the model's present weights, on a batch that was settled before: float [] or [K], one a client."""
+"""The loss at the model's present weights, on a batch chosen before: float [], or [K] for K clients or rows."""
 
 
 class MaskedModel:
@@ -41,12 +43,12 @@ class MaskedModel:
         return self.gather([weights for weights, _ in self._parts])
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Those entries of tensors shaped like `parameters()` that move: float32 [n]."""
+        """The moving entries of tensors shaped like `parameters()`: float32 [n]."""
         entries = zip(tensors, self._parts, strict=True)
         return torch.cat([(t.reshape(-1) if at is None else t.reshape(-1)[at]).float() for t, (_, at) in entries])
 
     def parameters(self) -> list[nn.Parameter]:
-        """The model's parameters that hold moving entries, in theta's order."""
+        """The model's parameters that have moving entries, in theta's order."""
         return self._moving
 
     def write_(self, theta: Tensor) -> None:
@@ -58,40 +60,50 @@ class MaskedModel:
                 weights.index_copy_(0, at, values.to(weights.dtype))
 
 
-class ProjectedGradient(NamedTuple):
-    """What one direction tells: float64 on the CPU, [] or [K] as the loss is."""
-
-    g: Tensor
-    """(l+ - l-) / (2 eps)"""
-    loss: Tensor
-    """(l+ + l-) / 2, for the record of training only: it is never sent."""
-
-
-@torch.no_grad()
-def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float, loss: Loss) -> ProjectedGradient:
-    """The loss' slope along z at theta, from two forward passes on the same batch.
+def slopes(
+    model: MaskedModel,
+    theta: Tensor,
+    plan: RoundPlan,
+    step: int,
+    loss: Loss,
+    directions: Directions,
+    estimator: Estimator = PLAIN,
+) -> Slopes:
+    """The loss' slopes at theta along all P directions of local step t, on one batch.
 
     Args:
-        theta, z: float32 [n] on the model's device; neither is changed.
-        eps: the perturbation size, above zero.
-
-    The weights are theta's again when it returns, or raises.
+        theta: float32 [n] on the model's device; not changed. The weights are theta's again afterwards.
 
     Raises:
         Diverged: a loss is not finite.
     """
-    nudge = z * eps
-    try:
-        model.write_(theta + nudge)
-        plus = loss()
-        model.write_(theta - nudge)
-        minus = loss()
-    finally:
-        model.write_(theta)
-    both = torch.stack([plus, minus]).double().cpu()
-    if not torch.isfinite(both).all():
-        raise Diverged(
-            f"the loss is {both.flatten()[~torch.isfinite(both.flatten())][0].item()} at theta +- {eps:g} z; "
-            "start a new run with a lower --lr, or with float32 weights"
-        )
-    return ProjectedGradient((both[0] - both[1]) / (2 * eps), (both[0] + both[1]) / 2)
+    with _near(model, theta, loss) as loss_at:
+        return estimator.slopes(loss_at, theta, plan.along(step, directions), plan.eps)
+
+
+def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float, loss: Loss) -> Slopes:
+    """The loss' slope at theta along one z, float32 [n], by two forward passes: float64 [], or [K].
+
+    theta and the weights afterwards are as in `slopes`.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    with _near(model, theta, loss) as loss_at:
+        (g,), (level,) = PLAIN.slopes(loss_at, theta, [z], eps)
+    return Slopes(g, level)
+
+
+@contextmanager
+def _near(model: MaskedModel, theta: Tensor, loss: Loss) -> Iterator[LossAt]:
+    """The loss at any point near theta; the weights are theta's again in the end."""
+
+    def loss_at(point: Tensor) -> Tensor:
+        model.write_(point)
+        return loss()
+
+    with torch.no_grad():
+        try:
+            yield loss_at
+        finally:
+            model.write_(theta)

@@ -9,13 +9,15 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from meerkat.settings.auto import AUTO
-from meerkat.settings.compatibility import BUILT_IN
 from meerkat.settings.config import OLDER_NAMES, RunConfig, may_be_auto
 from meerkat.settings.groups import GROUPS
 
 FIRST = ("model", "task", "data", "text", "method", "clients", "partition", "rounds", "local_steps")
 """The settings that matter most: with the folder of the run, the ten that `--help` begins with."""
 FIRST_TITLE = "the settings that matter most"
+
+_EXTENSIBLE = ("problem", "estimator", "update_rule")
+"""Settings that name something built in, or an extension's."""
 
 _LONGEST_VALUE = 60
 """Characters of the choices that stand beside a flag; more of them stand in its help."""
@@ -78,7 +80,7 @@ def _value_of(name: str, field: FieldInfo) -> str:
         return f"{'N' if name in ('threads', 'tokens_per_pass') else 'X'}|{AUTO}"
     if isinstance(field.default, str) and (choices := get_args(field.annotation)):
         return "|".join(map(str, choices))
-    if name in BUILT_IN:
+    if name in _EXTENSIBLE:
         return "NAME"
     return {int: "N", float: "X"}.get(type(field.default), name.upper())
 

@@ -214,6 +214,7 @@ def _study(held: dict[str, Any]) -> Study:
     if (count := math.prod(map(len, axes.values()))) > _MOST_SETTINGS:
         raise MeerkatError(f"{spell}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
     shared = {name: value for name, value in held.items() if name not in axes}
+    shared |= {"lr": _value("lr", shared["lr"], spell)} if "lr" in shared else {}
     return _made(Study, {"axes": axes, "shared": shared, **own}, spell)
 
 
@@ -224,7 +225,12 @@ def _is_axis(name: str, value: Any) -> bool:
 
 def _value(name: str, value: Any, spell: str) -> Any:
     """A setting's value as a run or, of a learning rate, as a study holds it."""
-    return value if (name, value) == ("lr", SEARCH) else make_value(name, value, spell)
+    if name != "lr":
+        return make_value(name, value, spell)
+    try:
+        return SEARCH if value == SEARCH else make_value(name, value)
+    except MeerkatError:
+        raise MeerkatError(f"{spell}lr {value}: must be search, auto or a number above 0") from None
 
 
 def _axis(name: str, values: list[Any], spell: str) -> list[Any]:

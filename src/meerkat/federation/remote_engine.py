@@ -14,13 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions, Phase
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, check_reply
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
 from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
@@ -85,14 +82,14 @@ class RemoteEngine:
         self._run = bytes.fromhex(run)
         self._state = state
         self._directions = directions
-        state_bytes = 4 * len(state.theta) * (1 + settings.optimizer.carried + bool(settings.optimizer.alpha))
-        self._trail = Trail(state_bytes, state.round, bytes.fromhex(path.digest(state.theta)))
+        state_bytes = 4 * len(state.theta) * settings.rules.vectors
+        self._trail = Trail(state_bytes, state.round, bytes.fromhex(state.replica.digest))
         self._answered_at = 0.0
         self._members: dict[int, _Member] = {}
         self._joined: dict[int, Guest] = {}
         self._begun = False
         self._plan: RoundPlan | None = None
-        self._replied: dict[int, Reply] = {}
+        self._replied: dict[int, Scalars] = {}
         self._failed: dict[int, str] = {}
         self._counting: set[int] = set()
         """Whose evaluation is waited for."""
@@ -183,7 +180,7 @@ class RemoteEngine:
         self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
         if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
             self.settle()
-        least = 0 if self._settings.hides_clients else min(self._terms.quorum, len(plan.steps))
+        least = min(self._terms.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
         while True:
             waited = time.monotonic() - began
             owing = [k for k in plan.steps if self._members[k].busy == (plan.round, plan.phase)]
@@ -307,22 +304,14 @@ class RemoteEngine:
         member, first = self._members[client], []
         closed: list[Closed] = []
         if member.round is None or not self._trail.reaches(member.round):
-            first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(self._values(client))]
+            values = self._state.replica_of(client).pack(self._settings.rules)
+            first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(values)]
             self.caught_up["state"] += 1
         else:
             closed = self._trail.since(member.round, client)
             self.caught_up["rounds"] += len(closed) > 1
         member.round = self._trail.round
         return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
-
-    def _values(self, client: int) -> np.ndarray:
-        """Theta, the optimiser's moments and FedDyn's h_k, float32 one after another."""
-        state, by = self._state, self._settings.optimizer
-        none = torch.zeros_like(state.theta)
-        held = [state.theta, *(state.moments or (none,) * by.carried)]
-        if by.alpha:
-            held.append(state.corrections.get(client, none))
-        return torch.cat(held).cpu().numpy()
 
     # what clients say
 
@@ -429,7 +418,7 @@ class RemoteEngine:
         except BadSignature as error:
             raise BadFrame(str(error)) from None
         member.trouble = 0
-        self._replied[client] = Reply(client, scalars, signature=signature)
+        self._replied[client] = Scalars(client, scalars, signature=signature)
 
     def _once_more(self, client: int, member: _Member, why: str) -> None:
         """Ask again with the whole state, where the round still waits for it."""

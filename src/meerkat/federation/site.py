@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from meerkat import __version__
-from meerkat.algorithm import path, update_rules
 from meerkat.algorithm.client import local_steps
-from meerkat.algorithm.directions import Directions, Place, run_key
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord
+from meerkat.algorithm.directions import Phase, Place
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.federation import frames
@@ -29,10 +29,11 @@ from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.tasks import Row, Task, check_rows
 from meerkat.progress import one_line, say
-from meerkat.record.opening import meaning, server_optimizer
+from meerkat.record.opening import meaning
 from meerkat.record.signatures import Charter, Signer, SigningKey
 from meerkat.run.setup import Workplace, open_model, resolve_place
 from meerkat.settings import auto
+from meerkat.settings.algorithm import directions, estimator, rules
 
 
 class Site:
@@ -63,8 +64,9 @@ class Site:
         own.check_mask(self.mask, model)
         self._workplace = Workplace(self.config, model, tokenizer, task, next(model.parameters()).device)
         self._model = MaskedModel(model, self.mask)
-        self._theta = self._model.read()
-        if path.digest(self._theta) != offer.theta:
+        self._rules = rules(self.config)
+        self._replica = Replica(0, self._model.read())
+        if self._replica.digest != offer.theta:
             raise MeerkatError(
                 f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
             )
@@ -82,8 +84,6 @@ class Site:
             judged = _rows(own, task, "validation")
             self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
         self.client = own.client
-        self.round = 0
-        """Rounds that the site's theta has followed."""
         self.ended = ""
         """Why the session is over, or nothing."""
         self.refused = False
@@ -92,27 +92,22 @@ class Site:
         """Whether the coordinator let the site in."""
         self._run = bytes.fromhex(offer.run)
         self._secret = bytes.fromhex(offer.token)
-        self._optimizer = server_optimizer(self.config)
-        self._moments: update_rules.Moments = ()
-        self._h = torch.zeros_like(self._theta) if self._optimizer.alpha else None
         self._h_lost = False
-        """Whether a round counted scalars of this site that it does not have: those of a process before."""
-        directions_key = run_key(self.config.seed)
-        self._z = Directions(directions_key, len(self.mask), self._theta.device)
+        """Whether a round counted scalars of this site that it does not have, but a process before it."""
+        self._z = directions(self.config, len(self.mask), self._replica.theta.device)
         self._signer: Signer | None = None
         if key is not None:
             charter = Charter(
                 run=offer.run,
                 signed=offer.sign,
-                run_key=f"{directions_key:032x}",
+                run_key=f"{self._z.key:032x}",
                 model=self.mask.fingerprint,
                 mask=self.mask.digest(),
                 theta=offer.theta,
                 settings=meaning(self.config),
             )
             self._signer = Signer(charter, own.client, len(rows), node, key, before)
-        self._digest = bytes.fromhex(offer.theta)
-        self._parts = StateParts(self._state_size())
+        self._parts = StateParts(self._rules.vectors * len(self.mask))
         self._answered: dict[str, tuple[int, bytes]] = {}
         """By what was asked: the last round that it was answered in, and theta's digest there."""
         self._last: tuple[tuple[int, str, bytes], np.ndarray, bytes] | None = None
@@ -137,12 +132,9 @@ class Site:
 
     def keep(self) -> dict[str, int | bytes]:
         """All that changes in a session, for another process to take up: see `take_up`."""
-        none = torch.zeros_like(self._theta)
-        values = [self._theta, *(self._moments or (none,) * self._optimizer.carried)]
-        values += [] if self._h is None else [self._h]
         return {
             "round": self.round,
-            "values": torch.cat(values).cpu().numpy().astype("<f4", copy=False).tobytes(),
+            "values": self._replica.pack(self._rules).astype("<f4", copy=False).tobytes(),
             "last": b"" if self._last is None else self._last[2],
             "h_lost": int(self._h_lost),
             "joined": self.joined,
@@ -152,7 +144,7 @@ class Site:
 
     def take_up(self, kept: Mapping[str, Any]) -> None:
         """Go on where a session was kept."""
-        self._take(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
+        self._take_over(np.frombuffer(kept["values"], dtype="<f4").astype("f4"), int(kept["round"]))
         self._h_lost = bool(kept["h_lost"])
         asked = [name.removeprefix("round_") for name in kept if name.startswith("round_")]
         self._answered = {what: (int(kept[f"round_{what}"]), kept[f"digest_{what}"]) for what in asked}
@@ -160,6 +152,16 @@ class Site:
             last = Frame.decode(kept["last"])
             phase, scalars, _ = frames.decode_reply(last)
             self._last = ((last.round, phase, self._answered[phase][1]), scalars, kept["last"])
+
+    @property
+    def round(self) -> int:
+        """Rounds that the site's theta has followed."""
+        return self._replica.round
+
+    @property
+    def _digest(self) -> bytes:
+        """SHA-256 of the site's theta."""
+        return bytes.fromhex(self._replica.digest)
 
     @property
     def joined(self) -> bytes:
@@ -186,7 +188,7 @@ class Site:
                 self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
-                    self._take(values, frame.round)
+                    self._take_over(values, frame.round)
             case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
@@ -223,50 +225,29 @@ class Site:
             failure = "out of memory"
         return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
 
-    def _plan(self, lr: float, steps: int, phase: str = "training") -> RoundPlan:
-        return RoundPlan(
-            round=self.round,
-            lr=lr,
-            eps=auto.number(self.config.eps),
-            directions=self.config.directions,
-            steps={self.client: steps},
-            phase="calibration" if phase == "calibration" else "training",
-            alpha=self._optimizer.alpha if phase == "training" else 0.0,
-        )
+    def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:
+        eps = auto.number(self.config.eps)
+        return RoundPlan(self.round, lr, eps, self.config.directions, {self.client: steps}, phase)
 
     def _follow(self, closed: Closed) -> None:
-        """What the server did when it closed the round that this site's theta stands at."""
+        """Move as the server did when it closed the round that this site's replica stands at."""
         if closed.aggregate.shape[1] != self.config.directions:
             raise BadFrame(f"a round of {closed.aggregate.shape[1]} directions, in a run of {self.config.directions}")
         if len(closed.aggregate) > self.config.local_steps:
             raise BadFrame(f"a round of {len(closed.aggregate)} steps, in a run of {self.config.local_steps}")
-        plan = self._plan(closed.lr, len(closed.aggregate))
-        record = RoundRecord(plan, {}, {}, closed.aggregate, "", np.zeros((0, plan.directions)))
-        if self._h is not None and closed.counted:
+        update = Update(self._plan(closed.lr, len(closed.aggregate)), closed.aggregate, closed.share)
+        counted = None
+        if closed.counted and self._rules.client.carries:
             if self._last is not None and self._last[0][:2] == (self.round, "training"):
-                *_, moved = path.walk(torch.zeros_like(self._theta), plan, self._last[1], self._z)
-                self._h = self._h - moved * plan.alpha
+                counted = self._last[1]
             else:
                 self._h_lost = True
-        self._theta, self._moments = update_rules.advance(
-            self._optimizer, self._theta, self._moments, record, closed.share, self._z
-        )
-        self._settle(self.round + 1)
+        self._replica = self._replica.follow(update, self._rules, self._z, counted)
 
-    def _settle(self, round: int) -> None:
-        self.round = round
-        self._digest = bytes.fromhex(path.digest(self._theta))
-
-    def _state_size(self) -> int:
-        return len(self._theta) * (1 + self._optimizer.carried + (self._h is not None))
-
-    def _take(self, values: np.ndarray, round: int) -> None:
-        """Put a whole state in the place of one's own: theta, the optimiser's moments, FedDyn's h_k."""
-        theta, *rest = torch.from_numpy(values).to(self._theta.device).split(len(self._theta))
-        self._theta, self._moments = theta, tuple(rest[: self._optimizer.carried])
-        if self._h is not None:
-            self._h, self._h_lost = rest[-1], False
-        self._settle(round)
+    def _take_over(self, values: np.ndarray, round: int) -> None:
+        """Put a whole replica in the place of this one."""
+        self._replica = Replica.unpack(values, round, self._rules, self._replica.theta.device)
+        self._h_lost = False
 
     def _work(self, work: Work) -> bytes:
         about = (self.round, work.phase, self._digest)
@@ -300,7 +281,18 @@ class Site:
             self._account.check_lasts(work.steps)
         plan, losses = self._plan(work.lr, work.steps, work.phase), self._losses_along(work.pointer)
         mechanism = self._account.mechanism if self._account else None
-        reply, _ = local_steps(self._model, self._theta, plan, self.client, losses, self._z, self._h, mechanism)
+        reply, _ = local_steps(
+            self._model,
+            self._replica.theta,
+            plan,
+            self.client,
+            losses,
+            self._z,
+            estimator=estimator(self.config),
+            rule=self._rules.client,
+            h=self._replica.h,
+            private=mechanism,
+        )
         if self._account:
             body = frames.encode_scalars(work.phase, reply.scalars)
             self._account.charge(work.phase, self.round, self._digest, work.steps, body)
@@ -329,7 +321,7 @@ class Site:
             raise BadFrame("asked to evaluate, which this site has not agreed to (its site.toml, evaluate)")
         self._answer_once("evaluation")
         with torch.no_grad():
-            self._model.write_(self._theta)
+            self._model.write_(self._replica.theta)
         found = causal_lm.evaluate(self._workplace.model, self._validation, self._workplace.task.labels)
         total = len(found.predictions)
         return self._frame(Kind.COUNTS, frames.encode_counts(round(found.accuracy * total), total))

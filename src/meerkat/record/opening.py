@@ -2,34 +2,29 @@
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from meerkat.algorithm import path
-from meerkat.algorithm.robust import RULES, norm
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.robust import RULES
 from meerkat.algorithm.server import ServerConfig
-from meerkat.algorithm.update_rules import Name, ServerOptimizer
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import Charter, is_hex
-from meerkat.settings import budget
-from meerkat.settings.auto import number
-from meerkat.settings.compatibility import check_known
+from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
 
-FORMAT = 4
+FORMAT = 5
 
 MEANING = (
     *("method", "task", "objective", "max_length", "batch_size", "eps", "directions"),
-    *("local_steps", "rounds", "dtype", "seed"),
+    *("local_steps", "rounds", "dtype", "seed", "estimator"),
     *("dp", "dp_epsilon", "dp_delta", "dp_clip", "dp_noise_multiplier", "dp_relation"),
 )
 """Settings that say what a scalar is, and of how long a run: sites sign them with their joining."""
@@ -66,6 +61,10 @@ class Opening:
     format: int = FORMAT
     rule: str = "mean"
     """How replies are aggregated."""
+    estimator: str = "plain"
+    """How slopes were estimated."""
+    update_rule: str = "sgd"
+    """How theta follows from a round's aggregate."""
 
     @classmethod
     def from_json(cls, held: dict[str, Any], log: Path) -> "Opening":
@@ -92,37 +91,8 @@ class Opening:
         return {"kind": "open", **asdict(self)}
 
     def settings(self, config: RunConfig, theta_0: Tensor) -> ServerConfig:
-        """What the server opens every round from. The cap on a round's step is relative to theta_0's norm, if any."""
-        level = norm(theta_0.cpu().numpy()) / math.sqrt(len(theta_0))
-        return ServerConfig(
-            rounds=config.rounds,
-            local_steps=config.local_steps,
-            directions=0 if config.recipe.update == "first-order" else config.directions,
-            lr=number(config.lr),
-            eps=number(config.eps),
-            clients=config.clients,
-            clients_per_round=config.clients_per_round,
-            examples=dict(enumerate(self.examples)),
-            weights=config.weights,
-            lr_schedule=config.lr_schedule,
-            optimizer=server_optimizer(config),
-            early_stop=config.stopping,
-            vpcs=Vpcs(
-                rule=config.vpcs_rule,
-                calibration_steps=config.calibration_steps,
-                initial_steps=config.initial_steps,
-                later_steps=config.later_steps,
-                rho_later=config.rho_later,
-                rho_quie=config.rho_quie,
-                sigma=config.sigma,
-                recalibrate_every=config.recalibrate_every,
-            ),
-            aggregation=config.rule,
-            step_limit=config.max_step_norm * level or math.inf,
-            seed=config.seed,
-            allowance=dict(enumerate(self.allowance)),
-            hides_clients=budget.mechanism(config) if config.dp == "client" else None,
-        )
+        """What the server opens every round from."""
+        return server_config(config, theta_0, dict(enumerate(self.examples)), dict(enumerate(self.allowance)))
 
     def charter(self, config: RunConfig) -> Charter:
         """What a federation's signatures are about."""
@@ -161,20 +131,6 @@ def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
         elif held["kind"] in ("round", "calibration"):
             made.update({(k, rows[k]): steps for k, steps in zip(held["clients"], held["made"], strict=True)})
     return made
-
-
-def server_optimizer(config: RunConfig) -> ServerOptimizer:
-    """The optimiser that a run's settings call for."""
-    check_known(config)
-    if config.recipe.update == "feddyn":
-        return ServerOptimizer("feddyn", alpha=config.feddyn_alpha)
-    return ServerOptimizer(
-        cast(Name, config.update_rule),
-        number(config.server_lr),
-        config.server_beta1,
-        config.server_beta2,
-        config.server_tau,
-    )
 
 
 def file_digest(file: Path) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from meerkat.algorithm import calibration, path
+from meerkat.algorithm import calibration
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import inner_products
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.robust import norm
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, check_reply
 from meerkat.algorithm.server import ServerConfig, ServerState, aggregate, client_weights, open_round, replay
 from meerkat.errors import DAMAGE, RunFailed, in_short
 from meerkat.progress import one_line
@@ -53,7 +54,7 @@ class Replay:
             register: of a run that nobody has joined.
             revoked: fingerprint -> the round from which a key is revoked, beside those that the log says are.
         """
-        self.state = ServerState(0, theta)
+        self.state = ServerState(Replica(0, theta))
         """After the records gone through so far."""
         self.closed = False
         """Whether the closing record was reached."""
@@ -74,7 +75,6 @@ class Replay:
         self._gradient = gradient
         self._file = log
         self._line, self._what = 1, "open"
-        self._theta = bytes.fromhex(path.digest(theta))
 
     def run(self) -> "Replay":
         """Go through all records.
@@ -134,7 +134,7 @@ class Replay:
             self.closed = True
             agree(log, "the number of rounds", str(held["rounds"]), str(state.round))
             agree(log, "the number of rounds", str(settings.rounds), str(state.round))
-            agree(log, "the last theta", held["theta"], path.digest(state.theta))
+            agree(log, "the last theta", held["theta"], state.replica.digest)
             return None
         if kind == "join" and self._joining:
             self._join(held)
@@ -172,7 +172,7 @@ class Replay:
         """Whom a plan could ask. In a federation that is who was there, and where clients are hidden who was drawn: the
         plan itself is the witness.
         """
-        if not self._joining and not self.settings.hides_clients:
+        if not self._joining and self.settings.aggregation.keeps_replies:
             return None
         if strangers := sorted(plan.steps.keys() - self.settings.examples.keys()):
             raise RunFailed(f"{self._log}: {where} asks client {strangers[0]}, who never joined; restore a copy")
@@ -187,34 +187,31 @@ class Replay:
         agree(log, f"the weights of {where}", str(record.weights), str(client_weights(settings, [*record.made])))
         self._check_aggregate(record, where)
         self._check_inner(record.plan, record.inner, where)
-        sent = (len(state.theta),) if record.scalars and not record.plan.directions else None
-        found = None if record.delta is None else record.delta.shape
-        agree(log, f"the delta's form in {where}", str(found), str(sent))
         self.state = replay(state, record, settings, self._directions)
-        agree(log, f"theta after {where}", record.theta_digest, path.digest(self.state.theta))
-        self._theta = bytes.fromhex(record.theta_digest)
+        agree(log, f"theta after {where}", record.theta_digest, self.state.replica.digest)
         self._check_form({"kind": "round", **record.to_json()}, held)
         return record
 
     def _check_aggregate(self, record: RoundRecord, where: str) -> None:
-        """Compute the aggregate anew. Noise cannot be: where clients are hidden, it is taken at its word."""
-        settings, log = self.settings, self._log
+        """Compute the aggregate anew. Of noise, and of deltas, only the form can be checked."""
+        settings, log, plan = self.settings, self._log, record.plan
         kept = "kept" if record.scalars or not record.made else "not kept"
-        if settings.hides_clients:
-            if record.made:
-                agree(log, f"the scalars of {where}", kept, "not kept")
-            whole = {client: record.plan.steps[client] for client in record.made}
-            agree(log, f"the steps made in {where}", str(dict(record.made)), str(whole))
-            form = settings.local_steps, settings.directions
-            agree(log, f"the aggregate's form in {where}", str(record.aggregate.shape), str(form))
-            length = float(record.plan.rate) * norm(record.aggregate)
-            if not length <= settings.step_limit * (1 + 1e-6):  # or is no number
-                raise RunFailed(f"{log}: the aggregate of {where} is longer than a step may be; restore a copy")
+        if plan.sends == "scalars" and settings.aggregation.keeps_replies:
+            agree(log, f"the scalars of {where}", kept, "kept")
+            replies = [Scalars(k, g) for k, g in record.scalars.items()]
+            again = aggregate(replies, record.weights, plan, settings.aggregation, settings.step_limit)
+            agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
             return
-        agree(log, f"the scalars of {where}", kept, "kept")
-        replies = [Reply(k, g) for k, g in record.scalars.items()]
-        again = aggregate(replies, record.weights, record.plan, settings.aggregation, settings.step_limit)
-        agree(log, f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
+        if record.made:
+            agree(log, f"the scalars of {where}", kept, "not kept")
+        asked = {client: plan.steps[client] for client in record.made}
+        agree(log, f"the steps made in {where}", str(dict(record.made)), str(asked))
+        deltas = len(self.state.theta) if record.made else 0
+        form = (deltas,) if plan.sends == "delta" else (settings.local_steps, settings.directions)
+        agree(log, f"the aggregate's form in {where}", str(record.aggregate.shape), str(form))
+        length = float(plan.rate) * norm(record.aggregate) if plan.sends == "scalars" else 0.0
+        if not length <= settings.step_limit * (1 + 1e-6):  # or it is not a number
+            raise RunFailed(f"{log}: the aggregate of {where} is longer than a step may be; restore a copy")
 
     def _calibration(self, held: dict[str, Any]) -> CalibrationRecord:
         state, settings, log = self.state, self.settings, self._log
@@ -261,7 +258,8 @@ class Replay:
 
         def check(client: int) -> None:
             pointer = self.state.steps_made.get(client, 0)
-            self.register.check_reply(client, record.plan, self._theta, pointer, scalars, signature)
+            theta = bytes.fromhex(self.state.replica.digest)
+            self.register.check_reply(client, record.plan, theta, pointer, scalars, signature)
 
         try:
             check(client)
@@ -280,8 +278,8 @@ class Replay:
         agree(self._log, "the record's form", *(json.dumps(each, sort_keys=True) for each in (held, again)))
 
     def _check_inner(self, plan: RoundPlan, inner: np.ndarray, where: str) -> None:
-        gradient = None if self.settings.hides_clients else self._gradient
-        steps = plan.longest if gradient is not None and plan.directions else 0
+        gradient = self._gradient if self.settings.aggregation.keeps_replies else None
+        steps = plan.longest if gradient is not None and plan.sends == "scalars" else 0
         # summed in an order that may depend on the device: equal but for float64's last bits
         scale = 0.0 if gradient is None else 1e-9 * gradient.double().norm().item()
         # as many as the record holds are computed, not as many as it claims

@@ -21,6 +21,7 @@ from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.settings import budget
+from meerkat.settings.algorithm import directions
 from meerkat.settings.config import RunConfig
 
 
@@ -127,7 +128,9 @@ class OpenRun:
         agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
         agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
         agree(folder.log_path, "the rule of aggregation", opening.rule, config.aggregation)
-        z, settings = Directions(int(opening.run_key, 16), len(mask)), opening.settings(config, mask.theta_0)
+        agree(folder.log_path, "the estimator", opening.estimator, config.estimator)
+        agree(folder.log_path, "the update rule", opening.update_rule, config.update_rule)
+        z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
         register, gradient = Register(opening.charter(config), listed), mask.pretraining_gradient
         replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, register, revoked)
         return cls(config, mask, z, opening, reader, replay)

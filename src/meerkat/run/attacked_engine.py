@@ -9,7 +9,7 @@ import numpy as np
 from meerkat import seeds
 from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, Craft, Seen
 from meerkat.algorithm.directions import PHASES
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, RoundRecord, Scalars
 from meerkat.algorithm.server import ServerState
 from meerkat.run.local_engine import LocalEngine
 
@@ -57,9 +57,10 @@ class Attacked:
         """The replies to a plan, by ascending client id, those of attackers as they send them."""
         replies = self.engine.run(state, plan)
         craft = (IN_CALIBRATIONS if plan.phase == "calibration" else IN_ROUNDS).get(self.attack)
-        return replies if craft is None else self._changed(replies, plan, craft)
+        scalars = [reply for reply in replies if isinstance(reply, Scalars)]
+        return replies if craft is None else self._changed(scalars, plan, craft)
 
-    def _changed(self, replies: Sequence[Reply], plan: RoundPlan, craft: Craft) -> list[Reply]:
+    def _changed(self, replies: Sequence[Scalars], plan: RoundPlan, craft: Craft) -> list[Reply]:
         theirs = [reply for reply in replies if reply.client in self.clients]
         honest = [reply for reply in replies if reply.client not in self.clients] or theirs
         mean, deviation = _moments(honest, max(plan.steps.values()))
@@ -73,7 +74,7 @@ class Attacked:
         return [sent.get(reply.client, reply) for reply in replies]
 
 
-def _moments(replies: Sequence[Reply], steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _moments(replies: Sequence[Scalars], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of replies, entry by entry, over those that made the step: float64 [T, P] each."""
     mean = np.zeros((steps, replies[0].scalars.shape[1]))
     deviation = np.zeros_like(mean)

@@ -32,7 +32,7 @@ def round_metric(record: RoundRecord, replies: Sequence[Reply]) -> dict[str, Any
         "loss": _mean_loss(record, replies),
         "lr": record.plan.lr,
         **_traces(record.plan, record.scalars, record.inner),
-        **_payload(record.plan, None if record.delta is None else len(record.delta)),
+        **_payload(record.plan, len(record.aggregate) if record.plan.sends == "delta" else None),
     }
 
 
@@ -50,9 +50,9 @@ def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
     """The participants' mean training loss, by weight; None where it is not known: no site tells its own, and no
     noise covers it.
     """
-    if not record.scalars or not replies:
+    if not replies or (record.plan.sends == "scalars" and not record.scalars):
         return None
-    mean = sum(record.weights[reply.client] * reply.loss for reply in replies if len(reply.scalars))
+    mean: float = sum(record.weights[reply.client] * reply.loss for reply in replies if reply.steps)
     return mean if math.isfinite(mean) else None
 
 
@@ -101,7 +101,7 @@ def split_metric(labels: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
 
 
 def _traces(plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray) -> dict[str, Any]:
-    if not plan.directions:
+    if plan.sends == "delta":
         return {}
     together = np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])
     ends = [0, *itertools.accumulate(map(len, scalars.values()))]

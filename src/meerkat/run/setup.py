@@ -23,8 +23,8 @@ from meerkat.problems.partition import Partition, partition
 from meerkat.problems.tasks import TASKS, Example, Row, Task, check_rows, encode, load_task
 from meerkat.progress import say, track
 from meerkat.record.run_folder import RunFolder
+from meerkat.settings.algorithm import estimator, rules
 from meerkat.settings.auto import number, number_or
-from meerkat.settings.compatibility import check_known
 from meerkat.settings.config import EMBEDDED, RunConfig
 from meerkat.settings.methods import METHODS, Method
 
@@ -73,7 +73,6 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     Raises:
         MeerkatError: something is needed that was not given.
     """
-    check_known(config)
     task = config.task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
     if not task:
         raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
@@ -90,7 +89,10 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     }
     if filled["early_stop"] != "none" and config.local_steps == 1:
         say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
-    return resolve_model(config.model_copy(update=filled))
+    config = config.model_copy(update=filled)
+    rules(config)  # a name that is not known here is refused before anything is loaded
+    estimator(config)
+    return resolve_model(config)
 
 
 def resolve_model(config: RunConfig) -> RunConfig:

@@ -21,7 +21,7 @@ from torch import Tensor
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions, run_key
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, check_reply
+from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
@@ -54,6 +54,7 @@ from meerkat.run.metrics import (
 from meerkat.run.setup import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
+from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.auto import number_or
 from meerkat.settings.config import SITES, RunConfig
 
@@ -185,6 +186,8 @@ def opening_of(
         allowance=list(allowance),
         federation=federation,
         rule=config.aggregation,
+        estimator=config.estimator,
+        update_rule=config.update_rule,
         signed=signed,
     )
 
@@ -196,7 +199,10 @@ def _check_opening(logged: Opening, now: Opening, folder: RunFolder) -> None:
         "gradient": "mask.safetensors was changed",
         "data": "the data, its split, the task or the tokenizer is not the same any more",
         "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
-        **dict.fromkeys(("run_key", "model", "theta", "examples", "rule"), "the log's opening was changed"),
+        **dict.fromkeys(
+            ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"),
+            "the log's opening was changed",
+        ),
     }
     for name, trouble in what.items():
         if getattr(logged, name) != getattr(now, name):
@@ -240,6 +246,8 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         losses_of=timer.around(losses_of),
         together=config.batching == "auto",
         private=private,
+        estimator=estimator(config),
+        rule=rules(config).client,
     )
     engine: Engine = honest
     if config.attack != "none":
@@ -322,7 +330,7 @@ def replay_log(
         logged = Opening.from_json(first, folder.log_path)
         _check_opening(logged, opening, folder)
         opening = logged
-    z = Directions(int(opening.run_key, 16), len(mask), theta_0.device)
+    z = directions(config, len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
     register = Register(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
@@ -375,7 +383,8 @@ def run_rounds(
         return rounds == config.rounds or bool(config.eval_every and rounds % config.eval_every == 0)
 
     def open_round(settings: ServerConfig) -> RoundPlan:
-        plan = server.open_round(state, settings, server.sampled(settings, engine.available()))
+        invited = settings.aggregation.invited(settings.clients, engine.available())
+        plan = server.open_round(state, settings, invited)
         if not plan.steps and settings.allowance:
             raise RunFailed(f"round {plan.round}: every client's privacy budget is spent; the model is as it is")
         return plan
@@ -389,7 +398,8 @@ def run_rounds(
             raise Diverged(f"round {plan.round}: {error}") from None
         for reply in replies:
             try:
-                check_reply(plan, reply.client, reply.scalars)
+                if isinstance(reply, Scalars):
+                    check_reply(plan, reply.client, reply.scalars)
             except ValueError as error:
                 raise Diverged(
                     f"round {plan.round}: client {reply.client}: {error}; start a new run with a lower --lr"
@@ -427,11 +437,10 @@ def run_rounds(
             settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
         plan = open_round(settings)
-        while not (replies := replies_to(plan)) and not settings.hides_clients:
+        while not (replies := replies_to(plan)) and settings.aggregation.keeps_replies:
             settings = gather(settings)  # too few were left: it opens again, with who is here
             plan = open_round(settings)
-        if not settings.hides_clients:  # whose replies decide nothing by themselves
-            server.check_rate(plan, replies, settings)
+        server.check_rate(plan, replies, settings)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
         note("round", partial(round_metric, closed, replies), closed)
         engine.closed(state, closed)
@@ -439,7 +448,7 @@ def run_rounds(
             evaluate(state.theta, state.round)
     engine.settle()
     if not replayed.closed:
-        log.append({"kind": "close", "rounds": state.round, "theta": path.digest(state.theta)})
+        log.append({"kind": "close", "rounds": state.round, "theta": state.replica.digest})
     return state
 
 

@@ -5,7 +5,6 @@ Each check raises ValueError with the name of the setting to change.
 
 from typing import TYPE_CHECKING
 
-from meerkat.errors import MeerkatError
 from meerkat.settings.auto import AUTO
 
 if TYPE_CHECKING:
@@ -13,20 +12,6 @@ if TYPE_CHECKING:
 
 SITES = "sites"
 """The partition of a real federation, where every site holds its own rows."""
-
-BUILT_IN = {
-    "problem": ("classification",),
-    "estimator": ("plain",),
-    "update_rule": ("sgd", "momentum", "adam"),
-}
-"""The names that need no extension. Settings take any name; `check_known` is for where it is used."""
-
-
-def check_known(config: "RunConfig") -> None:
-    """Raise MeerkatError for the name of a problem, an estimator or an update rule that is not known here."""
-    for setting, names in BUILT_IN.items():
-        if (name := getattr(config, setting)) not in names:
-            raise MeerkatError(f"--{setting.replace('_', '-')} {name}: unknown; must be one of {', '.join(names)}")
 
 
 def check(config: "RunConfig") -> None:
@@ -51,6 +36,8 @@ def _check_method(config: "RunConfig") -> None:
         raise ValueError(f"early_stop {config.early_stop}: needs scalars, and {config.method} sends none; use none")
     if recipe.update == "feddyn" and rule != "sgd":
         raise ValueError(f"update_rule {rule}: feddyn has its own server step; use sgd")
+    if recipe.update != "feddyn" and rule == "feddyn":
+        raise ValueError("update_rule feddyn: needs clients that correct their steps; use method feddyn")
     if rule == "sgd" and config.server_lr not in (AUTO, 1):
         raise ValueError(f"server_lr {config.server_lr:g}: sgd has none; use lr, or update_rule momentum or adam")
 

@@ -1,0 +1,115 @@
+"""From a run's settings to the values that the algorithm is made of: estimator, rules, directions, server."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from meerkat.algorithm import estimators
+from meerkat.algorithm.aggregation import Aggregator, Hidden
+from meerkat.algorithm.client_rules import FIRST_ORDER, ZEROTH_ORDER, ClientRule, FedDynClient
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.estimators import Estimator
+from meerkat.algorithm.replica import Rules
+from meerkat.algorithm.robust import norm
+from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.server import ServerConfig
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
+from meerkat.errors import MeerkatError
+from meerkat.settings import budget
+from meerkat.settings.auto import number
+from meerkat.settings.config import RunConfig
+
+UPDATE_RULES: dict[str, Callable[[RunConfig], UpdateRule]] = {
+    "sgd": lambda _: FedAvg(),
+    "momentum": lambda config: FedAvgM(number(config.server_lr), config.server_beta1),
+    "adam": lambda config: FedAdam(
+        number(config.server_lr), config.server_beta1, config.server_beta2, config.server_tau
+    ),
+    "feddyn": lambda config: FedDyn(config.feddyn_alpha),
+}
+"""By the name that --update-rule takes. An extension adds to it: see `meerkat.extensions`."""
+
+CLIENT_RULES: dict[str, Callable[[RunConfig], ClientRule]] = {
+    "scalars": lambda _: ZEROTH_ORDER,
+    "feddyn": lambda config: FedDynClient(config.feddyn_alpha),
+    "first-order": lambda _: FIRST_ORDER,
+}
+"""By what a method's recipe says of its clients."""
+
+
+def estimator(config: RunConfig) -> Estimator:
+    """How slopes are estimated.
+
+    Raises:
+        MeerkatError: nobody here knows the estimator of that name.
+    """
+    return estimators.estimator(config.estimator)
+
+
+def directions(config: RunConfig, count: int, device: torch.device | str = "cpu") -> Directions:
+    """The run's directions over so many entries."""
+    return Directions(run_key(config.seed), count, device, estimator(config).law)
+
+
+def rules(config: RunConfig) -> Rules:
+    """How theta moves.
+
+    Raises:
+        MeerkatError: nobody here knows the update rule of that name.
+    """
+    name = "feddyn" if config.recipe.update == "feddyn" else config.update_rule
+    if name not in UPDATE_RULES:
+        raise MeerkatError(
+            f"update rule '{name}': not known here, only {', '.join(UPDATE_RULES)}; name its extension with --extension"
+        )
+    return Rules(UPDATE_RULES[name](config), CLIENT_RULES[config.recipe.update](config))
+
+
+def aggregator(config: RunConfig) -> Aggregator:
+    """How replies become one."""
+    if config.dp == "client" and (mechanism := budget.mechanism(config)) is not None:
+        return Hidden(mechanism, config.local_steps, config.directions)
+    return config.rule
+
+
+def server_config(
+    config: RunConfig, theta_0: Tensor, examples: Mapping[int, int], allowance: Mapping[int, int]
+) -> ServerConfig:
+    """What the server opens every round from.
+
+    Args:
+        theta_0: float32 [n]. The cap on a round's step is relative to its norm; without one, there is no cap.
+        examples: rows of each client, by id.
+        allowance: local steps that each client's privacy budget lasts for, by id.
+    """
+    level = norm(theta_0.cpu().numpy()) / math.sqrt(len(theta_0))
+    return ServerConfig(
+        rounds=config.rounds,
+        local_steps=config.local_steps,
+        directions=config.directions,
+        lr=number(config.lr),
+        eps=number(config.eps),
+        clients=config.clients,
+        clients_per_round=config.clients_per_round,
+        examples=examples,
+        weights=config.weights,
+        lr_schedule=config.lr_schedule,
+        rules=rules(config),
+        early_stop=config.stopping,
+        vpcs=Vpcs(
+            rule=config.vpcs_rule,
+            calibration_steps=config.calibration_steps,
+            initial_steps=config.initial_steps,
+            later_steps=config.later_steps,
+            rho_later=config.rho_later,
+            rho_quie=config.rho_quie,
+            sigma=config.sigma,
+            recalibrate_every=config.recalibrate_every,
+        ),
+        aggregation=aggregator(config),
+        step_limit=config.max_step_norm * level or math.inf,
+        seed=config.seed,
+        allowance=allowance,
+    )
