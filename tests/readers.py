@@ -99,7 +99,7 @@ class World:
     @cached_property
     def setting(self) -> Setting:
         """A federation with calibration and moments, whose sites evaluate."""
-        more = {"local_steps": 2, "directions": 2, "server_optimizer": "adam", "method": "meerkat-vp"}
+        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "method": "meerkat-vp"}
         short = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2, "rounds": 5, "clients": 3}
         return Setting.make(self.root, self.here / "sites", **more, **short)
 
@@ -397,7 +397,7 @@ class World:
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
         heard += [heard[0]._replace(kind=Kind.COUNTS, body=frames.encode_counts(3, 4))]
         heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
-        setting = self.setting.but(early_stop="none", server_optimizer="sgd")
+        setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
 
