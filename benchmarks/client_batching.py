@@ -19,7 +19,7 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.problems.causal_lm import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition

@@ -24,7 +24,8 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.masks.sensitivity import full_mask, random_mask, sensitivity_mask
+from meerkat.masks.baselines import full_mask, random_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import client_losses, collate, language_modelling_loss
 from meerkat.problems.partition import ClientRows, partition

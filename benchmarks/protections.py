@@ -24,11 +24,11 @@ from meerkat.algorithm.rounds import RoundPlan, Scalars, check_reply
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation.ledger import Asked, Ledger
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.privacy.accounting import Charge
 from meerkat.privacy.mechanism import Mechanism
-from meerkat.record.members import Join, Register
-from meerkat.record.signatures import Charter, Signer, SigningKey
+from meerkat.record.members import Member, Members
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey
 
 CLIENTS = 10
 ROWS_HELD = 2_000
@@ -111,9 +111,9 @@ def signing() -> Callable[[], object]:
     """A site signs a reply, and the server checks the signature."""
     key = SigningKey(Ed25519PrivateKey.generate())
     run, *digests = secrets.token_hex(8), *(secrets.token_hex(32) for _ in range(4))
-    charter = Charter(run, True, secrets.token_hex(16), *digests)
-    signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Register(charter)
-    register.join(Join(0, 0, ROWS_HELD, "node", signer.words["key"], signer.words["signature"]))
+    charter = RunIdentity(run, True, secrets.token_hex(16), *digests)
+    signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Members(charter)
+    register.admit(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
     plan, theta = RoundPlan(0, LR, EPS, 1, {0: 1}), secrets.token_bytes(32)
     scalars = np.ones((1, 1), np.float32)
 

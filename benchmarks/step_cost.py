@@ -20,7 +20,7 @@ from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 
 ROWS, LENGTH, EPS, LR = 16, 64, 1e-3, 1e-6
 

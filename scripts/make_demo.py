@@ -1,19 +1,19 @@
 """Make the demo that ships with the package: a small language model and two small tasks.
 
-Everything comes from this one file. A templated text generator (pure Python, fixed seeds, the same
-bytes on every machine) writes short news items and short reviews. From them come
+Everything comes from this file. A templated text generator (pure Python, fixed seeds, the same
+bytes on every machine) writes short news items and short reviews. It makes
 
 * ``data/topics`` and ``data/reviews``: two classification tasks, each with ``task.toml`` and
   ``train.jsonl`` and ``validation.jsonl``;
 * ``text.jsonl``: pre-training text, from which the server computes its sensitivity mask;
 * ``model``: a Llama of about half a million parameters with its tokenizer, pre-trained on a stream of
-  such text. The weights depend on the floating-point library, the data files do not.
+  such text. The weights depend on the floating-point library; the data files do not.
 
 The pre-training text names the topic of a news item and the verdict of a review in several phrases, and
-also names topics and verdicts that have nothing to do with the item they follow (a page's list of other
-sections, what somebody thought of something else). The tasks ask with phrases that name no class in the
-pre-training text, made of words it knows: the model has the representation, and fine-tuning has to
-attach it to the question. Items hold clauses of other classes, in some as many as of their own.
+also names topics and verdicts that have nothing to do with the item they follow (a list of other sections,
+an opinion of something else). The tasks' phrases consist of words from the pre-training text but name no
+class there: the model has the representation, and fine-tuning must attach it to the question. Items contain
+clauses of other classes, some of them as many as of their own.
 
     python scripts/make_demo.py                  # everything, into the package's demo folder
     python scripts/make_demo.py --out DIR        # everything, elsewhere
@@ -306,7 +306,7 @@ def write_lines(path: Path, rows: list[dict[str, str | int]]) -> None:
 
 
 def write_data(out: Path) -> None:
-    """Write the tasks and the text for the mask."""
+    """Write the tasks' data and the text for the mask."""
     for name, text in (("topics", news_text), ("reviews", review_text)):
         template, labels = TASKS[name]
         rows = task_rows(name, labels, text)
@@ -378,7 +378,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def text_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Mean cross-entropy of the next token, an EOS token after every text."""
+    """Mean cross-entropy of the next token; an EOS token follows every text."""
     batch = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     loss: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
@@ -393,7 +393,7 @@ def learning_rate(step: int) -> float:
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Train on the stream of documents; the loss on 400 documents that it has not seen."""
+    """Train on the stream of documents; returns the loss on 400 held-out documents."""
     import torch
 
     stream = documents("pretraining")

@@ -1,9 +1,8 @@
-"""Make the table that turns 16 random bits into a normal value (see meerkat/directions.py).
+"""Make the table that turns 16 random bits into a normal value (see meerkat/algorithm/directions.py).
 
-Entry i is the standard normal quantile at (i + 1/2) / 65536, all scaled to variance one. The table
-is shipped as data because a quantile function's last bit differs between math libraries; this
-script says where it came from, and a test checks the shipped file against it within one unit in
-the last place.
+Entry i is the standard normal quantile at (i + 1/2) / 65536, scaled so that all have variance one. The
+table ships as data because the last bit of a quantile function differs between math libraries. This
+script shows how it was made; a test checks the shipped file against it to one unit in the last place.
 
     python scripts/make_normal_table.py src/meerkat/algorithm/normal_quantiles.npy
 """

@@ -37,7 +37,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import RunFolder
@@ -137,11 +137,11 @@ class Setting:
         """The run's directions."""
         return Directions(run_key(self.config.seed), len(self.mask))
 
-    def register(self, listed: Sequence[str] | None = None) -> Register:
+    def register(self, listed: Sequence[str] | None = None) -> Members:
         """The register of a run that nobody has joined."""
-        return Register(self.opening.charter(self.config), listed)
+        return Members(self.opening.charter(self.config), listed)
 
-    def door(self, nodes: dict[int, str] | None = None, register: Register | None = None) -> Door:
+    def door(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Door:
         """A door of the run."""
         return Door(register or self.register(), self.config.clients, nodes)
 
@@ -335,7 +335,7 @@ class Federation:
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
-    register: Register | None = None
+    register: Members | None = None
 
     def __post_init__(self) -> None:
         self.door = self.setting.door(self.nodes, self.register)
@@ -374,12 +374,12 @@ class Federation:
         """Float32 values of a whole state."""
         return len(self.setting.mask) * self.settings.rules.vectors
 
-    def gather(self) -> list[Join]:
+    def gather(self) -> list[Member]:
         """The clients that join before the next round."""
         joined = self.engine.arrivals(self.state.round)
         for join in joined:
             self.records.append(join.to_json())
-            self.settings = join.settle(self.settings)
+            self.settings = join.added_to(self.settings)
         return joined
 
     def round(self) -> RoundRecord:

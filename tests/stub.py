@@ -20,13 +20,13 @@ from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
 from meerkat.federation.link import Terms
 from meerkat.federation.remote_engine import RemoteEngine
-from meerkat.record.members import Register
-from meerkat.record.signatures import Charter
+from meerkat.record.members import Members
+from meerkat.record.signatures import RunIdentity
 
 LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
-CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
+CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
 def scalars_of(client: int, round: int) -> np.ndarray:
@@ -141,7 +141,7 @@ class Coordinator:
         self, keys: dict[str, Path], clients: int, terms: Terms | None = None, rounds: int = 10_000, port: int = 0
     ) -> None:
         self.authority = keys["authority"].read_bytes()
-        self.door = Door(Register(CHARTER), clients)
+        self.door = Door(Members(CHARTER), clients)
         self.link = StreamLink(self.door, f"127.0.0.1:{port}", keys["server"], keys["server key"])
         self.port = self.link.port
         self._closed = False
@@ -163,7 +163,7 @@ class Coordinator:
         """Run rounds, one each time the next is asked for, as `experiment.run_rounds` does."""
         for _ in range(count):
             for join in self.engine.arrivals(self.state.round):
-                self.settings = join.settle(self.settings)
+                self.settings = join.added_to(self.settings)
             plan = open_round(self.state, self.settings, self.engine.available())
             replies = self.engine.run(self.state, plan)
             self.state, record = close_round(self.state, plan, replies, self.settings, self.z)

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from meerkat import demo
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems import causal_lm
 from meerkat.run.setup import make_mask, resolve

@@ -136,7 +136,7 @@ def test_out_with_a_run_or_anything_else_in_it_is_refused(
     out = tmp_path / "run"
     assert main([*simulate_arguments, "--out", str(out)]) == 0
     before = {file: file.read_bytes() for file in out.iterdir()}
-    fails([*simulate_arguments, "--out", str(out)], capsys, "has a run in it", f"meerkat resume {out}")
+    fails([*simulate_arguments, "--out", str(out)], capsys, "already holds a run", f"meerkat resume {out}")
     assert {file: file.read_bytes() for file in out.iterdir()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meerkat.algorithm import directions
-from meerkat.algorithm.directions import Directions, Place, direction, run_key
+from meerkat.algorithm.directions import NORMAL, RADEMACHER, Directions, Law, Place, direction, run_key
 
 KEY = run_key(0)
 TABLE = np.load(Path(directions.__file__).parent / "normal_quantiles.npy")
@@ -65,7 +65,7 @@ def test_the_table_is_the_normal_quantiles() -> None:
 
 
 def test_a_damaged_table_is_refused() -> None:
-    code = "import numpy; whole = numpy.load; numpy.load = lambda f: whole(f) + 1\nimport meerkat.directions"
+    code = "import numpy; whole = numpy.load; numpy.load = lambda f: whole(f) + 1\nimport meerkat.algorithm.directions"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode != 0
     assert "reinstall" in ran.stderr
@@ -123,3 +123,22 @@ def test_what_a_thread_made_ahead_is_the_same(prepared: Place) -> None:
 def test_the_bits_are_the_same_on_a_gpu() -> None:
     on_gpu = Directions(KEY, 100_000, "cuda")(training(9)).cpu()
     assert torch.equal(on_gpu, Directions(KEY, 100_000)(training(9)))
+
+
+@given(st.integers(0, 3000), st.integers(1, 300))
+def test_a_law_says_what_each_sixteen_bits_stand_for(start: int, count: int) -> None:
+    """Both laws read the same bits, so that a Rademacher entry is the sign of the normal one."""
+    scale = np.linspace(0.5, 2.0, 3300, dtype=np.float32)
+    signs = direction(KEY, training(3, 1), count, start, RADEMACHER)
+    assert set(np.unique(signs)) <= {-1.0, 1.0}
+    assert np.array_equal(signs, np.sign(direction(KEY, training(3, 1), count, start)))
+    scaled = direction(KEY, training(3, 1), count, start, Law("scaled", NORMAL.table, scale))
+    expected = direction(KEY, training(3, 1), count, start) * scale[start : start + count]
+    assert np.array_equal(scaled, expected)
+
+
+def test_directions_of_a_law_and_their_slices_agree() -> None:
+    z = Directions(KEY, 1000, law=RADEMACHER)
+    assert torch.equal(z(training(5)), torch.from_numpy(direction(KEY, training(5), 1000, law=RADEMACHER)))
+    assert np.array_equal(z.slice(training(5), 100, 50), z(training(5))[100:150].numpy())
+    assert abs(z(training(6)).mean()) < 5 / math.sqrt(1000)

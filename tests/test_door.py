@@ -16,21 +16,21 @@ from meerkat.federation import frames
 from meerkat.federation.admission import Door, Guest
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
-from meerkat.record.members import Register, Revocation
-from meerkat.record.signatures import Charter, Signer, SigningKey, fingerprint
+from meerkat.record.members import KeyRevocation, Members
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey, fingerprint
 
 RUN = "00112233445566ff"
 MODEL, MASK = "a" * 64, "b" * 64
 DIGEST = bytes(range(32))
-CHARTER = Charter(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
+CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
 def door(nodes: dict[int, str] | None = None) -> Door:
-    return Door(Register(CHARTER), 3, nodes)
+    return Door(Members(CHARTER), 3, nodes)
 
 
 def signing_door(**given: Any) -> Door:
-    return Door(Register(replace(CHARTER, signed=True), **given), 3)
+    return Door(Members(replace(CHARTER, signed=True), **given), 3)
 
 
 def a_key() -> SigningKey:
@@ -39,7 +39,7 @@ def a_key() -> SigningKey:
 
 def words(key: SigningKey, client: int = 0, node: str = "n", before: SigningKey | None = None, **charter: Any) -> Any:
     """What a hello says of a key, signed for a client of ten rows."""
-    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).words
+    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).credentials
 
 
 def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, **said: Any) -> bytes:
@@ -290,7 +290,7 @@ def test_a_key_that_is_none_is_a_bad_frame(change: dict[str, Any]) -> None:
 def joined(at: Door, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> Guest:
     """A site comes in, and its joining is logged."""
     guest = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
-    at.register.join(guest.joining)
+    at.register.admit(guest.joining)
     return guest
 
 
@@ -303,7 +303,7 @@ def test_a_key_is_one_client_s() -> None:
 
 
 def test_who_has_signed_goes_on_signing() -> None:
-    at, key = Door(Register(CHARTER), 3), a_key()
+    at, key = Door(Members(CHARTER), 3), a_key()
     joined(at, key, signed=False)
     with pytest.raises(Refused, match=r"has signed with key SHA256:.*, and now has none"):
         at.admit(hello(at.token("n")))
@@ -336,7 +336,7 @@ def test_a_revoked_key_stays_out_and_hands_over_to_nobody() -> None:
     old, new = a_key(), a_key()
     at = signing_door()
     joined(at, old)
-    at.register.revoke(Revocation(3, fingerprint(old.public)))
+    at.register.revoke(KeyRevocation(3, fingerprint(old.public)))
     with pytest.raises(Refused, match="is revoked from round 3 on"):
         joined(at, old)
     with pytest.raises(Refused, match="was revoked: its successor must be in the coordinator's 'signers'"):

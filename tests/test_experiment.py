@@ -423,7 +423,7 @@ sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 1
-    assert "every record before is safe: make room" in ran.stderr.strip().splitlines()[-1]
+    assert "all earlier records are safe: make room" in ran.stderr.strip().splitlines()[-1]
     reader = run_log.LogReader(tmp_path / "run" / "rounds.log")
     assert len(list(reader)) == reader.count > 1
     assert not reader.damage

@@ -21,7 +21,7 @@ from meerkat.algorithm.server import ServerState, client_weights, participants, 
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, UpdateRule
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import Diverged
-from meerkat.masks.sensitivity import full_mask, random_mask
+from meerkat.masks.baselines import full_mask, random_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import language_modelling_loss
 

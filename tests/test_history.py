@@ -180,7 +180,7 @@ def test_a_path_begins_at_the_rounds_own_theta(run_of: Run) -> None:
     folder, _ = run_of("momentum")
     before: dict[int, ServerState] = {
         record.plan.round: state
-        for state, record in verification.OpenRun.of(folder).replay
+        for state, record in verification.StoredRun.open(folder).replay
         if isinstance(record, RoundRecord)
     }
     record = RoundRecord.from_json(rounds(folder)[2])
@@ -222,7 +222,7 @@ def test_updates_are_each_rounds_alignments_and_norms_are_how_far_clients_went(r
     folder, had = run_of(name)
     starts = {
         record.plan.round: state.theta
-        for state, record in verification.OpenRun.of(folder).replay
+        for state, record in verification.StoredRun.open(folder).replay
         if isinstance(record, RoundRecord)
     }
     found = dict(history.updates(folder))

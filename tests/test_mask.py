@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError
-from meerkat.masks.sensitivity import full_mask, magnitude_mask, sensitivity_mask
+from meerkat.masks.baselines import full_mask, magnitude_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems.causal_lm import language_modelling_loss
 
@@ -23,7 +24,7 @@ def test_entries_that_are_no_indices_or_come_twice_do_not_fit(odd: list[int]) ->
     mask = magnitude_mask(model)
     mask.check_fits(model)
     name = next(iter(mask.entries))
-    with pytest.raises(MeerkatError, match="each once and ascending"):
+    with pytest.raises(MeerkatError, match="ascending indices, each once"):
         dataclasses.replace(mask, entries={**mask.entries, name: torch.tensor(odd)}).check_fits(model)
 
 

@@ -22,11 +22,12 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.rounds import RoundRecord, Update, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.masks.sensitivity import concentration, sensitivity_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.top_entries import concentration
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
-from meerkat.report import in_words
+from meerkat.report import summary_in_words
 from meerkat.run.setup import open_workplace, training_and_evaluation_rows
 from meerkat.settings.methods import METHODS
 
@@ -261,18 +262,17 @@ def theta_of(folder: Path) -> Tensor:
 
 def _another_delta(records: list[dict[str, Any]]) -> None:
     record = RoundRecord.from_json(records[2])
-    assert record.delta is not None
-    delta = record.delta.copy()
+    delta = record.aggregate.copy()
     delta[5] += 1e-3
-    records[2]["delta"] = pack(delta)
+    records[2]["aggregate"] = pack(delta)
 
 
 def _no_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["delta"] = None
+    records[2]["aggregate"] = ""
 
 
 def _scalars_in_place_of_a_delta(records: list[dict[str, Any]]) -> None:
-    records[2]["directions"] = 1
+    records[2]["sends"] = "scalars"
 
 
 @pytest.mark.parametrize("forge", [_another_delta, _no_delta, _scalars_in_place_of_a_delta])
@@ -290,7 +290,9 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
     before = theta_of(run)
     for record in (RoundRecord.from_json(r) for r in logged(run) if r["kind"] == "round"):
         if record.plan.round < ROUNDS - 1:
-            before = path.moved(before, Update(record.plan, record.aggregate), verification.OpenRun.of(run).directions)
+            before = path.moved(
+                before, Update(record.plan, record.aggregate), verification.StoredRun.open(run).directions
+            )
     theta = path.digest(before + torch.from_numpy(delta))
 
     def forge(records: list[dict[str, Any]]) -> None:
@@ -405,7 +407,7 @@ def test_calibrations_and_missing_steps_are_counted_by_hand(run_of: Callable[[st
 @pytest.mark.parametrize("name", ["meerkat", "meerkat-vp", "fo-fedavg"])
 def test_a_run_is_told_as_it_was(run_of: Callable[[str], Path], name: str) -> None:
     summary = summary_of(run_of(name))
-    told = in_words(summary, run_of(name))
+    told = summary_in_words(summary, run_of(name))
     assert ("no client ran backpropagation" in told) == (name != "fo-fedavg")
     assert ("every client ran backpropagation" in told) == (name == "fo-fedavg")
     assert f"about {summary['payload_bytes_up'] / CLIENTS:,.0f} in all" in told

@@ -30,7 +30,7 @@ from meerkat.algorithm.server import ServerConfig, ServerState, close_round, ope
 from meerkat.algorithm.update_rules import FedAvg, FedDyn
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Guarantee, Mechanism, clipped
 from meerkat.problems import causal_lm
@@ -378,15 +378,15 @@ def test_clients_are_sampled_from_all_and_then_asked_if_they_are_here(monkeypatc
     [
         ("example", 20.0, 1e-5, 99_999, ""),
         ("example", 20.1, 1e-5, 10, "epsilon is above 20"),
-        ("client", math.inf, 1e-5, 10, "the noise bounds nothing that could be computed"),
+        ("client", math.inf, 1e-5, 10, "no bound could be computed"),
         (
             "example",
             1.0,
             1e-3,
             2_000,
-            "delta is not below 1 / 2,000, one over the rows, so one of them may be given away",
+            "delta is not below 1 / 2,000, one over the rows, so one of them may be exposed",
         ),
-        ("client", 1.0, 0.1, 10, "delta is not below 1 / 10, one over the clients, so one of them may be given away"),
+        ("client", 1.0, 0.1, 10, "delta is not below 1 / 10, one over the clients, so one of them may be exposed"),
         ("example", 1.0, 0.5, 0, ""),
     ],
 )

@@ -31,7 +31,7 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Mechanism, clipped
 from meerkat.run.local_engine import LocalEngine

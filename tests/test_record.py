@@ -16,7 +16,7 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
-from meerkat.record.members import Join
+from meerkat.record.members import Member
 from meerkat.record.replay import Replay
 
 Records = list[dict[str, Any]]
@@ -40,8 +40,8 @@ def records(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 
 def test_a_join_comes_out_as_it_went_in() -> None:
-    join = Join(3, 1, 20, "a node")
-    assert Join.from_json(join.to_json()) == join
+    join = Member(3, 1, 20, "a node")
+    assert Member.from_json(join.to_json()) == join
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_join_comes_out_as_it_went_in() -> None:
 )
 def test_a_damaged_join_is_refused(setting: Setting, change: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match="damaged"):
-        replay(setting, [{**Join(0, 0, 10, "n").to_json(), **change}])
+        replay(setting, [{**Member(0, 0, 10, "n").to_json(), **change}])
 
 
 def test_a_federation_s_log_is_gone_through_with_its_joins(setting: Setting, records: Records) -> None:
@@ -120,7 +120,7 @@ def test_a_calibration_is_computed_no_longer_than_its_record_is(setting: Setting
     nobody = CalibrationRecord(plan, {}, np.zeros((0, plan.directions)), select({}, {}, Vpcs()), ())
     calibrated = {"kind": "calibration", **nobody.to_json()}
     with pytest.raises(RunFailed, match="the inner products of the calibration before round 0"):
-        replay(long, [Join(0, 0, 10, "n").to_json(), calibrated])
+        replay(long, [Member(0, 0, 10, "n").to_json(), calibrated])
 
 
 def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting, records: Records) -> None:
@@ -130,7 +130,7 @@ def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting,
 
 def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:
     settings = replace(setting.settings, examples=dict(enumerate(setting.sizes)))
-    join = Join(0, 0, 10, "n").to_json()
+    join = Member(0, 0, 10, "n").to_json()
     log, register = Path("rounds.log"), setting.register()
     with pytest.raises(RunFailed, match="unknown kind 'join'"):
         Replay([join], setting.theta_0, settings, setting.directions, None, log, register).run()

@@ -459,7 +459,7 @@ def test_a_trail_fits_a_frame_however_large_the_state() -> None:
 
 
 def reply(federation: Federation, client: int, scalars: Any, phase: Any = "training", **about: Any) -> bytes:
-    state = replace(federation.state, **about)
+    state = replace(federation.state, replica=replace(federation.state.replica, **about))
     return frame(Kind.REPLY, client, state, frames.encode_scalars(phase, np.array(scalars, "f4")))
 
 
@@ -650,7 +650,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         facts = {"round": 0, "theta": federation.state.theta, "pointer": 0, **about}
         plan = replace(server.open_round(federation.state, federation.settings, [1]), round=facts["round"])
         signer = Signer(
-            federation.door.register.charter, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
+            federation.door.register.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
@@ -724,7 +724,7 @@ def test_who_joined_without_a_key_does_not_sign(
     federation.wire.meddle = signed
     assert answered(federation.round()) == [0, 2]
     federation.wire.settle()
-    assert federation.ever[1].ended == "client 1's reply is signed, and it joined without a key"
+    assert federation.ever[1].ended == "client 1's reply is signed, but it joined without a key"
 
 
 def test_a_key_is_rotated_while_the_run_goes_on(

@@ -37,9 +37,9 @@ from meerkat.algorithm.update_rules import FedAvg, FedAvgM, FedDyn
 from meerkat.cli import main
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.record import run_log
-from meerkat.record.members import Register
+from meerkat.record.members import Members
 from meerkat.record.replay import Replay
-from meerkat.record.signatures import Charter
+from meerkat.record.signatures import RunIdentity
 from meerkat.settings.config import RunConfig, make_config
 
 Rows = list[list[float]]
@@ -412,7 +412,7 @@ def logged(settings: ServerConfig) -> tuple[list[dict[str, Any]], torch.Tensor]:
 
 
 def gone_through(records: list[dict[str, Any]], theta: torch.Tensor, settings: ServerConfig) -> Replay:
-    register = Register(Charter("", False, "", "", "", "", ""))  # nobody signs
+    register = Members(RunIdentity("", False, "", "", "", "", ""))  # nobody signs
     return Replay(records, theta, settings, Directions(KEY, len(theta)), None, Path("rounds.log"), register).run()
 
 

@@ -129,7 +129,7 @@ except RunFailed as error:
 """
     before = path.read_bytes()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "every record before is safe" in ran.stdout
+    assert "all earlier records are safe" in ran.stdout
     assert path.read_bytes() == before
 
 

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError
-from meerkat.masks import sensitivity as masks
-from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask, top_entries
+from meerkat.masks import sensitivity as choosing
+from meerkat.masks import top_entries as ranking
+from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
+from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.masks.top_entries import top_entries
 from meerkat.problems.causal_lm import language_modelling_loss
 
 
@@ -55,15 +58,15 @@ def test_top_entries_are_those_of_a_full_stable_sort(values: list[float], data: 
 
 def test_top_entries_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).mul(50).round()  # many ties
-    monkeypatch.setattr(masks, "_CHUNK", 7)
+    monkeypatch.setattr(ranking, "_CHUNK", 7)
     expected = reference.top_n_mask(values, 123).nonzero().flatten()
     assert top_entries({"x": values}, 123)["x"].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
-def test_unsound_scores_are_an_error(bad: float) -> None:
-    with pytest.raises(MeerkatError, match="finite and non-negative"):
-        top_entries({"w": torch.tensor([1.0, bad])}, 1, score=lambda t: t)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error(bad: float) -> None:
+    with pytest.raises(MeerkatError, match="not all finite"):
+        top_entries({"w": torch.tensor([1.0, bad])}, 1)
 
 
 # --- sensitivity ---
@@ -101,17 +104,17 @@ def test_tied_weights_are_counted_once() -> None:
 def test_gradients_are_freed_while_backpropagation_runs(random_sequences: list[Tensor]) -> None:
     model = tiny_model("llama")
     alive: list[int] = []
-    consume = masks._gradients_to
+    stream = choosing.stream_gradients
 
     def watching(model: nn.Module, names: Any, use: Any) -> Any:
         def watch(name: str, gradient: Tensor) -> None:
             alive.append(sum(p.grad is not None for p in model.parameters()))  # beside the one handed over
             use(name, gradient)
 
-        return consume(model, names, watch)
+        return stream(model, names, watch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "_gradients_to", watching)
+        patch.setattr(choosing, "stream_gradients", watching)
         sensitivity(model, random_sequences)
     assert set(alive) == {0}
 

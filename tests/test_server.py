@@ -28,7 +28,7 @@ from meerkat.algorithm.server import (
     replay,
 )
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
-from meerkat.masks.sensitivity import random_mask
+from meerkat.masks.baselines import random_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.run.local_engine import LocalEngine
 

@@ -23,7 +23,7 @@ from meerkat.federation.certificates import make_node_key, make_signing_key
 from meerkat.record.opening import MEANING, meaning
 from meerkat.record.signatures import (
     BadSignature,
-    Charter,
+    RunIdentity,
     Signer,
     SigningKey,
     fingerprint,
@@ -34,7 +34,7 @@ from meerkat.record.signatures import (
 )
 from meerkat.settings.config import make_config
 
-CHARTER = Charter("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
+CHARTER = RunIdentity("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
 PLAN = RoundPlan(7, 0.25, 1e-3, 2, {1: 3, 4: 1})
 THETA, SCALARS = bytes(range(32)), np.arange(6, dtype="f4").reshape(3, 2)
 
@@ -55,7 +55,7 @@ def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
     reply += struct.pack("<ddQIH", 0.25, 1e-3, 41, 3, 2) + struct.pack("<6f", *range(6))
     signer = Signer(CHARTER, 1, 300, "nö", key)
     public = Ed25519PublicKey.from_public_bytes(key.public)
-    public.verify(bytes.fromhex(signer.words["signature"]), joining)
+    public.verify(bytes.fromhex(signer.credentials["signature"]), joining)
     made = signer.sign(PLAN, THETA, 41, SCALARS)
     public.verify(made, reply)
     assert len(made) == 64
@@ -65,7 +65,15 @@ def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
 def test_every_fact_of_a_reply_is_in_its_signature() -> None:
     def message(joined: bytes = b"j" * 32, plan: RoundPlan = PLAN, **given: Any) -> bytes:
         return reply_message(
-            **{"joined": joined, "client": 1, "plan": plan, "theta": THETA, "pointer": 0, "scalars": SCALARS, **given}
+            **{
+                "joining_digest": joined,
+                "client": 1,
+                "plan": plan,
+                "theta": THETA,
+                "pointer": 0,
+                "scalars": SCALARS,
+                **given,
+            }
         )
 
     others = [
@@ -87,7 +95,7 @@ def test_every_fact_of_a_run_is_in_its_charter() -> None:
     others += [replace(CHARTER, **{name: "00" * 32}) for name in ("model", "mask", "theta", "settings")]
     assert len({charter.digest() for charter in (CHARTER, *others)}) == 8
     for name in ("run", "run_key", "model", "mask", "theta", "settings"):
-        with pytest.raises(ValueError, match="not of their lengths"):
+        with pytest.raises(ValueError, match="of the wrong length"):
             replace(CHARTER, **{name: getattr(CHARTER, name) + "00"}).digest()
 
 
@@ -170,8 +178,8 @@ def test_what_is_no_signing_key_is_told(tmp_path: Path) -> None:
         subprocess.run(made, check=True)
     for file, said in (
         (tmp_path / "none", "No such file"),
-        (tmp_path / "locked", "no OpenSSH key without a password"),
-        (ecdsa.public, "no OpenSSH key without a password"),
+        (tmp_path / "locked", "not an OpenSSH key without a password"),
+        (ecdsa.public, "not an OpenSSH key without a password"),
         (ecdsa.private, "is not an Ed25519 key"),
         (tmp_path / "rsa", "is not an Ed25519 key"),
     ):
@@ -195,7 +203,7 @@ def test_keys_are_listed_a_line_each(tmp_path: Path, key: SigningKey) -> None:
         with pytest.raises(MeerkatError, match=said):
             read_keys(str(given), "signers")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(MeerkatError, match="is no text"):
+    with pytest.raises(MeerkatError, match="is not text"):
         read_keys(str(file), "signers")
 
 
@@ -215,7 +223,7 @@ def test_revocations_are_keys_with_rounds_or_files_of_them(tmp_path: Path, key: 
     with pytest.raises(MeerkatError, match=r"line 1 '-----BEGIN OPENSSH PRIVATE KEY-----': must be a key's finger"):
         read_revoked([str(pair.private)], "--revoked")
     for text, said in (
-        ("# none yet\n", "holds no key"),
+        ("# none yet\n", "has no key in it"),
         ("ssh-rsa AAAA me@host\n", "line 1 'ssh-rsa AAAA me@host': must be"),
     ):
         (tmp_path / "revoked").write_text(text)

@@ -33,10 +33,10 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
-from meerkat.record.members import Join, Revocation
+from meerkat.record.members import KeyRevocation, Member
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
-from meerkat.record.verification import OpenRun, verify
+from meerkat.record.verification import StoredRun, verify
 from meerkat.settings.config import SITES, RunConfig
 
 Record = dict[str, Any]
@@ -384,13 +384,13 @@ def test_a_record_of_another_run_is_found_though_it_says_the_same(
 
 def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[Reply]]) -> tuple[list[Record], str]:
     """The log of a coordinator that tells of other replies: weights, aggregates and theta as they follow from them."""
-    opened = OpenRun.of(run)
+    opened = StoredRun.open(run)
     settings, z, gradient = opened.replay.settings, opened.directions, opened.mask.pretraining_gradient
     state, made = ServerState(Replica(0, opened.mask.theta_0)), []
     for held in records(run):
         match held["kind"]:
             case "join":
-                settings = Join.from_json(held).settle(settings)
+                settings = Member.from_json(held).added_to(settings)
             case "calibration":
                 state = calibration.replay(state, CalibrationRecord.from_json(held))
             case "round":
@@ -507,7 +507,7 @@ def test_a_log_that_is_stripped_of_all_signatures_says_so_and_is_found_by_who_kn
     stripped = forged(run, tmp_path / "forged", unsigned(records(run)))
     assert main(["verify", str(stripped)]) == 0
     assert "0 of 17 replies signed" in capsys.readouterr().out
-    said = "client 0 has no key, where every reply must be signed, and the run took replies without: there is nothing"
+    said = "client 0 has no key, where every reply must be signed, and the run took unsigned replies: there is nothing"
     fails(stripped, f"line 2 (join of client 0): {said} to check", listed=course.listed)
 
 
@@ -525,7 +525,7 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
     held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, charter = Join.from_json(held[1]), OpenRun.of(run).replay.register.charter
+    joined, charter = Member.from_json(held[1]), StoredRun.open(run).replay.register.identity
     joining = charter.joining(0, joined.examples, joined.node, key.public)
     held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
     invented = signed_again(run, held, client=0, key=key)
@@ -537,18 +537,18 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) -> list[Record]:
     """The records with one client's replies signed by a key, as its holder would."""
     made = copy.deepcopy(held)
-    joined, replay = b"", OpenRun.of(run).replay
+    joined, replay = b"", StoredRun.open(run).replay
     states = {(record.plan.phase, record.plan.round): before for before, record in replay}
     for record in made:
         if record["kind"] == "join" and record["client"] == client:
-            join = Join.from_json(record)
-            joined = replay.register.charter.joining(client, join.examples, join.node, bytes.fromhex(join.key))
+            join = Member.from_json(record)
+            joined = replay.register.identity.joining(client, join.examples, join.node, bytes.fromhex(join.key))
         if record["kind"] in ("round", "calibration") and client in record["clients"]:
             before = states[record["phase"], record["round"]]
             read = RoundRecord if record["kind"] == "round" else CalibrationRecord
             told = read.from_json(record)
             message = reply_message(
-                joined=hashlib.sha256(joined).digest(),
+                joining_digest=hashlib.sha256(joined).digest(),
                 client=client,
                 plan=told.plan,
                 theta=bytes.fromhex(path.digest(before.theta)),
@@ -563,7 +563,7 @@ def test_what_a_revoked_key_signs_is_found(course: Course, run: Path, tmp_path: 
     """A coordinator that wrote down a revocation and went on all the same."""
     held, name = records(run), course.name("k0")
     at = line(held, "round", 3)
-    forgery = [*held[:at], Revocation(3, name).to_json(), *held[at:]]
+    forgery = [*held[:at], KeyRevocation(3, name).to_json(), *held[at:]]
     said = f"line {at + 2} (round 3): client 0's reply is signed with key {name}, which is revoked from round 3 on"
     fails(forged(run, tmp_path / "forged", forgery), said)
 
@@ -621,8 +621,8 @@ def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tm
     held[at]["handover"] = ""
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
     fails(forged(run, tmp_path / "forged", held), *said)
-    join = Join.from_json(held[at])
-    joining = OpenRun.of(run).replay.register.charter.joining(1, join.examples, join.node, bytes.fromhex(join.key))
+    join = Member.from_json(held[at])
+    joining = StoredRun.open(run).replay.register.identity.joining(1, join.examples, join.node, bytes.fromhex(join.key))
     held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
     fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")
 
@@ -638,7 +638,7 @@ def test_a_simulation_is_said_to_have_no_signatures(
     capsys.readouterr()
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out.strip().endswith("a simulation: no signatures; no differential privacy")
-    fails(out, "a simulation, which nobody signs: nothing to check; leave --signers out", listed=course.listed)
+    fails(out, "a simulation, whose replies are not signed; leave --signers out", listed=course.listed)
     assert main(["verify", str(out), "--revoked", course.name("k0")]) == 0
     assert "note: --revoked: no reply of this run is signed" in capsys.readouterr().err
     held = records(out)
@@ -698,5 +698,5 @@ def test_a_federation_where_some_sign_is_gone_through(course: Course, monkeypatc
         if record["kind"] == "round":
             assert [bool(text) for text in record["signatures"]] == [False, False, True]
             swapped = {**record, "signatures": [record["signatures"][2], "", ""]}
-            with pytest.raises(RunFailed, match="client 0's reply is signed, and it joined without a key"):
+            with pytest.raises(RunFailed, match="client 0's reply is signed, but it joined without a key"):
                 replay(setting, [*federation.records[:at], swapped, *federation.records[at + 1 :]])

@@ -12,14 +12,14 @@ from meerkat.federation.admission import Door
 from meerkat.federation.certificates import certify
 from meerkat.federation.coordinator import host_and_port
 from meerkat.federation.flower.stream import StreamLink
-from meerkat.record.members import Register
-from meerkat.record.signatures import Charter
+from meerkat.record.members import Members
+from meerkat.record.signatures import RunIdentity
 
 
 def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:
     keys = certify(tmp_path / "pki", ["127.0.0.1"], nodes=0)
     pair = keys["server"], keys["server key"]
-    door = Door(Register(Charter("00" * 8, False, *["00" * 32] * 5)), 1)
+    door = Door(Members(RunIdentity("00" * 8, False, *["00" * 32] * 5)), 1)
     first = StreamLink(door, "127.0.0.1:0", *pair)
     try:
         with pytest.raises(MeerkatError, match="cannot listen there"):

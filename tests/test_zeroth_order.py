@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.errors import RunFailed
-from meerkat.masks.sensitivity import full_mask, magnitude_mask
+from meerkat.masks.baselines import full_mask, magnitude_mask
 from meerkat.problems.causal_lm import language_modelling_loss
 
 TOKENS = torch.arange(3, 20)

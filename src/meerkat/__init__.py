@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
     from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
     from meerkat.errors import Diverged, MeerkatError, RunFailed
-    from meerkat.masks.sensitivity import full_mask, magnitude_mask, random_mask, sensitivity_mask
+    from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
+    from meerkat.masks.sensitivity import sensitivity_mask
     from meerkat.masks.sparse_mask import SparseMask
     from meerkat.record import history as history
     from meerkat.run.local_engine import LocalEngine
@@ -34,7 +35,8 @@ _HOMES = {
     "algorithm.server": ("ServerConfig", "ServerState", "close_round", "open_round"),
     "algorithm.zeroth_order": ("MaskedModel", "projected_gradient"),
     "errors": ("Diverged", "MeerkatError", "RunFailed"),
-    "masks.sensitivity": ("full_mask", "magnitude_mask", "random_mask", "sensitivity_mask"),
+    "masks.baselines": ("full_mask", "magnitude_mask", "random_mask"),
+    "masks.sensitivity": ("sensitivity_mask",),
     "masks.sparse_mask": ("SparseMask",),
     "run.local_engine": ("LocalEngine",),
 }

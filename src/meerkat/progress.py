@@ -11,28 +11,28 @@ _T = TypeVar("_T")
 _LINES = 5
 
 
-def speak_alone() -> None:
-    """Do without a lock between processes, which one that is killed would leave behind."""
+def use_thread_lock() -> None:
+    """Use no lock between processes: one that is killed would leave it behind."""
     tqdm.set_lock(threading.RLock())
 
 
 def say(text: str) -> None:
-    """One line for a person, above a bar where there is one."""
+    """Show one line, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 
 
 def one_line(text: object) -> str:
-    """Words of another machine, as one printable line of bounded length: whatever they are, a log stays one."""
+    """Text from another machine as one printable line of at most 300 characters, safe to show or log."""
     return "".join(c if c.isprintable() else " " for c in str(text)[:300])
 
 
 def number_of(count: int, what: str) -> str:
-    """A number and what is counted, in the singular where it is one."""
+    """A number and its noun, which takes an s unless the number is one."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
-    """The items, `total` of them at most (where left out, their length), with their progress shown."""
+    """The items, with their progress shown; `total` is how many to expect, by default their length."""
     if total is None:
         total = len(items) if isinstance(items, Sized) else 0
     if sys.stderr.isatty():

@@ -1,7 +1,7 @@
-"""Randomness as a function of (seed, purpose, place): nothing here keeps or changes a global state.
+"""Randomness as a function of (seed, purpose, place), without global state.
 
 A key is the SHA-256 of all three, so two purposes or places never share a stream, and a resumed run
-asks for the same values again (numeric contract 5). Directions have their own scheme, by counting:
+draws the same values again (numeric contract 5). Directions have their own counter-based scheme:
 see directions.py.
 """
 
@@ -17,7 +17,7 @@ def key(seed: int, purpose: str, *place: int) -> int:
 
 
 def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
-    """A NumPy generator of its own for one purpose at one place."""
+    """The NumPy generator for one purpose at one place."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, *place)))
 
 

@@ -1,30 +1,30 @@
-"""Attacks on a simulated federation: what clients of bad will send in place of their scalars.
+"""Attacks on a simulated federation: what malicious clients send in place of their scalars.
 
-The attackers, f of K clients drawn by the seed, do what honest clients do, and then change it:
+The attackers, f of K clients drawn by the seed, make the steps that honest clients make, and then change the result:
 
     label-flip        their rows' labels, l -> C - 1 - l (Fang et al. 2020); their scalars are honest ones of those rows
     sign-flip         -s g, s = 1 (Li et al. 2019, Karimireddy et al. 2021)
     gaussian          N(0, s^2) in each entry, s = 200 (Blanchard et al. 2017)
     scaled            s g on flipped labels, s = K / f: model replacement, which puts the attackers' mean in the place
                       of everyone's (Bagdasaryan et al. 2020)
-    little-is-enough  mu - s sigma, of the honest replies entry by entry; s = z_max = Phi^-1((K - f - h) / (K - f)),
+    little-is-enough  mu - s sigma of the honest replies, entry by entry; s = z_max = Phi^-1((K - f - h) / (K - f)),
                       h = floor(K / 2 + 1) - f (Baruch et al. 2019). With few attackers z_max is zero
-    collusion         -s mu, all the same: inner-product manipulation (Xie et al. 2020). s = 2 (K - f) / f turns the
-                      equally weighted mean round, to -(K - f) / K mu; from (K - f) / f on its sign is wrong
-    gradip-forgery    in a calibration, noise that at every step is as loud as the honest clients are on average,
-                      times s = 1; in rounds, sign-flip. A small s forges a client that is quiet, to be stopped early
+    collusion         -s mu from every attacker: inner-product manipulation (Xie et al. 2020). s = 2 (K - f) / f turns
+                      the equally weighted mean to -(K - f) / K mu; from (K - f) / f on, its sign is wrong
+    gradip-forgery    in a calibration, noise as loud at every step as honest clients are on average, times s = 1; in
+                      rounds, sign-flip. A small s forges a quiet client, which is stopped early
 
-K and f are those of the round. In calibrations all but the last two words above are honest: only gradip-forgery lies
-there, and flipped labels are what they are.
+K and f are those of the round. In a calibration all attackers are honest, except that gradip-forgery lies and flipped
+labels stay flipped.
 
-**What attackers know.** Everyone knows z, theta, the plan and, if not its text, then the model whose pre-training
-gradient GradIP is of. little-is-enough, collusion and gradip-forgery are omniscient, as in the literature: they know
-the honest replies of the round before they send their own; where nobody honest was asked, their own. All know what
-`rounds.check_reply` lets through and stay within it: who does not is shown out of a federation, and gains nothing.
+**What attackers know.** Everyone knows z, theta, the plan and, if not its text, the model that GradIP's pre-training
+gradient comes from. little-is-enough, collusion and gradip-forgery are omniscient, as in the literature: they see the
+round's honest replies before they send theirs, or their own where no honest client was asked. All stay within what
+`rounds.check_reply` lets through: a client that does not is removed from a federation, and gains nothing.
 
-**GradIP is a signal of heterogeneity, not a defence.** GradIP_k = g_k c, and g_k is whatever client k sends, so that
-its trace can be made to look like any client's at the cost of some random numbers: a forger passes Meerkat-vp's
-calibration as lively, and poisons all T steps of every round.
+**GradIP is a signal of heterogeneity, not a defence.** GradIP_k = g_k c, and g_k is whatever client k sends. So some
+random numbers make its trace look like any client's: a forger passes Meerkat-vp's calibration as an ordinary client,
+and poisons all T steps of every round.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,7 +61,7 @@ def flipped(label: int, classes: int) -> int:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an attacker goes by in a round."""
+    """What an attacker knows in a round."""
 
     mean: np.ndarray
     """mu of the honest replies, over those that made the step: float64 [T, P]; zero where none did."""
@@ -72,41 +72,41 @@ class Seen:
     attackers: int
     """f: those of attackers."""
     scale: float | None
-    """s; None for the attack's own."""
+    """s; None for the attack's usual one."""
     noise: np.random.Generator
-    """The attacker's own, at this place of the run."""
+    """The attacker's randomness at this place of the run."""
 
 
 Craft = Callable[[np.ndarray, Seen], np.ndarray]
 """(its honest scalars, float64 [T_k, P]; what it knows) -> what it sends."""
 
 
-def sign_flip(own: np.ndarray, seen: Seen) -> np.ndarray:
+def sign_flip(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """-s g"""
-    return -(seen.scale or 1.0) * own
+    return -(seen.scale or 1.0) * honest
 
 
-def gaussian(own: np.ndarray, seen: Seen) -> np.ndarray:
+def gaussian(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """N(0, s^2)"""
-    sent: np.ndarray = (seen.scale or 200.0) * seen.noise.standard_normal(own.shape)
+    sent: np.ndarray = (seen.scale or 200.0) * seen.noise.standard_normal(honest.shape)
     return sent
 
 
-def scaled(own: np.ndarray, seen: Seen) -> np.ndarray:
+def scaled(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """s g"""
-    return (seen.scale or seen.clients / seen.attackers) * own
+    return (seen.scale or seen.clients / seen.attackers) * honest
 
 
-def little_is_enough(own: np.ndarray, seen: Seen) -> np.ndarray:
+def little_is_enough(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """mu - s sigma"""
     s = seen.scale or z_max(seen.clients, seen.attackers)
-    return (seen.mean - s * seen.deviation)[: len(own)]
+    return (seen.mean - s * seen.deviation)[: len(honest)]
 
 
 def z_max(clients: int, attackers: int) -> float:
-    """By how many sigma attackers can be off, and still have a majority on their side of the mean (Baruch et al. 2019).
+    """By how many sigma attackers can be off and still have a majority on their side of the mean (Baruch et al. 2019).
 
-    Attackers that are the majority need nobody: they are given the z of one supporter.
+    Attackers that are the majority need no supporters: they get the z of one.
     """
     honest = clients - attackers
     supporters = max(clients // 2 + 1 - attackers, 1)
@@ -114,16 +114,16 @@ def z_max(clients: int, attackers: int) -> float:
     return max(NormalDist().inv_cdf(share), 0.0) if share > 0 else 0.0
 
 
-def collusion(own: np.ndarray, seen: Seen) -> np.ndarray:
+def collusion(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """-s mu"""
-    honest = max(seen.clients - seen.attackers, 1)
-    return -(seen.scale or 2 * honest / seen.attackers) * seen.mean[: len(own)]
+    others = max(seen.clients - seen.attackers, 1)
+    return -(seen.scale or 2 * others / seen.attackers) * seen.mean[: len(honest)]
 
 
-def forged_trace(own: np.ndarray, seen: Seen) -> np.ndarray:
+def forged_trace(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """Noise of the level that honest clients have on average, step by step."""
-    level: np.ndarray = np.sqrt((seen.mean**2 + seen.deviation**2).mean(1, keepdims=True))[: len(own)]
-    sent: np.ndarray = (seen.scale or 1.0) * level * seen.noise.standard_normal(own.shape)
+    level: np.ndarray = np.sqrt((seen.mean**2 + seen.deviation**2).mean(1, keepdims=True))[: len(honest)]
+    sent: np.ndarray = (seen.scale or 1.0) * level * seen.noise.standard_normal(honest.shape)
     return sent
 
 
@@ -133,6 +133,6 @@ IN_ROUNDS: Mapping[Attack, Craft] = {
     "scaled": scaled,
     "little-is-enough": little_is_enough,
     "collusion": collusion,
-    "gradip-forgery": lambda own, _: -own,
+    "gradip-forgery": lambda honest, _: -honest,
 }
 IN_CALIBRATIONS: Mapping[Attack, Craft] = {"gradip-forgery": forged_trace}

@@ -1,8 +1,8 @@
 """Meerkat-vp: calibrating clients, and stopping the extreme ones early (method, section 6).
 
-Each client makes one uninterrupted path of T_cali steps from the same theta, in a phase of directions of
-its own; theta is put back afterwards. Clients that `selection` finds extreme make one local step a round
-from then on, with a data pointer that moves on. Calibration's steps and bytes are counted like any others.
+Each client makes one uninterrupted path of T_cali steps from the same theta, along directions of the calibration phase;
+theta is put back afterwards. Clients that `selection` calls extreme make one local step a round from then on, with a
+data pointer that moves on. A calibration's steps and bytes count like any others.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,9 +31,9 @@ class CalibrationRecord:
     """c^{t,p} = <grad_p, z^{t,p}>: float64 [T_cali, P], or empty."""
     selection: Selection
     early_stopped: tuple[int, ...]
-    """Who makes one step a round from now on: the extreme clients, or as many at random."""
+    """Clients that make one step a round from now on: the extreme ones, or as many at random."""
     signatures: Mapping[int, bytes] = field(default_factory=dict)
-    """Of the replies, 64 bytes each, by client id; who did not sign is not in it."""
+    """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -44,19 +44,19 @@ class CalibrationRecord:
         }
 
     @classmethod
-    def from_json(cls, held: Mapping[str, Any]) -> "CalibrationRecord":
+    def from_json(cls, values: Mapping[str, Any]) -> "CalibrationRecord":
         """The record that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: it was not written by `to_json`.
+            KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        plan, _, scalars, inner, signatures = replies_from_json(held)
-        found = held["selection"]
-        if found.keys() != {each.name for each in fields(Selection)}:
-            raise ValueError(f"round {plan.round} has a selection with {', '.join(found)}")
-        settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-        chosen = Selection(**settled)
-        return cls(plan, scalars, inner, chosen, tuple(held["early_stopped"]), signatures)
+        plan, _, scalars, inner, signatures = replies_from_json(values)
+        numbers = values["selection"]
+        if numbers.keys() != {each.name for each in fields(Selection)}:
+            raise ValueError(f"round {plan.round} has a selection with {', '.join(numbers)}")
+        lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
+        selection = Selection(**lists_as_tuples)
+        return cls(plan, scalars, inner, selection, tuple(values["early_stopped"]), signatures)
 
 
 def due(state: ServerState, config: ServerConfig) -> bool:
@@ -73,7 +73,7 @@ def due(state: ServerState, config: ServerConfig) -> bool:
 
 
 def open_calibration(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
-    """T_cali steps for every client (of those available, where that is said), at the run's first learning rate."""
+    """T_cali steps for every client that is available (None: for all), at the run's first learning rate."""
     among = sorted(range(config.clients) if available is None else available)
     steps = within_allowance(state, config, dict.fromkeys(among, config.vpcs.calibration_steps))
     return RoundPlan(state.round, config.lr, config.eps, config.directions, steps, "calibration")
@@ -87,7 +87,7 @@ def close_calibration(
     directions: Directions,
     gradient: Tensor | None = None,
 ) -> tuple[ServerState, CalibrationRecord]:
-    """Decide who stops early. Clients that did not answer in full are left as they are."""
+    """Decide which clients stop early. Those that did not reply in full stay as they are."""
     scalars = (reply for reply in replies if isinstance(reply, Scalars))
     whole = {reply.client: reply for reply in scalars if reply.steps == plan.steps[reply.client]}
     g = {client: whole[client].scalars for client in sorted(whole)}
@@ -103,19 +103,19 @@ def decide(
     inner: np.ndarray,
     config: ServerConfig,
 ) -> CalibrationRecord:
-    """The decision that follows from a calibration's scalars: who is extreme, and who stops early."""
-    found = select(
+    """What follows from a calibration's scalars: which clients are extreme, and which stop early."""
+    selection = select(
         {client: magnitude(g) for client, g in scalars.items()},
         {client: gradip(g, inner) for client, g in scalars.items()},
         config.vpcs,
         plan.directions,
     )
-    chosen = found.extreme
+    chosen = selection.extreme
     if config.early_stop == "random":
-        order = seeds.permutation(len(found.clients), config.seed, "early stopping", plan.round)
-        chosen = tuple(sorted(found.clients[i] for i in order[: len(found.extreme)]))
+        order = seeds.permutation(len(selection.clients), config.seed, "early stopping", plan.round)
+        chosen = tuple(sorted(selection.clients[i] for i in order[: len(selection.extreme)]))
     silent = state.early_stopped - scalars.keys()
-    return CalibrationRecord(plan, scalars, inner, found, tuple(sorted({*chosen, *silent})))
+    return CalibrationRecord(plan, scalars, inner, selection, tuple(sorted({*chosen, *silent})))
 
 
 def replay(state: ServerState, record: CalibrationRecord) -> ServerState:

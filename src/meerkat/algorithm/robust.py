@@ -15,14 +15,14 @@ all else.
 
 The rules but the mean count clients equally: a weight by rows is one more number that a client could lie about.
 
-**Steps that a client did not make** (early stopping) are no votes for zero, which could outnumber those who made them.
-Each run of steps that the same m of K clients made is aggregated over those m, and counts m / K: for equal replies
-every rule is then the equally weighted mean, in which missing steps are zero. **Where too few made them** for the
-rule and f, they are aggregated by the plain median, which needs to know no f: so a round goes on when clients stay
-away, and which rule it went by follows from its replies alone. Of m <= 2f replies no rule can promise anything.
+**Steps that a client did not make** (early stopping) are not votes for zero, which could outnumber those that made
+them. Each run of steps that the same m of K clients made is aggregated over those m, and counts m / K: for equal
+replies every rule is then the equally weighted mean, in which missing steps are zero. **Where too few made them** for
+the rule and f, they are aggregated by the plain median, which needs no f. So a round goes on when clients stay away,
+and which rule it went by follows from its replies alone. Of m <= 2f replies no rule can promise anything.
 
-Float64 throughout, in order of client id, by operations whose order is fixed (elementwise, sorting, running sums): the
-same bits on every machine.
+Float64 throughout, in order of client id, by operations of a fixed order (elementwise, sorting, running sums): the same
+bits on every machine.
 """
 
 import math
@@ -121,8 +121,8 @@ def robust(rows: np.ndarray, by: Aggregation) -> np.ndarray:
 def median(rows: np.ndarray, _: int = 0) -> np.ndarray:
     """The middle value of each coordinate, or the mean of the middle two."""
     ordered, middle = np.sort(rows, axis=0), len(rows) // 2
-    found: np.ndarray = ordered[middle] if len(rows) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return found
+    values: np.ndarray = ordered[middle] if len(rows) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return values
 
 
 def trimmed_mean(rows: np.ndarray, f: int) -> np.ndarray:
@@ -132,8 +132,8 @@ def trimmed_mean(rows: np.ndarray, f: int) -> np.ndarray:
 
 def krum(rows: np.ndarray, f: int) -> np.ndarray:
     """The row that Krum ranks first; of equals, that of the lowest client id."""
-    found: np.ndarray = rows[_ranked(rows, f)[0]]
-    return found
+    row: np.ndarray = rows[_ranked(rows, f)[0]]
+    return row
 
 
 def multi_krum(rows: np.ndarray, f: int) -> np.ndarray:
@@ -200,8 +200,8 @@ def norm(values: np.ndarray) -> float:
 
 def _mean(rows: np.ndarray) -> np.ndarray:
     """The mean of rows, summed one after another: a reduction's own order may depend on the machine."""
-    found: np.ndarray = np.cumsum(rows, axis=0)[-1] / len(rows)
-    return found
+    mean: np.ndarray = np.cumsum(rows, axis=0)[-1] / len(rows)
+    return mean
 
 
 def _distances(rows: np.ndarray) -> np.ndarray:

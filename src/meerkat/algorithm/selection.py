@@ -1,7 +1,7 @@
-"""VPCS, virtual-path client selection: calibration scalars -> which clients' data is extremely skewed (section 6).
+"""VPCS, virtual-path client selection: calibration scalars -> the clients whose data is extremely skewed (section 6).
 
 A client with a single label learns it at once; its loss, its gradient and with them its GradIP vanish, while
-those of other clients go on. Two rules read that from T_cali calibration steps:
+those of other clients go on. Two rules read this from T_cali calibration steps:
 
 - "thresholds", the paper's: rho_later above one threshold and rho_quie at or above another, on |GradIP|.
 - "automatic", ours: no threshold to set. It compares clients with each other on |g|, which is GradIP without
@@ -21,7 +21,7 @@ EarlyStop = Literal["none", "vp", "random"]
 """Who makes one local step a round after a calibration: nobody, the extreme clients, or as many at random."""
 
 _SPREAD = 1.5
-"""IID clients' log ratios scatter so many times as far as independent half-normal steps would; measured."""
+"""How many times as far IID clients' log ratios scatter as independent half-normal steps would; measured."""
 _FIRST, _LATER = 1.5, 2.5
 """The same of the logs of their first and later means: paths drift apart."""
 _BEYOND = 2.5
@@ -31,9 +31,9 @@ _QUIET = 3.75
 _LIVELY = 0.2
 """At least this share of the clients is taken to be lively."""
 _PRICE_DECAY, _PRICE_LEVELS = 3.5, 5.0
-"""What leaving a client out of the lively ones must save, in squared spreads: were those left out to lie anywhere
-within w spreads, 2 log(w / sqrt(2 pi)), and within an area of A squared spreads 2 log(A / 2 pi). This is w = 14, some
-factor 60 at 30 and 30 steps, and A = 77."""
+"""What leaving a client out of the lively ones must save, in squared spreads. If those left out may lie anywhere
+within w spreads, it is 2 log(w / sqrt(2 pi)); within an area of A squared spreads, 2 log(A / 2 pi). This is w = 14,
+about a factor of 60 at 30 and 30 steps, and A = 77."""
 _TINY = 1e-30
 
 
@@ -60,7 +60,7 @@ class Vpcs:
 
 @dataclass(frozen=True)
 class Selection:
-    """Who is extreme, and the numbers that say so; lists are in order of `clients`."""
+    """The extreme clients, and the numbers that say so; lists are in order of `clients`."""
 
     clients: tuple[int, ...]
     extreme: tuple[int, ...]
@@ -71,9 +71,9 @@ class Selection:
     later: tuple[float, ...]
     """Mean over the later steps: of |GradIP| or of |g|."""
     rho_later_above: float
-    """The threshold that rho_later was held against, given or found."""
+    """The threshold that rho_later was compared with, given or computed."""
     rho_quie_from: float
-    """The threshold that rho_quie was held against."""
+    """The threshold that rho_quie was compared with."""
     quiet_below: float
     """Under the paper's rule the level under which a step is quiescent; under the automatic one, that under
     which a client is extreme whatever its rho_later: quiet from the start."""
@@ -100,7 +100,7 @@ def select(
     early_mean, late_mean = np.maximum(initial.mean(1), _TINY), np.maximum(late.mean(1), _TINY)
     rho_later = early_mean / late_mean
     if vpcs.rule == "automatic":
-        above, below, loud = _found_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
+        above, below, loud = _automatic_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
         rho_quie = (late < below).mean(1)
         extreme = (rho_later > above) | (late_mean < below) | (early_mean > loud)
         share = 0.0
@@ -122,20 +122,20 @@ def select(
     )
 
 
-def _found_thresholds(
+def _automatic_thresholds(
     rho_later: np.ndarray, early_mean: np.ndarray, late_mean: np.ndarray, vpcs: Vpcs, directions: int
 ) -> tuple[float, float, float]:
-    """What rho_later must exceed, the later level stay under, or the initial one exceed, to be no work of chance.
+    """What rho_later must exceed, the later level stay under, or the initial one exceed, so that it is not chance.
 
     |g| along a direction is half-normal about its client's gradient norm, so the log of a mean over m steps of P
-    directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. Clients are held against
-    the lively ones: of those that were not quiet throughout (who had nothing to decay from), nor loud, those that
-    decayed least. How many these are is told from decays for the first threshold, and from levels for the others.
+    directions has a standard error of sqrt((pi / 2 - 1) / (m P)), and `spread` follows. Clients are compared with the
+    lively ones: of those that were neither quiet throughout (they had nothing to decay from) nor loud, those that
+    decayed least. Decays say how many these are for the first threshold, levels for the others.
     """
     first, later = (math.sqrt((math.pi / 2 - 1) / (m * directions)) for m in (vpcs.initial_steps, vpcs.later_steps))
     spread = _SPREAD * math.hypot(first, later)
     quiet, far = math.exp(-_QUIET * spread), math.exp(_BEYOND * spread)
-    middle, later_middle = statistics.median_high(early_mean), statistics.median_high(late_mean)  # a client's own
+    middle, later_middle = statistics.median_high(early_mean), statistics.median_high(late_mean)  # some client's
     quiet_throughout = (early_mean < middle * quiet) & (late_mean < later_middle)
     loud_throughout = (early_mean > middle * far) & (late_mean > later_middle)
     usual = np.flatnonzero(~quiet_throughout & ~loud_throughout)
@@ -153,14 +153,14 @@ def _found_thresholds(
 
 
 def _lively_count(places: np.ndarray, price: float) -> int:
-    """How many of those that decayed least are most likely equals, the others anything.
+    """How many of those that decayed least are most likely equals, while the others may be anything.
 
     Args:
         places: where clients lie, in spreads, least decay first: float64 [K, D].
         price: what one that is left out costs.
 
-    Equals scatter normally, by one, about their mean; others lie anywhere. How many are lively is unknown, and each
-    number equally likely beforehand: so who they are has K over m possibilities.
+    Equals scatter normally, by one spread, about their mean; others lie anywhere. Every number of lively clients is
+    equally likely beforehand, so that which ones they are has K over m possibilities.
     """
     clients = len(places)
     counts = np.arange(math.ceil(_LIVELY * clients), clients + 1)

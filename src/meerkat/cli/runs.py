@@ -64,15 +64,15 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Draw a finished run's picture and print its outcome."""
-    from meerkat.record.run_folder import told_plainly
-    from meerkat.report import curves, in_words
+    from meerkat.record.run_folder import explain_disk_errors
+    from meerkat.report import draw_curves, summary_in_words
 
-    with told_plainly(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
-        picture, _ = curves([folder], folder)
+    with explain_disk_errors(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
+        picture, _ = draw_curves([folder], folder)
     if as_json:
         print(json.dumps(summary))
     else:
-        print(f"{in_words(summary, folder)}\nPicture: {picture}")
+        print(f"{summary_in_words(summary, folder)}\nPicture: {picture}")
 
 
 # --- compare --------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _mask_arguments(parser: argparse.ArgumentParser) -> None:
 def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(given_settings(arguments))
     out = Path(arguments.out)
-    from meerkat.record.run_folder import write_whole
+    from meerkat.record.run_folder import write_atomically
     from meerkat.run.setup import make_mask, open_model, resolve, resolve_model
 
     if config.recipe.moves == "lora":
@@ -167,7 +167,7 @@ def _mask(arguments: argparse.Namespace) -> None:
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
     config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
     mask = make_mask(config, *open_model(config))
-    write_whole(out, mask.save)
+    write_atomically(out, mask.save)
     by_tensor = dict(mask.counts())
     if arguments.json:
         size = {"params_total": mask.total, "params_masked": len(mask)}

@@ -30,8 +30,8 @@ from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import load_text, longest_input
 from meerkat.problems.partition import partition
-from meerkat.progress import say, speak_alone
-from meerkat.record.run_folder import RunFolder, write_whole
+from meerkat.progress import say, use_thread_lock
+from meerkat.record.run_folder import RunFolder, write_atomically
 from meerkat.run.setup import (
     Workplace,
     make_mask,
@@ -199,7 +199,7 @@ def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
     if not path.exists():
         settled = resolve(config)
         say(f"mask of density {config.density:g}: {path}")
-        write_whole(path, make_mask(settled, *open_model(settled)).save)
+        write_atomically(path, make_mask(settled, *open_model(settled)).save)
     return config.model_copy(update={"mask": str(path.resolve())})
 
 
@@ -239,7 +239,7 @@ def _run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         return resume(folder) if (folder / "config.toml").exists() else simulate(config, folder)
     except Diverged as error:
         reason = f"{error}\n"
-        write_whole(diverged, lambda part: part.write_text(reason, encoding="utf-8"))
+        write_atomically(diverged, lambda part: part.write_text(reason, encoding="utf-8"))
         return None
     except MeerkatError as error:
         if there:
@@ -378,7 +378,7 @@ def _live_with(other: Connection) -> None:
         except (EOFError, OSError):
             os._exit(1)
 
-    speak_alone()
+    use_thread_lock()
     threading.Thread(target=watch, daemon=True).start()
 
 

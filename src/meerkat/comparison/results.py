@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from meerkat.comparison.studies import Check, Comparison, Setting, Study, spelled
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 
 FORMAT = 1
 
@@ -77,7 +77,7 @@ def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> 
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _shared(lines: Sequence[Line], name: str) -> str:

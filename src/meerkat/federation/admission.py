@@ -13,7 +13,7 @@ from typing import Any
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
-from meerkat.record.members import Join, Register, is_key
+from meerkat.record.members import Member, Members, are_credentials
 from meerkat.record.signatures import BadSignature, fingerprint
 
 _SECRET = 32
@@ -25,7 +25,7 @@ _HELLO = 4096
 class Guest:
     """A site that was let in."""
 
-    joining: Join
+    joining: Member
     """What is to be logged of it, if it is news; the round is the coordinator's to say."""
     evaluates: bool
     round: int
@@ -54,7 +54,7 @@ class Guest:
 class Door:
     """Checks first frames. Several threads may ask at once."""
 
-    def __init__(self, register: Register, clients: int, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, register: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
         """What a site must match.
 
         Args:
@@ -64,9 +64,9 @@ class Door:
         """
         self.register = register
         """As given: whoever logs a joining writes it there."""
-        self._run = bytes.fromhex(register.charter.run)
+        self._run = bytes.fromhex(register.identity.run)
         self._clients = clients
-        self._must = {"model": register.charter.model, "mask": register.charter.mask}
+        self._must = {"model": register.identity.model, "mask": register.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
@@ -129,7 +129,7 @@ class Door:
                 raise Refused(f"the {name} is not this run's ({must[:12]}...); use the same {name}")
         if isinstance(examples, bool) or not isinstance(examples, int) or not 0 < examples < 2**40:
             raise Refused("a site without a number of rows")
-        joining = self._joining(Join(0, client, examples, node), said)
+        joining = self._joining(Member(0, client, examples, node), said)
         self._nodes[client] = node
         if not known:
             secret = secrets.token_bytes(_SECRET)
@@ -139,10 +139,10 @@ class Door:
         evaluates = said.get("evaluates") is True
         return Guest(joining, evaluates, frame.round, frame.digest, welcome.encode())
 
-    def _joining(self, join: Join, said: dict[str, Any]) -> Join:
+    def _joining(self, join: Member, said: dict[str, Any]) -> Member:
         """What a site joins as, if its key is one that may sign for it."""
         key, signature, handover = (said.get(name, "") for name in ("key", "signature", "handover"))
-        if not is_key(key, signature, handover):
+        if not are_credentials(key, signature, handover):
             raise BadFrame("a hello with a key or a signature that is none")
         join = replace(join, key=key, signature=signature)
         before = self.register.keys.get(join.client)

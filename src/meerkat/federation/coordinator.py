@@ -25,7 +25,7 @@ from meerkat.federation.link import Link, Terms
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.progress import number_of, say
-from meerkat.record.members import Revocation
+from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import check_fingerprint, fingerprint, read_keys
@@ -255,7 +255,7 @@ def _coordinate(
         if name not in replayed.register.revoked:
             if signing and name not in signing:
                 say(f"note: revoked {name}: no client of this run signs with it now; is it the right one?")
-            log.append((revocation := Revocation(replayed.state.round, name)).to_json())
+            log.append((revocation := KeyRevocation(replayed.state.round, name)).to_json())
             replayed.register.revoke(revocation)
     terms = federation.terms(config.clients)
     door = Door(replayed.register, config.clients, replayed.nodes)
@@ -282,7 +282,7 @@ def _coordinate(
         try:
             judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-                folder.follow(follower)
+                folder.on_metric(follower)
                 try:
                     state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, lost=lost)
                 finally:
@@ -311,7 +311,7 @@ class _Watched(RemoteEngine):
     def tell(self, event: str, text: str, **facts: Any) -> None:
         """See `RemoteEngine`."""
         super().tell(event, text, **facts)
-        self._folder.tell(event, round=self._trail.round, **facts)
+        self._folder.append_event(event, round=self._trail.round, **facts)
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """See `experiment.Engine`."""

@@ -26,7 +26,7 @@ from meerkat.federation.catch_up import Trail
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.federation.link import Event, Link, Terms
 from meerkat.progress import number_of, one_line, say
-from meerkat.record.members import Join
+from meerkat.record.members import Member
 from meerkat.record.run_folder import Metric
 from meerkat.record.signatures import BadSignature
 from meerkat.run.metrics import clients_in_words, counts_metric
@@ -108,7 +108,7 @@ class RemoteEngine:
         say(text)
         _LOG.debug(event, extra={"facts": facts})
 
-    def arrivals(self, round: int) -> list[Join]:
+    def arrivals(self, round: int) -> list[Member]:
         """Wait until a round can open; the clients that are to be logged before it.
 
         Raises:
@@ -145,11 +145,11 @@ class RemoteEngine:
                 continue
             join = replace(guest.joining, round=round)
             try:
-                self._door.register.join(join)
+                self._door.register.admit(join)
             except BadSignature as error:  # another came in between with the same key
                 self._show_out(client, str(error))
                 continue
-            self._settings = join.settle(self._settings)
+            self._settings = join.added_to(self._settings)
             joined.append(join)
         return joined
 

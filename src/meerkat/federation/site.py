@@ -30,7 +30,7 @@ from meerkat.problems.partition import ClientRows
 from meerkat.problems.tasks import Row, Task, check_rows
 from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
-from meerkat.record.signatures import Charter, Signer, SigningKey
+from meerkat.record.signatures import RunIdentity, Signer, SigningKey
 from meerkat.run.setup import Workplace, open_model, resolve_place
 from meerkat.settings import auto
 from meerkat.settings.algorithm import directions, estimator, rules
@@ -97,7 +97,7 @@ class Site:
         self._z = directions(self.config, len(self.mask), self._replica.theta.device)
         self._signer: Signer | None = None
         if key is not None:
-            charter = Charter(
+            charter = RunIdentity(
                 run=offer.run,
                 signed=offer.sign,
                 run_key=f"{self._z.key:032x}",
@@ -125,7 +125,7 @@ class Site:
             "model": self.mask.fingerprint,
             "mask": self.mask.digest(),
             "evaluates": self._validation is not None,
-            **({} if self._signer is None else self._signer.words),
+            **({} if self._signer is None else self._signer.credentials),
             "versions": {"meerkat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
         return self._frame(Kind.HELLO, frames.encode_words(said, self._secret))
@@ -166,7 +166,7 @@ class Site:
     @property
     def joined(self) -> bytes:
         """SHA-256 of what the site signed when it came in, rows and key among it; nothing where it does not sign."""
-        return b"" if self._signer is None else self._signer.joined
+        return b"" if self._signer is None else self._signer.joining_digest
 
     def answer(self, data: bytes) -> bytes | None:
         """The frame that answers one of the coordinator's, or None where none is due.

@@ -7,7 +7,7 @@ from pathlib import Path
 from meerkat.errors import MeerkatError
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import Row
-from meerkat.record.run_folder import write_whole
+from meerkat.record.run_folder import write_atomically
 from meerkat.run.setup import open_task, resolve, training_and_evaluation_rows
 from meerkat.settings.config import RunConfig
 
@@ -47,4 +47,4 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(lines, encoding="utf-8"))

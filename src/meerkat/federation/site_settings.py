@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from meerkat.errors import MeerkatError
-from meerkat.masks.sensitivity import eligible_parameters
+from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey

@@ -1,10 +1,10 @@
-"""LoRA adapters, the one mask whose entries a model does not have to begin with (baseline "LoRA-FedZO").
+"""LoRA adapters: the one mask whose entries are not part of the pre-trained model (baseline "LoRA-FedZO").
 
     y = W x + (alpha / r) B A x    A: [r, in], random    B: [out, r], zero at first
 
 All of A and B move, by the same zeroth-order steps, and nothing else. PEFT makes, merges and saves the
-adapters; which layers get one is its default for the model's architecture, mostly the attention's
-queries and values. Only this module needs PEFT, and imports it when it does.
+adapters, and chooses the layers by its default for the architecture, mostly the attention's queries and
+values. Only this module needs PEFT, and imports it on use.
 """
 
 import copy
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from meerkat import seeds
 from meerkat.errors import MeerkatError
-from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.masks.sparse_mask import SparseMask
 
 RANK = 8
 ALPHA = 16
 _NAME = "default"
-"""What PEFT calls an adapter that has no other name."""
+"""PEFT's name for an adapter that is given none."""
 
 
 def _peft() -> Any:
@@ -38,18 +38,18 @@ def _peft() -> Any:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers with adapters, by name, in the model's order. A MeerkatError where there is none."""
+    """The layers with adapters, by name, in the model's order. A MeerkatError if there is none."""
     lora_layer = _peft().tuners.lora.LoraLayer
-    found = {name: module for name, module in model.named_modules() if isinstance(module, lora_layer)}
-    if not found:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, lora_layer)}
+    if not layers:
         raise MeerkatError("the model has no LoRA adapters; add them with add_lora first")
-    return found
+    return layers
 
 
 def _start(shape: tuple[int, int], seed: int, index: int) -> Tensor:
-    """A's random start, float32 [r, in]: uniform within 1 / sqrt(in), as PEFT's Kaiming start is.
+    """A's random start, float32 [r, in]: uniform within 1 / sqrt(in), as PEFT's Kaiming initialisation is.
 
-    Made from the generator's raw words, which NumPy guarantees to stay the same.
+    Made from the generator's raw words, which NumPy guarantees not to change.
     """
     words = seeds.generator(seed, "lora", index).bit_generator.random_raw(math.prod(shape))
     unit = (words >> np.uint64(11)) * 2.0**-53  # float64 in [0, 1)
@@ -59,25 +59,25 @@ def _start(shape: tuple[int, int], seed: int, index: int) -> Tensor:
 def add_lora(model: nn.Module, seed: int) -> None:
     """Give a transformers causal LM LoRA adapters, in place: r = 8, alpha = 16, no dropout.
 
-    The model keeps its class, its forward signature and, B being zero, its outputs. Adapters are float32
-    whatever the weights are, and lie where their layers do. As PEFT does, all of the base model is frozen;
-    so are the adapters, as no gradient is taken of them.
+    The model keeps its class, its forward signature and, since B is zero, its outputs. Adapters are float32
+    whatever the weights' type, on their layers' devices. The base model is frozen, as PEFT does; so are the
+    adapters, since no gradient is taken of them.
 
-    A's start is a function of the seed and of the layer's place among those adapted, and of nothing else;
-    no global random state is read or changed.
+    A's start depends on the seed and the layer's place among the adapted ones alone; no global random state is
+    read or changed.
 
     Raises:
-        MeerkatError: PEFT is missing or knows no layers of such an architecture to adapt, or the model has
-            adapters already.
+        MeerkatError: PEFT is missing, it has no default layers for the architecture, or the model already has
+            adapters.
     """
     peft = _peft()
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
-        raise MeerkatError("the model has adapters already; give the base model, or merge them into it first")
+        raise MeerkatError("the model already has adapters; give the base model, or merge them into it first")
     architecture = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if architecture not in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise MeerkatError(
             f"architecture '{architecture}': PEFT has no default LoRA layers for it; "
-            "use a model that it has them for, such as a llama, qwen2 or gpt2, or another method"
+            "use one that it has them for, such as llama, qwen2 or gpt2, or another method"
         )
     settings = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, inference_mode=True, task_type=peft.TaskType.CAUSAL_LM
@@ -100,34 +100,28 @@ def add_lora(model: nn.Module, seed: int) -> None:
 
 
 def lora_mask(model: nn.Module) -> SparseMask:
-    """The mask under which the adapters of `add_lora` move whole, and nothing else does.
+    """The mask that moves all of `add_lora`'s adapters, and nothing else.
 
-    It is one of the model with its adapters: d and the fingerprint count them, so that it fits this model
-    alone, with adapters from the same seed.
+    It is a mask of the model with its adapters: d and the fingerprint include them, so it fits only this model
+    with adapters from the same seed.
 
     Raises:
         MeerkatError: PEFT is missing, or the model has no adapters.
     """
     layers = _lora_layers(model).values()
     adapters = {id(p) for layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
-    moving = {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) in adapters}
+    moving = {name: p.numel() for name, p in model.named_parameters() if id(p) in adapters}
     total = sum(p.numel() for p in model.parameters())
-    return SparseMask(
-        entries=dict.fromkeys(moving),
-        shapes=moving,
-        fingerprint=fingerprint(model),
-        total=total,
-        kind="lora",
-        density=sum(map(math.prod, moving.values())) / total,
-        facts={"r": str(RANK), "alpha": str(ALPHA)},
+    return SparseMask.of(
+        model, dict.fromkeys(moving), "lora", sum(moving.values()) / total, {"r": str(RANK), "alpha": str(ALPHA)}
     )
 
 
 def merge_lora_(model: nn.Module) -> nn.Module:
-    """Add (alpha / r) B A to the weights and take the adapters away, in place; returns the same model.
+    """Add (alpha / r) B A to the weights and remove the adapters, in place; returns the same model.
 
-    What is left is the ordinary model that it was before `add_lora`, to be saved with `save_pretrained`.
-    Half-precision weights round what is added to them.
+    It is an ordinary model again, as before `add_lora`, and can be saved with `save_pretrained`.
+    Half-precision weights round the sum.
 
     Raises:
         MeerkatError: PEFT is missing, or the model has no adapters.
@@ -140,11 +134,11 @@ def merge_lora_(model: nn.Module) -> nn.Module:
 
 
 def save_adapter(model: nn.Module, to: Path, base: str) -> None:
-    """Write the adapters alone, as `peft.PeftModel.from_pretrained` reads them, to a folder.
+    """Write the adapters alone to a folder, as `peft.PeftModel.from_pretrained` reads them.
 
     Args:
-        to: made where it is missing; gets adapter_model.safetensors and adapter_config.json.
-        base: the base model's folder or hub name, noted in the latter.
+        to: gets adapter_model.safetensors and adapter_config.json; made if missing.
+        base: the base model's folder or hub name, for adapter_config.json.
 
     Raises:
         MeerkatError: PEFT is missing, or the model has no adapters.
@@ -155,6 +149,6 @@ def save_adapter(model: nn.Module, to: Path, base: str) -> None:
     settings = copy.copy(adapted.peft_config[_NAME])
     settings.base_model_name_or_path = base
     settings.save_pretrained(to)
-    # a PeftModel is two wrappers around the model, and its tensors' names in the file tell so
+    # a PeftModel wraps the model twice, which shows in its tensors' names
     named = {f"base_model.model.{name}": values.contiguous() for name, values in state.items()}
     save_file(named, to / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

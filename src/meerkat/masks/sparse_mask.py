@@ -1,6 +1,6 @@
 """The static sparse mask: which entries of which tensors move, and its file (method, section 2).
 
-How the entries are chosen is told in sensitivity.py. A mask is chosen once and never changes.
+A mask is chosen once and never changes; sensitivity.py and baselines.py choose the entries.
 """
 
 import hashlib
@@ -16,33 +16,54 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat.errors import DAMAGE, MeerkatError, in_short
+from meerkat.masks.kinds import Kind
 
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
-"""Entries looked at together where a whole tensor would need too much memory beside it."""
+"""Entries hashed together, so that no float32 copy of a whole tensor is made."""
 
 
 @dataclass(frozen=True)
 class SparseMask:
-    """Which entries move. `theta` is their values, float32 [n], tensor by tensor in this order.
-
-    `entries` maps a parameter's name to its moving flat indices (int64, ascending), or to None where
-    the whole tensor moves. `fingerprint` names the model whose weights the mask was chosen on.
-    """
+    """Which entries move. `theta` is their values, float32 [n], tensor by tensor in the order of `entries`."""
 
     entries: Mapping[str, Tensor | None]
+    """Parameter name -> its moving flat indices, int64, ascending; None where the whole tensor moves."""
     shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of these parameters."""
     fingerprint: str
+    """Of the model whose weights the mask was chosen on."""
     total: int
     """d: the model's parameters, tied ones counted once."""
     kind: str = "sensitivity"
     density: float = 1.0
     facts: Mapping[str, str] = field(default_factory=dict)
-    """How it was made, for a reader: text source, number of sequences, scope, exclusions."""
+    """How it was made, for people: text source, number of sequences, scope, exclusions."""
     pretraining_gradient: Tensor | None = None
     """grad_p: mean gradient of the pre-training loss at the moving entries, float32 [n]."""
     theta_0: Tensor | None = None
     """The moving entries' pre-trained values, float32 [n]: with a log, all that replay needs."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        entries: Mapping[str, Tensor | None],
+        kind: Kind,
+        density: float = 1.0,
+        facts: Mapping[str, str] | None = None,
+    ) -> "SparseMask":
+        """A mask that moves these entries of a model."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return cls(
+            entries=entries,
+            shapes={name: shapes[name] for name in entries},
+            fingerprint=fingerprint(model),
+            total=sum(map(math.prod, shapes.values())),
+            kind=kind,
+            density=density,
+            facts=facts or {},
+        )
 
     def __len__(self) -> int:
         return sum(count for _, count in self.counts())
@@ -53,7 +74,7 @@ class SparseMask:
             yield name, math.prod(self.shapes[name]) if indices is None else len(indices)
 
     def overlap(self, other: "SparseMask") -> float:
-        """The share of this mask's entries that the other one moves too, in [0, 1]."""
+        """The share of this mask's entries that the other moves too, in [0, 1]."""
         common = 0
         for name, count in self.counts():
             if name in other.entries:
@@ -77,8 +98,8 @@ class SparseMask:
     def save(self, path: Path) -> None:
         """Write the mask, its gradient and its base values to one safetensors file.
 
-        Indices are stored as int32 where the tensor allows. Metadata are strings; `entries` among
-        them lists the tensors in order, with their shapes and whether the whole of each moves.
+        Indices are int32 where the tensor's size allows. All metadata are strings; `entries` lists the tensors
+        in order, each with its shape and whether all of it moves.
         """
         tensors: dict[str, Tensor] = {}
         for name, indices in self.entries.items():
@@ -106,7 +127,7 @@ class SparseMask:
         """Read a mask.
 
         Raises:
-            MeerkatError: there is no such file, or it holds no mask of a version this program reads.
+            MeerkatError: there is no such file, it holds no mask, or one of another format version.
         """
         path = Path(path)
         if not path.is_file():
@@ -121,33 +142,33 @@ class SparseMask:
                         f"mask '{path}': format version {meta['format_version']}, this program reads "
                         f"{FORMAT_VERSION}; make it again with 'meerkat mask'"
                     )
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return cls._of(meta, held)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return cls._from_file(meta, tensors)
         except SafetensorError as error:
-            raise MeerkatError(f"mask '{path}': damaged or no safetensors file ({error}); make it again") from None
+            raise MeerkatError(f"mask '{path}': damaged, or not a safetensors file ({error}); make it again") from None
         except DAMAGE as error:
             raise MeerkatError(f"mask '{path}': damaged ({in_short(error)}); make it again") from None
 
     @classmethod
-    def _of(cls, meta: Mapping[str, str], held: Mapping[str, Tensor]) -> "SparseMask":
-        """The mask in a file. One of DAMAGE says that there is none."""
+    def _from_file(cls, meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "SparseMask":
+        """The mask in a file. Raises one of DAMAGE if it is malformed."""
         listed = json.loads(meta["entries"])
         mask = cls(
-            entries={name: None if whole else held[f"indices/{name}"] for name, _, whole in listed},
+            entries={name: None if whole else tensors[f"indices/{name}"] for name, _, whole in listed},
             shapes={name: tuple(shape) for name, shape, _ in listed},
             fingerprint=meta["model_fingerprint"],
             total=int(meta["parameters_total"]),
             kind=meta["kind"],
             density=float(meta["density"]),
-            facts={str(fact): str(told) for fact, told in json.loads(meta["facts"]).items()},
-            pretraining_gradient=held.get("pretraining_gradient"),
-            theta_0=held.get("theta_0"),
+            facts={str(name): str(value) for name, value in json.loads(meta["facts"]).items()},
+            pretraining_gradient=tensors.get("pretraining_gradient"),
+            theta_0=tensors.get("theta_0"),
         )
         mask.check_form()
         return replace(mask, entries={name: None if at is None else at.long() for name, at in mask.entries.items()})
 
     def check_form(self) -> None:
-        """Raise ValueError unless this can be a mask of some model, whatever file it was read from."""
+        """Raise ValueError unless this can be the mask of some model."""
         for name, shape in self.shapes.items():
             if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
                 raise ValueError(f"a tensor of shape {list(shape)}")
@@ -155,7 +176,7 @@ class SparseMask:
             if indices is None:
                 continue
             if indices.dtype not in (torch.int32, torch.int64) or not _ascend(indices, math.prod(shape)):
-                raise ValueError(f"entries of '{name}' that are not indices, each once and ascending")
+                raise ValueError(f"entries of '{name}' that are not ascending indices, each once")
         n = sum(count for _, count in self.counts())
         if not 0 < n <= self.total < 2**63:
             raise ValueError(f"{n} of {self.total} parameters")
@@ -170,28 +191,28 @@ class SparseMask:
         """Raise MeerkatError unless this mask was made for exactly this model."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         total = sum(math.prod(shape) for shape in shapes.values())
-        strangers = [name for name, shape in self.shapes.items() if shapes.get(name) != shape]
-        if strangers or total != self.total:
+        differing = [name for name, shape in self.shapes.items() if shapes.get(name) != shape]
+        if differing or total != self.total:
             raise MeerkatError(
                 f"the mask is of a model with {self.total:,} parameters, this one has {total:,}"
-                + (f" and differs at '{strangers[0]}'" if strangers else "")
+                + (f" and differs at '{differing[0]}'" if differing else "")
                 + "; make a mask for this model with 'meerkat mask'"
             )
         for name, indices in self.entries.items():
             if indices is not None and not _ascend(indices, math.prod(self.shapes[name])):
                 raise MeerkatError(
-                    f"the mask's entries of '{name}' are not indices, each once and ascending; make it again with "
+                    f"the mask's entries of '{name}' are not ascending indices, each once; make it again with "
                     "'meerkat mask'"
                 )
-        if (found := fingerprint(model)) != self.fingerprint:
+        if (of_model := fingerprint(model)) != self.fingerprint:
             raise MeerkatError(
                 f"the mask is of the same architecture with other weights (fingerprint {self.fingerprint[:12]}, "
-                f"this model's is {found[:12]}); make a mask for this model with 'meerkat mask'"
+                f"this model's is {of_model[:12]}); make a mask for this model with 'meerkat mask'"
             )
 
 
 def _ascend(indices: Tensor, size: int) -> bool:
-    """Whether these are indices into a tensor of so many entries, each once: else a mask moves fewer than it says."""
+    """Whether these are indices into a tensor of `size` entries, ascending, each once: repeated, n would be wrong."""
     if indices.dim() != 1 or not len(indices):
         return indices.dim() == 1
     return bool(indices[0] >= 0 and indices[-1] < size and (indices[1:] > indices[:-1]).all())

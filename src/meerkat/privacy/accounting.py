@@ -1,7 +1,7 @@
 """What a run costs in privacy: (epsilon, delta) of noisy steps, by dp-accounting's privacy loss distributions.
 
-A charge is so many steps of one mechanism. Distributions are rounded up, so that an epsilon is never too low. Why this
-library, and how its numbers compare with others', stands in docs/privacy.md.
+A charge is a number of steps of one mechanism. Distributions are rounded up, so an epsilon is never too low.
+docs/privacy.md says why this library, and compares its numbers with others'.
 """
 
 import math
@@ -13,17 +13,17 @@ from meerkat.errors import MeerkatError
 from meerkat.privacy.mechanism import Relation
 
 LARGEST_NOISE = 1e4
-"""The largest noise multiplier that is looked for."""
+"""The largest noise multiplier that is tried."""
 _WIDTHS = ((0.02, 1e-3), (0.0, 1e-4))
-"""From which q / sigma on, the width of the bins that privacy losses are rounded up to: coarser is ten times faster. It
-depends on the mechanism alone, so that an epsilon grows with the steps."""
+"""(least q / sigma, width of the bins to which privacy losses are rounded up): coarse bins are ten times faster. The
+width depends on the mechanism alone, so that an epsilon grows with the steps."""
 _LONGEST = 1_000_000
-"""Steps that are counted, at most: more count as without noise."""
+"""The most steps that are accounted for; more of them count as steps without noise."""
 _HOPELESS = 200.0
-"""An epsilon, by Rényi orders, above which none is computed: distributions grow with it, to gigabytes and minutes."""
+"""The epsilon, by Rényi orders, above which none is computed: distributions grow with it, to gigabytes and minutes."""
 _ORDERS = (2, 3, 4, 6, 8, 16, 32, 64)
 _TOLERANCE = 1e-3
-"""Noise multipliers found are too large by at most this share."""
+"""`noise_for` overestimates by at most this share."""
 
 
 class Charge(NamedTuple):
@@ -37,7 +37,7 @@ class Charge(NamedTuple):
 
 
 def epsilon(charges: Sequence[Charge], delta: float, relation: Relation) -> float:
-    """The epsilon of several charges together, at a delta: an upper bound; infinite without noise, or with hardly any.
+    """An upper bound on the epsilon of several charges together, at a delta; infinite with no noise or hardly any.
 
     Raises:
         MeerkatError: dp-accounting is not installed.
@@ -62,7 +62,7 @@ def _epsilon(charges: tuple[Charge, ...], delta: float, relation: Relation) -> f
         )
         for charge in charges
     ]
-    coarse = rdp.RdpAccountant(_ORDERS)  # of one more or less; another one in its place costs more still
+    coarse = rdp.RdpAccountant(_ORDERS)  # for adding or removing one; replacing one costs more still
     if charges and coarse.compose(dp.ComposedDpEvent(events)).get_epsilon(delta) > _HOPELESS:
         return math.inf
     accountant = pld.PLDAccountant(
@@ -82,7 +82,7 @@ def noise_for(target: float, delta: float, rate: float, steps: int, relation: Re
     """The smallest noise multiplier, to three digits, whose steps cost at most a target epsilon.
 
     Raises:
-        MeerkatError: none up to LARGEST_NOISE does.
+        MeerkatError: none up to LARGEST_NOISE is enough.
     """
 
     def fits(noise_multiplier: float) -> bool:
@@ -96,7 +96,7 @@ def noise_for(target: float, delta: float, rate: float, steps: int, relation: Re
                 f"dp_epsilon {target:g}: no noise multiplier up to {LARGEST_NOISE:g} keeps {steps} steps within it at "
                 f"delta {delta:g}; allow more, or ask for fewer steps"
             )
-    if not low:  # a noise that is much too small makes huge distributions: come from above
+    if not low:  # far too little noise makes huge distributions: approach from above
         while high > 1 / 64 and fits(high / 2):
             high /= 2
         low = high / 2
@@ -115,18 +115,17 @@ def steps_within(
     most: int,
     spent: Sequence[Charge] = (),
 ) -> int:
-    """How many more steps, at most `most`, keep a total within a target epsilon, after what was spent before."""
+    """How many more steps, at most `most`, keep the total, with what was `spent`, within a target epsilon."""
 
     def fits(steps: int) -> bool:
         return epsilon([*spent, Charge(rate, noise_multiplier, steps)], delta, relation) <= target
 
     if fits(most):
         return most
-    low, high = 0, most  # doubling from below: long compositions are the slow ones
-    reach = 1
-    while reach < most and fits(reach):
-        low, reach = reach, 2 * reach
-    high = min(reach, most)
+    low, high = 0, 1  # doubling from below: long compositions are the slow ones
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

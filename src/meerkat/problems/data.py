@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.errors import DAMAGE, MeerkatError, in_short
-from meerkat.problems.tasks import Row, is_whole
+from meerkat.problems.tasks import Row, is_utf8
 
 HUB_SPLITS = {"validation": ("validation", "test")}
-"""Where a hub data set has no validation split, its test split stands in."""
+"""Split -> hub splits to use, the first that exists: a test split replaces a missing validation split."""
 
 
 def load_rows(source: str, split: str) -> list[Row]:
     """The rows of one split.
 
     Args:
-        source: a folder with SPLIT.jsonl files; any other folder or name goes to `datasets.load_dataset`,
-            with a configuration after a colon where it has one, as in `aps/super_glue:boolq`.
+        source: a folder with SPLIT.jsonl files. Any other folder or name goes to `datasets.load_dataset`,
+            with an optional configuration after a colon, as in `aps/super_glue:boolq`.
         split: "train", "validation" or "test".
 
     Raises:
-        MeerkatError: no such data, or rows that are not JSON objects.
+        MeerkatError: there is no such data, or a row is not a JSON object.
     """
     folder = Path(source)
     file = folder / f"{split}.jsonl"
@@ -49,9 +49,9 @@ def _read_jsonl(file: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # among them JSONDecodeError, and numbers too long for Python
-            said = error.msg if isinstance(error, json.JSONDecodeError) else in_short(error)
-            raise MeerkatError(f"data '{file}', line {number}: not JSON ({said})") from None
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number too long for Python
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else in_short(error)
+            raise MeerkatError(f"data '{file}', line {number}: not JSON ({reason})") from None
         if not isinstance(row, dict):
             raise MeerkatError(f"data '{file}', line {number}: must be a JSON object, not {type(row).__name__}")
         rows.append(row)
@@ -61,19 +61,18 @@ def _read_jsonl(file: Path) -> list[Row]:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """Texts one by one: of a file, or of a hub data set's training split, which is streamed.
+    """Texts one by one, from a file or from a hub data set's training split, which is streamed.
 
     Args:
-        source: a `.jsonl` file with a `text` a line; another file, with a text a line; or a data set's name,
-            with a configuration after a colon where it has one, as in `allenai/c4:en`,
-            or a folder of one.
+        source: a `.jsonl` file with a `text` field on each line; any other file, with a text on each line; or a
+            data set's folder or name, with an optional configuration after a colon, as in `allenai/c4:en`.
 
     Raises:
-        MeerkatError: no such text, or rows without one.
+        MeerkatError: there is no such text, or a row without one.
     """
     path = Path(source)
-    named = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
-    if path.is_dir() or (named and not path.exists()):
+    may_be_hub_name = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
+    if path.is_dir() or (may_be_hub_name and not path.exists()):
         yield from _hub_texts(source)
         return
     try:
@@ -94,29 +93,28 @@ def _text_of(line: str, where: str) -> str:
         text = json.loads(line)["text"]
     except DAMAGE:
         text = None
-    if not isinstance(text, str) or not is_whole(text):
+    if not isinstance(text, str) or not is_utf8(text):
         raise MeerkatError(f"{where}: must be a JSON object with a 'text' string")
     return text
 
 
 def _hub_texts(source: str) -> Iterator[str]:
-    held = _load_dataset(source, "text", split="train", streaming=True)
-    for row in held:
+    for row in _load_dataset(source, "text", split="train", streaming=True):
         if not isinstance(row.get("text"), str):
             raise MeerkatError(f"text '{source}': its rows have no 'text', only {', '.join(row)}; give another")
         yield row["text"]
 
 
 def _from_hub(source: str, split: str) -> list[Row]:
-    held = _load_dataset(source, "data")
-    present = next((s for s in HUB_SPLITS.get(split, (split,)) if s in held), None)
-    if present is None:
-        raise MeerkatError(f"data '{source}': has no split '{split}', only {', '.join(held)}")
-    return [dict(row) for row in held[present]]
+    splits = _load_dataset(source, "data")
+    name = next((name for name in HUB_SPLITS.get(split, (split,)) if name in splits), None)
+    if name is None:
+        raise MeerkatError(f"data '{source}': has no split '{split}', only {', '.join(splits)}; give another data set")
+    return [dict(row) for row in splits[name]]
 
 
 def _load_dataset(source: str, what: str, **options: Any) -> Any:
-    """A hub data set, or a folder of one; its type is Any here: its rows are plain dictionaries."""
+    """A data set from the hub or a folder; rows are plain dictionaries."""
     try:
         import datasets
     except ImportError:
@@ -128,7 +126,7 @@ def _load_dataset(source: str, what: str, **options: Any) -> Any:
         name, configuration = source.rsplit(":", 1)
     try:
         return datasets.load_dataset(name, configuration, **options)
-    except Exception as error:  # the library raises many kinds, its own and its transport's
+    except Exception as error:  # the library and its transport raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         cure = "a folder with train.jsonl" if what == "data" else "a .jsonl file with 'text' fields"
         raise MeerkatError(f"{what} '{source}': cannot be loaded ({reason}); give {cure}, or a hub name") from None

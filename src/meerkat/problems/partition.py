@@ -1,7 +1,6 @@
 """Who holds which rows: splits of a training set over clients, deterministic in the seed.
 
-The names follow Flower Datasets' partitioners. Every client gets at least one row, or there is a clear
-error.
+The names follow Flower Datasets' partitioners. A split that leaves a client without a row is an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +16,17 @@ from meerkat.problems.tasks import Row
 
 FORMS = "iid, dirichlet:A (A > 0), single-label, mixed:N (N single-label clients, the rest iid), column:NAME"
 _DRAWS = 10
-"""How often a Dirichlet split is drawn again when it leaves a client with nothing."""
+"""How many Dirichlet splits are drawn until one leaves no client without rows."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A split: the rows of each client, and which clients are known to be extremely skewed."""
+    """A split: the rows of each client, and the clients that it makes extremely skewed."""
 
     rows: tuple[np.ndarray, ...]
     """Row numbers of each client, int64, ascending."""
     extreme: tuple[int, ...] = ()
-    """Clients that hold one single label because the split was asked for it."""
+    """Clients with a single label, where the split was asked for them."""
 
 
 def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
@@ -35,10 +34,10 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
 
     Args:
         spec: one of `FORMS`.
-        rows: each with its `label`, and the column's value for column:NAME.
+        rows: each with a `label`, and a field NAME for column:NAME.
 
     Raises:
-        MeerkatError: an unknown form, more clients than rows, or a client left without a row.
+        MeerkatError: an unknown form, more clients than rows, or a client without a row.
     """
     name, _, argument = spec.partition(":")
     if name not in PARTITIONERS or bool(argument) != (name in ("dirichlet", "mixed", "column")):
@@ -54,12 +53,12 @@ def _labels(rows: Sequence[Row]) -> np.ndarray:
     return np.array([row["label"] for row in rows], dtype=np.int64)
 
 
-def _dealt(order: np.ndarray, clients: int) -> list[np.ndarray]:
+def _deal(order: np.ndarray, clients: int) -> list[np.ndarray]:
     return [np.sort(part) for part in np.array_split(order, clients)]
 
 
 def _iid(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
-    return Partition(tuple(_dealt(seeds.permutation(len(rows), seed, "iid"), clients)))
+    return Partition(tuple(_deal(seeds.permutation(len(rows), seed, "iid"), clients)))
 
 
 def _dirichlet(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
@@ -86,44 +85,43 @@ def _dirichlet(argument: str, rows: Sequence[Row], clients: int, seed: int) -> P
 
 
 def _single_label(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
-    """Client k holds only rows of one label; the labels go round the clients. Fewer clients leave labels unused."""
-    labels = _labels(rows)
-    return Partition(tuple(_one_label_each(np.arange(len(rows)), labels, clients, seed)), tuple(range(clients)))
+    """Each client holds rows of one label; the labels go round the clients. With too few clients, labels are unused."""
+    return Partition(tuple(_one_label_each(_labels(rows), clients, seed)), tuple(range(clients)))
 
 
-def _one_label_each(among: np.ndarray, labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
-    present = np.unique(labels[among])
-    parts: list[np.ndarray] = [among[:0]] * clients
-    for i, label in enumerate(present):
-        holders = list(range(clients))[i :: len(present)]
-        of_label = among[labels[among] == label]
+def _one_label_each(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+    distinct = np.unique(labels)
+    parts: list[np.ndarray] = [np.array([], dtype=np.int64)] * clients
+    for i, label in enumerate(distinct):
+        holders = range(clients)[i :: len(distinct)]
+        of_label = np.flatnonzero(labels == label)
         if len(of_label) < len(holders):
             raise MeerkatError(
                 f"label {label} has {len(of_label)} rows for {len(holders)} single-label clients; use fewer clients"
             )
         if holders:
             of_label = of_label[seeds.permutation(len(of_label), seed, "single label", int(label))]
-            for client, part in zip(holders, _dealt(of_label, len(holders)), strict=True):
+            for client, part in zip(holders, _deal(of_label, len(holders)), strict=True):
                 parts[client] = part
     return parts
 
 
 def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
-    """Clients 0 .. N-1 hold one label each, the others draw from all that are left.
+    """Clients 0 .. N-1 hold one label each; the other rows are split at random among the other clients.
 
-    All get equally many rows, but for single-label clients whose label has fewer left.
+    All clients get equally many rows, except single-label ones whose label has fewer left.
     """
     single = _number(argument, int, "mixed:N needs a whole number N of single-label clients, such as mixed:3")
     if not 0 < single <= clients:
         raise MeerkatError(f"partition 'mixed:{single}': N must be 1 to the number of clients, {clients}")
     labels = _labels(rows)
-    present = np.unique(labels)
+    distinct = np.unique(labels)
     size = len(rows) // clients
     order = seeds.permutation(len(rows), seed, "mixed")
     free = np.ones(len(rows), dtype=bool)
     parts: list[np.ndarray] = []
     for client in range(single):
-        label = present[client % len(present)]
+        label = distinct[client % len(distinct)]
         taken = order[free[order] & (labels[order] == label)][:size]
         if not len(taken):
             raise MeerkatError(
@@ -134,13 +132,13 @@ def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Parti
     rest = np.flatnonzero(free)
     rest = rest[seeds.permutation(len(rest), seed, "mixed rest")]
     if clients > single:
-        # the single-label clients may have taken unevenly from the labels; the others are iid over what is left
-        parts += _dealt(rest, clients - single)
+        # iid over what is left: single-label clients may have taken more of some labels than of others
+        parts += _deal(rest, clients - single)
     return Partition(tuple(parts), tuple(range(single)))
 
 
 def _column(argument: str, rows: Sequence[Row], clients: int, _: int) -> Partition:
-    """Rows with the same value of a column stay together; values go to the client with the fewest rows so far."""
+    """Rows with the same value of a column stay together; each value goes to the client with the fewest rows so far."""
     if missing := next((number for number, row in enumerate(rows, 1) if row.get(argument) is None), 0):
         raise MeerkatError(f"partition 'column:{argument}': training row {missing} has no field '{argument}'")
     groups: dict[str, list[int]] = {}
@@ -163,10 +161,10 @@ _Number = TypeVar("_Number", int, float)
 def _number(text: str, kind: Callable[[str], _Number], need: str) -> _Number:
     try:
         value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
     except ValueError:
         raise MeerkatError(f"partition argument '{text}': {need}") from None
-    if not 0 < value < float("inf"):
-        raise MeerkatError(f"partition argument '{text}': {need}")
     return value
 
 
@@ -187,7 +185,7 @@ def _epoch(rows: int, seed: int, client: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's rows and the order it goes through them: a batch is a function of (seed, client, step)."""
+    """One client's rows and the order of its batches: a batch is a function of (seed, client, step)."""
 
     client: int
     rows: np.ndarray
@@ -195,9 +193,9 @@ class ClientRows:
     seed: int
 
     def batch(self, step: int) -> np.ndarray:
-        """Row numbers of the step-th batch since the run began: epoch after epoch, each in a fresh order.
+        """Row numbers of the step-th batch since the run began, int64: epoch after epoch, each in a new order.
 
-        A client with fewer rows than a batch uses all it has.
+        A client with fewer rows than a batch uses them all.
         """
         size = min(self.batch_size, len(self.rows))
         first, last = step * size, (step + 1) * size

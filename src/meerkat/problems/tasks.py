@@ -1,7 +1,7 @@
 """Tasks: rows of data -> prompts, label words and token ids (method, section 9).
 
-A classification task is a template that ends in `{label}` and one label string a class. Prompt and
-label are tokenised as one string, and a label may be several tokens.
+A classification task is a template that ends in `{label}`, and one label string for each class. Prompt and
+label are tokenised as one string; a label may be several tokens.
 """
 
 import string
@@ -19,12 +19,12 @@ Row = Mapping[str, Any]
 Objective = Literal["classification", "language-modelling"]
 
 _ROWS_TOGETHER = 1000
-"""Rows tokenised at a time."""
+"""Rows tokenised at a time: the tokenizer's output takes far more memory than the tokens."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a row is put to the model."""
+    """How a row is shown to the model."""
 
     name: str
     template: str
@@ -32,7 +32,7 @@ class Task:
     labels: tuple[str, ...]
     """Label strings; a row's `label` is an index into them."""
     prepare: Callable[[Row], Row] = lambda row: row
-    """Row -> the template's fields, where they are not the row's own."""
+    """Row -> the template's fields; by default the row's own."""
     needs: tuple[str, ...] = ()
     """Fields that a row must have beside `label`."""
 
@@ -87,10 +87,10 @@ TASKS: dict[str, Task] = {
 
 
 def load_task(name: str) -> Task:
-    """A built-in task by name, or one's own from a TOML file with `template` and `labels`.
+    """A built-in task by name, or a user's from a TOML file with `template` and `labels`.
 
     Raises:
-        MeerkatError: no such task, or a file that does not describe one.
+        MeerkatError: no such task, or a malformed file.
     """
     if name in TASKS:
         return TASKS[name]
@@ -101,7 +101,7 @@ def read_task_file(name: str) -> str:
     """The text of a task file.
 
     Raises:
-        MeerkatError: it is not there, or not a .toml file.
+        MeerkatError: there is no such file, or it is not a .toml file.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -121,10 +121,10 @@ def parse_task(text: str, name: str) -> Task:
         MeerkatError: the text does not describe a task.
     """
     try:
-        held = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # among them TOMLDecodeError, and numbers too long for Python
+        settings = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, as are numbers too long for Python
         raise MeerkatError(f"task file '{name}': not valid TOML ({in_short(error)})") from None
-    template, labels = held.get("template"), held.get("labels")
+    template, labels = settings.get("template"), settings.get("labels")
     if not isinstance(template, str) or not template.endswith("{label}") or template.count("{label}") != 1:
         raise MeerkatError(f"task file '{name}': needs template = \"... {{label}}\", with {{label}} once, at its end")
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
@@ -133,21 +133,23 @@ def parse_task(text: str, name: str) -> Task:
         raise MeerkatError(f"task file '{name}': labels must differ from each other")
     try:
         parts = [
-            (f, form, conversion) for _, f, form, conversion in string.Formatter().parse(template) if f is not None
+            (field, spec, conversion)
+            for _, field, spec, conversion in string.Formatter().parse(template)
+            if field is not None
         ]
     except ValueError as error:
         raise MeerkatError(f"task file '{name}': the template's braces do not match ({error})") from None
     fields = [field for field, _, _ in parts]
-    if odd := [field for field in fields if not field.isidentifier()]:
-        raise MeerkatError(f"task file '{name}': '{{{odd[0]}}}' in the template is no field name")
-    if formatted := [field for field, form, conversion in parts if form or conversion]:
+    if invalid := [field for field in fields if not field.isidentifier()]:
+        raise MeerkatError(f"task file '{name}': '{{{invalid[0]}}}' in the template is not a field name")
+    if formatted := [field for field, spec, conversion in parts if spec or conversion]:
         raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
     needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
-    return Task(str(held.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
+    return Task(str(settings.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
 
 
-def is_whole(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold one half of a surrogate pair, and no tokenizer takes it."""
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8. Half a surrogate pair cannot: JSON allows it, tokenizers do not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -156,7 +158,7 @@ def is_whole(text: str) -> bool:
 
 
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
-    """Raise MeerkatError unless every row has the task's fields, as whole text, and a label within range."""
+    """Raise MeerkatError unless there are rows, each with the task's fields and a label in range."""
     if not rows:
         raise MeerkatError(f"{source}: no rows; give data with at least one row")
     for number, row in enumerate(rows, 1):
@@ -165,8 +167,10 @@ def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
                 f"{source}, row {number}: no field '{missing[0]}', or no value in it (it has {', '.join(row)}); "
                 f"task '{task.name}' needs {', '.join((*task.needs, 'label'))}"
             )
-        if broken := [field for field in task.needs if isinstance(row[field], str) and not is_whole(row[field])]:
-            raise MeerkatError(f"{source}, row {number}: '{broken[0]}' has half a character, as \\ud800 alone; mend it")
+        if broken := [field for field in task.needs if isinstance(row[field], str) and not is_utf8(row[field])]:
+            raise MeerkatError(
+                f"{source}, row {number}: '{broken[0]}' has half a character, such as \\ud800 alone; correct it"
+            )
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(task.labels):
             raise MeerkatError(
@@ -177,25 +181,25 @@ def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Where one label string's log-probability is read: in which of the example's sequences, and at which tokens."""
+    """Where one label string's log-probability is read: in which sequence of the example, at which tokens."""
 
     sequence: int
     start: int
-    """Index of the position whose logits predict the label's first token."""
+    """The position whose logits predict the label's first token."""
     targets: np.ndarray
-    """The label's token ids, int64 [number of its tokens]."""
+    """The label's token ids, int64 [tokens]."""
 
 
 @dataclass(frozen=True)
 class Example:
     """A row as the model sees it.
 
-    Candidates whose inputs agree share a forward pass: with one-token labels there is one sequence, the
-    prompt, whatever the number of classes.
+    Candidates with the same input share a forward pass: with one-token labels there is one sequence, the
+    prompt, for any number of classes.
     """
 
     sequences: tuple[np.ndarray, ...]
-    """Token ids, int64 [length] each."""
+    """Token ids of each, int64 [length]."""
     candidates: tuple[Candidate, ...]
     label: int
 
@@ -203,8 +207,8 @@ class Example:
 def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
     """Tokenise rows: each prompt with each label string as one text, cut from the left to max_length.
 
-    `tokenizer` is a Hugging Face one that reports offsets; the tokens that it puts in front (BOS) are
-    kept when the text is cut.
+    `tokenizer` is a fast Hugging Face one, which reports offsets. Special tokens that it puts in front (BOS)
+    survive the cut.
 
     Raises:
         MeerkatError: the tokenizer reports no offsets, or max_length leaves no room for a prompt.
@@ -214,7 +218,7 @@ def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
             f"tokenizer {type(tokenizer).__name__} reports no offsets; use the model's fast tokenizer (tokenizer.json)"
         )
     examples: list[Example] = []
-    for first in range(0, len(rows), _ROWS_TOGETHER):  # what a tokenizer reports takes far more room than its tokens
+    for first in range(0, len(rows), _ROWS_TOGETHER):
         examples += _encode(task, rows[first : first + _ROWS_TOGETHER], tokenizer, max_length)
     return examples
 
@@ -223,36 +227,38 @@ def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) ->
     prompts = [task.prompt(row) for row in rows]
     texts = [prompt + label for prompt in prompts for label in task.labels]
     tokenised = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    texts_tokens = list(zip(tokenised["input_ids"], tokenised["offset_mapping"], strict=True))
+    tokens = list(zip(tokenised["input_ids"], tokenised["offset_mapping"], strict=True))
     width = len(task.labels)
     examples = []
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        candidates = texts_tokens[i * width : (i + 1) * width]
+        candidates = tokens[i * width : (i + 1) * width]
         pieces = [_label_span(ids, offsets, len(prompt)) for ids, offsets in candidates]
         examples.append(_share_prefixes(_cut_left(pieces, max_length, task), row["label"]))
     return examples
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _LabelledText:
     ids: list[int]
     special: int
-    """Special tokens in front."""
+    """Number of special tokens in front."""
     label_at: int
-    """Index of the label's first token; the label runs to the end."""
+    """Index of the label's first token; all tokens from there on are the label's."""
 
 
-def _label_span(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> _Piece:
-    """Split one tokenised text: a token is the label's if it covers any character after the boundary."""
+def _label_span(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> _LabelledText:
+    """Split one tokenised text: a token belongs to the label if it covers any character after the boundary."""
     special = next((i for i, (start, end) in enumerate(offsets) if end > start), 0)
     of_label = [i for i, (_, end) in enumerate(offsets) if end > boundary]
-    return _Piece(ids[: of_label[-1] + 1], special, of_label[0])
+    return _LabelledText(ids[: of_label[-1] + 1], special, of_label[0])
 
 
-def _cut_left(pieces: list[_Piece], max_length: int, task: Task) -> list[_Piece]:
-    """Cut the same number of prompt tokens from all candidates, so that they keep one prompt."""
+def _cut_left(pieces: list[_LabelledText], max_length: int, task: Task) -> list[_LabelledText]:
+    """Cut the same number of prompt tokens from all candidates, so that they keep the same prompt."""
     excess = max(0, max(len(piece.ids) for piece in pieces) - max_length)
-    cut = [_Piece(p.ids[: p.special] + p.ids[p.special + excess :], p.special, p.label_at - excess) for p in pieces]
+    cut = [
+        _LabelledText(p.ids[: p.special] + p.ids[p.special + excess :], p.special, p.label_at - excess) for p in pieces
+    ]
     if any(p.label_at <= p.special and excess for p in cut) or any(p.label_at < 1 for p in cut):
         raise MeerkatError(
             f"max_length {max_length} leaves no prompt before the labels of task '{task.name}'; use a larger one"
@@ -260,23 +266,23 @@ def _cut_left(pieces: list[_Piece], max_length: int, task: Task) -> list[_Piece]
     return cut
 
 
-def _share_prefixes(pieces: list[_Piece], label: int) -> Example:
-    """Keep one sequence for all candidates whose inputs are prefixes of it: a causal model reads them all there."""
+def _share_prefixes(pieces: list[_LabelledText], label: int) -> Example:
+    """Keep one sequence for all candidates whose inputs are prefixes of it: a causal model gives all their logits."""
     sequences: list[list[int]] = []
-    home = [0] * len(pieces)
+    sequence_of = [0] * len(pieces)
     for c in sorted(range(len(pieces)), key=lambda c: -len(pieces[c].ids)):
-        given = pieces[c].ids[:-1]  # the last token is only predicted
+        inputs = pieces[c].ids[:-1]  # the last token is only predicted
         for s, sequence in enumerate(sequences):
-            if sequence[: len(given)] == given:
-                home[c] = s
+            if sequence[: len(inputs)] == inputs:
+                sequence_of[c] = s
                 break
         else:
-            home[c] = len(sequences)
-            sequences.append(given)
+            sequence_of[c] = len(sequences)
+            sequences.append(inputs)
     return Example(
         sequences=tuple(np.array(sequence, dtype=np.int64) for sequence in sequences),
         candidates=tuple(
-            Candidate(home[c], piece.label_at - 1, np.array(piece.ids[piece.label_at :], dtype=np.int64))
+            Candidate(sequence_of[c], piece.label_at - 1, np.array(piece.ids[piece.label_at :], dtype=np.int64))
             for c, piece in enumerate(pieces)
         ),
         label=label,

@@ -1,7 +1,7 @@
-"""A run after the fact, from its folder alone: GradIP trajectories, virtual paths, how updates align.
+"""A run after the fact, from its folder alone: GradIP trajectories, virtual paths, alignment of updates.
 
-No model and no data are needed. Trajectories come from the log by one multiplication a step; paths and
-alignments make directions again.
+No model and no data are needed. A trajectory is one multiplication a step on what the log holds; paths and
+alignments regenerate the directions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.record.opening import check_format
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.record.verification import OpenRun
+from meerkat.record.verification import StoredRun
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Trajectory:
     """One client's signal over its local steps."""
 
     steps: np.ndarray
-    """Number of each step, int64 [S], counted over the whole federation's training: round r begins at r T."""
+    """Number of each step in the whole federation's training, int64 [S]: round r begins at r T."""
     gradip: np.ndarray
-    """float64 [S]; nan where the run's mask has no pre-training gradient."""
+    """float64 [S]; nan if the run's mask has no pre-training gradient."""
     abs_g: np.ndarray
     """|g|, float64 [S]"""
 
 
 @dataclass(frozen=True)
 class Records:
-    """A log's records in order, as they stand there: chained by hash, not replayed."""
+    """A log's records in order: their hash chain is checked, but they are not replayed."""
 
     rounds: list[RoundRecord]
     calibrations: list[CalibrationRecord]
@@ -45,13 +45,15 @@ class Records:
     """T"""
 
     def trajectories(self) -> dict[int, Trajectory]:
-        """GradIP and |g| of every client over training, by client id. A first-order run has none."""
+        """GradIP and |g| of every client over training, by client id; empty for a first-order run."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         for record in self.rounds:
-            begun = record.plan.round * self.local_steps  # also after rounds of early-stopped clients alone
+            first = (
+                record.plan.round * self.local_steps
+            )  # counted even where all of a round's clients have stopped early
             for client, g in record.scalars.items():
                 if record.plan.directions:
-                    steps = begun + np.arange(len(g))
+                    steps = first + np.arange(len(g))
                     parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
         return {k: Trajectory(*map(np.concatenate, zip(*parts[k], strict=True))) for k in sorted(parts)}
 
@@ -60,26 +62,27 @@ def read(root: Path) -> Records:
     """The records of a run.
 
     Raises:
-        MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
+        MeerkatError: there is no run in the folder.
+        RunFailed: a record is damaged.
     """
     folder = RunFolder.open(Path(root))
-    reader, found = LogReader(folder.log_path), Records([], [], folder.config().local_steps)
+    reader, records = LogReader(folder.log_path), Records([], [], folder.config().local_steps)
     try:
-        for held in reader:
-            check_format(held, reader.path)
-            if held.get("kind") == "round":
-                found.rounds.append(RoundRecord.from_json(held))
-            elif held.get("kind") == "calibration":
-                found.calibrations.append(CalibrationRecord.from_json(held))
+        for record in reader:
+            check_format(record, reader.path)
+            if record.get("kind") == "round":
+                records.rounds.append(RoundRecord.from_json(record))
+            elif record.get("kind") == "calibration":
+                records.calibrations.append(CalibrationRecord.from_json(record))
     except DAMAGE as error:
-        said = in_short(error)
-        raise RunFailed(f"{reader.path}: a record is damaged ({said}); restore the file from a copy") from None
-    _check_whole(reader)
-    return found
+        reason = in_short(error)
+        raise RunFailed(f"{reader.path}: a record is damaged ({reason}); restore the file from a copy") from None
+    _check_end(reader)
+    return records
 
 
-def _check_whole(reader: LogReader) -> None:
-    """Raise RunFailed if records follow a damaged one; a torn last line is a killed run's, and no damage."""
+def _check_end(reader: LogReader) -> None:
+    """Raise RunFailed if records follow a damaged one. A torn last line is allowed: a killed run leaves it."""
     if reader.damage and not reader.torn:
         raise RunFailed(f"{reader.path}: {reader.damage}, with records after it; restore the file from a copy")
 
@@ -90,16 +93,17 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
     The log is replayed and checked up to that round.
 
     Raises:
-        MeerkatError: there is no such round, or the client took no part in it, or made its steps by
-            backpropagation; RunFailed: the record is damaged.
+        MeerkatError: there is no such round, the client took no part in it, or its steps were made by
+            backpropagation.
+        RunFailed: a record is damaged.
     """
-    run = OpenRun.of(Path(root))
+    run = StoredRun.open(Path(root))
     for state, record in run.replay:
         if isinstance(record, RoundRecord) and record.plan.round == round:
             if client not in record.scalars or not record.plan.directions:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
             return (theta.clone() for theta in path.client_path(state.theta, record, client, run.directions))
-    _check_whole(run.reader)
+    _check_end(run.reader)
     raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
 
 
@@ -107,10 +111,11 @@ def updates(root: Path) -> Iterator[tuple[int, Mapping[int, Alignment]]]:
     """(round, norm and cosine of each client's update against the aggregated one), round by round.
 
     Raises:
-        MeerkatError: there is no run in the folder; RunFailed: a record is damaged.
+        MeerkatError: there is no run in the folder.
+        RunFailed: a record is damaged.
     """
-    run = OpenRun.of(Path(root))
+    run = StoredRun.open(Path(root))
     for _, record in run.replay:
         if isinstance(record, RoundRecord):
             yield record.plan.round, alignments(record, run.directions)
-    _check_whole(run.reader)
+    _check_end(run.reader)

@@ -1,11 +1,11 @@
-"""Who is in a federation, as its log has it: clients that joined, the keys they sign with, keys that are revoked.
+"""Who is in a federation and may sign, as its log has it: clients that joined, their keys, revoked keys.
 
-The door, the coordinator's engine and the replay of a log hold everyone to the same rules, which stand here:
+Admission, the coordinator's engine and the replay of a log all apply the rules that stand here:
 
-- A key is one client's. A client that has signed goes on signing.
-- Another key comes in with the signature of the one before, which is a rotation, or after that one was revoked.
-- What a revoked key signs from then on is not taken.
-- Where keys are listed, only they may sign, and those that one of them handed over to.
+- A key belongs to one client. A client that has signed goes on signing.
+- A new key needs the signature of the previous one (a rotation), unless that one was revoked.
+- What a revoked key signs from then on is rejected.
+- Where keys are listed, only they may sign, and keys that one of them handed over to.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from meerkat.record.signatures import (
     KEY,
     SIGNATURE,
     BadSignature,
-    Charter,
+    RunIdentity,
     fingerprint,
     handover,
     is_fingerprint,
@@ -32,170 +32,174 @@ from meerkat.record.signatures import (
 
 
 @dataclass(frozen=True)
-class Join:
-    """A site that became a client of a federation, or came back with other data or another key: from the next round."""
+class Member:
+    """A site that became a client of a federation, or came back with other data or another key."""
 
     round: int
+    """The first round that it can take part in."""
     client: int
     examples: int
     """Its rows."""
     node: str
     """The node that the client id belongs to from now on: no other may take its place."""
     key: str = ""
-    """The public key that it signs with, 32 bytes, hexadecimal; empty where it does not sign."""
+    """The public key that it signs with, 32 bytes, hexadecimal; empty if it does not sign."""
     signature: str = ""
-    """Its own, of its joining: 64 bytes, hexadecimal. See `signatures`."""
+    """The key's signature of the joining, 64 bytes, hexadecimal: see `signatures`."""
     handover: str = ""
-    """The key before's, where this one took its place; hexadecimal."""
+    """The previous key's signature, if this one replaces it; hexadecimal."""
 
     @classmethod
-    def from_json(cls, held: dict[str, Any]) -> "Join":
+    def from_json(cls, record: dict[str, Any]) -> "Member":
         """The record that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: it was not written by `to_json`.
+            KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        join = cls(**{name: value for name, value in held.items() if name != "kind"})
-        whole = all(isinstance(n, int) for n in (join.round, join.client, join.examples))
-        if not (whole and isinstance(join.node, str) and 0 <= join.client < 2**32 and 0 < join.examples < 2**40):
-            raise ValueError(f"a join of client {join.client!r} with {join.examples!r} rows")
-        if not is_key(join.key, join.signature, join.handover):
-            raise ValueError(f"a join of client {join.client} with a key or signature that is none")
-        return join
+        member = cls(**{name: value for name, value in record.items() if name != "kind"})
+        whole = all(isinstance(n, int) for n in (member.round, member.client, member.examples))
+        if not (whole and isinstance(member.node, str) and 0 <= member.client < 2**32 and 0 < member.examples < 2**40):
+            raise ValueError(f"a join of client {member.client!r} with {member.examples!r} rows")
+        if not are_credentials(member.key, member.signature, member.handover):
+            raise ValueError(f"a join of client {member.client} with a malformed key or signature")
+        return member
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {"kind": "join", **asdict(self)}
 
-    def settle(self, settings: ServerConfig) -> ServerConfig:
+    def added_to(self, settings: ServerConfig) -> ServerConfig:
         """The settings with this client among them."""
         return replace(settings, examples={**settings.examples, self.client: self.examples})
 
 
-def is_key(key: object, signature: object, handed: object) -> bool:
-    """Whether these are a key with its signature and perhaps a handover, hexadecimal; or nothing at all."""
-    return (key, signature, handed) == ("", "", "") or (
-        is_hex(key, KEY) and is_hex(signature, SIGNATURE) and (handed == "" or is_hex(handed, SIGNATURE))
+def are_credentials(key: object, signature: object, handing_over: object) -> bool:
+    """Whether these are a key, its signature and possibly a handover, all hexadecimal; or all empty."""
+    return (key, signature, handing_over) == ("", "", "") or (
+        is_hex(key, KEY) and is_hex(signature, SIGNATURE) and (handing_over == "" or is_hex(handing_over, SIGNATURE))
     )
 
 
 @dataclass(frozen=True)
-class Revocation:
-    """A key that is not taken any more, from a round on."""
+class KeyRevocation:
+    """A key that is rejected from a round on."""
 
     round: int
     key: str
     """Its fingerprint."""
 
     @classmethod
-    def from_json(cls, held: dict[str, Any]) -> "Revocation":
+    def from_json(cls, record: dict[str, Any]) -> "KeyRevocation":
         """The record that `to_json` wrote.
 
         Raises:
-            TypeError, ValueError: it was not written by `to_json`.
+            TypeError, ValueError: `to_json` did not write it.
         """
-        made = cls(**{name: value for name, value in held.items() if name != "kind"})
-        if not isinstance(made.round, int) or not is_fingerprint(made.key):
-            raise ValueError(f"a revocation of key {made.key!r} before round {made.round!r}")
-        return made
+        revocation = cls(**{name: value for name, value in record.items() if name != "kind"})
+        if not isinstance(revocation.round, int) or not is_fingerprint(revocation.key):
+            raise ValueError(f"a revocation of key {revocation.key!r} before round {revocation.round!r}")
+        return revocation
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {"kind": "revoke", **asdict(self)}
 
 
-class Register:
-    """The clients of a run that sign, and the revoked keys."""
+class Members:
+    """The clients of a federation that sign, with their keys, and the revoked keys."""
 
-    def __init__(self, charter: Charter, listed: Collection[str] | None = None) -> None:
-        """Nobody has joined, and nothing is revoked.
+    def __init__(self, identity: RunIdentity, listed: Collection[str] | None = None) -> None:
+        """Nobody has joined, and no key is revoked.
 
         Args:
-            listed: fingerprints of the only keys that may sign; None to hold keys against no list.
+            listed: fingerprints of the only keys that may sign; None to allow any.
         """
-        self.charter = charter
+        self.identity = identity
         self.listed = listed
         self.revoked: dict[str, int] = {}
-        """The keys that are revoked by now, by fingerprint, and from which round on."""
+        """Fingerprint of each revoked key -> the round from which it is."""
         self.keys: dict[int, bytes] = {}
         """The public key of each client that signs."""
-        self._joined: dict[int, bytes] = {}
+        self._joining_digests: dict[int, bytes] = {}
         self._owners: dict[bytes, int] = {}
 
-    def check(self, join: Join) -> None:
-        """Whether a site may join so.
+    def check(self, member: Member) -> None:
+        """Check that a site may join.
 
         Raises:
             BadSignature: it may not; whose key it is and why.
         """
-        client, key, before = join.client, bytes.fromhex(join.key), self.keys.get(join.client)
+        client, key, previous = member.client, bytes.fromhex(member.key), self.keys.get(member.client)
         if not key:
-            if before is not None:
-                raise BadSignature(f"client {client} has signed with key {fingerprint(before)}, and now has none")
-            if self.charter.signed or self.listed is not None:
-                none = "" if self.charter.signed else ", and the run took replies without: there is nothing to check"
-                raise BadSignature(f"client {client} has no key, where every reply must be signed{none}")
+            if previous is not None:
+                raise BadSignature(f"client {client} has signed with key {fingerprint(previous)}, and now has none")
+            if self.identity.signed or self.listed is not None:
+                nothing = (
+                    "" if self.identity.signed else ", and the run took unsigned replies: there is nothing to check"
+                )
+                raise BadSignature(f"client {client} has no key, where every reply must be signed{nothing}")
             return
         name = fingerprint(key)
         self._check_revoked(key, f"client {client}'s joining")
         if self._owners.get(key, client) != client:
             raise BadSignature(f"key {name} of client {client} is client {self._owners[key]}'s")
-        joining = self.charter.joining(client, join.examples, join.node, key)
-        if not is_signed(key, bytes.fromhex(join.signature), joining):
+        joining = self.identity.joining(client, member.examples, member.node, key)
+        if not is_signed(key, bytes.fromhex(member.signature), joining):
             raise BadSignature(f"client {client} has not signed its joining with key {name}")
-        if before is not None and self.needs_handover(join):
-            if not join.handover:
-                was = fingerprint(before)
-                raise BadSignature(f"client {client} signed with key {was}, and nothing hands over to {name}")
-            if not is_signed(before, bytes.fromhex(join.handover), handover(joining)):
-                raise BadSignature(f"client {client}: key {fingerprint(before)} has not handed over to {name}")
+        if previous is not None and self.needs_handover(member):
+            if not member.handover:
+                old = fingerprint(previous)
+                raise BadSignature(f"client {client} signed with key {old}, and nothing hands over to {name}")
+            if not is_signed(previous, bytes.fromhex(member.handover), handover(joining)):
+                raise BadSignature(f"client {client}: key {fingerprint(previous)} has not handed over to {name}")
             return
-        if join.handover:
-            if before is not None:
-                self._check_revoked(before, f"client {client}'s handover to key {name}")
-            raise BadSignature(f"key {name} of client {client} was handed over, and there was none before it")
-        if before != key and self.listed is not None and name not in self.listed:
+        if member.handover:
+            if previous is not None:
+                self._check_revoked(previous, f"client {client}'s handover to key {name}")
+            raise BadSignature(f"key {name} of client {client} comes with a handover, and there was no key before it")
+        if previous != key and self.listed is not None and name not in self.listed:
             raise BadSignature(f"key {name} of client {client} is not among the listed ones")
 
-    def needs_handover(self, join: Join) -> bool:
-        """Whether the key of a joining takes the place of another, which can hand over."""
-        before = self.keys.get(join.client)
-        return before is not None and before.hex() != join.key and fingerprint(before) not in self.revoked
+    def needs_handover(self, member: Member) -> bool:
+        """Whether a joining's key replaces another, which can hand over."""
+        previous = self.keys.get(member.client)
+        return previous is not None and previous.hex() != member.key and fingerprint(previous) not in self.revoked
 
-    def join(self, join: Join) -> None:
-        """Take up a client that joins from now on.
+    def admit(self, member: Member) -> None:
+        """Add a client.
 
         Raises:
             BadSignature: see `check`.
         """
-        self.check(join)
-        if key := bytes.fromhex(join.key):
-            joining = self.charter.joining(join.client, join.examples, join.node, key)
-            self.keys[join.client], self._owners[key] = key, join.client
-            self._joined[join.client] = hashlib.sha256(joining).digest()
+        self.check(member)
+        if key := bytes.fromhex(member.key):
+            joining = self.identity.joining(member.client, member.examples, member.node, key)
+            self.keys[member.client], self._owners[key] = key, member.client
+            self._joining_digests[member.client] = hashlib.sha256(joining).digest()
 
-    def revoke(self, revocation: Revocation) -> None:
-        """Take nothing more that a key signs."""
+    def revoke(self, revocation: KeyRevocation) -> None:
+        """Reject from now on what a key signs."""
         self.revoked.setdefault(revocation.key, revocation.round)
 
     def check_reply(
         self, client: int, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray, signature: bytes
     ) -> None:
-        """Whether a reply is what its client signed; arguments as in `signatures.reply_message`.
+        """Check that a client signed its reply; arguments as in `signatures.reply_message`.
 
         Raises:
-            BadSignature: it is not, or is signed where nobody could tell by whom.
+            BadSignature: it did not, or the reply is signed although the client joined without a key.
         """
         key = self.keys.get(client)
         if key is None:
             if signature:
-                raise BadSignature(f"client {client}'s reply is signed, and it joined without a key")
+                raise BadSignature(f"client {client}'s reply is signed, but it joined without a key")
             return
         name = fingerprint(key)
         if not signature:
             raise BadSignature(f"client {client}'s reply is not signed; its key is {name}")
         self._check_revoked(key, f"client {client}'s reply")
-        if not is_signed(key, signature, reply_message(self._joined[client], client, plan, theta, pointer, scalars)):
+        message = reply_message(self._joining_digests[client], client, plan, theta, pointer, scalars)
+        if not is_signed(key, signature, message):
             raise BadSignature(f"client {client}'s reply is not what its key {name} signed")
 
     def _check_revoked(self, key: bytes, what: str) -> None:

@@ -16,7 +16,7 @@ from meerkat.algorithm.server import ServerConfig
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.run_log import LogReader
-from meerkat.record.signatures import Charter, is_hex
+from meerkat.record.signatures import RunIdentity, is_hex
 from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
 
@@ -94,9 +94,9 @@ class Opening:
         """What the server opens every round from."""
         return server_config(config, theta_0, dict(enumerate(self.examples)), dict(enumerate(self.allowance)))
 
-    def charter(self, config: RunConfig) -> Charter:
+    def charter(self, config: RunConfig) -> RunIdentity:
         """What a federation's signatures are about."""
-        return Charter(
+        return RunIdentity(
             run=self.federation,
             signed=self.signed,
             run_key=self.run_key,

@@ -24,7 +24,7 @@ from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, check_repl
 from meerkat.algorithm.server import ServerConfig, ServerState, aggregate, client_weights, open_round, replay
 from meerkat.errors import DAMAGE, RunFailed, in_short
 from meerkat.progress import one_line
-from meerkat.record.members import Join, Register, Revocation, is_key
+from meerkat.record.members import KeyRevocation, Member, Members, are_credentials
 from meerkat.record.signatures import BadSignature, fingerprint
 
 
@@ -44,7 +44,7 @@ class Replay:
         directions: Directions,
         gradient: Tensor | None,
         log: Path,
-        register: Register,
+        register: Members,
         revoked: Mapping[str, int] | None = None,
     ) -> None:
         """What to go through.
@@ -116,7 +116,7 @@ class Replay:
         self._what = _in_words(held)
         for name, since in self._revoked.items():
             if since <= self.state.round:
-                self.register.revoke(Revocation(since, name))
+                self.register.revoke(KeyRevocation(since, name))
         try:
             return self._step(held)
         except BadSignature as error:
@@ -151,19 +151,19 @@ class Replay:
         return self._calibration(held) if kind == "calibration" else self._round(held)
 
     def _join(self, held: dict[str, Any]) -> None:
-        join = Join.from_json(held)
+        join = Member.from_json(held)
         log, client = self._log, join.client
         if client >= self.settings.clients:
             raise RunFailed(f"{log}: client {client} joined, of {self.settings.clients} clients; restore a copy")
         agree(log, f"the round that client {client} joined before", str(join.round), str(self.state.round))
         agree(log, f"the node of client {client}", join.node, self.nodes.get(client, join.node))
-        self.register.join(join)
+        self.register.admit(join)
         self._check_form(join.to_json(), held)
-        self.settings = join.settle(self.settings)
+        self.settings = join.added_to(self.settings)
         self.nodes[join.client] = join.node
 
     def _revoke(self, held: dict[str, Any]) -> None:
-        revocation = Revocation.from_json(held)
+        revocation = KeyRevocation.from_json(held)
         agree(self._log, "the round that a key is revoked before", str(revocation.round), str(self.state.round))
         self.register.revoke(revocation)
         self._check_form(revocation.to_json(), held)
@@ -299,7 +299,7 @@ def _in_words(held: dict[str, Any]) -> str:
     said = f"{kind} {held.get('round')}" if kind in ("round", "calibration") else f"{kind}"
     if kind == "join":
         said = f"join of client {held.get('client')}"
-        if is_key(key, held.get("signature"), held.get("handover")) and isinstance(key, str) and key:
+        if are_credentials(key, held.get("signature"), held.get("handover")) and isinstance(key, str) and key:
             said += f", key {fingerprint(bytes.fromhex(key))}"
     return one_line(said)
 

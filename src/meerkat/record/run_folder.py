@@ -1,7 +1,7 @@
-"""A run's folder: what is in it, and writing it so that nothing is ever half there.
+"""A run's folder: its files, and how they are written so that none is ever half there.
 
-config.toml        all settings, resolved          mask.safetensors   what moves, and its base values
-rounds.log         the record (runlog.py)          metrics.jsonl      losses, accuracies, times
+config.toml        all settings, resolved          mask.safetensors   which entries move, and their base values
+rounds.log         the record (run_log.py)         metrics.jsonl      losses, accuracies, times
 summary.json       the outcome                     curves.png/.svg    the picture
 events.jsonl       who came and went, in a federation
 """
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.record.run_log import append_whole
+from meerkat.record.run_log import append_line
 from meerkat.settings.config import RunConfig, make_config, read_toml
 
 Metric = Mapping[str, Any]
@@ -35,18 +35,18 @@ class RunFolder:
         self.metrics_path = root / "metrics.jsonl"
         self.summary_path = root / "summary.json"
         self.events_path = root / "events.jsonl"
-        self._followers: list[Callable[[Metric], None]] = []
+        self._callbacks: list[Callable[[Metric], None]] = []
 
-    def follow(self, follower: Callable[[Metric], None]) -> None:
-        """Have each metric that is noted from now on given to a follower, too."""
-        self._followers.append(follower)
+    def on_metric(self, callback: Callable[[Metric], None]) -> None:
+        """Call back with each metric that is added from now on."""
+        self._callbacks.append(callback)
 
     @classmethod
     def check_free(cls, root: Path) -> None:
-        """Raise MeerkatError unless the folder does not exist or is empty, so that a run can be put there."""
+        """Raise MeerkatError unless a run can be put in the folder: it does not exist yet, or is empty."""
         if (root / "config.toml").exists():
             raise MeerkatError(
-                f"run folder '{root}': has a run in it; 'meerkat resume {root}' goes on with it, or give another --out"
+                f"run folder '{root}': already holds a run; 'meerkat resume {root}' continues it, or give another --out"
             )
         if root.exists() and not root.is_dir():
             raise MeerkatError(f"run folder '{root}': is a file; give another --out")
@@ -58,7 +58,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> "RunFolder":
-        """Take a free folder and settle the run's settings in it.
+        """Make a run folder with the run's settings in it.
 
         Raises:
             MeerkatError: the folder holds something, or cannot be made.
@@ -69,12 +69,12 @@ class RunFolder:
         except OSError as error:
             raise MeerkatError(f"run folder '{root}': {error.strerror}; give another --out") from None
         folder = cls(root)
-        write_whole(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
+        write_atomically(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
         return folder
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
-        """A folder that a run was started in.
+        """The folder of a run that was started.
 
         Raises:
             MeerkatError: there is no run in it.
@@ -96,38 +96,38 @@ class RunFolder:
         """The run's mask, with its base values."""
         return SparseMask.load(self.mask_path)
 
-    def note(self, metric: Metric, through: bool = True) -> None:
-        """Add one line to the metrics: the whole of it, `through` to the disk, or nothing."""
-        with told_plainly(self.metrics_path, self.cure):
+    def append_metric(self, metric: Metric, sync: bool = True) -> None:
+        """Add one line to the metrics, or nothing on an error; with `sync`, it is on the disk afterwards."""
+        with explain_disk_errors(self.metrics_path, self.cure):
             file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                append_whole(file, (json.dumps(metric) + "\n").encode(), through)
+                append_line(file, (json.dumps(metric) + "\n").encode(), sync)
             finally:
                 os.close(file)
-        self._tell_followers(metric)
+        self._call_back(metric)
 
-    def _tell_followers(self, metric: Metric) -> None:
-        for follower in self._followers:
-            follower(metric)
+    def _call_back(self, metric: Metric) -> None:
+        for callback in self._callbacks:
+            callback(metric)
 
-    def tell(self, event: str, **facts: Any) -> None:
-        """Add one event to the federation's structured log: who came, who left, what did not count. Not synced."""
+    def append_event(self, event: str, **facts: Any) -> None:
+        """Add one event to a federation's event log: who came, who left, what was not counted. Not synced."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with told_plainly(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
+        with explain_disk_errors(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """The federation's structured log; lines that were cut short or changed are left out."""
+        """A federation's event log, without lines that are malformed."""
         if not self.events_path.exists():
             return []
-        held: list[dict[str, Any]] = []
+        events: list[dict[str, Any]] = []
         for line in self.events_path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, RecursionError):
-                held.append(json.loads(line))
-        return [event for event in held if isinstance(event, dict)]
+                events.append(json.loads(line))
+        return [event for event in events if isinstance(event, dict)]
 
     def metrics(self) -> list[Metric]:
-        """All metrics, a torn last line left out.
+        """All metrics, except a torn last line.
 
         Raises:
             RunFailed: a line before the last is damaged.
@@ -136,9 +136,9 @@ class RunFolder:
             return []
         try:
             text = self.metrics_path.read_text(encoding="utf-8")
-            held = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-            if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in held):
-                return held
+            metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in metrics):
+                return metrics
             raise ValueError
         except ValueError:
             raise RunFailed(
@@ -146,40 +146,44 @@ class RunFolder:
                 "the run itself is in the log"
             ) from None
 
-    def keep_metrics(
-        self, wanted: Callable[[Metric], bool], place: Callable[[Metric], Any], more: Sequence[Metric] = ()
+    def rewrite_metrics(
+        self, keep: Callable[[Metric], bool], order: Callable[[Metric], Any], add: Sequence[Metric] = ()
     ) -> list[Metric]:
-        """Drop the metrics that are not wanted, add more, put all in the order of their places, and return them."""
-        kept = sorted([*(metric for metric in self.metrics() if wanted(metric)), *more], key=place)
-        lines = "".join(json.dumps(metric) + "\n" for metric in kept)
-        write_whole(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
-        for metric in more:
-            self._tell_followers(metric)
-        return kept
+        """Rewrite the metrics file, sorted: the metrics to keep and those to add. Returns them."""
+        metrics = sorted([*filter(keep, self.metrics()), *add], key=order)
+        lines = "".join(json.dumps(metric) + "\n" for metric in metrics)
+        write_atomically(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
+        for metric in add:
+            self._call_back(metric)
+        return metrics
 
     def summary(self) -> dict[str, Any] | None:
-        """The outcome, if the run has ended.
+        """The outcome; None before the run has ended.
 
         Raises:
             ValueError: the file is damaged.
         """
         if not self.summary_path.exists():
             return None
-        held = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        if not isinstance(held, dict):
-            raise ValueError(f"{self.summary_path} holds no JSON object")
-        return held
+        summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(f"{self.summary_path} is not a JSON object")
+        return summary
 
     @property
     def cure(self) -> str:
-        """What to do after the disk refused something."""
+        """What to do after a disk error."""
         return f"make room, then 'meerkat resume {self.root}'"
 
 
-def write_whole(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
-    """Write a file whole or not at all: `fill` writes a part file, which then takes its name."""
+def write_atomically(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
+    """Write all of a file or nothing: `fill` writes a part file, which is then renamed.
+
+    Raises:
+        RunFailed: the disk refused it; `cure` says what to do.
+    """
     part = path.with_name(path.name + ".part")
-    with told_plainly(path, cure):
+    with explain_disk_errors(path, cure):
         try:
             fill(part)
             with part.open("rb+") as file:
@@ -190,8 +194,8 @@ def write_whole(path: Path, fill: Callable[[Path], Any], cure: str = "make room,
 
 
 @contextmanager
-def told_plainly(path: Path, cure: str) -> Iterator[None]:
-    """Turn a disk's refusal into one line."""
+def explain_disk_errors(path: Path, cure: str) -> Iterator[None]:
+    """Raise RunFailed in place of a disk's error: the file, the reason, what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:

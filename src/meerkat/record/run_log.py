@@ -1,7 +1,7 @@
 """The run log: append-only, fsynced, hash-chained. It is checkpoint, audit trail and catch-up in one.
 
-One record a line: the SHA-256 of (the line before's SHA-256 and this line's text), a space, the text as
-JSON. Whoever changes, drops or swaps a line breaks every hash after it. A record is on the disk before
+One record a line: the SHA-256 of (the previous line's SHA-256 and this line's text), a space, the text as
+JSON. Changing, dropping or swapping a line breaks every hash after it. A record is on the disk before
 anything is built on it, so a killed run loses at most the round it was in.
 """
 
@@ -24,7 +24,7 @@ def _link(previous: str, text: bytes) -> str:
 
 
 class LogReader:
-    """Iterating, once, gives a log's sound records, one in memory at a time; the attributes tell how it ended.
+    """Iterating, once, gives a log's sound records, one in memory at a time; the attributes say how it ended.
 
     A missing file is an empty log.
     """
@@ -38,11 +38,11 @@ class LogReader:
         self.end = 0
         """Where the sound records end in the file, in bytes."""
         self.damage = ""
-        """What is wrong after that, or nothing."""
+        """What is wrong after them; empty if nothing is."""
         self.torn = False
-        """Whether the damage is the last line alone, as an interrupted write leaves it."""
+        """Whether the damage is in the last line alone, as an interrupted write leaves it."""
         self.broken = b""
-        """What the damaged line says, as far as it can be told."""
+        """The damaged line's text, without its hash."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -62,16 +62,16 @@ class LogReader:
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """A record's text as JSON, or None where it is no object."""
+    """A record's text as a JSON object; None if it is malformed."""
     try:
-        held = json.loads(text)
+        record = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return held if isinstance(held, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 class RunLog:
-    """A log open for appending, after its last sound record. One process at a time holds it."""
+    """A log open for appending after its last sound record, by one process at a time."""
 
     def __init__(self, path: Path, again: str = "") -> None:
         """Open a log, dropping a torn last record.
@@ -91,21 +91,21 @@ class RunLog:
         except OSError:
             os.close(self._file)
             raise MeerkatError(f"{path}: another process is writing it; wait for that process or stop it") from None
-        found = LogReader(path)
-        for _ in found:
+        reader = LogReader(path)
+        for _ in reader:
             pass
-        if found.damage and not found.torn:
+        if reader.damage and not reader.torn:
             os.close(self._file)
-            raise RunFailed(f"{path}: {found.damage}, with records after it; restore the file from a copy")
-        self.dropped = found.damage
-        """What was wrong with a last record that was dropped, or nothing."""
-        self._hash = found.hash
-        os.ftruncate(self._file, found.end)
+            raise RunFailed(f"{path}: {reader.damage}, with records after it; restore the file from a copy")
+        self.dropped = reader.damage
+        """What was wrong with a last record that was dropped; empty if none was."""
+        self._hash = reader.hash
+        os.ftruncate(self._file, reader.end)
         os.fsync(self._file)
         _sync_folder(path.parent)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it is on the disk when this returns, or nothing of it is.
+        """Add a record: all of it is on the disk when this returns, or none of it.
 
         Raises:
             RunFailed: the disk refused it. What was logged before is untouched.
@@ -113,25 +113,25 @@ class RunLog:
         text = _JSON.encode(record).encode()
         link = _link(self._hash, text)
         try:
-            append_whole(self._file, link.encode() + b" " + text + b"\n")
+            append_line(self._file, link.encode() + b" " + text + b"\n")
         except OSError as error:
             raise RunFailed(
-                f"{self.path}: {error.strerror}; every record before is safe: make room, then {self._again}"
+                f"{self.path}: {error.strerror}; all earlier records are safe: make room, then {self._again}"
             ) from None
         self._hash = link
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file and let other processes open it."""
         os.close(self._file)
 
 
-def append_whole(file: int, line: bytes, through: bool = True) -> None:
-    """Write a line at the end of an open file, and `through` to the disk; on an error, nothing of it stays."""
+def append_line(file: int, line: bytes, sync: bool = True) -> None:
+    """Write all of a line at the end of an open file, or none of it; with `sync`, it is on the disk afterwards."""
     end = os.lseek(file, 0, os.SEEK_END)
     try:
         while line:
             line = line[os.write(file, line) :]
-        if through:
+        if sync:
             os.fsync(file)
     except OSError:
         os.ftruncate(file, end)

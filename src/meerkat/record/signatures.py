@@ -1,18 +1,18 @@
-"""Who said which scalars: Ed25519 signatures (RFC 8032) over a site's joining and over each of its replies.
+"""Who sent which scalars: Ed25519 signatures (RFC 8032) of a site's joining and of each of its replies.
 
-Signed is a message of fixed layout, little-endian, that begins with a tag of its own: nothing else is signed, so a
-signature means one thing only. A reply names its joining, which names the run, so neither serves in another run,
+What is signed is a message of fixed layout, little-endian, that begins with its own tag: nothing else is signed, so a
+signature has one meaning only. A reply names its joining, which names the run, so neither is valid in another run,
 for another client or under another key:
 
-    charter   tag, run 8, every reply signed 1, run key 16, model 32, mask 32, theta_0 32, settings 32
-    joining   tag, SHA-256(charter) 32, client u32, examples u64, public key 32, node (UTF-8)
-    handover  tag, joining                                          signed with the key before
+    identity  tag, run 8, every reply signed 1, run key 16, model 32, mask 32, theta_0 32, settings 32
+    joining   tag, SHA-256(identity) 32, client u32, examples u64, public key 32, node (UTF-8)
+    handover  tag, joining                                          signed with the previous key
     reply     tag, SHA-256(joining) 32, phase u8, round u32, theta 32, lr f64, eps f64, pointer u64,
               steps u32, directions u16, scalars f32 [steps, directions]
 
-A reply's bytes on the way are the signature and the scalars: both sides know the rest. Keys are OpenSSH's, so
+A reply on the wire is the signature and the scalars: both sides know the rest. Keys are OpenSSH's, so
 `ssh-keygen -t ed25519` makes them and `ssh-keygen -l` shows the same fingerprint. The package `cryptography` is loaded
-where a key or a signature is used.
+on use.
 """
 
 import base64
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 KEY, SIGNATURE = 32, 64
 """Bytes of a public key, and of a signature."""
 
-_CHARTER = struct.Struct("<16s8s?16s32s32s32s32s")
+_IDENTITY = struct.Struct("<16s8s?16s32s32s32s32s")
 _JOINING = struct.Struct("<16s32sIQ32s")
 _HANDOVER = b"meerkat handing1"
 _REPLY = struct.Struct("<16s32sBI32sddQIH")
 _KIND = b"ssh-ed25519"
-_LACKING = "need the 'cryptography' package; pip install 'meerkat-fl[flower]'"
+_PACKAGE = "need the 'cryptography' package; pip install 'meerkat-fl[flower]'"
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 
 
 class BadSignature(MeerkatError):
-    """A signature that is missing or wrong, or a key that may not sign: whose, and which key."""
+    """A signature is missing or wrong, or a key may not sign: whose, and which key."""
 
 
 @dataclass(frozen=True)
-class Charter:
-    """A run as its signatures mean it. Identifiers and digests are hexadecimal, as in the log's opening."""
+class RunIdentity:
+    """What every signature of a run is bound to. Identifiers and digests are hexadecimal, as in the log's opening."""
 
     run: str
     """The federation's id, 8 bytes."""
@@ -64,45 +64,45 @@ class Charter:
     theta: str
     """Digest of theta_0."""
     settings: str
-    """Digest of the settings that say what a scalar is: see `record.meaning`."""
+    """Digest of the settings that say what a scalar means: see `opening.meaning`."""
 
     def digest(self) -> bytes:
-        """SHA-256 of the whole.
+        """SHA-256 of all of it.
 
         Raises:
-            ValueError: an identifier or digest is not of its length.
+            ValueError: an identifier or digest has the wrong length.
         """
-        run, *held = map(bytes.fromhex, (self.run, self.run_key, self.model, self.mask, self.theta, self.settings))
-        if [len(run), *map(len, held)] != [8, 16, 32, 32, 32, 32]:
-            raise ValueError("a run whose identifiers are not of their lengths")
-        return hashlib.sha256(_CHARTER.pack(b"meerkat charter1", run, self.signed, *held)).digest()
+        run, *digests = map(bytes.fromhex, (self.run, self.run_key, self.model, self.mask, self.theta, self.settings))
+        if [len(run), *map(len, digests)] != [8, 16, 32, 32, 32, 32]:
+            raise ValueError("identifiers of the wrong length")
+        return hashlib.sha256(_IDENTITY.pack(b"meerkat charter1", run, self.signed, *digests)).digest()
 
     def joining(self, client: int, examples: int, node: str, key: bytes) -> bytes:
-        """What a site signs when it comes in."""
+        """The message that a site signs when it joins."""
         head = _JOINING.pack(b"meerkat joining1", self.digest(), client, examples, key)
         return head + node.encode()
 
 
 def handover(joining: bytes) -> bytes:
-    """What the key before signs, to hand a client over to the key that a joining names."""
+    """The message that the previous key signs, to hand over to the key in a joining."""
     return _HANDOVER + joining
 
 
 def reply_message(
-    joined: bytes, client: int, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray
+    joining_digest: bytes, client: int, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray
 ) -> bytes:
-    """What a site signs of a reply.
+    """The message that a site signs for a reply.
 
     Args:
-        joined: SHA-256 of its joining.
+        joining_digest: SHA-256 of its joining.
         theta: SHA-256 of theta at the start of the round.
-        pointer: local steps that the client has made before.
+        pointer: local steps that the client has made before this round.
         scalars: float32 [steps, directions]
     """
     facts = (PHASES[plan.phase], plan.round, theta, plan.lr, plan.eps, pointer, plan.steps[client], plan.directions)
     if scalars.shape != facts[-2:]:
-        raise BadSignature(f"client {client}'s reply holds {len(scalars)} steps, where {plan.steps[client]} were asked")
-    return _REPLY.pack(b"meerkat replies1", joined, *facts) + scalars.astype("<f4", copy=False).tobytes()
+        raise BadSignature(f"client {client}'s reply has {len(scalars)} steps, where {plan.steps[client]} were asked")
+    return _REPLY.pack(b"meerkat replies1", joining_digest, *facts) + scalars.astype("<f4", copy=False).tobytes()
 
 
 def fingerprint(key: bytes) -> str:
@@ -112,16 +112,16 @@ def fingerprint(key: bytes) -> str:
 
 
 def is_signed(key: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether a signature is of a message, by a public key of 32 bytes.
+    """Whether a public key, 32 bytes, signed a message.
 
     Raises:
-        RunFailed: the package that could tell is not installed.
+        RunFailed: the package `cryptography` is not installed.
     """
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError:
-        raise RunFailed(f"signatures: {_LACKING}") from None
+        raise RunFailed(f"signatures: {_PACKAGE}") from None
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
     except (InvalidSignature, ValueError):
@@ -132,9 +132,9 @@ def is_signed(key: bytes, signature: bytes, message: bytes) -> bool:
 class SigningKey:
     """A site's private key."""
 
-    def __init__(self, held: "Ed25519PrivateKey") -> None:
-        self._held = held
-        self.public = held.public_key().public_bytes_raw()
+    def __init__(self, private: "Ed25519PrivateKey") -> None:
+        self._private = private
+        self.public = private.public_key().public_bytes_raw()
         """32 bytes"""
 
     @classmethod
@@ -142,84 +142,96 @@ class SigningKey:
         """Read an OpenSSH file, as `meerkat keygen` or `ssh-keygen -t ed25519` writes it.
 
         Raises:
-            MeerkatError: no such file, no Ed25519 key in it, or one with a password; `setting` names it there.
+            MeerkatError: no such file, no Ed25519 key in it, or one with a password; the message names the `setting`.
         """
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
             from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
             from cryptography.hazmat.primitives.serialization import load_ssh_private_key
         except ImportError:
-            raise MeerkatError(f"{setting}: {_LACKING}") from None
+            raise MeerkatError(f"{setting}: {_PACKAGE}") from None
         try:
-            held: Any = load_ssh_private_key(Path(path).read_bytes(), password=None)
+            key: Any = load_ssh_private_key(Path(path).read_bytes(), password=None)
         except OSError as error:
             raise MeerkatError(f"{setting} '{path}': {error.strerror}; 'meerkat keygen' makes one") from None
         except (ValueError, TypeError, UnsupportedAlgorithm):
             raise MeerkatError(
-                f"{setting} '{path}': is no OpenSSH key without a password; 'meerkat keygen' makes one"
+                f"{setting} '{path}': is not an OpenSSH key without a password; 'meerkat keygen' makes one"
             ) from None
-        if not isinstance(held, Ed25519PrivateKey):
+        if not isinstance(key, Ed25519PrivateKey):
             raise MeerkatError(f"{setting} '{path}': is not an Ed25519 key; 'meerkat keygen' makes one")
-        return cls(held)
+        return cls(key)
 
     def sign(self, message: bytes) -> bytes:
         """64 bytes, the same for the same message."""
-        return self._held.sign(message)
+        return self._private.sign(message)
 
 
 class Signer:
-    """A site's own side: signs as one client of one run."""
+    """Signs as one client of one run, on the site's side."""
 
     def __init__(
-        self, charter: Charter, client: int, examples: int, node: str, key: SigningKey, before: SigningKey | None = None
+        self,
+        identity: RunIdentity,
+        client: int,
+        examples: int,
+        node: str,
+        key: SigningKey,
+        previous: SigningKey | None = None,
     ) -> None:
-        """`before` is the key that this client signed with until now, to hand over to `key`."""
-        joining = charter.joining(client, examples, node, key.public)
-        self.joined = hashlib.sha256(joining).digest()
-        """Names the joining in every reply."""
-        self.words = {"key": key.public.hex(), "signature": key.sign(joining).hex()}
-        """What a hello says of it."""
-        if before is not None:
-            self.words["handover"] = before.sign(handover(joining)).hex()
+        """`previous` is the key that this client signed with until now, to hand over to `key`."""
+        joining = identity.joining(client, examples, node, key.public)
+        self.joining_digest = hashlib.sha256(joining).digest()
+        """SHA-256 of the joining, which every reply names."""
+        self.credentials = {"key": key.public.hex(), "signature": key.sign(joining).hex()}
+        """What its hello says of its key, hexadecimal: see `members.Member`."""
+        if previous is not None:
+            self.credentials["handover"] = previous.sign(handover(joining)).hex()
         self._client = client
         self._key = key
 
     def sign(self, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray) -> bytes:
         """The signature of a reply; arguments as in `reply_message`."""
-        return self._key.sign(reply_message(self.joined, self._client, plan, theta, pointer, scalars))
+        return self._key.sign(reply_message(self.joining_digest, self._client, plan, theta, pointer, scalars))
 
 
 def read_keys(path: str, setting: str) -> frozenset[str]:
-    """The fingerprints of keys that a file lists: an OpenSSH public key or a fingerprint a line, `#` before a comment.
+    """The fingerprints of the keys in a file: an OpenSSH public key or a fingerprint a line, `#` before a comment.
 
     Raises:
-        MeerkatError: no such file, or a line that is neither; `setting` names it there.
+        MeerkatError: no such file, or a line that is neither; the message names the `setting`.
     """
-    return frozenset(_name_in(line, f"{setting} '{path}', line {number}") for number, line in _lines(path, setting))
+    return frozenset(
+        _fingerprint_in(line, f"{setting} '{path}', line {number}") for number, line in _lines(path, setting)
+    )
 
 
 def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
-    """Fingerprint -> the round from which a key is revoked, of SHA256:...[@ROUND], or files.
+    """Fingerprint -> the round from which a key is revoked.
 
-    A file has such a line each, or public keys, which are revoked from the first round on; `#` before a comment.
+    Args:
+        given: each is SHA256:...[@ROUND], or a file with such lines or public keys, `#` before a comment. Without
+            @ROUND a key is revoked from the first round on.
 
     Raises:
-        MeerkatError: no such file, or what is no fingerprint; `setting` names it there.
+        MeerkatError: no such file, or something that is not a key; the message names the `setting`.
     """
     revoked: dict[str, int] = {}
     for value in given:
-        apart = [(1, value)] if value.startswith("SHA256:") else _lines(value, setting)
-        for number, line in apart:
+        lines = [(1, value)] if value.startswith("SHA256:") else _lines(value, setting)
+        for number, line in lines:
             name, at, since = line.partition("@") if line.startswith("SHA256:") else (line, "", "")
             if at and not (since.isascii() and since.isdecimal()):
-                raise MeerkatError(f"{setting} {line}: '{since}' is no round; give SHA256:...@ROUND")
-            name = _name_in(name, setting if value.startswith("SHA256:") else f"{setting} '{value}', line {number}")
+                raise MeerkatError(f"{setting} {line}: '{since}' is not a round; give SHA256:...@ROUND")
+            name = _fingerprint_in(
+                name, setting if value.startswith("SHA256:") else f"{setting} '{value}', line {number}"
+            )
             revoked[name] = min(int(since or 0), revoked.get(name, 2**32))
     return revoked
 
 
 def is_hex(text: object, size: int) -> bool:
-    """Whether this is so many bytes, hexadecimal in small letters."""
+    """Whether this is `size` bytes in lower-case hexadecimal."""
     return isinstance(text, str) and len(text) == 2 * size and not text.strip("0123456789abcdef")
 
 
@@ -232,7 +244,7 @@ def check_fingerprint(name: str, setting: str) -> str:
     """The same fingerprint.
 
     Raises:
-        MeerkatError: it is none.
+        MeerkatError: it is malformed.
     """
     if not is_fingerprint(name):
         raise MeerkatError(
@@ -247,15 +259,15 @@ def _lines(path: str, setting: str) -> list[tuple[int, str]]:
     except OSError as error:
         raise MeerkatError(f"{setting} '{path}': {error.strerror}; give a file with a key a line") from None
     except UnicodeDecodeError:
-        raise MeerkatError(f"{setting} '{path}': is no text; give a file with a public key a line") from None
+        raise MeerkatError(f"{setting} '{path}': is not text; give a file with a public key a line") from None
     numbered = enumerate((line.partition("#")[0].strip() for line in text.splitlines()), 1)
     if not (lines := [(number, line) for number, line in numbered if line]):
-        raise MeerkatError(f"{setting} '{path}': holds no key; give a file with a key a line")
+        raise MeerkatError(f"{setting} '{path}': has no key in it; give a file with a key a line")
     return lines
 
 
-def _name_in(line: str, where: str) -> str:
-    """The fingerprint of the key that a line gives."""
+def _fingerprint_in(line: str, where: str) -> str:
+    """The fingerprint of the key in a line."""
     kind, _, rest = line.partition(" ")
     if kind.encode() != _KIND:
         return check_fingerprint(line, where)
@@ -265,5 +277,5 @@ def _name_in(line: str, where: str) -> str:
         blob = b""
     key = blob[-KEY:]
     if blob != b"".join(len(part).to_bytes(4, "big") + part for part in (_KIND, key)) or len(key) != KEY:
-        raise MeerkatError(f"{where}: is no Ed25519 public key; give the .pub file's line")
+        raise MeerkatError(f"{where}: is not an Ed25519 public key; give the .pub file's line")
     return fingerprint(key)

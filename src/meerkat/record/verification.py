@@ -1,4 +1,4 @@
-"""After a run: replaying it from its folder alone, and checking every step."""
+"""Verifying a run: it is replayed from its folder alone, and every step is checked."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +15,7 @@ from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.progress import track
-from meerkat.record.members import Register
+from meerkat.record.members import Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
@@ -26,8 +26,8 @@ from meerkat.settings.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """A run as its record tells it."""
+class VerifiedRun:
+    """A run whose whole record was replayed and found sound."""
 
     config: RunConfig
     mask: SparseMask
@@ -37,53 +37,52 @@ class Replayed:
     finished: bool
     opening: Opening
     examples: Mapping[int, int]
-    """Rows of each client, by id; in a federation, of those that joined."""
+    """Rows of each client, by id; in a federation, of the clients that joined."""
     asked: int
-    """Replies that rounds asked for, calibrations aside."""
+    """Replies that rounds asked for, without calibrations."""
     answered: Mapping[int, int]
-    """The rounds that each client's reply counted in, by id; who is in none is left out."""
+    """In how many rounds each client's reply counted, by id, without clients that have none."""
     calibration: CalibrationRecord | None
-    """The last one."""
+    """The last one; None if there was none."""
     log_hash: str
-    """The log's chain after its last record, hexadecimal."""
+    """The hash chain after the last record, hexadecimal."""
     guarantee: Guarantee | None = None
-    """Its differential privacy so far; None for none."""
+    """Its differential privacy so far; None without `--dp`."""
     replies: int = 0
-    """Replies in all, calibrations' among them."""
+    """All replies, with calibrations."""
     signed: Mapping[tuple[int, str], int] = field(default_factory=dict)
     """Signed replies by (client, fingerprint of its key)."""
 
 
-def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> Replayed:
+def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> VerifiedRun:
     """Replay a run from its folder alone, without model or data.
 
-    Every hash, plan, signature, weight and digest is compared.
+    Every hash, plan, signature, weight and digest is checked.
 
     Args:
-        listed: fingerprints of the keys that are known to be sites': every reply must be signed, with no other.
-        revoked: fingerprint -> the round from which a key is known to be revoked, beside those that the log says are.
+        listed: fingerprints of the sites' known keys: every reply must be signed by one of them. None to skip this.
+        revoked: fingerprint -> the round from which a key is revoked, in addition to the log's revocations.
 
     Raises:
         MeerkatError: there is no run in the folder.
-        RunFailed: something in it is damaged or does not agree; the first such record is named, and who signed it.
+        RunFailed: something in it is damaged or inconsistent; the message names the first such record and its signers.
     """
     folder = RunFolder.open(root)
     try:
-        replayed = _verify(folder, listed, revoked)
+        run = _verify(folder, listed, revoked)
     except RunFailed:
         raise
     except MeerkatError as error:
         raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
     except DAMAGE as error:
         raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
-    _check_budgets(folder.log_path, replayed)
-    promised = budget.guarantee(replayed.config, steps_by_rows(folder.log_path), replayed.rounds)
-    return replace(replayed, guarantee=promised)
+    _check_budgets(folder.log_path, run)
+    return replace(run, guarantee=budget.guarantee(run.config, steps_by_rows(folder.log_path), run.rounds))
 
 
 @dataclass(frozen=True)
-class OpenRun:
-    """A run's folder opened for replay: its settings and mask are checked against the log's opening."""
+class StoredRun:
+    """A run in its folder, ready to be replayed: its settings and mask agree with the log's opening record."""
 
     config: RunConfig
     mask: SparseMask
@@ -93,28 +92,29 @@ class OpenRun:
     replay: Replay
 
     @classmethod
-    def of(
+    def open(
         cls, root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None
-    ) -> "OpenRun":
+    ) -> "StoredRun":
         """Open a folder; `listed` and `revoked` as in `verify`.
 
         Raises:
-            MeerkatError: there is no run in the folder; RunFailed: its files do not agree.
+            MeerkatError: there is no run in the folder.
+            RunFailed: its files do not agree.
         """
         folder = RunFolder.open(root)
         try:
-            return cls._of(folder, listed, revoked)
+            return cls._open(folder, listed, revoked)
         except DAMAGE as error:
             raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
 
     @classmethod
-    def _of(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "OpenRun":
+    def _open(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "StoredRun":
         reader = LogReader(folder.log_path)
         records = iter(reader)
         first = next(records, None)
         if first is None:
-            trouble = reader.damage or "no record in it"
-            raise RunFailed(f"{folder.log_path}: {trouble}; 'meerkat resume {folder.root}' begins the run")
+            problem = reader.damage or "no record in it"
+            raise RunFailed(f"{folder.log_path}: {problem}; 'meerkat resume {folder.root}' starts the run")
         opening = Opening.from_json(first, folder.log_path)
         agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
         config, mask = folder.config(), folder.mask()
@@ -131,23 +131,23 @@ class OpenRun:
         agree(folder.log_path, "the estimator", opening.estimator, config.estimator)
         agree(folder.log_path, "the update rule", opening.update_rule, config.update_rule)
         z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
-        register, gradient = Register(opening.charter(config), listed), mask.pretraining_gradient
-        replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, register, revoked)
+        members, gradient = Members(opening.charter(config), listed), mask.pretraining_gradient
+        replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, members, revoked)
         return cls(config, mask, z, opening, reader, replay)
 
 
-def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> Replayed:
-    run = OpenRun.of(folder.root, listed, revoked)
+def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> VerifiedRun:
+    run = StoredRun.open(folder.root, listed, revoked)
     if listed is not None and not run.opening.federation:
-        raise RunFailed(f"{folder.root}: a simulation, which nobody signs: nothing to check; leave --signers out")
+        raise RunFailed(f"{folder.root}: a simulation, whose replies are not signed; leave --signers out")
     reader = run.reader
-    calibrated: CalibrationRecord | None = None
+    calibration: CalibrationRecord | None = None
 
     def rounds() -> Iterator[RoundRecord]:
-        nonlocal calibrated
+        nonlocal calibration
         for _, record in run.replay:
             if isinstance(record, CalibrationRecord):
-                calibrated = record
+                calibration = record
             else:
                 yield record
 
@@ -158,9 +158,9 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
     state = run.replay.state
     if reader.damage:
         cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
-        said = "" if reader.damage.endswith("cut short") else f", it reads as {run.replay.read(reader.broken)}"
+        content = "" if reader.damage.endswith("cut short") else f", it reads as {run.replay.read(reader.broken)}"
         raise RunFailed(
-            f"{folder.log_path}: {reader.damage}{said}; the {reader.count} records before it are sound: {cure}"
+            f"{folder.log_path}: {reader.damage}{content}; the {reader.count} records before it are sound: {cure}"
         )
     summary = folder.summary()
     if summary is not None:
@@ -170,7 +170,7 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
                 f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
                 "has a summary; restore the file from a copy"
             )
-    return Replayed(
+    return VerifiedRun(
         config=run.config,
         mask=run.mask,
         theta=state.theta,
@@ -180,15 +180,15 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
         examples=run.replay.settings.examples,
         asked=asked,
         answered=answered,
-        calibration=calibrated,
+        calibration=calibration,
         log_hash=reader.hash,
         replies=run.replay.replies,
         signed=dict(run.replay.signed),
     )
 
 
-def _check_budgets(log: Path, run: Replayed) -> None:
-    """Count anew how long clients' privacy budgets last; sites count for themselves."""
+def _check_budgets(log: Path, run: VerifiedRun) -> None:
+    """Compute again how long clients' privacy budgets last; a federation's sites do so for themselves."""
     if run.config.dp == "example" and not run.opening.federation:
-        lasting = budget.allowance(run.config, run.opening.examples)
-        agree(log, "the steps that privacy budgets last for", str(run.opening.allowance), str(lasting))
+        allowance = budget.allowance(run.config, run.opening.examples)
+        agree(log, "the steps that privacy budgets last for", str(run.opening.allowance), str(allowance))

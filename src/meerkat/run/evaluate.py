@@ -8,11 +8,11 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.problems import causal_lm
 from meerkat.progress import say
 from meerkat.record.run_folder import RunFolder
-from meerkat.record.verification import Replayed, verify
+from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.setup import Workplace, check_model, load_split, open_workplace
 
 
-def load_run(root: Path) -> tuple[Replayed, Workplace]:
+def load_run(root: Path) -> tuple[VerifiedRun, Workplace]:
     """A verified run, and its model with the run's theta in it."""
     replayed = verify(root)
     config = replayed.config

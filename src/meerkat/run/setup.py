@@ -14,8 +14,9 @@ from torch import nn
 from meerkat import demo, seeds
 from meerkat.algorithm.attacks import flipped
 from meerkat.errors import MeerkatError
+from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
 from meerkat.masks.lora import add_lora, lora_mask
-from meerkat.masks.sensitivity import full_mask, magnitude_mask, pretraining_gradient, random_mask, sensitivity_mask
+from meerkat.masks.sensitivity import pretraining_gradient, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.data import load_rows

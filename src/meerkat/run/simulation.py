@@ -29,10 +29,10 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows
 from meerkat.progress import number_of, say, track
-from meerkat.record.members import Join, Register
+from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay
-from meerkat.record.run_folder import Metric, RunFolder, write_whole
+from meerkat.record.run_folder import Metric, RunFolder, write_atomically
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.attacked_engine import Attacked
 from meerkat.run.local_engine import LocalEngine, LossesOf
@@ -143,7 +143,7 @@ class _Timer:
 def store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(workplace.model, mask).read().cpu()
-    write_whole(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
+    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
 def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
@@ -265,7 +265,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
         lost.append(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
     judge = Judge(workplace, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-        folder.follow(follower)
+        folder.on_metric(follower)
         state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
@@ -290,7 +290,7 @@ class Judge:
 class Engine(Protocol):
     """Whoever makes clients take their steps: in this process, or at the end of a network."""
 
-    def arrivals(self, round: int) -> Sequence[Join]:
+    def arrivals(self, round: int) -> Sequence[Member]:
         """The clients that came since the last round, to be logged before the next."""
 
     def available(self) -> Sequence[int] | None:
@@ -332,7 +332,7 @@ def replay_log(
         opening = logged
     z = directions(config, len(mask), theta_0.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(theta_0.device)
-    register = Register(opening.charter(config))
+    register = Members(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
     lost: list[Metric] = [
@@ -370,13 +370,13 @@ def run_rounds(
         engine.settle()
         began = time.perf_counter()
         found = judge(theta, rounds)
-        folder.note({**found, "wall_s": time.perf_counter() - began})
+        folder.append_metric({**found, "wall_s": time.perf_counter() - began})
         say(evaluation_in_words(found, config.rounds))
 
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
             log.append(join.to_json())
-            settings = join.settle(settings)
+            settings = join.added_to(settings)
         return settings
 
     def due(rounds: int) -> bool:
@@ -409,10 +409,10 @@ def run_rounds(
     def note(kind: str, metric: Callable[[], Metric], record: RoundRecord | CalibrationRecord) -> None:
         facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
         # not through to the disk: what of it is lost with the machine, going on makes again from the log
-        engine.meanwhile(lambda: folder.note({**metric(), **facts}, through=False))
+        engine.meanwhile(lambda: folder.append_metric({**metric(), **facts}, sync=False))
         log.append({"kind": kind, **record.to_json()})
 
-    metrics = folder.keep_metrics(lambda metric: _is_past(metric, state), _place, lost)
+    metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
     judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
@@ -473,7 +473,7 @@ def write_summary(
     summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
     text = json.dumps(summary, indent=2) + "\n"
-    write_whole(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
+    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
     return summary
 
 
