@@ -44,6 +44,7 @@ from meerkat.federation.link import Terms
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
+from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.simulation import run_rounds
 
 METHOD, FRAME_BYTES = "/echo.Echo/Frames", 102
@@ -186,12 +187,12 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     clock = engine.clock = Clock()
     echoes: list[float] = []
 
-    def judge(_: Any, at: int) -> dict[str, Any]:
+    def evaluate(_: Any, at: int) -> EvaluationMetric:
         if at:  # echoes in place of an evaluation
             control.send(rounds // TURNS)
             echoes.extend(control.recv())
         clock.pause()
-        return {"kind": "evaluation", "round": at, "accuracy": None, "loss": None}
+        return EvaluationMetric(at, {"accuracy": None}, {"accuracy": "higher"})
 
     folder = RunFolder(root)
     log = Log(folder.log_path)
@@ -199,7 +200,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     replayed: Any = SimpleNamespace(state=held.state, settings=held.settings, closed=False)
     config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS)
     mask: Any = SimpleNamespace(pretraining_gradient=None, theta_0=None)
-    run_rounds(folder, log, replayed, held.z, config, mask, engine, judge)
+    run_rounds(folder, log, replayed, held.z, config, mask, engine, evaluate)
     log.close()
     held.close()
     control.send(0)

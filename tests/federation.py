@@ -34,9 +34,10 @@ from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems import causal_lm
+from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.problem import client_losses
 from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay
@@ -44,7 +45,9 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run import simulation
 from meerkat.run.local_engine import LocalEngine
-from meerkat.run.setup import make_mask, open_workplace, resolve
+from meerkat.run.mask import make_mask, store_mask
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import RunConfig, make_config
 
 RUN = "0123456789abcdef"
@@ -92,8 +95,7 @@ class Setting:
             **changes,
         }
         config = resolve(make_config(given))
-        workplace = open_workplace(config)
-        mask = make_mask(config, workplace.model, workplace.tokenizer)
+        mask = make_mask(config, open_problem(config))
         rows = load_rows(config.data, "train")
         dealt = partition(config.partition, rows, config.clients, config.seed).rows
         for client, held in enumerate(dealt):
@@ -107,7 +109,7 @@ class Setting:
     @cached_property
     def theta_0(self) -> Tensor:
         """The moving entries' values."""
-        return MaskedModel(open_workplace(self.config).model, self.mask).read()
+        return MaskedModel(open_problem(self.config).model, self.mask).read()
 
     @cached_property
     def opening(self) -> Opening:
@@ -157,14 +159,12 @@ class Setting:
 
     def in_one_process(self) -> LocalEngine:
         """The same clients without sites, one after another."""
-        workplace = open_workplace(self.config)
-        model, z = MaskedModel(workplace.model, self.mask), self.directions
+        problem = open_problem(self.config)
+        model, z = MaskedModel(problem.model, self.mask), self.directions
         rows = load_rows(self.config.data, "train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
-        losses_of = causal_lm.client_losses(
-            workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
-        )
+        losses_of = client_losses(problem, problem.prepare(rows))
         rule = self.settings.rules.client
         return LocalEngine(
             model, z, lambda client, step: clients[client].batch(step), losses_of, together=False, rule=rule
@@ -344,7 +344,7 @@ class Federation:
         self.settings = self.settings or self.setting.settings
         self.state = self.state or ServerState(Replica(0, self.setting.theta_0))
         self.engine = RemoteEngine(
-            self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z
+            self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z, Classification.scores
         )
         self.records: list[dict[str, Any]] = []
         self.ever: dict[int, Site] = {}
@@ -418,7 +418,7 @@ class Federation:
         """The whole run by simulation.run_rounds, with a log on the disk."""
         setting = self.setting
         made = RunFolder.create(folder, setting.config)
-        simulation.store_mask(made, setting.mask, open_workplace(setting.config))
+        store_mask(made, setting.mask, open_problem(setting.config))
         log = RunLog(made.log_path)
         try:
             opening = replace(setting.opening, config=file_digest(made.config_path))
@@ -432,15 +432,15 @@ class Federation:
         return state
 
 
-def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
+def judged_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
     """An evaluation of a run that nobody evaluates."""
-    return {"kind": "evaluation", "round": rounds, "accuracy": 0.0, "loss": None}
+    return EvaluationMetric.of_sites([], Classification.scores, rounds)
 
 
 def counted(federation: "Federation") -> tuple[int, int]:
-    """Rows right and rows in all, as sites count them on their own."""
-    metric = federation.engine.judge(torch.zeros(0), federation.state.round)
-    return round((metric["accuracy"] or 0.0) * metric["rows"]), metric["rows"]
+    """Rows right and rows in all, as sites' accuracies on their own rows tell."""
+    metric = federation.engine.evaluate(torch.zeros(0), federation.state.round)
+    return round((metric.scores["accuracy"] or 0.0) * (metric.rows or 0)), metric.rows or 0
 
 
 def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:

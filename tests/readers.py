@@ -40,6 +40,7 @@ from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.accounting import Charge
+from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
@@ -337,7 +338,12 @@ class World:
             with suppress(MeerkatError):
                 door.admit(data)
             body = Frame.decode(data).body
-            readers: list[Check] = [Work.decode, frames.decode_scalars, frames.decode_counts, frames.decode_words]
+            readers: list[Check] = [
+                Work.decode,
+                frames.decode_scalars,
+                lambda body: frames.decode_score(body, "accuracy"),
+                frames.decode_words,
+            ]
             for read in (*readers, lambda body: frames.decode_words(body, 32), StateParts(len(self.setting.mask)).add):
                 with suppress(MeerkatError):
                     read(body)
@@ -352,7 +358,7 @@ class World:
             federation.enter(client, evaluate=True)
         for _ in range(3):
             federation.round()
-        federation.engine.judge(torch.zeros(0), federation.state.round)
+        federation.engine.evaluate(torch.zeros(0), federation.state.round)
         federation.wire.disconnect(0)
         federation.wire.settle()
         federation.enter(0, evaluate=True)  # a fresh process: it gets the whole state
@@ -365,7 +371,7 @@ class World:
         live = self.setting.site(0, evaluate=True)
         live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_words({}, bytes(32))).encode())
         said = [frame for client, frame in self.spoken[1] if client == 0]
-        judge = [frame._replace(kind=Kind.JUDGE) for frame in said if frame.kind is Kind.WORK][:1]
+        judge = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
         whole = [*said[:2], *judge, *said[2:]]
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
@@ -395,7 +401,7 @@ class World:
     def a_replies(self) -> Reader:
         """What sites say, heard by a coordinator in the middle of a round."""
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
-        heard += [heard[0]._replace(kind=Kind.COUNTS, body=frames.encode_counts(3, 4))]
+        heard += [heard[0]._replace(kind=Kind.SCORE, body=frames.encode_score("accuracy", 0.75, 4))]
         heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
         setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
@@ -406,7 +412,9 @@ class World:
             wire = Wire(door)
             self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(Replica(0, theta))
-            engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
+            engine = RemoteEngine(
+                wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z, Classification.scores
+            )
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, door.token(f"node {client}"), setting)))
             engine.arrivals(0)
@@ -431,7 +439,7 @@ class World:
                 state, record = close_round(state, plan, replies, config, z)
                 engine.closed(state, record)
                 assert state.theta.isfinite().all()
-            engine.judge(theta, 1)
+            engine.evaluate(theta, 1)
             engine.end("over")
             refused = engine.counts["malformed"] + engine.counts["foreign"]
             if refused:

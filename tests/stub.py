@@ -20,12 +20,14 @@ from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
 from meerkat.federation.link import Terms
 from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.problems.problem import Better
 from meerkat.record.members import Members
 from meerkat.record.signatures import RunIdentity
 
 LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
+SCORES: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
@@ -149,7 +151,7 @@ class Coordinator:
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
         terms = terms or Terms(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z)
+        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

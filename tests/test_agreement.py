@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from meerkat import demo
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig
 from meerkat.masks.baselines import random_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
-from meerkat.problems import causal_lm
-from meerkat.run.setup import make_mask, resolve
+from meerkat.run.mask import make_mask
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import RunConfig, make_config
 
 
@@ -190,8 +189,8 @@ def test_a_mask_with_some_embeddings_among_others_is_refused() -> None:
 
 def test_the_embedded_model_s_default_mask_is_accepted() -> None:
     config = resolve(make_config({"text_sequences": 4, "threads": 1, "device": "cpu"}))
-    model, tokenizer = causal_lm.load_model(str(demo.MODEL))
-    site().check_mask(make_mask(config, model, tokenizer), model)
+    problem = open_problem(config)
+    site().check_mask(make_mask(config, problem), problem.model)
 
 
 def test_a_key_before_without_a_key_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from meerkat.federation.coordinator import read_federation
 from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
 from meerkat.run.attacked_engine import Attacked
-from meerkat.run.setup import Split, open_workplace, resolve
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import Split
 from meerkat.settings.config import RunConfig, make_config
 
 BAD = (1, 4)
@@ -198,9 +199,11 @@ def test_attackers_alone_have_their_labels_flipped(federation: Path, attack: Att
         **{name: str(federation / name) for name in ("model", "data")},
         **{"text": str(federation / "text.jsonl"), "task": "sst2", "clients": 4, "partition": "iid", "threads": 1},
     }
-    plain = Split.of(open_workplace(resolve(make_config(given))))
+    config = resolve(make_config(given))
+    problem = open_problem(config)
+    plain = Split.of(config, problem)
     turned_config = resolve(make_config({**given, "attack": attack, "attackers": 2}))
-    turned = Split.of(open_workplace(turned_config))
+    turned = Split.of(turned_config, problem)
     bad = turned_config.attacking_clients
     for client, rows in enumerate(plain.partition.rows):
         assert np.array_equal(rows, turned.partition.rows[client])

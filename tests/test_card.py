@@ -163,9 +163,9 @@ print(json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was 
 
 
 def logits_of(run: Path) -> torch.Tensor:
-    _, workplace = load_run(run)
+    _, problem = load_run(run)
     with torch.no_grad():
-        logits: torch.Tensor = workplace.model(torch.arange(5, 25)[None]).logits
+        logits: torch.Tensor = problem.model(torch.arange(5, 25)[None]).logits
     return logits[0, -1]
 
 
@@ -287,7 +287,7 @@ def test_an_export_that_fails_at_its_card_leaves_nothing(
 
 def test_the_fingerprint_is_the_tuned_model_s_not_the_base_s(run: Path, tmp_path: Path) -> None:
     text = exported(run, tmp_path / "delta", "--form", "delta")
-    _, workplace = load_run(run)
+    _, problem = load_run(run)
     said = facts(text, "Digests, and how to verify them")["fingerprint of the tuned model"]
-    assert said == f"`{fingerprint(workplace.model)}`" != f"`{verification.verify(run).mask.fingerprint}`"
+    assert said == f"`{fingerprint(problem.model)}`" != f"`{verification.verify(run).mask.fingerprint}`"
     assert CARD_FILE == "README.md"

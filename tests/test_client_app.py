@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("flwr")
 
 from flwr.app import RecordDict
-
 from meerkat.engines.flower import client_app
+
 from meerkat.errors import MeerkatError, RunFailed
 
 

@@ -378,7 +378,7 @@ def test_resume_refuses_what_was_changed(finished: Path, federation: Path, capsy
         assert main(["resume", str(finished)]) == 2
     finally:
         (federation / "data" / "train.jsonl").write_text(rows)
-    assert "the data, its split, the task or the tokenizer is not the same" in capsys.readouterr().err
+    assert "the rows, their split or how they are prepared (task, tokenizer) was changed" in capsys.readouterr().err
 
 
 # --- trouble on the way ---
@@ -537,7 +537,7 @@ def test_every_method_runs_and_verifies(simulate_arguments: list[str], tmp_path:
 def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
     shutil.move(finished, tmp_path / "elsewhere")
     assert (
-        evaluate(tmp_path / "elsewhere").accuracy
+        evaluate(tmp_path / "elsewhere").scores["accuracy"]
         == json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["accuracy"]
     )
 

@@ -16,8 +16,8 @@ pytest.importorskip("flwr")
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-
 from meerkat.engines.flower import client_app, messages, server_app
+
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import coordinate, read_federation

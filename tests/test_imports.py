@@ -11,7 +11,7 @@ SOURCE = Path(meerkat.__file__).parent
 
 ROOMS = (
     *("errors", "seeds", "progress", "masks", "privacy", "problems", "demo", "algorithm", "settings", "record", "run"),
-    *("comparison", "report", "export", "federation", "cli"),
+    *("extensions", "comparison", "report", "export", "federation", "cli"),
 )
 STRANGERS = {"problems": {"masks", "privacy"}, "demo": {"masks", "privacy"}, "algorithm": {"problems", "demo"}}
 """Rooms that do not know rooms before them: what is learned, and how."""

@@ -399,7 +399,7 @@ def test_nothing_exact_is_told_of_a_private_run_s_rows(setting: Setting, tmp_pat
     _, said = frames.decode_words(Frame.decode(site.hello()).body, 32)
     assert said["evaluates"] is False
     with pytest.raises(BadFrame, match="has not agreed"):
-        site.answer(server.ask(kind=Kind.JUDGE))
+        site.answer(server.ask(kind=Kind.EVALUATE))
     site.close()
 
 

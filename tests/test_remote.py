@@ -477,7 +477,13 @@ BAD = {
     "another run's": lambda f: frame(Kind.REPLY, 1, f.state, b"", run="ff" * 8),
     "work": lambda f: frame(Kind.WORK, 1, f.state, frames.Work().encode()),
     "a hello": lambda f: frame(Kind.HELLO, 1, f.state, bytes(32) + b"{}"),
-    "counts": lambda f: frame(Kind.COUNTS, 1, f.state, frames.encode_counts(9, 3)),
+    "an accuracy above 1": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 3.0, 3)),
+    "an accuracy that is no number": lambda f: frame(
+        Kind.SCORE, 1, f.state, frames.encode_score("accuracy", float("nan"), 3)
+    ),
+    "another score": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("loss", 0.5, 3)),
+    "a score on no rows": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 0.5, 0)),
+    "a score on too many rows": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 0.5, 2**40)),
     "a failure without words": lambda f: frame(Kind.FAILED, 1, f.state, b"[]"),
 }
 
@@ -804,7 +810,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
 # evaluation, and the end
 
 
-def test_judge_counts_over_the_sites_that_evaluate(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_over_the_sites_that_agreed_to_it(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=1)
     for client in (1, 2):
         federation.enter(client, evaluate=True)
@@ -812,12 +818,12 @@ def test_judge_counts_over_the_sites_that_evaluate(setting: Setting, monkeypatch
     correct, total = counted(federation)
     assert total == setting.sizes[1] + setting.sizes[2]
     assert 0 < correct < total
-    assert {client for client, told in federation.wire.down if told.kind is Kind.JUDGE} == {1, 2}
+    assert {client for client, told in federation.wire.down if told.kind is Kind.EVALUATE} == {1, 2}
     federation.round()
     assert path.digest(federation.state.theta) == setting.simulated()[1]
 
 
-def test_judge_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
+def test_an_evaluation_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
@@ -835,13 +841,13 @@ def test_judge_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
     federation.round()
 
 
-def test_counts_of_another_evaluation_do_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_of_another_evaluation_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
     for client in range(2):
         federation.enter(client, evaluate=client == 0)
-    stale = frame(Kind.COUNTS, 0, federation.state, frames.encode_counts(1000, 1000))
+    stale = frame(Kind.SCORE, 0, federation.state, frames.encode_score("accuracy", 1.0, 1000))
     federation.round()
-    now = frame(Kind.COUNTS, 1, federation.state, frames.encode_counts(1000, 1000))
+    now = frame(Kind.SCORE, 1, federation.state, frames.encode_score("accuracy", 1.0, 1000))
 
     def meddle(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
         if up and client == 0:
@@ -865,7 +871,7 @@ def test_judge_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: p
     assert federation.wire.now == 0.0
 
 
-def test_judge_does_not_wait_for_who_cannot(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_does_not_wait_for_who_cannot(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=0)
     federation.enter(0, evaluate=True)
     federation.round()

@@ -17,6 +17,7 @@ from meerkat.algorithm.selection import Vpcs, select
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Better
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.report import write_comparison_report, write_run_report
@@ -26,7 +27,8 @@ from meerkat.report.facts import RunFacts
 from meerkat.report.run_figures import layer_and_kind
 from meerkat.report.run_page import run_page
 from meerkat.report.sentences import data_size, percent
-from meerkat.run.metrics import calibration_metric, round_metric, split_metric, summarise
+from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
+from meerkat.run.summary import Summary
 from meerkat.settings.config import make_config
 
 
@@ -85,6 +87,9 @@ MASK = SparseMask(
 )
 
 
+BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
+
+
 def write_run(
     root: Path,
     clients: int = 4,
@@ -106,9 +111,13 @@ def write_run(
     labels = ["sports", "music"]
     counts = np.tile([[10, 12]], (clients, 1))
     counts[:extreme] = [[20, 0]]
-    folder.append_metric(split_metric(labels, counts))
-    judged = {"kind": "evaluation", "per_class": {"sports": 0.5, "music": 0.25}, "wall_s": 0.5}
-    folder.append_metric(judged | {"round": 0, "accuracy": 0.25, "loss": 1.5})
+    folder.append_metric(SplitMetric.of(labels, counts).to_json())
+
+    def evaluated(round: int, accuracy: float, loss: float) -> dict[str, Any]:
+        scores, per_class = {"accuracy": accuracy, "loss": loss}, {"sports": 0.5, "music": 0.25}
+        return EvaluationMetric(round, scores, BETTER, per_class, facts={"wall_s": 0.5}).to_json()
+
+    folder.append_metric(evaluated(0, 0.25, 1.5))
 
     plan = RoundPlan(0, 0.1, 1e-3, 1, dict.fromkeys(range(clients), 60), "calibration")
     fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
@@ -117,7 +126,7 @@ def write_run(
     found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
     calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
     log.append({"kind": "calibration", **calibration.to_json()})
-    folder.append_metric(calibration_metric(calibration) | {"forward_s": 0.1})
+    folder.append_metric(CalibrationMetric.of(calibration, {"forward_s": 0.1}).to_json())
 
     for number in range(rounds if done else rounds - 1):
         steps = {k: 1 if k < extreme else 2 for k in range(clients)}
@@ -130,16 +139,13 @@ def write_run(
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append({"kind": "round", **record.to_json()})
-        folder.append_metric(
-            round_metric(record, [Scalars(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1}
-        )
-        folder.append_metric(
-            judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number}
-        )
+        replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
+        folder.append_metric(RoundMetric.of(record, replies, {"forward_s": 0.1}).to_json())
+        folder.append_metric(evaluated(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))
     log.close()
     if done:
         stopped = list(range(extreme))
-        outcome = summarise(config, MASK, stopped, stopped, folder.metrics(), "d" * 64)
+        outcome = Summary.of(config, MASK, stopped, stopped, folder.metrics(), "d" * 64).to_json()
         folder.summary_path.write_text(json.dumps(outcome))
     return root
 
@@ -303,8 +309,11 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
 
 def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> dict[str, Any]:
     seeds = list(range(len(accuracy)))
-    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "accuracy": accuracy, "best": False}
-    held |= {"loss": [None if a is None else 1.5 - a for a in accuracy], "accuracy_before": [0.25] * len(seeds)}
+    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "best": False}
+    losses = [None if a is None else 1.5 - a for a in accuracy]
+    held |= {"scores": {"accuracy": accuracy, "loss": losses}, "loss": losses}
+    held |= {"accuracy": accuracy, "accuracy_before": [0.25] * len(seeds)}
+    held |= {"scores_before": {"accuracy": [0.25] * len(seeds), "loss": [1.0] * len(seeds)}}
     held |= {"rounds": 40, "local_steps": setting.get("local_steps", 1), "params_masked": 553, "runs": []}
     held |= {"payload_bytes_up_per_client": 1600.0, "payload_bytes_down_per_client": 1600.0}
     return (
@@ -315,12 +324,13 @@ def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> d
 
 
 def study(axes: dict[str, list[Any]], rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"name": "a", "title": "A study", "note": "", "axes": axes, "rows": rows, "checks": []} | more
+    named = {"name": "a", "title": "A study", "note": "", "score": "accuracy", "better": BETTER}
+    return named | {"axes": axes, "rows": rows, "checks": []} | more
 
 
 def write_comparison(root: Path, *studies: dict[str, Any]) -> Path:
     root.mkdir(exist_ok=True)
-    held = {"format": 1, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
+    held = {"format": 2, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
     (root / "compare.json").write_text(json.dumps(held))
     return root
 
@@ -339,7 +349,8 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     for seed in range(2):
         cell = tmp_path / "cells" / str(seed)
         cell.mkdir(parents=True)
-        judged = [{"kind": "evaluation", "round": r, "accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)]
+        scores = {r: {"accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)}
+        judged = [EvaluationMetric(r, found, BETTER).to_json() for r, found in scores.items()]
         (cell / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in judged))
     rows[0]["runs"] = ["cells/0", "cells/1"]
     axes = {"partition": ["iid", "dirichlet:0.5"], "local_steps": [1, 10]}

@@ -26,7 +26,8 @@ from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.data import load_rows
 from meerkat.record.signatures import SigningKey
-from meerkat.run.setup import make_mask, open_model, resolve
+from meerkat.run.mask import make_mask
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -226,7 +227,7 @@ def test_frames_of_others_are_refused(setting: Setting) -> None:
             site.answer(data)
 
 
-@pytest.mark.parametrize("kind", [Kind.HELLO, Kind.REPLY, Kind.BEHIND, Kind.COUNTS, Kind.FAILED])
+@pytest.mark.parametrize("kind", [Kind.HELLO, Kind.REPLY, Kind.BEHIND, Kind.SCORE, Kind.FAILED])
 def test_what_a_coordinator_does_not_send_is_refused(setting: Setting, kind: Kind) -> None:
     with pytest.raises(BadFrame, match=kind.name.lower()):
         setting.site(0).answer(Server(setting).frame(kind))
@@ -255,7 +256,7 @@ def test_no_round_beyond_the_run_s_last_is_worked_on(setting: Setting) -> None:
         site.answer(server.ask(closed))
 
 
-@pytest.mark.parametrize("kind", [Kind.WORK, Kind.JUDGE])
+@pytest.mark.parametrize("kind", [Kind.WORK, Kind.EVALUATE])
 @pytest.mark.parametrize("back", [0, 1])
 def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind, back: int) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
@@ -332,17 +333,18 @@ def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind
 
 def test_it_evaluates_where_it_has_agreed_to(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
-    found = decoded(site.answer(server.ask(kind=Kind.JUDGE)))
-    correct, total = frames.decode_counts(found.body)
-    assert (found.kind, total) == (Kind.COUNTS, setting.sizes[0])
-    assert 0 < correct < total
+    found = decoded(site.answer(server.ask(kind=Kind.EVALUATE)))
+    accuracy, rows = frames.decode_score(found.body, "accuracy")
+    assert (found.kind, rows) == (Kind.SCORE, setting.sizes[0])
+    assert 0 < accuracy < 1
+    assert accuracy * rows == pytest.approx(round(accuracy * rows))
     reply = site.answer(server.ask())
     assert reply == setting.site(0).answer(server.ask())  # an evaluation leaves no trace
 
 
 def test_it_does_not_evaluate_without_consent(setting: Setting) -> None:
     with pytest.raises(BadFrame, match="has not agreed"):
-        setting.site(0).answer(Server(setting).ask(kind=Kind.JUDGE))
+        setting.site(0).answer(Server(setting).ask(kind=Kind.EVALUATE))
 
 
 def test_a_loss_that_is_not_finite_is_told_in_one_word(setting: Setting) -> None:
@@ -419,7 +421,7 @@ def test_no_frame_has_room_for_a_loss_a_label_or_a_text(setting: Setting, monkey
     federation.round()
     federation.end()
     said = federation.wire.up
-    assert {frame.kind for frame in said} == {Kind.REPLY, Kind.COUNTS}
+    assert {frame.kind for frame in said} == {Kind.REPLY, Kind.SCORE}
     for one in said:
         if one.kind is Kind.REPLY:
             phase, scalars = frames.decode_scalars(one.body)
@@ -486,7 +488,7 @@ def test_the_embedded_model_takes_part(tmp_path: Path) -> None:
     closed = server.close(scalars_of(site.answer(server.ask())))
     scalars_of(site.answer(server.ask([closed])))
     assert stands_at(site, server.state)
-    assert frames.decode_counts(decoded(site.answer(server.ask(kind=Kind.JUDGE))).body)[1] == 8
+    assert frames.decode_score(decoded(site.answer(server.ask(kind=Kind.EVALUATE))).body, "accuracy")[1] == 8
 
 
 def embedded() -> Any:
@@ -495,7 +497,7 @@ def embedded() -> Any:
 
 
 def mask_of(config: Any) -> SparseMask:
-    return make_mask(config, *open_model(config))
+    return make_mask(config, open_problem(config))
 
 
 @pytest.mark.parametrize("row", [{"text": "a", "label": "positive"}, {"diagnosis": "b", "label": 0}, ["positive"]])

@@ -17,10 +17,10 @@ import pytest
 pytest.importorskip("flwr")
 
 import grpc
+from meerkat.engines.flower import stream
 from proxy import Proxy
 from stub import RUN, Attending, Coordinator, StubSite, scalars_of
 
-from meerkat.engines.flower import stream
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
 from meerkat.federation.certificates import certify

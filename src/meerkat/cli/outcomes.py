@@ -74,16 +74,18 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from meerkat.run.evaluate import evaluate
+    from meerkat.run.sentences import scores_in_words
 
-    found = evaluate(arguments.folder, arguments.split)
-    rows = len(found.predictions)
+    evaluation = evaluate(arguments.folder, arguments.split)
+    scores = evaluation.scores
     if arguments.json:
-        scores = {"accuracy": found.accuracy, "loss": found.loss, "per_class": found.per_class}
-        print(json.dumps({"split": arguments.split, "rows": rows, **scores}))
+        usual = {name: scores[name] for name in ("accuracy", "loss") if name in scores}
+        per_class = {"per_class": evaluation.per_class}
+        print(json.dumps({"split": arguments.split, "rows": evaluation.rows, **usual, **per_class, "scores": scores}))
         return
-    print(f"{arguments.split}, {rows} rows: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}")
-    for label, accuracy in found.per_class.items():
-        print(f"  {accuracy:.3f}  {label}")
+    print(f"{arguments.split}, {evaluation.rows} rows: {scores_in_words(scores)}")
+    for label, score in evaluation.per_class.items():
+        print(f"  {score:.3f}  {label}")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from meerkat.errors import MeerkatError
 from meerkat.settings.config import make_config, read_toml, with_names_of_today
 
 MASK_SETTINGS = (
+    "problem",
     "model",
     "text",
     "method",
@@ -157,7 +158,8 @@ def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(given_settings(arguments))
     out = Path(arguments.out)
     from meerkat.record.run_folder import write_atomically
-    from meerkat.run.setup import make_mask, open_model, resolve, resolve_model
+    from meerkat.run.mask import make_mask
+    from meerkat.run.setup import open_problem, resolve, resolve_model
 
     if config.recipe.moves == "lora":
         raise MeerkatError("--method lora-fedzo: moves adapters whole and has no mask to write; choose another method")
@@ -166,7 +168,7 @@ def _mask(arguments: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
     config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
-    mask = make_mask(config, *open_model(config))
+    mask = make_mask(config, open_problem(config))
     write_atomically(out, mask.save)
     by_tensor = dict(mask.counts())
     if arguments.json:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -44,7 +44,7 @@ class Check(BaseModel):
     than: list[Any] = Field([], description="... than each of these")
     equal: list[Any] = Field([], description="or: two values that are claimed to do the same, the second the reference")
     where: dict[str, Any] = Field({}, description="values of other axes that the claim is about")
-    measure: Literal["accuracy", "loss"] = "accuracy"
+    measure: str = Field("", description="a score's name; empty for the problem's first, such as accuracy")
 
 
 class Study(BaseModel):
@@ -211,6 +211,8 @@ def _study(held: dict[str, Any]) -> Study:
     if own.get("total_steps") and "rounds" in held:
         raise MeerkatError(f"{spell}rounds and total_steps are given, and one follows from the other; give one")
     axes = {name: _axis(name, value, spell) for name, value in held.items() if _is_axis(name, value)}
+    if "problem" in axes:
+        raise MeerkatError(f"{spell}problem is no axis: problems have scores of their own; give each a study")
     if (count := math.prod(map(len, axes.values()))) > _MOST_SETTINGS:
         raise MeerkatError(f"{spell}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
     shared = {name: value for name, value in held.items() if name not in axes}

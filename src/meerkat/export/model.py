@@ -17,11 +17,12 @@ from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
-from meerkat.problems.tasks import Task
+from meerkat.problems.classification import Classification
+from meerkat.problems.problem import Problem
 from meerkat.record.run_folder import RunFolder, explain_disk_errors
 from meerkat.record.verification import VerifiedRun
 from meerkat.run.evaluate import load_run
-from meerkat.run.metrics import without_budget
+from meerkat.run.summary import without_budget
 
 Form = Literal["merged", "delta"]
 DELTA_FILE = "delta.safetensors"
@@ -45,7 +46,12 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise MeerkatError(f"'{to}': is not an empty folder; give a new or empty one as --to")
-    run, workplace = load_run(root)
+    run, problem = load_run(root)
+    if form == "merged" and not isinstance(problem, Classification):
+        raise MeerkatError(
+            f"--form merged: writes a Hugging Face model, and that of problem '{run.config.problem}' is none; "
+            "use --form delta"
+        )
     lora = run.config.recipe.moves == "lora"
     content: Content = "model" if form == "merged" else "adapters" if lora else "delta"
     to = to.resolve()
@@ -54,17 +60,17 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
         try:
             part.mkdir(parents=True)
-            model: Any = workplace.model
+            model: Any = problem.model
             if content == "model":
                 model = merge_lora_(model) if lora else model
                 model.save_pretrained(part)
-                workplace.tokenizer.save_pretrained(part)
+                cast(Classification, problem).tokenizer.save_pretrained(part)
             elif content == "adapters":
                 save_adapter(model, part, run.config.model)
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             tuned_fingerprint = "" if content == "adapters" else fingerprint(model)
-            card = _card(RunFolder(root), run, workplace.task, content, tuned_fingerprint)
+            card = _card(RunFolder(root), run, problem, content, tuned_fingerprint)
             (part / CARD_FILE).write_text(card, encoding="utf-8")
             if to.exists():
                 to.rmdir()
@@ -74,10 +80,10 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     return to / DELTA_FILE if content == "delta" else to
 
 
-def _card(folder: RunFolder, run: VerifiedRun, task: Task, content: Content, tuned_fingerprint: str) -> str:
+def _card(folder: RunFolder, run: VerifiedRun, problem: Problem, content: Content, tuned_fingerprint: str) -> str:
     removals = [event for event in folder.events() if event.get("event") == "shown out" and "client" in event]
     removed = sorted({event["client"] for event in removals})
-    return model_card(run, task, folder.metrics(), content, tuned_fingerprint, removed, without_budget(folder))
+    return model_card(run, problem, folder.metrics(), content, tuned_fingerprint, removed, without_budget(folder))
 
 
 def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:

@@ -14,12 +14,14 @@ from huggingface_hub import ModelCardData
 from meerkat.algorithm import path
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
-from meerkat.problems.tasks import Task
-from meerkat.progress import one_line
+from meerkat.problems.classification import Classification
+from meerkat.problems.problem import Problem
+from meerkat.progress import number_of, one_line
 from meerkat.record.run_folder import Metric
 from meerkat.record.verification import VerifiedRun
-from meerkat.run.metrics import clients_in_words
-from meerkat.settings.config import EMBEDDED, RunConfig
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import clients_in_words
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 Content = Literal["model", "delta", "adapters"]
 """What an exported folder holds besides its card."""
@@ -38,7 +40,7 @@ _EVALUATED_ON = {
 
 def model_card(
     run: VerifiedRun,
-    task: Task,
+    problem: Problem,
     metrics: Sequence[Metric],
     content: Content,
     tuned_fingerprint: str = "",
@@ -53,7 +55,8 @@ def model_card(
         removed: clients that the coordinator of a federation removed.
         without_budget: clients whose privacy budget does not last to the end of the run.
     """
-    config, task_name = run.config, _code(task.name)
+    config, task_name = run.config, _code(problem.name)
+    kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
     base, method = _base(config), one_line(config.method)
     held = {
         "model": "a whole model",
@@ -62,15 +65,15 @@ def model_card(
     }[content]
     opening = (
         f"# {base}, tuned for {task_name}\n\n"
-        f"{base} (a causal language model), tuned for the task {task_name} by sparse zeroth-order federated "
+        f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated "
         f"fine-tuning with [Meerkat](https://arxiv.org/abs/2506.03337), method `{method}`. This folder holds {held}. "
         f"Licence and languages are those of the base model and of the data; the run's record does not state them."
     )
     sections = {
-        "Load it": _loading(config, task, content),
+        "Load it": _loading(config, problem, content),
         "How it was tuned": _tuning(run),
         "The mask": _mask(run.mask),
-        "Data": _data(run, task),
+        "Data": _data(run, problem),
         "Privacy": _privacy(run.guarantee, without_budget),
         "Clients": _clients(run, removed),
         "Evaluation": _evaluation(run, metrics),
@@ -83,12 +86,14 @@ def model_card(
 def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], content: Content) -> str:
     config = run.config
     hub_data = config.data and not run.opening.federation and not _is_local(config.data)
+    evaluations = _evaluations(run, metrics)
+    hub_model = config.problem == CLASSIFICATION and config.model != EMBEDDED and not _is_local(config.model)
     front_matter = ModelCardData(
-        base_model=config.model if config.model != EMBEDDED and not _is_local(config.model) else None,
+        base_model=config.model if hub_model else None,
         library_name=_LIBRARIES[content],
         tags=["meerkat", "federated-learning", "zeroth-order-optimization", f"method:{config.method}"],
         datasets=[config.data.partition(":")[0]] if hub_data else None,
-        metrics=["accuracy"] if any(metric["kind"] == "evaluation" for metric in metrics) else None,
+        metrics=[evaluations[0].score] if evaluations else None,
     )
     return front_matter.to_yaml(line_break="\n")
 
@@ -104,6 +109,8 @@ def _code(text: str) -> str:
 
 
 def _base(config: RunConfig) -> str:
+    if config.problem != CLASSIFICATION:
+        return f"the model of problem {_code(config.problem)}"
     if config.model == EMBEDDED:
         return "Meerkat's embedded model"
     return _code(Path(config.model).name if _is_local(config.model) else config.model)
@@ -113,7 +120,14 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _loading(config: RunConfig, task: Task, content: Content) -> str:
+def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
+    if not isinstance(problem, Classification):
+        return (
+            "```python\nfrom pathlib import Path\n\nfrom meerkat.export.model import apply_delta\n\n"
+            f"model = ...  # the base model, as problem {json.dumps(config.problem)} builds it\n"
+            'apply_delta(model, Path("delta.safetensors"))\n```'
+        )
+    task = problem.task
     labels = ", ".join(f"{index} {json.dumps(label)}" for index, label in enumerate(task.labels))
     return (
         "```python\n" + "\n".join(_loading_code(config, content)) + "\n```\n\n"
@@ -146,11 +160,7 @@ def _loading_code(config: RunConfig, content: Content) -> list[str]:
 def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
     first_order = recipe.update == "first-order"
-    steps = (
-        "by backpropagation"
-        if first_order
-        else f"P = {config.directions} direction{'s' * (config.directions > 1)} a step"
-    )
+    steps = "by backpropagation" if first_order else f"P = {number_of(config.directions, 'direction')} a step"
     source = "Philox4x64-10, counting by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
     return _table(
         {
@@ -197,16 +207,16 @@ def _mask(mask: SparseMask) -> str:
     )
 
 
-def _data(run: VerifiedRun, task: Task) -> str:
+def _data(run: VerifiedRun, problem: Problem) -> str:
     config = run.config
     if run.opening.federation:
-        source = (
-            "each site's own; they never left the sites. Their origin is not known; their numbers are the sites' word"
-        )
+        source = "each site's own, which never left the sites; their origin is not known; the sites gave the numbers"
         split = f"each site of federation `{run.opening.federation}` holds its own"
     else:
         split = f"{_code(config.partition)}, clients simulated on one machine"
-        if not config.data:
+        if config.problem != CLASSIFICATION:
+            source = f"as problem {_code(config.problem)} makes or reads them"
+        elif not config.data:
             source = f"Meerkat's embedded data `{config.task}`"
         elif _is_local(config.data):
             source = f"{_code(Path(config.data).name)}, a local folder; its origin is not known"
@@ -215,17 +225,9 @@ def _data(run: VerifiedRun, task: Task) -> str:
         if config.held_back:
             source += f"; {config.held_back:g} of the training rows held back"
     digest = f"`{run.opening.data}`" if run.opening.data else "not known"
-    return _table(
-        {
-            "task": _code(task.name),
-            "training rows": _numbers_of_rows(run),
-            "source": source,
-            "split": split,
-            "SHA-256 of the rows and their split": "not given: it is a function of private rows"
-            if run.guarantee
-            else digest,
-        }
-    )
+    digest = "not given: it is a function of private rows" if run.guarantee else digest
+    facts = {"task": _code(problem.name), "training rows": _numbers_of_rows(run), "source": source, "split": split}
+    return _table(facts | {"SHA-256 of the rows and their split": digest})
 
 
 def _numbers_of_rows(run: VerifiedRun) -> str:
@@ -242,10 +244,7 @@ def _numbers_of_rows(run: VerifiedRun) -> str:
 
 def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     if guarantee is None:
-        return (
-            "No differential privacy: nothing bounds what the weights, or the scalars that clients sent, reveal about "
-            "a row."
-        )
+        return "No differential privacy: nothing bounds what the weights, or the clients' scalars, reveal about a row."
     return _table(
         {
             "differential privacy": guarantee.in_words(),
@@ -274,21 +273,25 @@ def _listed(clients: Sequence[int]) -> str:
 
 
 def _evaluation(run: VerifiedRun, metrics: Sequence[Metric]) -> str:
-    evaluations = sorted(
-        (metric for metric in metrics if metric["kind"] == "evaluation" and metric["round"] <= run.rounds),
-        key=lambda metric: metric["round"],
-    )
+    evaluations = _evaluations(run, metrics)
     if not evaluations:
         return "Not known: the run's folder has no evaluation."
     first, last = evaluations[0], evaluations[-1]
-    lines = ["| after round | accuracy | loss |", "| --- | --- | --- |"]
+    lines = [f"| after round | {' | '.join(last.better)} |", "| --- " * (1 + len(last.better)) + "|"]
     for metric in (first, last)[: len(evaluations)]:
-        scores = ["not known" if metric[name] is None else f"{metric[name]:.3f}" for name in ("accuracy", "loss")]
-        lines.append(f"| {metric['round']:,} | {' | '.join(scores)} |")
+        values = [metric.scores.get(name) for name in last.better]
+        scores = ["not known" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {metric.round:,} | {' | '.join(scores)} |")
     rows = "coordinator" if run.opening.federation else "validation"
-    rows = "sites" if "rows" in last else "held-back" if run.config.held_back else rows
-    exported = "" if last["round"] == run.rounds else f" The model here is the one after round {run.rounds:,}."
+    rows = "sites" if last.rows is not None else "held-back" if run.config.held_back else rows
+    exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
     return f"On {_EVALUATED_ON[rows]}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
+
+
+def _evaluations(run: VerifiedRun, metrics: Sequence[Metric]) -> list[EvaluationMetric]:
+    """Those of the rounds that were replayed, in order."""
+    evaluations = [EvaluationMetric.from_json(metric) for metric in metrics if metric["kind"] == EvaluationMetric.kind]
+    return sorted((one for one in evaluations if one.round <= run.rounds), key=lambda one: one.round)
 
 
 def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,14 +23,17 @@ from meerkat.federation.frames import LIMIT
 from meerkat.federation.link import Link, Terms
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.problems.problem import Problem
 from meerkat.progress import number_of, say
 from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import check_fingerprint, fingerprint, read_keys
-from meerkat.run.metrics import defence_in_words
-from meerkat.run.setup import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
-from meerkat.run.simulation import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
+from meerkat.run.mask import default_lr, make_mask, settled_mask, store_mask
+from meerkat.run.sentences import defence_in_words
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.simulation import Evaluate, evaluation_of, opening_of, replay_log, run_rounds
+from meerkat.run.summary import write_summary
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
 from meerkat.settings.auto import AUTO, number_or
@@ -197,22 +199,21 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     if not going_on:
         RunFolder.check_free(out)
         config.check_none_idle()
-    workplace = open_workplace(config)
+    problem = open_problem(config)
     if going_on:
         folder = RunFolder.open(out)
-        workplace = replace(workplace, config=_same(config, folder))
+        config = _same(config, folder)
     else:
-        mask = make_mask(config, workplace.model, workplace.tokenizer)
+        mask = make_mask(config, problem)
         rate = number_or(config.lr, default_lr(config.method, len(mask)))
-        settled = budget.with_noise(config, ()).model_copy(update={"density": mask.density, "lr": rate})
-        workplace = replace(workplace, config=settled)
-        folder = RunFolder.create(out, settled)
-        store_mask(folder, mask, workplace)
+        config = budget.with_noise(config, ()).model_copy(update={"density": mask.density, "lr": rate})
+        folder = RunFolder.create(out, config)
+        store_mask(folder, mask, problem)
     log = RunLog(folder.log_path, "start the coordinator again")
     try:
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        return _coordinate(workplace, federation, listed, folder, log, control)
+        return _coordinate(config, problem, federation, listed, folder, log, control)
     finally:
         log.close()
 
@@ -231,16 +232,16 @@ def _same(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def _coordinate(
-    workplace: Workplace,
+    config: RunConfig,
+    problem: Problem,
     federation: FederationConfig,
     listed: frozenset[str] | None,
     folder: RunFolder,
     log: RunLog,
     control: Control,
 ) -> dict[str, Any]:
-    config = workplace.config
-    mask = settled_mask(folder, workplace)
-    model = MaskedModel(workplace.model, mask)
+    mask = settled_mask(folder, config, problem)
+    model = MaskedModel(problem.model, mask)
     theta_0 = model.read()
     fresh = opening_of(folder, config, mask, theta_0, federation=secrets.token_hex(8), signed=federation.sign)
     replayed, z, opening, lost = replay_log(folder, log, fresh, config, mask, theta_0)
@@ -270,7 +271,9 @@ def _coordinate(
     )
     why = "the coordinator stopped"
     with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z)
+        engine = _Watched(
+            folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z, problem.scores
+        )
         control.open(door, offer, engine.stop)
         many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
         say(
@@ -280,11 +283,14 @@ def _coordinate(
         if defence := defence_in_words(config):
             say(defence)
         try:
-            judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
+            evaluate: Evaluate = engine.evaluate
+            if federation.evaluate == "coordinator":
+                rows = problem.prepare(problem.rows("validation"))
+                evaluate = evaluation_of(problem, model, problem.batch(rows, "evaluation"))
             with tracking(config.tracker, folder.root, replayed.state.round) as follower:
                 folder.on_metric(follower)
                 try:
-                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, lost=lost)
+                    state = run_rounds(folder, log, replayed, z, config, mask, engine, evaluate, lost=lost)
                 finally:
                     engine.settle()
             why = "the run is finished"
@@ -292,12 +298,6 @@ def _coordinate(
             control.stop_inviting()
             engine.end(why)
     return write_summary(folder, config, mask, state, facts=engine.outcome())
-
-
-def _judge(workplace: Workplace, model: MaskedModel) -> Judge:
-    """A judge on the coordinator's own validation rows."""
-    rows = load_split(workplace.config, workplace.task, "validation")
-    return Judge(workplace, model, workplace.evaluation_batch(workplace.examples(rows)))
 
 
 class _Watched(RemoteEngine):

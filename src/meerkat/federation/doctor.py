@@ -41,7 +41,7 @@ from meerkat.problems.causal_lm import load_model
 from meerkat.problems.data import load_rows, read_texts
 from meerkat.problems.tasks import TASKS, check_rows, load_task
 from meerkat.progress import number_of
-from meerkat.run.setup import load_split, open_task, resolve
+from meerkat.run.setup import load_split, resolve
 from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
 
 
@@ -234,7 +234,7 @@ def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Finding
     if federation.evaluate == "sites":
         yield ok("data", "none needed here: sites judge on their own rows")
     elif config.data not in hub:
-        yield ok("data", f"validation: {len(load_split(config, open_task(config), 'validation'))} rows")
+        yield ok("data", f"validation: {len(load_split(config, 'validation'))} rows")
 
 
 def _is_hub_name(name: str) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +25,12 @@ from meerkat.federation.admission import Door, Guest
 from meerkat.federation.catch_up import Trail
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.federation.link import Event, Link, Terms
+from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
-from meerkat.record.run_folder import Metric
 from meerkat.record.signatures import BadSignature
-from meerkat.run.metrics import clients_in_words, counts_metric
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import clients_in_words
 
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
@@ -64,12 +65,14 @@ class RemoteEngine:
         run: str,
         state: ServerState,
         directions: Directions,
+        better: Mapping[str, Better],
     ) -> None:
         """Take up a run where its log ends.
 
         Args:
             run: the federation's id, hexadecimal.
             directions: those that its rounds are closed with, to be made ready while clients are at work.
+            better: the problem's scores, of which sites tell the first.
         """
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
         """Frames that did not count, by why."""
@@ -91,9 +94,11 @@ class RemoteEngine:
         self._plan: RoundPlan | None = None
         self._replied: dict[int, Scalars] = {}
         self._failed: dict[int, str] = {}
-        self._counting: set[int] = set()
+        self._evaluating: set[int] = set()
         """Whose evaluation is waited for."""
-        self._counted: dict[int, tuple[int, int]] = {}
+        self._evaluated: dict[int, tuple[float, int]] = {}
+        """Each client's score and the rows that it is a mean over."""
+        self._better = better
         self._round_s = 0.0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
@@ -260,19 +265,20 @@ class RemoteEngine:
         made_s = time.monotonic() - self._answered_at
         self._trail.add(closed, frozenset(record.made), bytes.fromhex(record.theta_digest), made_s)
 
-    def judge(self, _: Tensor, rounds: int) -> Metric:
-        """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
-        self._counted = {}
+    def evaluate(self, _: Tensor, rounds: int) -> EvaluationMetric:
+        """An evaluation on sites' own rows, over the sites that agreed to it and answer before the deadline."""
+        self._evaluated = {}
         present = self.available() if rounds == self._trail.round else []  # sites hold no theta of the past
-        self._counting = {k for k in present if self._members[k].guest.evaluates}
-        self._link.send({client: self._telling(client, Kind.JUDGE) for client in sorted(self._counting)})
+        self._evaluating = {k for k in present if self._members[k].guest.evaluates}
+        self._link.send({client: self._telling(client, Kind.EVALUATE) for client in sorted(self._evaluating)})
         end = time.monotonic() + self._terms.deadline_s
-        while self._counting and (left := end - time.monotonic()) > 0:
+        while self._evaluating and (left := end - time.monotonic()) > 0:
             self._wait(left)
-            self._counting = {client for client in self._counting if self._members[client].here}
-        self._counting = set()
-        counts = list(self._counted.values())
-        return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
+            self._evaluating = {client for client in self._evaluating if self._members[client].here}
+        self._evaluating = set()
+        # by client, whatever order they answered in: the mean has the same bits
+        told = [self._evaluated[client] for client in sorted(self._evaluated)]
+        return EvaluationMetric.of_sites(told, self._better, rounds)
 
     def end(self, why: str) -> None:
         """Bring everyone up to date, who is late as well, and say that the run is over."""
@@ -347,8 +353,8 @@ class RemoteEngine:
         self._joined[client] = guest
         plan = self._plan
         self._failed.pop(client, None)
-        if client in self._counting and guest.evaluates:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+        if client in self._evaluating and guest.evaluates:
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         owes = plan is not None and client in plan.steps and client not in self._replied
         if plan is not None and owes and self._is_logged(guest):
             self._link.send({client: self._asking(client, plan)})
@@ -366,8 +372,8 @@ class RemoteEngine:
                 self._once_more(client, member, "its theta does not come out as everyone's")
             case Kind.FAILED:
                 _, said = frames.decode_words(frame.body)
-                if client in self._counting:
-                    self._counting.remove(client)
+                if client in self._evaluating:
+                    self._evaluating.remove(client)
                 elif member.busy is None or member.busy[0] != frame.round:
                     self.counts["duplicate"] += 1
                     return
@@ -378,13 +384,13 @@ class RemoteEngine:
                 member.busy, member.trouble = None, member.trouble + 1
                 if member.trouble == _PATIENT:
                     self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
-            case Kind.COUNTS:
-                counts = frames.decode_counts(frame.body)
-                if client not in self._counting or frame.digest != self._trail.digest:
+            case Kind.SCORE:
+                evaluation = frames.decode_score(frame.body, primary(self._better))
+                if client not in self._evaluating or frame.digest != self._trail.digest:
                     self.counts["late"] += 1
                     return
-                self._counting.remove(client)
-                self._counted[client] = counts
+                self._evaluating.remove(client)
+                self._evaluated[client] = evaluation
             case Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
                 why = one_line(said.get("why"))
@@ -425,8 +431,8 @@ class RemoteEngine:
         member.busy, member.trouble = None, member.trouble + 1
         if member.trouble == _PATIENT:
             self._show_out(client, why)
-        elif client in self._counting:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+        elif client in self._evaluating:
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         elif self._plan is not None and client in self._plan.steps and client not in self._replied:
             self._link.send({client: self._asking(client, self._plan)})
 

@@ -24,16 +24,16 @@ from meerkat.federation.account import Account
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.federation.offer import Offer
 from meerkat.federation.site_settings import Refused, SiteConfig
-from meerkat.problems import causal_lm
-from meerkat.problems.data import load_rows
+from meerkat.problems.data import Row
 from meerkat.problems.partition import ClientRows
-from meerkat.problems.tasks import Row, Task, check_rows
+from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
-from meerkat.run.setup import Workplace, open_model, resolve_place
+from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings import auto
 from meerkat.settings.algorithm import directions, estimator, rules
+from meerkat.settings.config import CLASSIFICATION
 
 
 class Site:
@@ -50,39 +50,33 @@ class Site:
             MeerkatError: model, data or key cannot be read, or are not the run's.
         """
         asked = offer.config({"model": own.model, "data": own.data, "device": own.device})
-        task = offer.load_task()
-        own.check_settings(asked, task.name)
+        task = offer.load_task() if asked.problem == CLASSIFICATION else None
+        own.check_settings(asked, task.name if task else asked.problem)
         key, before = _keys(own)
         if offer.sign and key is None:
             raise Refused(
                 "signing_key: the run takes signed replies alone; 'meerkat keygen' makes one, name it in site.toml"
             )
-        self.config = resolve_place(asked)
-        model, tokenizer = open_model(self.config)
+        self.config = resolve_machine(asked)
+        self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()
-        self.mask.check_fits(model)
-        own.check_mask(self.mask, model)
-        self._workplace = Workplace(self.config, model, tokenizer, task, next(model.parameters()).device)
-        self._model = MaskedModel(model, self.mask)
+        self.mask.check_fits(self._problem.model)
+        own.check_mask(self.mask, self._problem.model)
+        self._model = MaskedModel(self._problem.model, self.mask)
         self._rules = rules(self.config)
         self._replica = Replica(0, self._model.read())
         if self._replica.digest != offer.theta:
             raise MeerkatError(
                 f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
             )
-        rows = _rows(own, task, "train")
+        rows = _rows(own, self._problem, "train")
         self._rows = ClientRows(own.client, np.arange(len(rows)), self.config.batch_size, self.config.seed)
-        self._losses_of = causal_lm.client_losses(
-            model,
-            self._workplace.examples(rows),
-            self._workplace.training_batch,
-            self.config.objective,
-            each_row=self.config.dp == "example",
-        )
-        self._validation: causal_lm.Batch | None = None
-        if own.evaluate and self.config.dp == "none":  # counts are exact: no noise covers them
-            judged = _rows(own, task, "validation")
-            self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
+        examples = self._problem.prepare(rows)
+        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        self._validation: Any = None
+        if own.evaluate and self.config.dp == "none":  # a score is exact: no noise covers it
+            examples = self._problem.prepare(_rows(own, self._problem, "validation"))
+            self._validation = self._problem.batch(examples, "evaluation")
         self.client = own.client
         self.ended = ""
         """Why the session is over, or nothing."""
@@ -189,7 +183,7 @@ class Site:
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
                     self._take_over(values, frame.round)
-            case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
+            case Kind.WORK | Kind.CLOSED | Kind.EVALUATE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
@@ -218,7 +212,7 @@ class Site:
         try:
             if frame.kind is Kind.WORK:
                 return self._work(work)
-            return self._judge() if frame.kind is Kind.JUDGE else None
+            return self._judge() if frame.kind is Kind.EVALUATE else None
         except Diverged:
             failure = "diverged"
         except (MemoryError, torch.OutOfMemoryError):
@@ -322,9 +316,8 @@ class Site:
         self._answer_once("evaluation")
         with torch.no_grad():
             self._model.write_(self._replica.theta)
-        found = causal_lm.evaluate(self._workplace.model, self._validation, self._workplace.task.labels)
-        total = len(found.predictions)
-        return self._frame(Kind.COUNTS, frames.encode_counts(round(found.accuracy * total), total))
+        found, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
+        return self._frame(Kind.SCORE, frames.encode_score(score, found.scores[score], found.rows))
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
@@ -339,16 +332,14 @@ def _keys(own: SiteConfig) -> tuple[SigningKey | None, SigningKey | None]:
         raise MeerkatError("the site's signing key cannot be used; its own log says why") from None
 
 
-def _rows(own: SiteConfig, task: Task, split: str) -> list[Row]:
+def _rows(own: SiteConfig, problem: Problem, split: Split) -> list[Row]:
     """The site's own rows. What is wrong with them is told here alone: such words may quote a row."""
     try:
-        if not Path(own.data).is_dir():
+        if not (own.data and Path(own.data).is_dir()):
             raise MeerkatError(f"data '{own.data}': no such folder; a site's rows are its own, and not the hub's")
-        rows = load_rows(own.data, split)
-        check_rows(task, rows, f"data '{own.data}', {split}")
+        return problem.rows(split)
     except MeerkatError as error:
         say(f"meerkat: {error}")
         raise MeerkatError(
-            f"the site's {split} rows are not fit for task '{task.name}'; its own log says why"
+            f"the site's {split} rows are not fit for task '{problem.name}'; its own log says why"
         ) from None
-    return rows

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meerkat.errors import MeerkatError
+from meerkat.problems.data import Row
 from meerkat.problems.partition import partition
-from meerkat.problems.tasks import Row
 from meerkat.record.run_folder import write_atomically
-from meerkat.run.setup import open_task, resolve, training_and_evaluation_rows
-from meerkat.settings.config import RunConfig
+from meerkat.run.setup import load_split, resolve
+from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.config import CLASSIFICATION, RunConfig
 
 
 def site_folder(out: Path, client: int) -> Path:
@@ -35,8 +37,12 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MeerkatError(f"'{out}': is not an empty folder; give a new or empty one as --out")
+    if config.problem != CLASSIFICATION:
+        raise MeerkatError(
+            f"problem '{config.problem}': its rows are not written to folders; only {CLASSIFICATION}'s are"
+        )
     config = resolve(config)
-    training, _ = training_and_evaluation_rows(config, open_task(config))
+    training, _ = training_and_evaluation_rows(config, partial(load_split, config))
     held = partition(config.partition, training, config.clients, config.seed)
     for client, rows in enumerate(held.rows):
         folder = site_folder(out, client)

@@ -17,7 +17,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
-from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 
 
 class Refused(MeerkatError):
@@ -29,6 +29,7 @@ class Accepts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    problems: tuple[str, ...] = Field((CLASSIFICATION,), description="what may be learned, by name")
     task: str = Field("", description="the only task, by its name; empty for any")
     model: str = Field("", description="fingerprint of the only model; empty for any that is the site's own")
     mask: str = Field("", description="SHA-256 of the only mask; empty for any")
@@ -106,6 +107,8 @@ class SiteConfig(BaseModel):
         bounds = self.accepts
         steps = max(asked.local_steps, asked.calibration_steps if asked.stopping != "none" else 0)
         _hold("method", asked.method, "methods that send scalars", asked.recipe.update != "first-order")
+        allowed = ", ".join(bounds.problems) or "none"
+        _hold("problems", asked.problem, allowed, asked.problem in bounds.problems)
         _hold("task", task, bounds.task or task, task == (bounds.task or task))
         eps = number(asked.eps)
         _hold("eps", eps, f"at least {bounds.eps_minimum:g}", eps >= bounds.eps_minimum)

@@ -29,7 +29,7 @@ def data_section(page: Page, run: RunFacts) -> None:
     """Which labels each client holds."""
     page.section("Data", "data")
     if run.split is None:
-        page.add(absent("This run's metrics do not say which labels each client holds; a server does not know it."))
+        page.add(absent("No labels by client in the metrics: the rows have none, or the server does not know them."))
         return
     labels, counts = run.split
     sizes = counts.sum(1)
@@ -38,14 +38,9 @@ def data_section(page: Page, run: RunFacts) -> None:
     page.add(paragraph(f"{holders}, split as '{run.config.partition}'. A simulation knows this; a server does not."))
     figure = draw.split(labels, counts, run.extreme or ())
     if figure.get_figwidth() > 6:
-        caption = (
-            "One column a client, one row a label: the stronger the blue, the larger the label's share of the "
-            "client's rows."
-        )
+        caption = "One column a client, one row a label: the stronger the blue, the more of its rows have that label."
     else:
-        caption = (
-            "One bar a client, one colour a label: the more one colour fills a bar, the more skewed that client's data."
-        )
+        caption = "One bar a client, one colour a label: the more one colour fills a bar, the more skewed its data."
         if run.extreme:
             caption += " Clients in bold orange hold one label alone."
     page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))

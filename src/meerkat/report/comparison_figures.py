@@ -53,12 +53,13 @@ def _styles(names: Sequence[str], best: Sequence[str]) -> dict[str, LineStyle]:
     return dict.fromkeys(names, _BACKGROUND) | dict(zip(coloured, _STYLES, strict=False))
 
 
-def _styles_by_accuracy(study: Study) -> dict[str, LineStyle]:
-    """A style for each setting within a panel, in colour for the most accurate."""
-    accuracies: dict[str, list[float]] = {}
+def _styles_by_score(study: Study) -> dict[str, LineStyle]:
+    """A style for each setting within a panel, in colour for the best."""
+    scores: dict[str, list[float]] = {}
     for row in study.rows:
-        accuracies.setdefault(study.name_in_panel(row), []).append(mean(row["accuracy"]))
-    return _styles(list(accuracies), sorted(accuracies, key=lambda name: -np.nan_to_num(mean(accuracies[name]))))
+        scores.setdefault(study.name_in_panel(row), []).append(mean(row["scores"][study.score]))
+    sign = -1 if study.better[study.score] == "higher" else 1
+    return _styles(list(scores), sorted(scores, key=lambda name: np.nan_to_num(sign * mean(scores[name]), nan=np.inf)))
 
 
 def _legend(axes: Axes, styles: Collection[LineStyle]) -> None:
@@ -69,7 +70,7 @@ def _legend(axes: Axes, styles: Collection[LineStyle]) -> None:
 
 
 def curves(study: Study, rows: Sequence[Row], score: str) -> Figure | None:
-    """Accuracy or loss over local steps: means over seeds, and bands from the lowest to the highest.
+    """A score over local steps: means over seeds, and bands from the lowest to the highest.
 
     Returns:
         None where no run folder is there.
@@ -77,7 +78,7 @@ def curves(study: Study, rows: Sequence[Row], score: str) -> Figure | None:
     lines = [(study.name_in_panel(row), curve) for row in rows if (curve := study.curves(row, score)) is not None]
     if not lines:
         return None
-    styles = _styles_by_accuracy(study)
+    styles = _styles_by_score(study)
     with drawing() as (figure, axes):
         for name, (steps, values) in lines:
             style, mean_value = styles[name], np.nanmean(values, 0)
@@ -89,8 +90,8 @@ def curves(study: Study, rows: Sequence[Row], score: str) -> Figure | None:
                 axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, lw=0)
             axes.plot(steps, mean_value, label=short(name), color=style.colour, lw=1.6, ls=style.dashes, zorder=3)
         axes.set(xlabel="local steps a client (rounds times T)", ylabel=score)
-        if score == "accuracy" and study.accuracy_range:
-            low, high = study.accuracy_range
+        if score == study.score and study.score_range:
+            low, high = study.score_range
             axes.set_ylim(low - 0.06 * (high - low + 0.01), high + 0.06 * (high - low + 0.01))
         whole_numbers(axes)
         _legend(axes, [styles[name] for name, _ in lines])
@@ -98,11 +99,11 @@ def curves(study: Study, rows: Sequence[Row], score: str) -> Figure | None:
 
 
 def final(study: Study) -> Figure:
-    """Final accuracy: a line a setting, a dot a seed, an upright stroke their mean."""
+    """The final score: a line a setting, a dot a seed, an upright stroke their mean."""
     rows = study.rows
     with drawing(4.4, 0.75 + 0.2 * max(len(rows), 3)) as (figure, axes):
         for place, row in enumerate(rows):
-            seeds, colour = finite(row["accuracy"]), BLUE if row.get("best") else MUTED
+            seeds, colour = finite(row["scores"][study.score]), BLUE if row.get("best") else MUTED
             if not seeds:
                 axes.annotate("diverged", (0.02, place), xycoords=axes.get_yaxis_transform(), color=RED, va="center")
                 continue
@@ -115,7 +116,7 @@ def final(study: Study) -> Figure:
         for height in _boundaries(study):
             axes.axhline(height, color=MUTED, lw=0.7)
         axes.margins(x=0.06)
-        axes.set_xlabel("final accuracy")
+        axes.set_xlabel(f"final {study.score}")
     return figure
 
 
@@ -189,7 +190,7 @@ def rate_search(study: Study, rows: Sequence[Row]) -> Figure | None:
     searched = [row for row in rows if row.get("rates")]
     if not searched:
         return None
-    styles, crossed, any_diverged = _styles_by_accuracy(study), 0, False
+    styles, crossed, any_diverged = _styles_by_score(study), 0, False
     with drawing() as (figure, axes):
         for row in searched:
             name = study.name_in_panel(row)
@@ -247,5 +248,5 @@ def differences(claim: Mapping[str, Any]) -> Figure:
         _rows_down(axes, [short(name, 34) for name in distinct_names([pair["setting"] for pair in pairs])])
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"difference in {claim.get('measure', 'accuracy')}, two standard errors either way")
+        axes.set_xlabel(f"difference in {claim['measure']}, two standard errors either way")
     return figure

@@ -18,7 +18,7 @@ from meerkat.report.facts import (
     read_comparison,
     value_in_words,
 )
-from meerkat.report.page import CaptionedFigure, Page, absent, escape, folded, paragraph, pill, table
+from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, paragraph, pill, table
 from meerkat.report.sentences import data_size
 
 _DASH, _TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
@@ -46,8 +46,8 @@ def comparison_page(root: Path) -> Page:
     model, task = str(content["model"]), str(content["task"])
     page = Page(
         str(content["title"]) or "Comparison",
-        f"{Path(model).name or model} · {Path(task).stem or task} · "
-        f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs",
+        (f"{Path(model).name or model} · " if model else "")
+        + f"{Path(task).stem or task} · {len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs",
     )
     for number, study in enumerate(studies, 1):
         page.section(str(study.content["title"] or study.content["name"]), f"study-{number}-{study.name}")
@@ -90,7 +90,7 @@ def _overall_difference(claim: Mapping[str, Any]) -> str:
     if claim.get("mean") is None:
         return ""
     error = f" ± {number(claim['se'])}" if finite([claim.get("se")]) else ""
-    return f"<small>{escape(str(claim.get('measure', 'accuracy')))} {number(claim['mean'], '+.4f')}{error}</small>"
+    return f"<small>{escape(str(claim['measure']))} {number(claim['mean'], '+.4f')}{error}</small>"
 
 
 def _differences_table(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -112,13 +112,14 @@ def number(value: float | None, form: str = ".4f") -> str:
 
 def _outcomes(study: Study) -> str:
     fastest = min((mean(row["wall_s"]) for row in study.rows if finite(row["wall_s"])), default=float("nan"))
+    others = [score for score in study.better if score != study.score]
     with_stops = any(any(row.get("early_stopped") or []) for row in study.rows)
     head = [
         *(axis.replace("_", " ") for axis in study.axes),
-        *("accuracy", "before", "loss", "rate", "rounds", "moving", "sent a client", "wall time"),
+        *(study.score, "before", *others, "rate", "rounds", "moving", "sent a client", "wall time"),
         *(["stopped early"] if with_stops else []),
     ]
-    lines = [_outcome(row, list(study.axes), fastest, with_stops) for row in study.rows]
+    lines = [_outcome(study, row, fastest, with_stops) for row in study.rows]
     seeds = sorted({len(row["seeds"]) for row in study.rows})
     over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     caption = (
@@ -129,13 +130,13 @@ def _outcomes(study: Study) -> str:
     return table(head, lines, text_columns=len(study.axes), caption=caption, bold=best)
 
 
-def _outcome(row: Row, axes: Sequence[str], fastest: float, with_stops: bool) -> list[str]:
-    wall = mean(row["wall_s"])
+def _outcome(study: Study, row: Row, fastest: float, with_stops: bool) -> list[str]:
+    wall, scores = mean(row["wall_s"]), row["scores"]
     return [
-        *(escape(_plain_value(axis, row["setting"].get(axis, ""))) for axis in axes),
-        _mean_and_deviation(row["accuracy"], len(row.get("diverged", []))),
-        number(mean(row["accuracy_before"]), ".3f"),
-        _mean_and_deviation(row["loss"]),
+        *(escape(_plain_value(axis, row["setting"].get(axis, ""))) for axis in study.axes),
+        _mean_and_deviation(scores[study.score], len(row.get("diverged", []))),
+        number(mean(row["scores_before"][study.score]), ".3f"),
+        *(_mean_and_deviation(scores[score]) for score in study.better if score != study.score),
         f"{row['lr']:g}",
         f"{row['rounds']:,}",
         f"{row['params_masked']:,}",
@@ -163,11 +164,11 @@ def _plain_value(axis: str, value: Any) -> str:
 
 
 def _figures(page: Page, study: Study) -> None:
-    curves = [_curves(study, panel, score) for panel in range(len(study.panels)) for score in ("accuracy", "loss")]
+    curves = [_curves(study, panel, score) for panel in range(len(study.panels)) for score in study.better]
     caption = "One line a setting, one dot a seed, the upright stroke their mean; the best in bold blue."
     page.figures(
         *(figure for figure in curves if figure is not None),
-        CaptionedFigure(f"{study.name}-final", draw.final(study), "Final accuracy", caption),
+        CaptionedFigure(f"{study.name}-final", draw.final(study), f"Final {study.score}", caption),
         *_loss_along(study, "density", "Loss by share that moves"),
         *_loss_along(study, "local_steps", "Loss by local steps a round"),
         *_rate_searches(study),
@@ -177,7 +178,7 @@ def _figures(page: Page, study: Study) -> None:
 
 
 def _curves(study: Study, panel: int, score: str) -> CaptionedFigure | None:
-    """Accuracy or loss over local steps in one panel; None where its run folders are not there."""
+    """A score over local steps in one panel; None where its run folders are not there."""
     name, rows = study.panels[panel]
     figure = draw.curves(study, rows, score)
     if figure is None:
@@ -186,7 +187,7 @@ def _curves(study: Study, panel: int, score: str) -> CaptionedFigure | None:
     drawn = "lines are means over seeds, bands reach from the lowest to the highest" if several else "one run each"
     caption = f"{score.capitalize()} against rounds times T, without calibration: {drawn}."
     title = _titled(f"{score.capitalize()} over local steps", name)
-    return CaptionedFigure(f"{study.name}-{score}-{panel + 1}", figure, title, caption)
+    return CaptionedFigure(f"{study.name}-{file_name(score)}-{panel + 1}", figure, title, caption)
 
 
 def _loss_along(study: Study, axis: str, title: str) -> list[CaptionedFigure]:

@@ -11,13 +11,16 @@ import numpy as np
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Better
 from meerkat.record import history
 from meerkat.record.run_folder import Metric, RunFolder
-from meerkat.run.metrics import without_budget
+from meerkat.report.page import file_name
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.summary import without_budget
 from meerkat.settings.config import RunConfig
 
 COMPARISON_FILE = "compare.json"
-COMPARISON_FORMAT = 1
+COMPARISON_FORMAT = 2
 _SYMBOLS = {"local_steps": "T", "density": "u", "directions": "P", "clients": "K", "lr": "eta"}
 
 Row = Mapping[str, Any]
@@ -75,9 +78,9 @@ class RunFacts:
         return max([0, *in_metrics, *in_log])
 
     @cached_property
-    def evaluations(self) -> list[Metric]:
-        """Metrics of evaluations, in order of rounds."""
-        return self.of_kind("evaluation")
+    def evaluations(self) -> list[EvaluationMetric]:
+        """The evaluations, in order of rounds."""
+        return [EvaluationMetric.from_json(metric) for metric in self.of_kind(EvaluationMetric.kind)]
 
     def of_kind(self, kind: str) -> list[Metric]:
         """Metrics of one kind, in order of rounds."""
@@ -126,7 +129,7 @@ class Study:
     @property
     def name(self) -> str:
         """The name, fit for file names."""
-        return "".join(c if c.isalnum() or c in "-_." else "-" for c in str(self.content["name"])) or "study"
+        return file_name(str(self.content["name"])) or "study"
 
     @property
     def axes(self) -> Mapping[str, Sequence[Any]]:
@@ -152,10 +155,21 @@ class Study:
         ]
         return [(name, rows) for name, rows in panels if rows]
 
+    @property
+    def score(self) -> str:
+        """The name of the score that settings are compared by."""
+        return str(self.content["score"])
+
+    @property
+    def better(self) -> Mapping[str, Better]:
+        """Every score's name, and which of its values are better."""
+        better: Mapping[str, Better] = self.content["better"]
+        return better
+
     @cached_property
-    def accuracy_range(self) -> tuple[float, float] | None:
-        """Lowest and highest accuracy of all curves, so that panels can share a scale; None without curves."""
-        curves = [curve[1] for row in self.rows if (curve := self.curves(row, "accuracy")) is not None]
+    def score_range(self) -> tuple[float, float] | None:
+        """Lowest and highest score of all curves, so that panels can share a scale; None without curves."""
+        curves = [curve[1] for row in self.rows if (curve := self.curves(row, self.score)) is not None]
         if not curves:
             return None
         return min(float(np.nanmin(values)) for values in curves), max(float(np.nanmax(values)) for values in curves)
@@ -166,16 +180,16 @@ class Study:
         return setting_in_words({name: row["setting"][name] for name in names if name in row["setting"]})
 
     def curves(self, row: Row, score: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Accuracy or loss over local steps: (steps int64 [S], values float64 [seeds, S]; nan where a seed has none).
+        """A score over local steps: (steps int64 [S], values float64 [seeds, S]; nan where a seed has none).
 
         Returns:
             None where none of the row's run folders is there.
         """
         runs = []
         for run in row.get("runs", []):
-            evaluations = [m for m in RunFolder(self.root / run).metrics() if m["kind"] == "evaluation"]
+            evaluations = [m for m in RunFolder(self.root / run).metrics() if m["kind"] == EvaluationMetric.kind]
             if evaluations:
-                runs.append({m["round"] * row["local_steps"]: float(m[score]) for m in evaluations})
+                runs.append({m["round"] * row["local_steps"]: float(m["scores"][score]) for m in evaluations})
         if not runs:
             return None
         steps = sorted(set().union(*runs))

@@ -15,6 +15,11 @@ from meerkat.report.style import STYLE
 __all__ = ["CaptionedFigure", "Page", "absent", "escape", "folded", "key_numbers", "paragraph", "pill", "table"]
 
 
+def file_name(text: str) -> str:
+    """The text, fit for the name of a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)
+
+
 class CaptionedFigure(NamedTuple):
     """A figure of a page."""
 

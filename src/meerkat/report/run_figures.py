@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
+from meerkat.problems.problem import RANGES
 from meerkat.record.run_folder import RunFolder
 from meerkat.report.drawing import (
     BLUE,
@@ -32,24 +33,29 @@ from meerkat.report.drawing import (
     whole_numbers,
 )
 from meerkat.report.sentences import data_size, percent
+from meerkat.run.metrics import EvaluationMetric
 
 
 def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
-    """Draw accuracy and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths."""
+    """Draw score and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     both = figure.subplots(1, 2)
+    shown: tuple[str, ...] = ()
     for folder in folders:
         run = RunFolder.open(folder)
         config = run.config()
-        evaluations = [m for m in run.metrics() if m["kind"] == "evaluation"]
-        rounds = [m["round"] for m in evaluations]
-        for axes, score in zip(both, ("accuracy", "loss"), strict=True):
-            axes.plot(rounds, [m[score] for m in evaluations], marker=".", label=config.method)
+        evaluations = [EvaluationMetric.from_json(m) for m in run.metrics() if m["kind"] == EvaluationMetric.kind]
+        rounds = [m.round for m in evaluations]
+        shown = (evaluations[-1].score if evaluations else "loss", "loss")
+        for axes, score in zip(both, shown, strict=True):
+            values = [m.scores.get(score) for m in evaluations]
+            axes.plot(rounds, [np.nan if v is None else v for v in values], marker=".", label=config.method)
             axes.set(xlabel="round", ylabel=f"{'held-back' if config.held_back else 'validation'} {score}")
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    both[0].set_ylim(0, 1)
+    if shown[:1] == ("accuracy",):
+        both[0].set_ylim(0, 1)
     both[0].legend(loc="lower right")
     paths = [to / "curves.png", to / "curves.svg"]
     for path in paths:
@@ -62,10 +68,10 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def over_rounds(rounds: Sequence[float], values: Sequence[float], score: str, training: Points | None = None) -> Figure:
-    """Accuracy or loss over rounds.
+    """A score over rounds.
 
     Args:
-        score: "accuracy" or "loss".
+        score: its name.
         training: the training loss, drawn in grey behind.
     """
     with drawing() as (figure, axes):
@@ -80,10 +86,10 @@ def over_rounds(rounds: Sequence[float], values: Sequence[float], score: str, tr
 
 
 def over_bytes(sent: Sequence[float], values: Sequence[float], score: str, calibration: float) -> Figure:
-    """Accuracy or loss over the payload of a client.
+    """A score over the payload of a client.
 
     Args:
-        score: "accuracy" or "loss".
+        score: its name.
         calibration: bytes that a first calibration cost, shaded; 0 for none.
     """
     with drawing() as (figure, axes):
@@ -128,13 +134,16 @@ def _room_above_end(x: Sequence[float], y: Sequence[float], span: float, rising:
     return free_above if free_above != free_below else rising
 
 
-def by_class(rounds: Sequence[int], accuracies: Mapping[str, Sequence[float]]) -> Figure:
-    """Accuracy over rounds of each class, at most seven of them."""
+def by_class(rounds: Sequence[int], classes: Mapping[str, Sequence[float]], score: str) -> Figure:
+    """A score over rounds of each class, at most seven of them."""
     with drawing() as (figure, axes):
-        for i, (label, values) in enumerate(accuracies.items()):
+        for i, (label, values) in enumerate(classes.items()):
             marker = MARKERS[i] if len(rounds) <= 30 else None
             axes.plot(rounds, values, color=CYCLE[i], marker=marker, lw=1.3, label=short(label))
-        axes.set(xlabel="round", ylabel="accuracy", ylim=(-0.02, 1.02))
+        axes.set(xlabel="round", ylabel=score)
+        if score in RANGES:
+            low, high = RANGES[score]
+            axes.set_ylim(low - 0.02, high + 0.02)
         whole_numbers(axes)
         legend_above(axes)
     return figure

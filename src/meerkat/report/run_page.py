@@ -8,25 +8,26 @@ import numpy as np
 
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.record.run_folder import Metric
+from meerkat.problems.problem import RANGES
 from meerkat.report import run_figures as draw
 from meerkat.report.client_figures import running_mean
 from meerkat.report.clients import alignment_section, calibration_section, data_section, signal_section
 from meerkat.report.drawing import CYCLE
 from meerkat.report.facts import RunFacts
-from meerkat.report.page import CaptionedFigure, Page, absent, escape, folded, key_numbers, paragraph, table
+from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, key_numbers, paragraph, table
 from meerkat.report.sentences import (
-    accuracy_so_far,
     as_sentence,
     data_size,
     duration,
     outcome,
     percent,
+    score_so_far,
     three_decimals,
     unfinished,
 )
-from meerkat.run.metrics import budgets_in_words, defence_in_words
-from meerkat.settings.config import SITES, RunConfig
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import budgets_in_words, defence_in_words
+from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig
 
 
 def write_run_report(root: Path) -> Path:
@@ -46,9 +47,9 @@ def run_page(run: RunFacts) -> Page:
     """The page of a run, as far as the run got."""
     config = run.config
     page = Page(
-        f"{config.method} on {Path(config.task).stem or 'its task'}",
-        f"{Path(config.model).name or config.model} · "
-        f"{config.clients:,} client{'s' * (config.clients > 1)}, {config.partition} · "
+        f"{config.method} on {Path(config.task).stem or config.problem}",
+        (f"{Path(config.model).name or config.model} · " if config.problem == CLASSIFICATION else "")
+        + f"{config.clients:,} client{'s' * (config.clients > 1)}, {config.partition} · "
         f"{config.rounds:,} rounds of {config.local_steps:,} local step{'s' * (config.local_steps > 1)} · "
         f"seed {config.seed}",
     )
@@ -70,7 +71,7 @@ def _outcome(page: Page, run: RunFacts) -> None:
         page.add(paragraph(outcome(run.summary, run.sent("up", "round"), run.sent("up", "calibration")), "lead"))
     else:
         page.add(paragraph(unfinished(run.rounds, run.config.rounds), "alert"))
-        page.add(paragraph(accuracy_so_far(run.evaluations), "lead"))
+        page.add(paragraph(score_so_far(run.evaluations), "lead"))
     if defence := defence_in_words(run.config):
         page.add(paragraph(as_sentence(defence)))
     if run.without_budget:
@@ -83,9 +84,9 @@ def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         numbers = [
-            (score, three_decimals(last[score]), f"{three_decimals(first[score])} before")
-            for score in ("accuracy", "loss")
-            if last[score] is not None
+            (score, three_decimals(value), f"{three_decimals(first.scores.get(score))} before")
+            for score, value in last.scores.items()
+            if value is not None
         ]
     if run.mask is not None:
         moving, total = len(run.mask), run.mask.total
@@ -109,32 +110,38 @@ def _learning(page: Page, run: RunFacts) -> None:
     if not run.evaluations:
         page.add(absent("No curves: metrics.jsonl has no evaluation."))
         return
-    scores = [score for score in ("accuracy", "loss") if run.evaluations[-1][score] is not None]
+    scores = [score for score, value in run.evaluations[-1].scores.items() if value is not None]
     page.figures(*(_over_rounds(run, score) for score in scores), *(_over_bytes(run, score) for score in scores))
-    _accuracy_by_class(page, run.evaluations)
+    _score_by_class(page, run.evaluations)
 
 
 def _over_rounds(run: RunFacts, score: str) -> CaptionedFigure:
     rows = "held-back training rows" if run.config.held_back else "validation rows"
-    rows = "the sites' own validation rows" if "rows" in run.evaluations[-1] else rows
+    rows = "the sites' own validation rows" if run.evaluations[-1].rows is not None else rows
     training = _training_loss(run) if score == "loss" else None
     if score == "accuracy":
         caption = f"Share of {rows} that the shared model gets right; higher is better."
     else:
         grey = ", and in grey on the clients' own training batches, as a running mean" if training else ""
-        caption = f"Mean loss on {rows}{grey}; lower is better."
-    rounds, values = [m["round"] for m in run.evaluations], [m[score] for m in run.evaluations]
+        caption = f"Mean {score} on {rows}{grey}; {run.evaluations[-1].better[score]} is better."
+    rounds, values = [m.round for m in run.evaluations], _values(run, score)
     figure = draw.over_rounds(rounds, values, score, training)
-    return CaptionedFigure(f"{score}-rounds", figure, f"{score.capitalize()} over rounds", caption)
+    return CaptionedFigure(f"{file_name(score)}-rounds", figure, f"{score.capitalize()} over rounds", caption)
 
 
 def _over_bytes(run: RunFacts, score: str) -> CaptionedFigure:
     calibration = run.payload(kinds=("calibration",)) if len(run.of_kind("calibration")) == 1 else 0.0
     shaded = "; the shaded part is what calibration cost before the first round" if calibration else ""
     caption = f"The same {score} against the bytes that a client has sent and received, on average{shaded}."
-    sent, values = [run.payload(m["round"]) for m in run.evaluations], [m[score] for m in run.evaluations]
-    figure = draw.over_bytes(sent, values, score, calibration)
-    return CaptionedFigure(f"{score}-bytes", figure, f"{score.capitalize()} over payload", caption)
+    sent = [run.payload(m.round) for m in run.evaluations]
+    figure = draw.over_bytes(sent, _values(run, score), score, calibration)
+    return CaptionedFigure(f"{file_name(score)}-bytes", figure, f"{score.capitalize()} over payload", caption)
+
+
+def _values(run: RunFacts, score: str) -> list[float]:
+    """The score in each evaluation; nan where it is not known."""
+    values = [evaluation.scores.get(score) for evaluation in run.evaluations]
+    return [np.nan if value is None else value for value in values]
 
 
 def _training_loss(run: RunFacts) -> draw.Points | None:
@@ -146,36 +153,41 @@ def _training_loss(run: RunFacts) -> draw.Points | None:
     return [m["round"] + 0.5 for m in rounds], running_mean(losses, max(1, len(losses) // 15)).tolist()
 
 
-def _accuracy_by_class(page: Page, evaluations: Sequence[Metric]) -> None:
-    classes: dict[str, float] = evaluations[-1].get("per_class") or {}
+def _score_by_class(page: Page, evaluations: Sequence[EvaluationMetric]) -> None:
+    score, classes = evaluations[-1].score, evaluations[-1].per_class
     if not classes:
         return
-    beside = _class_table(evaluations[0]["per_class"], classes)
+    beside = _class_table(score, evaluations[0].per_class, classes)
     if not 2 <= len(classes) <= len(CYCLE):
         page.add(beside)
         return
-    curves = {label: [float(m["per_class"].get(label, np.nan)) for m in evaluations] for label in classes}
+    curves = {label: [float(m.per_class.get(label, np.nan)) for m in evaluations] for label in classes}
     page.figures(
         CaptionedFigure(
-            "accuracy-classes",
-            draw.by_class([m["round"] for m in evaluations], curves),
-            "Accuracy by class",
+            f"{file_name(score)}-classes",
+            draw.by_class([m.round for m in evaluations], curves, score),
+            f"{score.capitalize()} by class",
             "One line a class: where some rise and others fall, the model moves from one favourite to another.",
         ),
         after=beside,
     )
 
 
-def _class_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def _class_table(score: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    most = max((RANGES.get(score) or (0.0, max(after.values())))[1], 1e-30)
     rows = [
         (
             *(escape(label), f"{before.get(label, float('nan')):.3f}", f"{value:.3f}"),
-            f'<span class="meter" aria-hidden="true"><i style="width:{100 * value:.0f}%"></i></span>',
+            f'<span class="meter" aria-hidden="true"><i style="width:{100 * value / most:.0f}%"></i></span>',
         )
         for label, value in after.items()
     ]
-    html = "<div>" + table(["class", "before", "after", ""], rows, caption="Accuracy of each class") + "</div>"
-    return html if len(rows) <= 12 else folded(f"Accuracy of each of {len(rows)} classes", html)
+    html = (
+        "<div>"
+        + table(["class", "before", "after", ""], rows, caption=f"{score.capitalize()} of each class")
+        + "</div>"
+    )
+    return html if len(rows) <= 12 else folded(f"{score.capitalize()} of each of {len(rows)} classes", html)
 
 
 def _bytes(page: Page, run: RunFacts) -> None:

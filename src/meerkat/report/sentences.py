@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings.methods import METHODS
 
 _EVALUATED_ON = {
@@ -16,7 +17,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def three_decimals(score: float | None) -> str:
-    """An accuracy or a loss; None, where the model was not evaluated, in words."""
+    """A score; None, where the model was not evaluated, in words."""
     return "(not evaluated)" if score is None else f"{score:.3f}"
 
 
@@ -46,17 +47,22 @@ def duration(seconds: float) -> str:
 
 def as_sentence(text: str) -> str:
     """The text with a capital letter and a full stop."""
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{_capital(text)}."
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
     """A finished run's summary.json in a few lines, for the terminal."""
     sent = summary["payload_bytes_up"] / summary["clients"]
     calibration = ", calibration included" if summary["calibration_steps"] else ""
+    score, before, after = _primary(summary)
     return "\n".join(
         [
-            f"{summary['method']} on {summary['task']}: accuracy {three_decimals(summary['accuracy_before'])} before, "
-            f"{three_decimals(summary['accuracy'])} after {summary['rounds']} rounds, "
+            f"{summary['method']} on {summary['task'] or summary['problem']}: {score} {before} before, "
+            f"{after} after {summary['rounds']} rounds, "
             f"on {_EVALUATED_ON[summary['evaluated_on']]}.",
             _moved(summary),
             f"Each client sent {summary['payload_bytes_up_per_client_round']} bytes a round, about {sent:,.0f} in "
@@ -65,6 +71,12 @@ def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
             f"Run folder: {folder}",
         ]
     )
+
+
+def _primary(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The primary score's name, and its values before and after the run."""
+    score = summary["score"]
+    return score, three_decimals(summary["scores_before"][score]), three_decimals(summary["scores"][score])
 
 
 def _moved(summary: Mapping[str, Any]) -> str:
@@ -89,13 +101,14 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
         sent: mean bytes that a client sent in rounds.
         sent_to_calibrate: mean bytes that a client sent in calibrations.
     """
+    score, before, after = _primary(summary)
     losses = (summary["loss_before"], summary["loss"])
-    loss = "" if None in losses else f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}"
+    known = None not in losses and score != "loss"
+    loss = f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}" if known else ""
     calibration = f", {sent_to_calibrate:,.0f} of them to calibrate" if sent_to_calibrate else ""
     return " ".join(
         [
-            f"Accuracy on {_EVALUATED_ON[summary['evaluated_on']]} went from "
-            f"{three_decimals(summary['accuracy_before'])} to {three_decimals(summary['accuracy'])} "
+            f"{_capital(score)} on {_EVALUATED_ON[summary['evaluated_on']]} went from {before} to {after} "
             f"in {summary['rounds']:,} rounds{loss}.",
             _moved(summary),
             f"On average a client sent {sent + sent_to_calibrate:,.0f} bytes in all{calibration}, and at most "
@@ -114,15 +127,15 @@ def unfinished(rounds: int, planned: int) -> str:
     )
 
 
-def accuracy_so_far(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The accuracy of an unfinished run, from its evaluations in order."""
+def score_so_far(evaluations: Sequence[EvaluationMetric]) -> str:
+    """The primary score of an unfinished run, from its evaluations in order."""
     if not evaluations:
         return "The model has not been evaluated yet."
     first, last = evaluations[0], evaluations[-1]
     if len(evaluations) == 1:
-        return f"Before the first round the model's accuracy is {three_decimals(first['accuracy'])}."
-    before, after = three_decimals(first["accuracy"]), three_decimals(last["accuracy"])
-    return f"Accuracy was {before} before training and {after} after {last['round']:,} rounds."
+        return f"Before the first round the model's {first.score} is {three_decimals(first.scores[first.score])}."
+    before, after = (three_decimals(evaluation.scores[first.score]) for evaluation in (first, last))
+    return f"{_capital(first.score)} was {before} before training and {after} after {last.round:,} rounds."
 
 
 def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:

@@ -4,12 +4,10 @@ A fresh run and a resumed one go the same way: settle the settings, replay what 
 and go on from there.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,32 +24,28 @@ from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows
+from meerkat.problems.problem import Problem, client_losses
 from meerkat.progress import number_of, say, track
 from meerkat.record.members import Member, Members
-from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest, steps_by_rows
+from meerkat.record.opening import Opening, check_format, file_digest, gradient_digest
 from meerkat.record.replay import Replay
-from meerkat.record.run_folder import Metric, RunFolder, write_atomically
+from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.attacked_engine import Attacked
 from meerkat.run.local_engine import LocalEngine, LossesOf
-from meerkat.run.metrics import (
+from meerkat.run.mask import default_lr, make_mask, settled_mask, store_mask
+from meerkat.run.metrics import EvaluationMetric, SplitMetric, kind_of, metric_of
+from meerkat.run.sentences import (
     budgets_in_words,
-    calibration_metric,
     defence_in_words,
     evaluation_in_words,
-    evaluation_metric,
-    kind_of,
-    metric_of,
     plan_in_words,
-    round_metric,
-    split_metric,
     stopped_in_words,
-    summarise,
-    without_budget,
 )
-from meerkat.run.setup import Split, Workplace, check_model, default_lr, make_mask, open_workplace, resolve
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import Split
+from meerkat.run.summary import write_summary
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions, estimator, rules
@@ -68,9 +62,9 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     RunFolder.check_free(out)
     config.check_none_idle()
     config = resolve(config)
-    workplace = open_workplace(config)
-    split = Split.of(workplace)
-    mask = make_mask(config, workplace.model, workplace.tokenizer)
+    problem = open_problem(config)
+    split = Split.of(config, problem)
+    mask = make_mask(config, problem)
     if config.early_stop != "none" and config.vpcs_rule == "thresholds" and mask.pretraining_gradient is None:
         raise MeerkatError(
             "--vpcs-rule thresholds: reads GradIP, which needs a pre-training gradient; "
@@ -78,12 +72,12 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
         )
     # what config.toml says is what runs: a given mask's own density, and the rate that fits its size
     rate = number_or(config.lr, default_lr(config.method, len(mask)))
-    settled = budget.with_noise(config, [len(rows) for rows in split.partition.rows])
-    workplace = replace(workplace, config=settled.model_copy(update={"density": mask.density, "lr": rate}))
+    config = budget.with_noise(config, [len(rows) for rows in split.partition.rows])
+    config = config.model_copy(update={"density": mask.density, "lr": rate})
     # nothing is written before everything that was asked for is known to be possible
-    folder = RunFolder.create(out, workplace.config)
-    store_mask(folder, mask, workplace)
-    return _carry_on(folder, workplace, split)
+    folder = RunFolder.create(out, config)
+    store_mask(folder, mask, problem)
+    return _carry_on(folder, config, problem, split)
 
 
 def resume(root: Path) -> dict[str, Any]:
@@ -103,8 +97,8 @@ def resume(root: Path) -> dict[str, Any]:
         return summary
     if (config := folder.config()).partition == SITES:
         raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
-    workplace = open_workplace(config)
-    return _carry_on(folder, workplace, Split.of(workplace))
+    problem = open_problem(config)
+    return _carry_on(folder, config, problem, Split.of(config, problem))
 
 
 def _is_closed(folder: RunFolder) -> bool:
@@ -138,26 +132,6 @@ class _Timer:
             return timed
 
         return timed_losses_of
-
-
-def store_mask(folder: RunFolder, mask: SparseMask, workplace: Workplace) -> None:
-    """Put the mask into the run's folder, with the moving entries' base values."""
-    theta_0 = MaskedModel(workplace.model, mask).read().cpu()
-    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
-
-
-def settled_mask(folder: RunFolder, workplace: Workplace) -> SparseMask:
-    """The mask in the run's folder; a run that was killed before it was there makes it again."""
-    if not folder.mask_path.exists():
-        store_mask(folder, make_mask(workplace.config, workplace.model, workplace.tokenizer), workplace)
-    mask = folder.mask()
-    check_model(folder, mask, workplace)
-    theta_0 = MaskedModel(workplace.model, mask).read()
-    if mask.theta_0 is None or path.digest(mask.theta_0) != path.digest(theta_0):
-        raise RunFailed(
-            f"{folder.mask_path}: its base values are not the model's; delete it, and 'meerkat resume' makes it again"
-        )
-    return mask
 
 
 def opening_of(
@@ -197,7 +171,7 @@ def _check_opening(logged: Opening, now: Opening, folder: RunFolder) -> None:
         "config": "config.toml was changed",
         "mask": "mask.safetensors was changed",
         "gradient": "mask.safetensors was changed",
-        "data": "the data, its split, the task or the tokenizer is not the same any more",
+        "data": "the rows, their split or how they are prepared (task, tokenizer) was changed",
         "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
         **dict.fromkeys(
             ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"),
@@ -214,20 +188,19 @@ def _check_opening(logged: Opening, now: Opening, folder: RunFolder) -> None:
             say(f"note: the run began with {name} {then}, this is {here}: losses may differ in their last bits")
 
 
-def _carry_on(folder: RunFolder, workplace: Workplace, split: Split) -> dict[str, Any]:
+def _carry_on(folder: RunFolder, config: RunConfig, problem: Problem, split: Split) -> dict[str, Any]:
     log = RunLog(folder.log_path)
     try:
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        return _run(folder, workplace, split, log)
+        return _run(folder, config, problem, split, log)
     finally:
         log.close()
 
 
-def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> dict[str, Any]:
-    config = workplace.config
-    mask = settled_mask(folder, workplace)
-    model = MaskedModel(workplace.model, mask)
+def _run(folder: RunFolder, config: RunConfig, problem: Problem, split: Split, log: RunLog) -> dict[str, Any]:
+    mask = settled_mask(folder, config, problem)
+    model = MaskedModel(problem.model, mask)
     theta_0 = model.read()
     sizes = [len(rows) for rows in split.partition.rows]
     lasting = budget.allowance(config, sizes) if config.dp == "example" else []
@@ -236,9 +209,7 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     timer = _Timer()
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     private = budget.mechanism(config) if config.dp == "example" else None
-    losses_of = causal_lm.client_losses(
-        workplace.model, split.examples, workplace.training_batch, config.objective, each_row=private is not None
-    )
+    losses_of = client_losses(problem, split.examples, each_row=private is not None)
     honest = LocalEngine(
         model=model,
         directions=z,
@@ -261,30 +232,28 @@ def _run(folder: RunFolder, workplace: Workplace, split: Split, log: RunLog) -> 
     if early := budget.ending_early(config, lasting):
         never = [client for client in early if lasting[client] < config.local_steps]
         say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
-    if not any(metric["kind"] == "split" for metric in folder.metrics()):
-        lost.append(split_metric(workplace.task.labels, split.label_counts(len(workplace.task.labels))))
-    judge = Judge(workplace, model, split.evaluation)
+    if problem.labels and not any(metric["kind"] == SplitMetric.kind for metric in folder.metrics()):
+        lost.append(SplitMetric.of(problem.labels, split.label_counts(len(problem.labels))).to_json())
+    evaluate = evaluation_of(problem, model, split.evaluation)
     with tracking(config.tracker, folder.root, replayed.state.round) as follower:
         folder.on_metric(follower)
-        state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, timer.lap, lost)
+        state = run_rounds(folder, log, replayed, z, config, mask, engine, evaluate, timer.lap, lost)
     return write_summary(folder, config, mask, state, split.partition.extreme)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Evaluates theta on rows at hand."""
+Evaluate = Callable[[Tensor, int], EvaluationMetric]
+"""(theta, rounds) -> how the model does with theta, after so many rounds."""
 
-    workplace: Workplace
-    model: MaskedModel
-    rows: causal_lm.Batch
 
-    def __call__(self, theta: Tensor, rounds: int) -> Metric:
-        """The metric of an evaluation after so many rounds."""
+def evaluation_of(problem: Problem, model: MaskedModel, batch: Any) -> Evaluate:
+    """How theta is evaluated on a batch at hand."""
+
+    def evaluate(theta: Tensor, rounds: int) -> EvaluationMetric:
         with torch.no_grad():
-            self.model.write_(theta)
-        return evaluation_metric(
-            causal_lm.evaluate(self.workplace.model, self.rows, self.workplace.task.labels), rounds
-        )
+            model.write_(theta)
+        return EvaluationMetric.of(problem.evaluate(batch), problem.scores, rounds)
+
+    return evaluate
 
 
 class Engine(Protocol):
@@ -335,8 +304,8 @@ def replay_log(
     register = Members(opening.charter(config))
     replayed = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, register)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
-    lost: list[Metric] = [
-        {**metric_of(record), "wall_s": 0.0, "forward_s": 0.0}
+    lost = [
+        metric_of(record, {"wall_s": 0.0, "forward_s": 0.0})
         for _, record in replayed
         if (kind_of(record), record.plan.round) not in noted
     ]
@@ -351,7 +320,7 @@ def run_rounds(
     config: RunConfig,
     mask: SparseMask,
     engine: Engine,
-    judge: Callable[[Tensor, int], Metric],
+    evaluate: Evaluate,
     forward_s: Callable[[], float] = lambda: 0.0,
     lost: Sequence[Metric] = (),
 ) -> ServerState:
@@ -359,19 +328,18 @@ def run_rounds(
 
     Args:
         replayed: the run as far as it has come.
-        judge: (theta, rounds) -> the metric of an evaluation.
         forward_s: seconds spent in forward passes since it was last asked.
         lost: what the metrics are to hold beside what they do.
     """
     state, settings = replayed.state, replayed.settings
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(state.theta.device)
 
-    def evaluate(theta: Tensor, rounds: int) -> None:
+    def note_evaluation(theta: Tensor, rounds: int) -> None:
         engine.settle()
         began = time.perf_counter()
-        found = judge(theta, rounds)
-        folder.append_metric({**found, "wall_s": time.perf_counter() - began})
-        say(evaluation_in_words(found, config.rounds))
+        metric = evaluate(theta, rounds)
+        folder.append_metric(replace(metric, facts={"wall_s": time.perf_counter() - began}).to_json())
+        say(evaluation_in_words(metric, config.rounds))
 
     def gather(settings: ServerConfig) -> ServerConfig:
         for join in engine.arrivals(state.round):
@@ -406,22 +374,22 @@ def run_rounds(
                 ) from None
         return replies
 
-    def note(kind: str, metric: Callable[[], Metric], record: RoundRecord | CalibrationRecord) -> None:
+    def note(record: RoundRecord | CalibrationRecord, replies: Sequence[Reply] = ()) -> None:
         facts = {**engine.facts(), "wall_s": time.perf_counter() - began, "forward_s": forward_s()}
-        # not through to the disk: what of it is lost with the machine, going on makes again from the log
-        engine.meanwhile(lambda: folder.append_metric({**metric(), **facts}, sync=False))
-        log.append({"kind": kind, **record.to_json()})
+        # not through to the disk: lines that are lost with the machine are made again from the log
+        engine.meanwhile(lambda: folder.append_metric(metric_of(record, facts, replies), sync=False))
+        log.append({"kind": kind_of(record), **record.to_json()})
 
     metrics = folder.rewrite_metrics(lambda metric: _is_past(metric, state), _place, lost)
-    judged = {m["round"] for m in metrics if m["kind"] == "evaluation"}
+    evaluated = {m["round"] for m in metrics if m["kind"] == EvaluationMetric.kind}
     if state.round:
         say(f"{folder.root}: going on after round {state.round} of {config.rounds}")
     if state.round < config.rounds:
-        settings = gather(settings)  # first of all: a judge may need clients, too
-    if 0 not in judged:
-        evaluate(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
-    if state.round and due(state.round) and state.round not in judged:
-        evaluate(state.theta, state.round)
+        settings = gather(settings)  # before the first evaluation, which sites may make
+    if 0 not in evaluated:
+        note_evaluation(mask.theta_0.to(state.theta.device) if mask.theta_0 is not None else state.theta, 0)
+    if state.round and due(state.round) and state.round not in evaluated:
+        note_evaluation(state.theta, state.round)
     for _ in track(range(state.round, config.rounds), "rounds"):
         settings = gather(settings)
         if calibration.due(state, settings):
@@ -432,7 +400,7 @@ def run_rounds(
                 settings = gather(settings)
                 plan = calibration.open_calibration(state, settings, engine.available())
             state, decided = calibration.close_calibration(state, plan, replies, settings, z, gradient)
-            note("calibration", partial(calibration_metric, decided), decided)
+            note(decided)
             say(stopped_in_words(decided.early_stopped, len(plan.steps)))
             settings = gather(settings)  # a calibration takes long: some may have come, and some gone
         began, _ = time.perf_counter(), forward_s()
@@ -442,39 +410,14 @@ def run_rounds(
             plan = open_round(settings)
         server.check_rate(plan, replies, settings)
         state, closed = server.close_round(state, plan, replies, settings, z, gradient)
-        note("round", partial(round_metric, closed, replies), closed)
+        note(closed, replies)
         engine.closed(state, closed)
         if due(state.round):
-            evaluate(state.theta, state.round)
+            note_evaluation(state.theta, state.round)
     engine.settle()
     if not replayed.closed:
         log.append({"kind": "close", "rounds": state.round, "theta": state.replica.digest})
     return state
-
-
-def write_summary(
-    folder: RunFolder,
-    config: RunConfig,
-    mask: SparseMask,
-    state: ServerState,
-    extreme: Sequence[int] = (),
-    facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Put a finished run's outcome into its folder.
-
-    Args:
-        extreme: as in `metrics.summarise`.
-        facts: what else the summary is to hold.
-    """
-    stopped = sorted(state.early_stopped)
-    summary = summarise(config, mask, extreme, stopped, folder.metrics(), path.digest(state.theta))
-    promised = budget.guarantee(config, steps_by_rows(folder.log_path), state.round)
-    summary["privacy"] = None if promised is None else promised.to_json()
-    summary["clients_without_budget"] = without_budget(folder)
-    summary |= facts or {}
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
-    return summary
 
 
 def _is_past(metric: Metric, state: ServerState) -> bool:

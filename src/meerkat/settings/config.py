@@ -15,6 +15,7 @@ from meerkat.errors import MeerkatError, in_short
 from meerkat.settings import compatibility
 from meerkat.settings.auto import AUTO, Auto
 from meerkat.settings.compatibility import SITES as SITES
+from meerkat.settings.groups import CLASSIFICATION as CLASSIFICATION
 from meerkat.settings.groups import EMBEDDED as EMBEDDED
 from meerkat.settings.groups import (
     CalibrationSettings,

@@ -19,6 +19,8 @@ from meerkat.settings.auto import AUTO, Auto
 from meerkat.settings.methods import Method
 
 EMBEDDED = "embedded"
+CLASSIFICATION = "classification"
+"""The built-in problem."""
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -51,7 +53,8 @@ class ModelAndData(BaseModel):
         "[default: the embedded model's]",
     )
     problem: str = Field(
-        "classification", description="what is learned: classification by the words that stand for the labels"
+        CLASSIFICATION,
+        description="what is learned: classification by the words that stand for the labels, or an extension's problem",
     )
     objective: Objective = Field(
         "classification", description="cross-entropy over the labels' scores, or over the whole vocabulary"

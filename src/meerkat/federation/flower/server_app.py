@@ -19,6 +19,7 @@ from meerkat.federation.flower.stream import StreamLink
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.progress import say
+from meerkat.run.sentences import scores_in_words
 
 SESSION = "train.session"
 """The message type that invites a node."""
@@ -134,4 +135,5 @@ def main(grid: Grid, context: Context) -> None:
             raise MeerkatError(f"run config '{name}': missing; flwr run ... --run-config '{name}=\"/path\"'")
     config, federation = read_federation(Path(given["config"]))
     summary = coordinate(config, federation, Path(given["out"]), FlowerControl(grid, federation))
-    say(f"finished after {summary['rounds']} rounds: accuracy {summary['accuracy']}, theta {summary['theta_digest']}")
+    scores = scores_in_words(summary["scores"])
+    say(f"finished after {summary['rounds']} rounds: {scores}, theta {summary['theta_digest']}")
