@@ -45,10 +45,10 @@ from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
 from meerkat.record import history, verification
-from meerkat.record.opening import server_optimizer
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys, read_revoked
 from meerkat.run import setup, simulation
+from meerkat.settings.algorithm import rules
 from meerkat.settings.config import make_config, read_toml
 
 Check = Callable[[Any], object]
@@ -100,7 +100,7 @@ class World:
     @cached_property
     def setting(self) -> Setting:
         """A federation with calibration and moments, whose sites evaluate."""
-        more = {"local_steps": 2, "directions": 2, "server_optimizer": "adam", "method": "meerkat-vp"}
+        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "method": "meerkat-vp"}
         short = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2, "rounds": 5, "clients": 3}
         return Setting.make(self.root, self.here / "sites", **more, **short)
 
@@ -265,7 +265,8 @@ class World:
 
         def check(data: bytes) -> None:
             config = make_config(read_toml(self.written("config.toml", data)))
-            server_optimizer(config)
+            config.check_resolved("")
+            rules(config)
             assert len(f"{run_key(config.seed):032x}") == 32
             assert make_config(read_toml(self.written("again.toml", config.to_toml().encode()))) == config
 
@@ -402,7 +403,7 @@ class World:
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
         heard += [heard[0]._replace(kind=Kind.SCORE, body=frames.encode_score("accuracy", 0.75, 4))]
         heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
-        setting = self.setting.but(early_stop="none", server_optimizer="sgd")
+        setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
 

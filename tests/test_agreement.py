@@ -111,7 +111,6 @@ def test_default_bounds_accept_a_default_run() -> None:
         ({"task": "rte"}, {}, "task: the run asks for sst2, the site accepts rte"),
         ({"eps_minimum": 1e-2}, {}, "eps: the run asks for 0.001, the site accepts at least 0.01"),
         ({"eps_maximum": 1e-4}, {}, "eps: the run asks for 0.001, the site accepts at most 0.0001"),
-        ({}, {"eps": 0.0}, "eps: the run asks for 0.0, the site accepts at least 1e-06"),
         ({"batch_minimum": 32}, {}, "batch_size: the run asks for 16, the site accepts at least 32"),
         ({}, {"directions": 101}, "directions: the run asks for 101, the site accepts at most 100"),
         ({"rounds": 10}, {"rounds": 11}, "rounds: the run asks for 11, the site accepts at most 10"),

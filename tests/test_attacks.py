@@ -13,7 +13,7 @@ from test_compare import InThisProcess
 from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
-from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, flipped, z_max
+from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, check_reply
@@ -28,7 +28,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.run.attacked_engine import AttackedEngine
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import Split
-from meerkat.settings.config import Attack, RunConfig, make_config
+from meerkat.settings.config import RunConfig, make_config
 
 BAD = (1, 4)
 

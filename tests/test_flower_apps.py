@@ -108,7 +108,7 @@ def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("_identity")
-@pytest.mark.parametrize("extra", [{}, {"server_optimizer": "adam"}, {"method": "feddyn"}])
+@pytest.mark.parametrize("extra", [{}, {"update_rule": "adam"}, {"method": "feddyn"}])
 def test_frames_in_messages_end_at_the_simulations_bits(
     tmp_path: Path, sites: list[Path], extra: dict[str, Any]
 ) -> None:

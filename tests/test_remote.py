@@ -62,8 +62,8 @@ CALIBRATED = {"early_stop": "vp", "calibration_steps": 8, "initial_steps": 3, "l
         {"local_steps": 3, "weights": "equal"},
         {"local_steps": 3, **CALIBRATED},
         {"local_steps": 3, **CALIBRATED, "early_stop": "random", "recalibrate_every": 2, "vpcs_rule": "thresholds"},
-        {"server_optimizer": "momentum", "server_lr": 0.7},
-        {"local_steps": 2, "server_optimizer": "adam", "server_lr": 0.01},
+        {"update_rule": "momentum", "server_lr": 0.7},
+        {"local_steps": 2, "update_rule": "adam", "server_lr": 0.01},
         {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
         {"method": "feddyn", "feddyn_alpha": 0.1, "clients_per_round": 2, "rounds": 5},
     ],
@@ -405,7 +405,7 @@ def test_few_rounds_are_told_as_rounds_and_many_as_the_state(setting: Setting, m
     assert same_theta(federation, [0, 1, 2])
 
 
-@pytest.mark.parametrize("changes", [{}, {"server_optimizer": "adam", "server_lr": 0.01}, {"method": "feddyn"}])
+@pytest.mark.parametrize("changes", [{}, {"update_rule": "adam", "server_lr": 0.01}, {"method": "feddyn"}])
 def test_a_site_that_holds_another_theta_gets_the_state_and_its_reply_counts(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -924,7 +924,7 @@ def test_who_comes_when_the_run_is_stopped_is_told_so(setting: Setting, monkeypa
 TROUBLED: list[dict[str, Any]] = [
     {},
     {"local_steps": 3, "directions": 2},
-    {"clients_per_round": 2, "server_optimizer": "momentum", "server_lr": 0.5},
+    {"clients_per_round": 2, "update_rule": "momentum", "server_lr": 0.5},
     {"local_steps": 3, **CALIBRATED, "recalibrate_every": 3},
     {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
 ]

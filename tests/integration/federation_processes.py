@@ -296,8 +296,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {},
     {"local_steps": 3},
-    {"local_steps": 3, "server_optimizer": "momentum", "directions": 2},
-    {"server_optimizer": "adam"},
+    {"local_steps": 3, "update_rule": "momentum", "directions": 2},
+    {"update_rule": "adam"},
     {"local_steps": 3, "method": "feddyn"},
     {
         "local_steps": 3,

@@ -33,6 +33,7 @@ from meerkat.run.sentences import defence_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.summary import write_summary
 from meerkat.run.trackers import tracking
+from meerkat.settings.auto import AUTO
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
 
 _STATUS_S = 10.0
@@ -211,7 +212,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
     """Raise MeerkatError where settings given now differ from those that the run began with."""
     began = folder.config()
-    left_open = {"density", *(name for name in ("lr", "dp_noise_multiplier") if not getattr(config, name))}
+    left_open = {"density", *(name for name in ("lr", "dp_noise_multiplier") if getattr(config, name) == AUTO)}
     for name, value in config.model_dump().items():
         if name not in left_open and value != (then := getattr(began, name)):
             raise MeerkatError(

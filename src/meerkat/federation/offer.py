@@ -16,6 +16,7 @@ from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
 from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.groups import MachineSettings
 
 LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
 """Settings of a run that each side chooses for itself."""
@@ -123,7 +124,9 @@ class Offer:
             MeerkatError: a setting is unknown, or its value is not allowed.
         """
         offered = {name: value for name, value in self.settings.items() if name not in LOCAL_SETTINGS}
-        return make_config({**offered, "task": self.task, **local}, spell="the offered ")
+        config = make_config({**offered, "task": self.task, **local}, spell="the offered ")
+        config.check_resolved("the offered ", but=MachineSettings.model_fields.keys())
+        return config
 
     def load_task(self) -> Task:
         """The run's task.

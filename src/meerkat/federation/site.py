@@ -31,6 +31,7 @@ from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
 from meerkat.run.setup import open_problem, resolve_machine
+from meerkat.settings import auto
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.config import CLASSIFICATION
 
@@ -219,7 +220,8 @@ class Site:
         return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
 
     def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:
-        return RoundPlan(self.round, lr, self.config.eps, self.config.directions, {self.client: steps}, phase)
+        eps = auto.number(self.config.eps)
+        return RoundPlan(self.round, lr, eps, self.config.directions, {self.client: steps}, phase)
 
     def _follow(self, closed: Closed) -> None:
         """Move as the server did when it closed the round that this site's replica stands at."""

@@ -15,6 +15,7 @@ from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey
+from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import existing_path, validate
 
@@ -106,8 +107,9 @@ class SiteConfig(BaseModel):
         allowed = ", ".join(bounds.problems) or "none"
         _require("problems", asked.problem, allowed, asked.problem in bounds.problems)
         _require("task", task, bounds.task or task, task == (bounds.task or task))
-        _require("eps", asked.eps, f"at least {bounds.eps_minimum:g}", asked.eps >= bounds.eps_minimum)
-        _require("eps", asked.eps, f"at most {bounds.eps_maximum:g}", asked.eps <= bounds.eps_maximum)
+        eps = number(asked.eps)
+        _require("eps", eps, f"at least {bounds.eps_minimum:g}", eps >= bounds.eps_minimum)
+        _require("eps", eps, f"at most {bounds.eps_maximum:g}", eps <= bounds.eps_maximum)
         _require(
             "batch_size", asked.batch_size, f"at least {bounds.batch_minimum}", asked.batch_size >= bounds.batch_minimum
         )

@@ -24,8 +24,8 @@ class AttackedEngine:
     attack: Attack
     clients: Sequence[int]
     """The attackers."""
-    scale: float = 0.0
-    """The attack's strength; 0 for its own."""
+    scale: float | None = None
+    """The attack's strength; None for its own."""
     seed: int = 0
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:

@@ -33,6 +33,7 @@ from meerkat.run.mask import default_lr, make_mask, settled_mask, store_mask
 from meerkat.run.metrics import kind_of, metric_of
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
+from meerkat.settings.auto import number_or
 from meerkat.settings.config import RunConfig
 
 
@@ -99,8 +100,8 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
             "give --text or a mask that has one, or use automatic"
         )
     # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
-    rate = config.lr or default_lr(config.method, len(mask))
-    config = budget.settle(config, sizes).model_copy(update={"density": mask.density, "lr": rate})
+    rate = number_or(config.lr, default_lr(config.method, len(mask)))
+    config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density, "lr": rate})
     folder = RunFolder.create(out, config)
     store_mask(folder, mask, problem)
     return folder
@@ -151,7 +152,7 @@ def carry_on(
             federation=federation,
             rule=config.aggregation,
             estimator=config.estimator,
-            update_rule=config.server_optimizer,
+            update_rule=config.update_rule,
             signed=signed,
         )
         records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))

@@ -29,6 +29,7 @@ from meerkat.run.summary import write_summary
 from meerkat.run.trackers import tracking
 from meerkat.settings import budget
 from meerkat.settings.algorithm import estimator, rules
+from meerkat.settings.auto import number_or
 from meerkat.settings.config import SITES, RunConfig
 
 
@@ -107,7 +108,8 @@ def _engine(run: Run, problem: Problem, split: Split, timer: "_Timer") -> Engine
     )
     if config.attack == "none":
         return honest
-    return AttackedEngine(honest, config.attack, config.attacking_clients, config.attack_scale, config.seed)
+    scale = number_or(config.attack_scale, None)
+    return AttackedEngine(honest, config.attack, config.attacking_clients, scale, config.seed)
 
 
 def _announce(run: Run, split: Split, lasting: Sequence[int]) -> None:
