@@ -359,7 +359,7 @@ def test_resume_refuses_a_changed_task(
     (tmp_path / "run" / "summary.json").unlink()
     task.write_text('template = "{sentence} It was {label}"\nlabels = ["great", "terrible"]\n')
     assert main(["resume", str(tmp_path / "run")]) == 2
-    assert "the task or the tokenizer is not the same" in capsys.readouterr().err
+    assert "the rows, their split or how they are prepared" in capsys.readouterr().err
 
 
 def test_verify_of_an_unfinished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
