@@ -2,11 +2,15 @@
 
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start: tests run side by side, and models are tiny
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from meerkat import report
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""
@@ -68,6 +74,30 @@ def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
         for parameter in model.parameters():  # larger than the usual initialisation, so that losses differ visibly
             torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's picture stays blank, but in tests marked `draws`: to draw it takes three times as long as a tiny run."""
+
+    def blank(_: Sequence[Path], to: Path) -> list[Path]:
+        pictures = [to / "curves.png", to / "curves.svg"]
+        for picture in pictures:
+            picture.write_bytes(b"")
+        return pictures
+
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(report, "curves", blank)
+
+
+@contextmanager
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """What is called with a file size fills the disk for files that grow past it, until the end of the `with`."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")
