@@ -1,12 +1,10 @@
 import hashlib
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,22 +112,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
     path = tmp_path / "log"
     write(path)
-    code = f"""
-import resource, sys
-from pathlib import Path
-from meerkat import runlog
-from meerkat.errors import RunFailed
-path = Path({str(path)!r})
-log = runlog.RunLog(path)
-resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, {resource.RLIM_INFINITY}))
-try:
-    log.append({{"kind": "round", "padding": "x" * 1000}})
-except RunFailed as error:
-    print(error)
-"""
     before = path.read_bytes()
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "every record before is safe" in ran.stdout
+    log = RunLog(path)
+    with full_disk() as fill:
+        fill(len(before) + 50)
+        with pytest.raises(RunFailed, match="every record before is safe"):
+            log.append({"kind": "round", "padding": "x" * 1000})
+    log.close()
     assert path.read_bytes() == before
 
 
