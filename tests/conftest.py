@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start: tests run side by side, and models are tiny
 
+import hypothesis
 import pytest
 import torch
 from transformers import (
@@ -24,6 +25,10 @@ from transformers import (
 )
 
 from meerkat import report
+
+# how long an example takes says more of what else the machine does
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +42,24 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 5
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An undamaged log."""
+    return write(tmp_path_factory.mktemp("whole") / "log")
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_changed_byte_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "log"
-    path.unlink(missing_ok=True)
-    whole = bytearray(write(path))
+def test_no_changed_byte_goes_unseen(whole: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    path, changed = tmp_path / "log", bytearray(whole)
     at = data.draw(st.integers(0, len(whole) - 1))
-    whole[at] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(whole)
+    changed[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(changed)
     records, found = read(path)
     assert found.damage
     assert records == RECORDS[: len(records)]
-    assert len(records) == bytes(write_lengths(path, at)).count(1)
-
-
-def write_lengths(path: Path, at: int) -> list[int]:
-    """1 for each record that ends before byte `at` of an undamaged log."""
-    whole = path.with_name("whole")
-    whole.unlink(missing_ok=True)
-    ends, total = [], 0
-    for line in write(whole).splitlines(keepends=True):
-        total += len(line)
-        ends.append(int(total <= at))
-    return ends
+    ends = accumulate(len(line) for line in whole.splitlines(keepends=True))
+    assert len(records) == sum(end <= at for end in ends)
 
 
 @pytest.mark.parametrize("change", ["swap", "drop", "repeat"])
