@@ -29,6 +29,8 @@ from meerkat.runfolder import RunFolder
 from meerkat.runlog import RunLog
 from meerkat.selection import Vpcs, select
 
+pytestmark = pytest.mark.draws
+
 
 class Outline(HTMLParser):
     """Ids, what points to them, texts; fails on tags that do not pair."""
