@@ -23,6 +23,7 @@ from meerkat.export import model as export_model
 from meerkat.export.model_card import CARD_FILE, model_card
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.privacy.mechanism import Guarantee
+from meerkat.problems.classification import Classification
 from meerkat.problems.tasks import TASKS, Task
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
