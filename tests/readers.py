@@ -32,8 +32,8 @@ from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
-from meerkat.federation.ledger import Asked, Ledger
-from meerkat.federation.link import Terms
+from meerkat.federation.ledger import Ledger, Request
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
@@ -45,10 +45,10 @@ from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
 from meerkat.record import history, verification
-from meerkat.record.opening import server_optimizer
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys, read_revoked
 from meerkat.run import setup, simulation
+from meerkat.settings.algorithm import rules
 from meerkat.settings.config import make_config, read_toml
 
 Check = Callable[[Any], object]
@@ -100,7 +100,7 @@ class World:
     @cached_property
     def setting(self) -> Setting:
         """A federation with calibration and moments, whose sites evaluate."""
-        more = {"local_steps": 2, "directions": 2, "server_optimizer": "adam", "method": "meerkat-vp"}
+        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "method": "meerkat-vp"}
         short = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2, "rounds": 5, "clients": 3}
         return Setting.make(self.root, self.here / "sites", **more, **short)
 
@@ -196,7 +196,7 @@ class World:
         file = self.here / "ledger"
         ledger = Ledger(file)
         for at in range(3):
-            asked = Asked(RUN, 1, "training", at)
+            asked = Request(RUN, 1, "training", at)
             ledger.charge(asked, "ab" * 32, Charge(0.25, 1.5, 2), b"a reply")
         ledger.close()
         records = [json.loads(line[65:]) for line in file.read_bytes().splitlines()]
@@ -204,8 +204,8 @@ class World:
         def check(data: bytes) -> None:
             held = Ledger(self.written("ledger", data))
             try:
-                held.reply(Asked(RUN, 1, "training", 0))
-                assert held.knows(RUN) in (True, False)
+                held.reply(Request(RUN, 1, "training", 0))
+                assert held.has_charges(RUN) in (True, False)
             finally:
                 held.close()
 
@@ -265,7 +265,8 @@ class World:
 
         def check(data: bytes) -> None:
             config = make_config(read_toml(self.written("config.toml", data)))
-            server_optimizer(config)
+            config.check_resolved("")
+            rules(config)
             assert len(f"{run_key(config.seed):032x}") == 32
             assert make_config(read_toml(self.written("again.toml", config.to_toml().encode()))) == config
 
@@ -279,7 +280,7 @@ class World:
 
         def check(data: bytes) -> None:
             config, federation = read_federation(self.written("federation.toml", data))
-            federation.terms(config.clients)
+            federation.waiting_rules(config.clients)
 
         return Reader(_toml(texts), check, texts[0])
 
@@ -332,10 +333,10 @@ class World:
         assert several > 4, "a run in which little is said proves little"
 
         def check(data: bytes) -> None:
-            door = self.setting.door()
-            door._tokens[token] = "a node"
+            admission = self.setting.admission()
+            admission._tokens[token] = "a node"
             with suppress(MeerkatError):
-                door.admit(data)
+                admission.admit(data)
             body = Frame.decode(data).body
             readers: list[Check] = [
                 Work.decode,
@@ -402,20 +403,20 @@ class World:
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
         heard += [heard[0]._replace(kind=Kind.SCORE, body=frames.encode_score("accuracy", 0.75, 4))]
         heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
-        setting = self.setting.but(early_stop="none", server_optimizer="sgd")
+        setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
 
         def check(said: list[tuple[int, bytes]]) -> None:
-            door = setting.door()
-            wire = Wire(door)
+            admission = setting.admission()
+            wire = Wire(admission)
             self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(Replica(0, theta))
             engine = RemoteEngine(
-                wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z, Classification.scores
+                wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z, Classification.scores
             )
             for client in range(3):
-                wire.connect(cast(Site, Mute(client, door.token(f"node {client}"), setting)))
+                wire.connect(cast(Site, Mute(client, admission.token(f"node {client}"), setting)))
             engine.arrivals(0)
             plan = open_round(state, config, engine.available())
             for client, data in said:

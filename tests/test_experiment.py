@@ -411,14 +411,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
     # a limit on file size is a full disk for the file that grows past it: the log, in its third round
     code = f"""
 import resource, sys
-from meerkat.run import simulation
+from meerkat.run import run
 from meerkat.cli import main
-append = simulation.RunLog.append
+append = run.RunLog.append
 def limited(log, record):
     resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
     append(log, record)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-simulation.RunLog.append = limited
+run.RunLog.append = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)

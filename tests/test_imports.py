@@ -58,6 +58,23 @@ def test_no_import_runs_back_up() -> None:
     assert not up
 
 
+def test_help_and_version_load_no_heavy_package() -> None:
+    code = (
+        "import sys, meerkat.cli; meerkat.cli.build_parser(); "
+        "assert not {'torch', 'transformers', 'pandas', 'matplotlib', 'safetensors'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there() -> None:
+    code = (
+        "import meerkat; names = {name: getattr(meerkat, name) for name in meerkat.__all__}; "
+        "assert {*names} < {*dir(meerkat)}; from meerkat import *; assert names['SparseMask'] is SparseMask; "
+        "assert meerkat.demo.MODEL.is_dir()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_core_loads_without_transformers() -> None:
     core = (
         "import sys, meerkat.algorithm.server, meerkat.algorithm.client, meerkat.run.local_engine; "

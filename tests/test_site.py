@@ -32,8 +32,8 @@ from meerkat.settings.config import make_config
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "momentum": {"server_optimizer": "momentum", "server_lr": 0.7},
-    "adam": {"server_optimizer": "adam", "server_lr": 0.01},
+    "momentum": {"update_rule": "momentum", "server_lr": 0.7},
+    "adam": {"update_rule": "adam", "server_lr": 0.01},
     "feddyn": {"method": "feddyn", "feddyn_alpha": 0.1},
 }
 
@@ -286,7 +286,7 @@ def test_a_round_of_more_steps_than_the_run_has_is_not_followed(setting: Setting
 def test_a_task_of_a_known_name_has_its_own_text(setting: Setting) -> None:
     text = 'name = "topics"\ntemplate = "{diagnosis} {label}"\nlabels = ["a", "b", "c", "d"]\n'
     own = SiteConfig(client=0, data="rows", accepts={"task": "topics"})
-    with pytest.raises(MeerkatError, match="one that every meerkat knows"):
+    with pytest.raises(MeerkatError, match="is built in"):
         Site(replace(setting.offer(), task="own.toml", task_text=text), own)
 
 
@@ -395,12 +395,17 @@ def test_an_offer_with_a_part_of_another_kind_is_refused(setting: Setting, chang
 
 def test_an_offer_of_threads_that_no_machine_has_is_refused(setting: Setting) -> None:
     offer = setting.offer()
-    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be less than or equal to 1024"):
+    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be at most 1024"):
         replace(offer, settings={**offer.settings, "threads": 10**6}).config({})
+    for name in ("eps", "lr", "server_lr"):
+        with pytest.raises(MeerkatError, match=f"the offered {name} 0: must be "):
+            replace(offer, settings={**offer.settings, name: 0}).config({})
+        with pytest.raises(MeerkatError, match=f"the offered {name} auto: must be a number"):
+            replace(offer, settings={**offer.settings, name: "auto"}).config({})
 
 
 def test_an_offered_mask_that_is_none_is_refused(setting: Setting) -> None:
-    with pytest.raises(MeerkatError, match="the offered mask is damaged, or no mask"):
+    with pytest.raises(MeerkatError, match="the offered mask is damaged"):
         replace(setting.offer(), mask=setting.offer().mask[:100]).load_mask()
 
 

@@ -35,6 +35,7 @@ from meerkat.run.sentences import scores_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.simulation import resume, simulate
 from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import RunConfig
 
 _FOLDERS = ("cells", "search", "masks", "logs")
@@ -61,7 +62,10 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         for i, (study, setting) in enumerate(lines)
         for seed in comparison.seeds
     }
-    better = _check_means([configs[i, comparison.seeds[0]] for i in range(len(lines))], comparison.search)
+    searched = {i for i, (study, setting) in enumerate(lines) if study.searches(setting)}
+    better = _check_means(
+        [(configs[i, comparison.seeds[0]], i in searched) for i in range(len(lines))], comparison.search
+    )
     for i, (study, _) in enumerate(lines):
         _check_measures(study, better[configs[i, comparison.seeds[0]].problem])
     on_cpu = resolve(configs[0, comparison.seeds[0]]).device == "cpu"
@@ -72,11 +76,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         with _Pool(jobs, root) as pool:
             searches = pool.map_unique(
                 "learning-rate searches",
-                {
-                    i: (_search, config, comparison.search, root / "search")
-                    for i, config in firsts.items()
-                    if not config.lr
-                },
+                {i: (_search, firsts[i], comparison.search, root / "search") for i in sorted(searched)},
                 lambda i, found: f"{_words(*lines[i])}: {_found(found, firsts[i])}",
             )
             rates = {i: _best(searches[i], config) if i in searches else config.lr for i, config in firsts.items()}
@@ -92,7 +92,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
                 study=study,
                 setting=setting,
                 rates=tuple(searches.get(i, ())),
-                lr=rates[i],
+                lr=number_or(rates[i], None) or _rate_of(folders[i, comparison.seeds[0]]),
                 better=better[firsts[i].problem],
                 runs=tuple(folders[i, seed] for seed in comparison.seeds),
                 summaries=tuple(summaries[i, seed] for seed in comparison.seeds),
@@ -148,7 +148,7 @@ def _placed(config: RunConfig) -> RunConfig:
         update |= {name: RunConfig.model_fields[name].default for name in ("density", "mask_scope", "exclude")}
     # nor is what nobody reads
     update |= {name: RunConfig.model_fields[name].default for name in config.idle()}
-    return config.model_copy(update={**update, "threads": config.threads or 1})
+    return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
 _OF_A_PROBLEM = ("problem", "model", "dtype", "device", "task", "data", "max_length")
@@ -156,35 +156,40 @@ _OF_ITS_TEXT = ("text", "text_sequences", "text_length")
 _OF_THE_ROWS = ("partition", "clients", "mask")
 
 
-def _check_means(configs: Iterable[RunConfig], search: Search) -> dict[str, Mapping[str, Better]]:
+def _check_means(configs: Iterable[tuple[RunConfig, bool]], search: Search) -> dict[str, Mapping[str, Better]]:
     """Raise MeerkatError for what only the models, the data or a mask can tell, before anything is written.
+
+    Args:
+        configs: each with whether its learning rate is searched for.
 
     Returns:
         Each problem's scores by its name, and which values of them are better.
     """
-    groups: dict[tuple[Any, ...], list[RunConfig]] = {}
-    for config in map(resolve, configs):
+    groups: dict[tuple[Any, ...], list[tuple[RunConfig, bool]]] = {}
+    for given, searched in configs:
+        config = resolve(given)
         key = tuple(getattr(config, name) for name in _OF_A_PROBLEM + _OF_ITS_TEXT)
-        groups.setdefault(key, []).append(config)
+        groups.setdefault(key, []).append((config, searched))
     better = {}
     for group in groups.values():
-        problem = open_problem(group[0].model_copy(update={"method": "full-fedzo"}))
-        better[group[0].problem] = problem.scores
-        if any(not config.mask for config in group):
+        first, _ = group[0]
+        problem = open_problem(first.model_copy(update={"method": "full-fedzo"}))
+        better[first.problem] = problem.scores
+        if any(not config.mask for config, _ in group):
             problem.public()
         training = problem.rows("train")
         problem.prepare(training[:1])
-        for config in {(*(getattr(c, n) for n in _OF_THE_ROWS), not c.lr): c for c in group}.values():
-            _check_rows(config, problem, search)
+        for config, searched in {(*(getattr(c, n) for n in _OF_THE_ROWS), s): (c, s) for c, s in group}.values():
+            _check_rows(config, problem, search if searched else None)
     return better
 
 
-def _check_rows(config: RunConfig, problem: Problem, search: Search) -> None:
+def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> None:
     if config.mask:
         SparseMask.load(Path(config.mask)).check_fits(problem.model)
     training, _ = training_and_evaluation_rows(config, problem.rows)
     partition(config.partition, training, config.clients, config.seed)
-    if config.lr:
+    if search is None:
         return
     try:
         trial = config.model_copy(update={"held_back": search.held_back})
@@ -264,6 +269,11 @@ def _run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise
 
 
+def _rate_of(folder: Path) -> float:
+    """The learning rate that a run began with."""
+    return number(RunFolder.open(folder).config().lr)
+
+
 # --- learning rates -------------------------------------------------------------------------------
 
 
@@ -277,13 +287,13 @@ def _search(config: RunConfig, search: Search, folder: Path) -> list[tuple[float
         }
     )
 
-    def loss_with(lr: float) -> float:
+    def loss_with(lr: float | Auto) -> float:
         tried = trial.model_copy(update={"lr": lr})
         summary = _run(tried, folder / _name(tried))
         return math.inf if summary is None else float(summary["loss"])
 
-    default = loss_with(0)  # a rate of zero takes the method's default, which the run then knows
-    start = RunFolder.open(folder / _name(trial)).config().lr
+    default = loss_with(AUTO)  # the method's default, which the run then knows
+    start = _rate_of(folder / _name(trial))
 
     def rate(place: int) -> float:
         return float(f"{start * search.factor**place:.3g}")

@@ -180,7 +180,7 @@ def _tuning(run: VerifiedRun) -> str:
 
 def _aggregation(run: VerifiedRun) -> str:
     config = run.config
-    server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.update == "feddyn" else config.server_optimizer
+    server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.update == "feddyn" else config.update_rule
     by_rows = config.weights == "examples" and config.aggregation == "mean"
     parts = [f"{run.opening.rule} of the replies", f"clients weighted {'by their rows' if by_rows else 'equally'}"]
     if config.rule.needs_f:

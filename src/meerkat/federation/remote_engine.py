@@ -21,10 +21,10 @@ from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, che
 from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
-from meerkat.federation.admission import Door, Guest
-from meerkat.federation.catch_up import Trail
+from meerkat.federation.admission import Admission, AdmittedSite
+from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
-from meerkat.federation.link import Event, Link, Terms
+from meerkat.federation.link import Event, Link, WaitingRules
 from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
@@ -43,7 +43,7 @@ _PATIENT = 3
 
 @dataclass
 class _Member:
-    guest: Guest
+    guest: AdmittedSite
     round: int | None
     """The round that its theta stands at, as far as is known; None where it needs the whole state."""
     here: bool = True
@@ -54,14 +54,14 @@ class _Member:
 
 
 class RemoteEngine:
-    """Runs rounds over a link. See `experiment.Engine`."""
+    """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
 
     def __init__(
         self,
         link: Link,
-        door: Door,
+        door: Admission,
         settings: ServerConfig,
-        terms: Terms,
+        terms: WaitingRules,
         run: str,
         state: ServerState,
         directions: Directions,
@@ -86,10 +86,10 @@ class RemoteEngine:
         self._state = state
         self._directions = directions
         state_bytes = 4 * len(state.theta) * settings.rules.vectors
-        self._trail = Trail(state_bytes, state.round, bytes.fromhex(state.replica.digest))
+        self._trail = RecentRounds(state_bytes, state.round, bytes.fromhex(state.replica.digest))
         self._answered_at = 0.0
         self._members: dict[int, _Member] = {}
-        self._joined: dict[int, Guest] = {}
+        self._joined: dict[int, AdmittedSite] = {}
         self._begun = False
         self._plan: RoundPlan | None = None
         self._replied: dict[int, Scalars] = {}
@@ -102,7 +102,7 @@ class RemoteEngine:
         self._round_s = 0.0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
-        self._settled = -math.inf
+        self._deferred_done = -math.inf
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -140,7 +140,7 @@ class RemoteEngine:
                     here=here,
                 )
                 told = True
-            self.settle()
+            self.run_deferred()
             self._wait(_WAKE_S)
         self._begun = True
         arrived, joined = sorted(self._joined.items()), []
@@ -148,7 +148,7 @@ class RemoteEngine:
         for client, guest in arrived:
             if self._is_logged(guest):
                 continue
-            join = replace(guest.joining, round=round)
+            join = replace(guest.member, round=round)
             try:
                 self._door.register.admit(join)
             except BadSignature as error:  # another came in between with the same key
@@ -162,15 +162,15 @@ class RemoteEngine:
         """The clients that are here and idle, ascending. Those that are not logged yet wait for the next round."""
         return [client for client in self._idle() if self._is_logged(self._members[client].guest)]
 
-    def _is_logged(self, guest: Guest) -> bool:
+    def _is_logged(self, guest: AdmittedSite) -> bool:
         """Whether the log has a client as it is here: with so many rows and that key."""
         key = self._door.register.keys.get(guest.client, b"").hex()
-        return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.joining.key)
+        return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.member.key)
 
     def _idle(self) -> list[int]:
         return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
 
-    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
 
         None where those who are left are fewer than the quorum: the round is to be opened again, with who is here.
@@ -183,8 +183,8 @@ class RemoteEngine:
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
         self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
-        if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
-            self.settle()
+        if self._tasks and time.monotonic() - self._deferred_done >= _LEISURE_S:
+            self.run_deferred()
         least = min(self._terms.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
         while True:
             waited = time.monotonic() - began
@@ -204,7 +204,7 @@ class RemoteEngine:
                     "void", f"round {plan.round}: {here} replies of {least} that it needs: it opens again", here=here
                 )
                 self._plan = None
-                return []
+                return None
             if waited > self._terms.deadline_s + self._terms.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
@@ -227,15 +227,15 @@ class RemoteEngine:
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
 
-    def meanwhile(self, task: Callable[[], None]) -> None:
+    def defer(self, task: Callable[[], None]) -> None:
         """Do something while clients are at work; what came in a second together, which costs much less."""
         self._tasks.append(task)
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         """Do it now."""
         while self._tasks:
             self._tasks.popleft()()
-        self._settled = time.monotonic()
+        self._deferred_done = time.monotonic()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
@@ -309,12 +309,12 @@ class RemoteEngine:
         """The frames that bring a client to the present theta, the last of them of a kind, with what it asks for."""
         member, first = self._members[client], []
         closed: list[Closed] = []
-        if member.round is None or not self._trail.reaches(member.round):
+        if member.round is None or not self._trail.shorter_than_state(member.round):
             values = self._state.replica_of(client).pack(self._settings.rules)
             first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(values)]
             self.caught_up["state"] += 1
         else:
-            closed = self._trail.since(member.round, client)
+            closed = self._trail.missed_since(member.round, client)
             self.caught_up["rounds"] += len(closed) > 1
         member.round = self._trail.round
         return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
@@ -330,8 +330,8 @@ class RemoteEngine:
             raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
 
     def _handle(self, event: Event) -> None:
-        if event.what == "arrived" and event.guest is not None:
-            self._welcome(event.guest)
+        if event.what == "arrived" and event.site is not None:
+            self._welcome(event.site)
         elif (member := self._members.get(event.client)) is None or not member.here:
             self.counts["foreign"] += event.what == "frame"
         elif event.what == "left":
@@ -344,11 +344,11 @@ class RemoteEngine:
                 self.counts["malformed"] += 1
                 self._show_out(event.client, str(error))
 
-    def _welcome(self, guest: Guest) -> None:
+    def _welcome(self, guest: AdmittedSite) -> None:
         client = guest.client
         back = "back" if client in self._members else "here"
         self.tell("arrived", f"client {client} is {back}, with {guest.examples} rows", client=client, node=guest.node)
-        at = guest.round if self._trail.holds(guest.round, guest.digest) else None
+        at = guest.round if self._trail.recognises(guest.round, guest.digest) else None
         self._members[client] = _Member(guest, at)
         self._joined[client] = guest
         plan = self._plan
@@ -441,5 +441,5 @@ class RemoteEngine:
         self.tell("shown out", f"client {client} is shown out: {why}", client=client, why=why)
         member = self._members[client]
         member.here, member.busy = False, None
-        self._door.shut_out(client)
-        self._link.drop(client, self._door.refuse(why, client))
+        self._door.void_session(client)
+        self._link.drop(client, self._door.refusal(why, client))

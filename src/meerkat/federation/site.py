@@ -20,8 +20,8 @@ from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.federation import frames
-from meerkat.federation.account import Account
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
+from meerkat.federation.ledger import RunAccountant
 from meerkat.federation.offer import Offer
 from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.problems.data import Row
@@ -31,6 +31,7 @@ from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
 from meerkat.run.setup import open_problem, resolve_machine
+from meerkat.settings import auto
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.config import CLASSIFICATION
 
@@ -104,7 +105,7 @@ class Site:
         self._answered: dict[str, tuple[int, bytes]] = {}
         """By what was asked: the last round that it was answered in, and theta's digest there."""
         self._last: tuple[tuple[int, str, bytes], np.ndarray, bytes] | None = None
-        self._account = Account.of(self.config, own, self._run.hex(), len(rows))
+        self._account = RunAccountant.open(self.config, own, self._run.hex(), len(rows))
 
     def close(self) -> None:
         """Give back what the site holds open."""
@@ -219,7 +220,8 @@ class Site:
         return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
 
     def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:
-        return RoundPlan(self.round, lr, self.config.eps, self.config.directions, {self.client: steps}, phase)
+        eps = auto.number(self.config.eps)
+        return RoundPlan(self.round, lr, eps, self.config.directions, {self.client: steps}, phase)
 
     def _follow(self, closed: Closed) -> None:
         """Move as the server did when it closed the round that this site's replica stands at."""
@@ -245,7 +247,7 @@ class Site:
         about = (self.round, work.phase, self._digest)
         if self._last is not None and self._last[0] == about:
             return self._last[2]
-        kept = self._account.again(work.phase, self.round, self._digest) if self._account else None
+        kept = self._account.earlier_reply(work.phase, self.round, self._digest) if self._account else None
         self._check_asked(work)
         self._answer_once(work.phase)
         scalars = self._steps(work) if kept is None else frames.decode_scalars(kept)[1]
@@ -270,7 +272,7 @@ class Site:
     def _steps(self, work: Work) -> np.ndarray:
         """Make the steps that are asked for: scalars, float32 [T_k, P], noted in the ledger where they are noisy."""
         if self._account:
-            self._account.check_lasts(work.steps)
+            self._account.check_budgets(work.steps)
         plan, losses = self._plan(work.lr, work.steps, work.phase), self._losses_along(work.pointer)
         mechanism = self._account.mechanism if self._account else None
         reply, _ = local_steps(

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from meerkat.errors import Diverged, MeerkatError
 from meerkat.problems.data import read_texts
 from meerkat.problems.problem import Evaluation
-from meerkat.problems.tasks import Example
+from meerkat.problems.tasks import Example, Objective
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Objective = Literal["classification", "language-modelling"]
 
 TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 """Padded tokens that go through the model together where sequences are sorted by length.

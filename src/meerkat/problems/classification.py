@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from meerkat.problems import causal_lm
-from meerkat.problems.causal_lm import Batch, Objective
+from meerkat.problems.causal_lm import Batch
 from meerkat.problems.data import Row, load_rows
 from meerkat.problems.problem import Better, Evaluation, Public, Purpose, Split
-from meerkat.problems.tasks import Example, Task, check_rows, encode
+from meerkat.problems.tasks import Example, Objective, Task, check_rows, encode
 
 NO_TASK = Task("", "{label}", ())
 """Stands where no rows are needed: a mask can be made from public text alone."""

@@ -9,12 +9,14 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from meerkat.errors import MeerkatError, in_short
 from meerkat.problems.data import Row, is_utf8
+
+Objective = Literal["classification", "language-modelling"]
 
 _ROWS_TOGETHER = 1000
 """Rows tokenised at a time: the tokenizer's output takes far more memory than the tokens."""

@@ -15,6 +15,8 @@ from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
+from meerkat.settings.algorithm import estimator, rules
+from meerkat.settings.auto import number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 
@@ -29,15 +31,18 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     """
     filled: dict[str, Any] = {
         "clients_per_round": config.clients_per_round or config.clients,
-        "eps": config.eps or config.recipe.eps,
+        "eps": number_or(config.eps, config.recipe.eps),
         "early_stop": config.stopping,
-        "server_lr": config.server_lr or {"adam": 1e-2}.get(config.server_optimizer, 1.0),
+        "server_lr": number_or(config.server_lr, {"adam": 1e-2}.get(config.update_rule, 1.0)),
     }
     if config.problem == CLASSIFICATION:
         filled["task"] = _task_name(config, rows)
     if filled["early_stop"] != "none" and config.local_steps == 1:
         say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
-    return resolve_model(config.model_copy(update=filled))
+    config = config.model_copy(update=filled)
+    rules(config)  # a name that is not known here is refused before anything is loaded
+    estimator(config)
+    return resolve_model(config)
 
 
 def _task_name(config: RunConfig, rows: bool) -> str:
@@ -65,9 +70,10 @@ def resolve_machine(config: RunConfig) -> RunConfig:
     kind = device.partition(":")[0]
     filled: dict[str, Any] = {
         "device": device,
-        "threads": config.threads or torch.get_num_threads(),
-        "tokens_per_pass": config.tokens_per_pass
-        or causal_lm.TOKENS_PER_PASS.get(kind, causal_lm.TOKENS_PER_PASS["cuda"]),
+        "threads": number_or(config.threads, torch.get_num_threads()),
+        "tokens_per_pass": number_or(
+            config.tokens_per_pass, causal_lm.TOKENS_PER_PASS.get(kind, causal_lm.TOKENS_PER_PASS["cuda"])
+        ),
     }
     named = {"model": {EMBEDDED}, "task": TASKS.keys() | demo.TASKS.keys()}
     for name in ("model", "task", "data", "text", "mask"):
@@ -117,7 +123,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         objective=config.objective,
         together=config.batching == "auto",
         sequences_per_pass=config.micro_batch,
-        tokens_per_pass=config.tokens_per_pass,
+        tokens_per_pass=number(config.tokens_per_pass),
     )
 
 
@@ -140,7 +146,7 @@ def open_problem(config: RunConfig, task: Task | None = None) -> Problem:
             f"problem '{config.problem}': not known here, only {', '.join(PROBLEMS)}; "
             "name the extension that it comes from with --extension"
         )
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(number(config.threads))
     problem = classification(config, task) if make is classification else make(config)
     if config.recipe.moves == "lora":
         add_lora(problem.model, config.seed)

@@ -50,6 +50,11 @@ class Split:
     digest: str
     """SHA-256 of the examples and of which client has which: a run is resumed with no others."""
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each client."""
+        return [len(rows) for rows in self.partition.rows]
+
     def label_counts(self, labels: int) -> np.ndarray:
         """Rows of each label at each client, int64 [K, labels]."""
         assert self.labels is not None
