@@ -15,6 +15,7 @@ import pytest
 import torch
 from federation import Federation, Setting
 from huggingface_hub import ModelCard
+from torch import nn
 
 import meerkat
 from meerkat import demo
@@ -24,6 +25,7 @@ from meerkat.export import model as export_model
 from meerkat.export.model_card import CARD_FILE, model_card
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.privacy.mechanism import Guarantee
+from meerkat.problems.classification import Classification
 from meerkat.problems.tasks import TASKS, Task
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
@@ -46,6 +48,9 @@ def run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = ("--text", str(federation / "text.jsonl"), "--eval-every", "2", "--seed", "2")
     assert main(["simulate", *data, *text, *small, *VP, "--out", str(out)]) == 0
     return out
+
+
+SST2 = Classification(nn.Module(), task=TASKS["sst2"])
 
 
 def exported(run: Path, to: Path, *form: str) -> str:
@@ -133,7 +138,7 @@ def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
-    text = model_card(replace(replayed, config=config), TASKS["sst2"], [], "delta")
+    text = model_card(replace(replayed, config=config), SST2, [], "delta")
     held = ModelCard(text).data.to_dict()
     assert held["base_model"] == "meta-llama/Llama-3.2-1B"
     assert held["datasets"] == ["aps/super_glue"]
@@ -244,7 +249,7 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
 
 def test_many_clients_are_counted_not_listed(run: Path) -> None:
     many = replace(verification.verify(run), examples={k: 10 + k for k in range(50)})
-    assert facts(model_card(many, TASKS["sst2"], [], "model"), "Data")["training rows"] == (
+    assert facts(model_card(many, SST2, [], "model"), "Data")["training rows"] == (
         "1,725: 10 to 59 at each of 50 clients"
     )
 
@@ -252,7 +257,7 @@ def test_many_clients_are_counted_not_listed(run: Path) -> None:
 def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
     promised = replace(verification.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
-    text = model_card(promised, TASKS["sst2"], [], "model")
+    text = model_card(promised, SST2, [], "model")
     assert "No differential privacy" not in text
     assert facts(text, "Privacy") == {
         "differential privacy": "epsilon 3.5 at delta 1e-05, one client added or removed; 7.25 where one is replaced",
@@ -267,7 +272,7 @@ def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) ->
     private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
     apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
     for each, is_told in ((plain, True), (private, False), (apart, True)):
-        assert (plain.log_hash in model_card(each, TASKS["sst2"], [], "model")) == is_told
+        assert (plain.log_hash in model_card(each, SST2, [], "model")) == is_told
 
 
 def test_words_of_files_stay_in_their_place(run: Path) -> None:

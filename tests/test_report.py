@@ -402,8 +402,8 @@ def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
 def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
     root = write_comparison(tmp_path, study({"method": []}, []))
     assert "none of its runs has ended yet" in checked(comparison_page(root).html()).words
-    (root / "compare.json").write_text('{"format": 2}')
-    with pytest.raises(MeerkatError, match="format 2 is not known, only 1"):
+    (root / "compare.json").write_text('{"format": 1}')
+    with pytest.raises(MeerkatError, match="format 1 is not known, only 2"):
         write_comparison_report(root)
     (root / "compare.json").write_text("{")
     with pytest.raises(RunFailed, match="damaged"):
