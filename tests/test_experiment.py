@@ -441,13 +441,13 @@ import resource, sys
 from meerkat.cli import main
 from meerkat.record.run_folder import RunFolder
 from meerkat.algorithm.server import aggregate
-note = RunFolder.note
-def limited(folder, metric, *through, **how):
+append_metric = RunFolder.append_metric
+def limited(folder, metric, *given, **named):
     if metric["kind"] == "evaluation" and metric["round"] == 2:
         size = folder.metrics_path.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + {room}, resource.RLIM_INFINITY))
-    note(folder, metric, *through, **how)
-RunFolder.note = limited
+    append_metric(folder, metric, *given, **named)
+RunFolder.append_metric = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
