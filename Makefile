@@ -4,10 +4,15 @@ BIN := .venv/bin
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: demo check test test-all fuzz clean
+.PHONY: demo federation check test test-all fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
+
+# Its folder must be new or empty: make federation OUT=runs/another
+federation: OUT ?= runs/federation
+federation: .venv/ready
+	$(BIN)/python examples/federation/run --out $(OUT)
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

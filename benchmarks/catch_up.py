@@ -4,7 +4,7 @@
 
 For masks of 553 (the embedded model), 6,000 and 1,240,000 entries (0.1% of 1.24 billion): the bytes of one missed
 round and of the state, and the seconds that following a round takes. From these, how many missed rounds are told
-before theta is sent (engines/trail.py): as long as they are fewer bytes, fit a frame, and are followed before the
+before theta is sent (federation/catch_up.py): as long as they are fewer bytes, fit a frame, and are followed before the
 state would have come over a line of 8 Mbit a second. The headline is the bytes of 100 missed rounds over the state's,
 at 1,240,000 entries.
 """
@@ -19,7 +19,7 @@ import torch
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.rounds import RoundPlan, Update
-from meerkat.federation.catch_up import Trail
+from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.frames import Closed
 
 MASKS = (553, 6_000, 1_240_000)
@@ -35,15 +35,15 @@ def measured(entries: int, rounds: int) -> dict[str, float]:
         theta = path.moved(theta, Update(plan, aggregate), z)
         path.digest(theta)
     each = (time.perf_counter() - began) / rounds
-    closed, trail = Closed(1e-3, 1.0, aggregate, True), Trail(4 * entries, 0, bytes(32))
-    while trail.reaches(0) and trail.round < 1_000_000:
-        trail.add(closed, frozenset(), bytes(32), each)
+    closed, recent = Closed(1e-3, 1.0, aggregate, True), RecentRounds(4 * entries, 0, bytes(32))
+    while recent.shorter_than_state(0) and recent.round < 1_000_000:
+        recent.add(closed, frozenset(), bytes(32), each)
     return {
         "entries": entries,
         "round_bytes": len(closed.encode()),
         "state_bytes": 4 * entries,
         "follow_ms": 1e3 * each,
-        "told_rounds": trail.round - 1,
+        "told_rounds": recent.round - 1,
     }
 
 

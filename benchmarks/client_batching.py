@@ -20,10 +20,12 @@ from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.baselines import random_mask
-from meerkat.problems.causal_lm import TOKENS_PER_PASS, Batch, client_losses, collate, load_model, row_losses
+from meerkat.problems.causal_lm import TOKENS_PER_PASS, collate, load_model, row_losses
+from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
-from meerkat.problems.tasks import Example, encode, load_task
+from meerkat.problems.problem import client_losses
+from meerkat.problems.tasks import encode, load_task
 from meerkat.run.local_engine import LocalEngine
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -46,15 +48,12 @@ def main() -> None:
     held = partition("dirichlet:0.5", rows, CLIENTS, seed=1).rows
     clients = [ClientRows(k, of_client, ROWS, seed=0) for k, of_client in enumerate(held)]
 
-    def lay_out(batch: list[Example]) -> Batch:
-        return collate(batch, tokens_per_pass=arguments.tokens)
-
     masked = MaskedModel(model, random_mask(model, 1e-3))
     engine = LocalEngine(
         masked,
         Directions(1, len(masked.mask)),
         batch_of=lambda client, step: clients[client].batch(step),
-        losses_of=client_losses(model, examples, lay_out),
+        losses_of=client_losses(Classification(model, tokens_per_pass=arguments.tokens), examples),
     )
     theta = masked.read()
     ratios = []

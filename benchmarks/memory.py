@@ -27,8 +27,10 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.baselines import full_mask, random_mask
 from meerkat.masks.sensitivity import sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.causal_lm import client_losses, collate, language_modelling_loss
+from meerkat.problems.causal_lm import language_modelling_loss
+from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.problem import client_losses
 from meerkat.problems.tasks import Candidate, Example
 from meerkat.run.local_engine import LocalEngine
 
@@ -56,7 +58,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
         masked,
         Directions(1, len(mask)),
         batch_of=lambda client, step: holders[client].batch(step),
-        losses_of=client_losses(model, examples, lambda batch: collate(batch, sequences_per_pass=TOGETHER)),
+        losses_of=client_losses(Classification(model, sequences_per_pass=TOGETHER), examples),
     )
     settings = ServerConfig(1, 1, 1, 1e-6, 1e-3, clients, clients, dict.fromkeys(range(clients), 1))
     state = ServerState(Replica(0, masked.read()))

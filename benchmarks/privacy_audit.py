@@ -30,9 +30,10 @@ from meerkat.algorithm.server import ServerConfig, ServerState, close_round, ope
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.accounting import Charge, epsilon
 from meerkat.privacy.mechanism import Mechanism, clipped
-from meerkat.problems import causal_lm
+from meerkat.problems.problem import client_losses
 from meerkat.run.local_engine import LocalEngine, LossesOf
-from meerkat.run.setup import default_lr, load_split, make_mask, open_workplace, resolve
+from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 ROUNDS, DIRECTIONS, SEED = 20, 2, 0
@@ -114,13 +115,13 @@ class Ground:
 def embedded() -> Ground:
     """The embedded model, its mask and the first rows of the topics task, the first of them with a wrong label."""
     config = resolve(make_config({"task": "topics", "threads": 1, "device": "cpu"}))
-    place = open_workplace(config)
-    mask = make_mask(config, place.model, place.tokenizer)
-    rows = load_split(config, place.task, "train")[:ROWS]
-    rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(place.task.labels)}
-    losses_of = causal_lm.client_losses(place.model, place.examples(rows), place.training_batch, each_row=True)
+    problem = open_problem(config)
+    mask = make_mask(config, problem)
+    rows = problem.rows("train")[:ROWS]
+    rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(problem.labels)}
+    losses_of = client_losses(problem, problem.prepare(rows), each_row=True)
     z = Directions(run_key(SEED), len(mask))
-    return Ground(MaskedModel(place.model, mask), z, losses_of, default_lr("meerkat", len(mask)), config.eps)
+    return Ground(MaskedModel(problem.model, mask), z, losses_of, default_lr("meerkat", len(mask)), config.eps)
 
 
 def once(losses_of: LossesOf) -> LossesOf:

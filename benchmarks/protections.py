@@ -23,7 +23,7 @@ from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import RoundPlan, Scalars, check_reply
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.federation.ledger import Asked, Ledger
+from meerkat.federation.ledger import Ledger, Request
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy.accounting import Charge
 from meerkat.privacy.mechanism import Mechanism
@@ -99,7 +99,7 @@ def example_privacy(ledger: Ledger) -> dict[str, Callable[[], object]]:
     rounds = iter(range(10**9))
 
     def noted() -> None:
-        ledger.charge(Asked(secrets.token_hex(8), 0, "training", next(rounds)), theta, charge, bytes(11))
+        ledger.charge(Request(secrets.token_hex(8), 0, "training", next(rounds)), theta, charge, bytes(11))
 
     return {
         "example_privacy": lambda: (mechanism.sample(held), mechanism.release(slopes)),

@@ -30,11 +30,13 @@ from meerkat.algorithm.directions import Directions, Place, run_key
 from meerkat.algorithm.first_order import masked_gradient
 from meerkat.algorithm.path import descend
 from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
-from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows
+from meerkat.problems.problem import client_losses
 from meerkat.progress import say
 from meerkat.run.local_engine import LossesOf
-from meerkat.run.setup import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
+from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import make_config
 
 BATCH, SEED = 16, 0
@@ -84,14 +86,14 @@ class Bench:
 def open_bench(candidates: int) -> Bench:
     """Load the embedded model and its rows, each text once."""
     config = resolve(make_config({"threads": 1}))
-    place = open_workplace(config)
-    mask = make_mask(config, place.model, place.tokenizer)
-    rows = list({row["text"]: row for row in training_and_evaluation_rows(config, place.task)[0]}.values())
+    problem = open_problem(config)
+    mask = make_mask(config, problem)
+    rows = list({row["text"]: row for row in training_and_evaluation_rows(config, problem.rows)[0]}.values())
     others = np.array_split(np.arange(candidates, len(rows)), 4)
     return Bench(
-        MaskedModel(place.model, mask),
+        MaskedModel(problem.model, mask),
         Directions(run_key(SEED), len(mask)),
-        causal_lm.client_losses(place.model, place.examples(rows), place.training_batch),
+        client_losses(problem, problem.prepare(rows)),
         config.eps,
         default_lr("meerkat", len(mask)),
         np.array([row["label"] for row in rows[:candidates]]),

@@ -40,11 +40,13 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.federation.certificates import certify
 from meerkat.federation.flower.stream import attend
-from meerkat.federation.link import Terms
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
-from meerkat.run.simulation import run_rounds
+from meerkat.run.loop import run_rounds
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.run import Run
 
 METHOD, FRAME_BYTES = "/echo.Echo/Frames", 102
 """A frame that closes one round of T = 1 and asks for the next has so many bytes."""
@@ -161,16 +163,18 @@ class Engine(RemoteEngine):
         super().closed(state, record)
         self.clock.lap()
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         began = time.perf_counter()
-        super().settle()
+        super().run_deferred()
         self.clock.noting += time.perf_counter() - began
 
 
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
-    held = Coordinator(keys, nodes, Terms(nodes, nodes, start_s=120.0), rounds)
-    engine = Engine(held.link, held.door, held.settings, Terms(nodes, nodes, start_s=120.0), RUN, held.state, held.z)
+    held = Coordinator(keys, nodes, WaitingRules(nodes, nodes, start_s=120.0), rounds)
+    engine = Engine(
+        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), RUN, held.state, held.z
+    )
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()
@@ -179,27 +183,40 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     processes[0].start()
     echo_port = control.recv()
     for client in range(nodes):
-        token = held.door.token(f"node {client}")
+        token = held.admission.token(f"node {client}")
         arguments = (client, token, held.port, echo_port, held.authority)
         processes.append(spawn.Process(target=node, args=arguments, daemon=True))
         processes[-1].start()
     clock = engine.clock = Clock()
     echoes: list[float] = []
 
-    def judge(_: Any, at: int) -> dict[str, Any]:
+    def evaluate(_: Any, at: int) -> EvaluationMetric:
         if at:  # echoes in place of an evaluation
             control.send(rounds // TURNS)
             echoes.extend(control.recv())
         clock.pause()
-        return {"kind": "evaluation", "round": at, "accuracy": None, "loss": None}
+        return EvaluationMetric(at, {"accuracy": None}, {"accuracy": "higher"})
 
     folder = RunFolder(root)
     log = Log(folder.log_path)
     log.clock = clock
-    replayed: Any = SimpleNamespace(state=held.state, settings=held.settings, closed=False)
-    config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS)
-    mask: Any = SimpleNamespace(pretraining_gradient=None, theta_0=None)
-    run_rounds(folder, log, replayed, held.z, config, mask, engine, judge)
+    absent: Any = None
+    run = Run(
+        folder=folder,
+        log=log,
+        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS),
+        model=SimpleNamespace(mask=SimpleNamespace(theta_0=None)),
+        opening=absent,
+        members=absent,
+        nodes={},
+        directions=held.z,
+        gradient=None,
+        settings=held.settings,
+        state=held.state,
+        closed=False,
+        lost=[],
+    )
+    run_rounds(run, engine, evaluate, attendance=engine)
     log.close()
     held.close()
     control.send(0)

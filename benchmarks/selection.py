@@ -21,11 +21,13 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.problems import causal_lm
 from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.problem import client_losses
 from meerkat.progress import say
 from meerkat.run.local_engine import LocalEngine
-from meerkat.run.setup import default_lr, make_mask, open_workplace, resolve, training_and_evaluation_rows
+from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import make_config
 
 DEFAULT = [f"mixed:{n}/10/{first}/{first + 8}" for first in (200, 300, 400) for n in (1, 3, 5)]
@@ -45,11 +47,11 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
     missing = [at for at in wanted if not files[at].exists()]
     if missing:
         to.mkdir(parents=True, exist_ok=True)
-        place = open_workplace(config)
-        mask = make_mask(config, place.model, place.tokenizer)
-        training, _ = training_and_evaluation_rows(config, place.task)
-        losses_of = causal_lm.client_losses(place.model, place.examples(training), place.training_batch)
-        model = MaskedModel(place.model, mask)
+        problem = open_problem(config)
+        mask = make_mask(config, problem)
+        training, _ = training_and_evaluation_rows(config, problem.rows)
+        losses_of = client_losses(problem, problem.prepare(training))
+        model = MaskedModel(problem.model, mask)
         lr, theta = default_lr("meerkat", len(mask)), model.read()
         labels = np.array([row["label"] for row in training])
     for number, at in enumerate(missing, 1):
@@ -67,7 +69,7 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
             g=scalars[..., 0],
             c=inner_products(mask.pretraining_gradient, plan, z)[:, 0],
             extreme=np.array(held.extreme, dtype=int),
-            dist=np.stack([np.bincount(labels[rows], minlength=len(place.task.labels)) for rows in held.rows]),
+            dist=np.stack([np.bincount(labels[rows], minlength=len(problem.labels)) for rows in held.rows]),
         )
         say(f"{number} of {len(missing)}: {files[at].name}")
     return list(files.values())

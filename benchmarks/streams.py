@@ -22,7 +22,7 @@ from stub import LENGTH, Attending, Coordinator, StubSite
 
 from meerkat.algorithm.directions import Directions
 from meerkat.federation.certificates import certify
-from meerkat.federation.link import Terms
+from meerkat.federation.link import WaitingRules
 
 PROCESSES = 4
 
@@ -50,8 +50,8 @@ def main() -> None:
     memory, replies = [], 0
     with tempfile.TemporaryDirectory() as folder:
         keys = certify(Path(folder) / "keys", ["127.0.0.1"], nodes=0)
-        held = Coordinator(keys, count, Terms(count, count, start_s=300.0, deadline_s=300.0))
-        tokens = [(client, held.door.token(f"node {client}")) for client in range(count)]
+        held = Coordinator(keys, count, WaitingRules(count, count, start_s=300.0, deadline_s=300.0))
+        tokens = [(client, held.admission.token(f"node {client}")) for client in range(count)]
         spawn = multiprocessing.get_context("spawn")
         for first in range(PROCESSES):
             own = (tokens[first::PROCESSES], held.port, held.authority)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from meerkat.progress import say
-from meerkat.report import curves, in_words
+from meerkat.report import draw_curves, summary_in_words
 from meerkat.run.simulation import simulate
 from meerkat.settings.config import make_config
 
@@ -27,8 +27,8 @@ def main() -> None:
         say(f"\n=== {method} ===")
         summaries[method] = simulate(make_config({"method": method, "lr": rate}), out / method)
     for method, summary in summaries.items():
-        print(f"\n{in_words(summary, out / method)}\nIt took {summary['wall_s']:.0f} s.")
-    picture, _ = curves([out / method for method in RATES], out)
+        print(f"\n{summary_in_words(summary, out / method)}\nIt took {summary['wall_s']:.0f} s.")
+    picture, _ = draw_curves([out / method for method in RATES], out)
     print(f"\nPicture of both: {picture}")
 
 

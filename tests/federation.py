@@ -1,4 +1,4 @@
-"""A real federation without a network: sites, a door and a remote engine, and a wire between them that may misbehave.
+"""A real federation without a network: sites, admission, a remote engine, and a wire between them that may misbehave.
 
 Time is the wire's own: nothing sleeps.
 """
@@ -26,25 +26,29 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation import remote_engine
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import BadFrame, Frame, Kind
-from meerkat.federation.link import Event, Terms
+from meerkat.federation.link import Event, WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems import causal_lm
+from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows, partition
+from meerkat.problems.problem import client_losses
 from meerkat.record.members import Member, Members
-from meerkat.record.opening import Opening, file_digest, gradient_digest
+from meerkat.record.opening import Opening, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import RunFolder
-from meerkat.record.run_log import LogReader, RunLog
-from meerkat.run import simulation
+from meerkat.record.run_log import LogReader
 from meerkat.run.local_engine import LocalEngine
-from meerkat.run.setup import make_mask, open_workplace, resolve
+from meerkat.run.loop import run_rounds
+from meerkat.run.mask import make_mask, store_mask
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.run import carry_on
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import RunConfig, make_config
 
 RUN = "0123456789abcdef"
@@ -92,8 +96,7 @@ class Setting:
             **changes,
         }
         config = resolve(make_config(given))
-        workplace = open_workplace(config)
-        mask = make_mask(config, workplace.model, workplace.tokenizer)
+        mask = make_mask(config, open_problem(config))
         rows = load_rows(config.data, "train")
         dealt = partition(config.partition, rows, config.clients, config.seed).rows
         for client, held in enumerate(dealt):
@@ -107,7 +110,7 @@ class Setting:
     @cached_property
     def theta_0(self) -> Tensor:
         """The moving entries' values."""
-        return MaskedModel(open_workplace(self.config).model, self.mask).read()
+        return MaskedModel(open_problem(self.config).model, self.mask).read()
 
     @cached_property
     def opening(self) -> Opening:
@@ -141,9 +144,9 @@ class Setting:
         """The register of a run that nobody has joined."""
         return Members(self.opening.charter(self.config), listed)
 
-    def door(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Door:
-        """A door of the run."""
-        return Door(register or self.register(), self.config.clients, nodes)
+    def admission(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Admission:
+        """The run's admission."""
+        return Admission(register or self.register(), self.config.clients, nodes)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
@@ -157,14 +160,12 @@ class Setting:
 
     def in_one_process(self) -> LocalEngine:
         """The same clients without sites, one after another."""
-        workplace = open_workplace(self.config)
-        model, z = MaskedModel(workplace.model, self.mask), self.directions
+        problem = open_problem(self.config)
+        model, z = MaskedModel(problem.model, self.mask), self.directions
         rows = load_rows(self.config.data, "train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
-        losses_of = causal_lm.client_losses(
-            workplace.model, workplace.examples(rows), workplace.training_batch, self.config.objective
-        )
+        losses_of = client_losses(problem, problem.prepare(rows))
         rule = self.settings.rules.client
         return LocalEngine(
             model, z, lambda client, step: clients[client].batch(step), losses_of, together=False, rule=rule
@@ -196,8 +197,8 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 class Wire:
     """A Link in memory, with a clock of its own. A stream keeps its order, each way; streams do not wait for others."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
         self.now = 0.0
         self.bytes_sent = self.bytes_received = 0
         self.sites: dict[int, Site] = {}
@@ -225,13 +226,13 @@ class Wire:
         heapq.heappush(self._queue, (self.now + seconds, next(self._number), action))
 
     def connect(self, site: Site) -> None:
-        """A site's stream, from its hello on. Raises what the door raises."""
-        guest = self.door.admit(site.hello())
-        self._break(guest.client)
-        site.answer(guest.welcome)
-        self.sites[guest.client] = site
-        self._streams[guest.client] = next(self._number)
-        self._tell(Event("arrived", guest.client, guest=guest))
+        """A site's stream, from its hello on. Raises what `Admission.admit` raises."""
+        admitted = self.admission.admit(site.hello())
+        self._break(admitted.client)
+        site.answer(admitted.welcome)
+        self.sites[admitted.client] = site
+        self._streams[admitted.client] = next(self._number)
+        self._tell(Event("arrived", admitted.client, site=admitted))
 
     def disconnect(self, client: int) -> None:
         """A site's stream breaks: what was on the way, each way, is lost."""
@@ -331,20 +332,27 @@ class Federation:
     """A coordinator and its wire."""
 
     setting: Setting
-    terms: Terms = field(default_factory=lambda: Terms(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    terms: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
     register: Members | None = None
 
     def __post_init__(self) -> None:
-        self.door = self.setting.door(self.nodes, self.register)
-        self.wire = Wire(self.door)
+        self.admission = self.setting.admission(self.nodes, self.register)
+        self.wire = Wire(self.admission)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
         self.state = self.state or ServerState(Replica(0, self.setting.theta_0))
         self.engine = RemoteEngine(
-            self.wire, self.door, self.settings, self.terms, self.setting.run, self.state, self.z
+            self.wire,
+            self.admission,
+            self.settings,
+            self.terms,
+            self.setting.run,
+            self.state,
+            self.z,
+            Classification.scores,
         )
         self.records: list[dict[str, Any]] = []
         self.ever: dict[int, Site] = {}
@@ -356,7 +364,7 @@ class Federation:
     ) -> "Federation":
         """A federation whose clock the engine looks at, with all clients there, or the first few."""
         given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **terms}
-        made = cls(setting, Terms(**given))
+        made = cls(setting, WaitingRules(**given))
         monkeypatch.setattr(remote_engine, "time", made.wire)
         for client in range(setting.config.clients if join is None else join):
             made.enter(client)
@@ -365,7 +373,7 @@ class Federation:
     def enter(self, client: int, node: str = "", **own: Any) -> Site:
         """A fresh site comes in by a token."""
         node = node or f"node {client}"
-        site = self.setting.site(client, self.door.token(node), node, **own)
+        site = self.setting.site(client, self.admission.token(node), node, **own)
         self.wire.connect(site)
         self.ever[client] = site
         return site
@@ -415,32 +423,25 @@ class Federation:
         self.wire.settle()
 
     def lived(self, folder: Path) -> ServerState:
-        """The whole run by simulation.run_rounds, with a log on the disk."""
-        setting = self.setting
-        made = RunFolder.create(folder, setting.config)
-        simulation.store_mask(made, setting.mask, open_workplace(setting.config))
-        log = RunLog(made.log_path)
-        try:
-            opening = replace(setting.opening, config=file_digest(made.config_path))
-            replayed, z, *_ = simulation.replay_log(made, log, opening, setting.config, setting.mask, setting.theta_0)
-            state = simulation.run_rounds(
-                made, log, replayed, z, setting.config, setting.mask, self.engine, judged_nothing
-            )
-        finally:
-            log.close()
+        """The whole run by loop.run_rounds, with a log on the disk."""
+        opening, problem = self.setting.opening, open_problem(self.setting.config)
+        made = RunFolder.create(folder, self.setting.config)
+        store_mask(made, self.setting.mask, problem)
+        with carry_on(made, problem, federation=opening.federation, signed=opening.signed) as run:
+            run_rounds(run, self.engine, judged_nothing, attendance=self.engine)
         _, *self.records = LogReader(made.log_path)
-        return state
+        return run.state
 
 
-def judged_nothing(_: Tensor, rounds: int) -> dict[str, Any]:
+def judged_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
     """An evaluation of a run that nobody evaluates."""
-    return {"kind": "evaluation", "round": rounds, "accuracy": 0.0, "loss": None}
+    return EvaluationMetric.of_sites([], Classification.scores, rounds)
 
 
 def counted(federation: "Federation") -> tuple[int, int]:
-    """Rows right and rows in all, as sites count them on their own."""
-    metric = federation.engine.judge(torch.zeros(0), federation.state.round)
-    return round((metric["accuracy"] or 0.0) * metric["rows"]), metric["rows"]
+    """Rows right and rows in all, as sites' accuracies on their own rows tell."""
+    metric = federation.engine.evaluate(torch.zeros(0), federation.state.round)
+    return round((metric.scores["accuracy"] or 0.0) * (metric.rows or 0)), metric.rows or 0
 
 
 def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:

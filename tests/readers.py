@@ -32,22 +32,23 @@ from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
-from meerkat.federation.ledger import Asked, Ledger
-from meerkat.federation.link import Terms
+from meerkat.federation.ledger import Ledger, Request
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.accounting import Charge
+from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
 from meerkat.problems.tasks import TASKS, check_rows, encode, load_task
 from meerkat.record import history, verification
-from meerkat.record.opening import server_optimizer
 from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys, read_revoked
 from meerkat.run import setup, simulation
+from meerkat.settings.algorithm import rules
 from meerkat.settings.config import make_config, read_toml
 
 Check = Callable[[Any], object]
@@ -99,7 +100,7 @@ class World:
     @cached_property
     def setting(self) -> Setting:
         """A federation with calibration and moments, whose sites evaluate."""
-        more = {"local_steps": 2, "directions": 2, "server_optimizer": "adam", "method": "meerkat-vp"}
+        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "method": "meerkat-vp"}
         short = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2, "rounds": 5, "clients": 3}
         return Setting.make(self.root, self.here / "sites", **more, **short)
 
@@ -195,7 +196,7 @@ class World:
         file = self.here / "ledger"
         ledger = Ledger(file)
         for at in range(3):
-            asked = Asked(RUN, 1, "training", at)
+            asked = Request(RUN, 1, "training", at)
             ledger.charge(asked, "ab" * 32, Charge(0.25, 1.5, 2), b"a reply")
         ledger.close()
         records = [json.loads(line[65:]) for line in file.read_bytes().splitlines()]
@@ -203,8 +204,8 @@ class World:
         def check(data: bytes) -> None:
             held = Ledger(self.written("ledger", data))
             try:
-                held.reply(Asked(RUN, 1, "training", 0))
-                assert held.knows(RUN) in (True, False)
+                held.reply(Request(RUN, 1, "training", 0))
+                assert held.has_charges(RUN) in (True, False)
             finally:
                 held.close()
 
@@ -264,7 +265,8 @@ class World:
 
         def check(data: bytes) -> None:
             config = make_config(read_toml(self.written("config.toml", data)))
-            server_optimizer(config)
+            config.check_resolved("")
+            rules(config)
             assert len(f"{run_key(config.seed):032x}") == 32
             assert make_config(read_toml(self.written("again.toml", config.to_toml().encode()))) == config
 
@@ -278,7 +280,7 @@ class World:
 
         def check(data: bytes) -> None:
             config, federation = read_federation(self.written("federation.toml", data))
-            federation.terms(config.clients)
+            federation.waiting_rules(config.clients)
 
         return Reader(_toml(texts), check, texts[0])
 
@@ -331,12 +333,17 @@ class World:
         assert several > 4, "a run in which little is said proves little"
 
         def check(data: bytes) -> None:
-            door = self.setting.door()
-            door._tokens[token] = "a node"
+            admission = self.setting.admission()
+            admission._tokens[token] = "a node"
             with suppress(MeerkatError):
-                door.admit(data)
+                admission.admit(data)
             body = Frame.decode(data).body
-            readers: list[Check] = [Work.decode, frames.decode_scalars, frames.decode_counts, frames.decode_words]
+            readers: list[Check] = [
+                Work.decode,
+                frames.decode_scalars,
+                lambda body: frames.decode_score(body, "accuracy"),
+                frames.decode_words,
+            ]
             for read in (*readers, lambda body: frames.decode_words(body, 32), StateParts(len(self.setting.mask)).add):
                 with suppress(MeerkatError):
                     read(body)
@@ -351,7 +358,7 @@ class World:
             federation.enter(client, evaluate=True)
         for _ in range(3):
             federation.round()
-        federation.engine.judge(torch.zeros(0), federation.state.round)
+        federation.engine.evaluate(torch.zeros(0), federation.state.round)
         federation.wire.disconnect(0)
         federation.wire.settle()
         federation.enter(0, evaluate=True)  # a fresh process: it gets the whole state
@@ -364,7 +371,7 @@ class World:
         live = self.setting.site(0, evaluate=True)
         live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_words({}, bytes(32))).encode())
         said = [frame for client, frame in self.spoken[1] if client == 0]
-        judge = [frame._replace(kind=Kind.JUDGE) for frame in said if frame.kind is Kind.WORK][:1]
+        judge = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
         whole = [*said[:2], *judge, *said[2:]]
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
@@ -394,20 +401,22 @@ class World:
     def a_replies(self) -> Reader:
         """What sites say, heard by a coordinator in the middle of a round."""
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
-        heard += [heard[0]._replace(kind=Kind.COUNTS, body=frames.encode_counts(3, 4))]
+        heard += [heard[0]._replace(kind=Kind.SCORE, body=frames.encode_score("accuracy", 0.75, 4))]
         heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
-        setting = self.setting.but(early_stop="none", server_optimizer="sgd")
+        setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
 
         def check(said: list[tuple[int, bytes]]) -> None:
-            door = setting.door()
-            wire = Wire(door)
+            admission = setting.admission()
+            wire = Wire(admission)
             self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(Replica(0, theta))
-            engine = RemoteEngine(wire, door, config, Terms(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z)
+            engine = RemoteEngine(
+                wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z, Classification.scores
+            )
             for client in range(3):
-                wire.connect(cast(Site, Mute(client, door.token(f"node {client}"), setting)))
+                wire.connect(cast(Site, Mute(client, admission.token(f"node {client}"), setting)))
             engine.arrivals(0)
             plan = open_round(state, config, engine.available())
             for client, data in said:
@@ -430,7 +439,7 @@ class World:
                 state, record = close_round(state, plan, replies, config, z)
                 engine.closed(state, record)
                 assert state.theta.isfinite().all()
-            engine.judge(theta, 1)
+            engine.evaluate(theta, 1)
             engine.end("over")
             refused = engine.counts["malformed"] + engine.counts["foreign"]
             if refused:

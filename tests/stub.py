@@ -15,17 +15,19 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.federation import frames
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
-from meerkat.federation.link import Terms
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.problems.problem import Better
 from meerkat.record.members import Members
 from meerkat.record.signatures import RunIdentity
 
 LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
+SCORES: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
@@ -35,7 +37,7 @@ def scalars_of(client: int, round: int) -> np.ndarray:
 
 
 class StubSite:
-    """Has the methods of `engines.site.Site`; follows the run truly, and takes its scalars from `scalars_of`."""
+    """Has the methods of `federation.site.Site`; follows the run truly, and takes its scalars from `scalars_of`."""
 
     def __init__(self, client: int, token: str, z: Directions | None = None, compute_s: float = 0.0) -> None:
         self.client = client
@@ -135,32 +137,37 @@ class Attending:
 
 
 class Coordinator:
-    """The real engine, door and link over a theta of zeros."""
+    """The real engine, admission and link over a theta of zeros."""
 
     def __init__(
-        self, keys: dict[str, Path], clients: int, terms: Terms | None = None, rounds: int = 10_000, port: int = 0
+        self,
+        keys: dict[str, Path],
+        clients: int,
+        terms: WaitingRules | None = None,
+        rounds: int = 10_000,
+        port: int = 0,
     ) -> None:
         self.authority = keys["authority"].read_bytes()
-        self.door = Door(Members(CHARTER), clients)
-        self.link = StreamLink(self.door, f"127.0.0.1:{port}", keys["server"], keys["server key"])
+        self.admission = Admission(Members(CHARTER), clients)
+        self.link = StreamLink(self.admission, f"127.0.0.1:{port}", keys["server"], keys["server key"])
         self.port = self.link.port
         self._closed = False
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
-        terms = terms or Terms(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.door, self.settings, terms, RUN, self.state, self.z)
+        terms = terms or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
+        self.engine = RemoteEngine(self.link, self.admission, self.settings, terms, RUN, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""
-        return StubSite(client, self.door.token(f"node {client}"), compute_s=compute_s)
+        return StubSite(client, self.admission.token(f"node {client}"), compute_s=compute_s)
 
     def attending(self, client: int, port: int = 0, compute_s: float = 0.0, **more: float) -> Attending:
         """A stub that attends, perhaps through another port."""
         return Attending(self.site(client, compute_s), port or self.port, self.authority, **more)
 
     def rounds(self, count: int) -> Iterator[RoundRecord]:
-        """Run rounds, one each time the next is asked for, as `experiment.run_rounds` does."""
+        """Run rounds, one each time the next is asked for, as `loop.run_rounds` does."""
         for _ in range(count):
             for join in self.engine.arrivals(self.state.round):
                 self.settings = join.added_to(self.settings)

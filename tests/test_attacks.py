@@ -13,7 +13,7 @@ from test_compare import InThisProcess
 from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
-from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, flipped, z_max
+from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, check_reply
@@ -25,9 +25,10 @@ from meerkat.errors import MeerkatError
 from meerkat.federation.coordinator import read_federation
 from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
-from meerkat.run.attacked_engine import Attacked
-from meerkat.run.setup import Split, open_workplace, resolve
-from meerkat.settings.config import Attack, RunConfig, make_config
+from meerkat.run.attacked_engine import AttackedEngine
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import Split
+from meerkat.settings.config import RunConfig, make_config
 
 BAD = (1, 4)
 
@@ -56,7 +57,7 @@ def replies(
     state = ServerState(Replica(round, engine.model.read()))
     plan = open_round(state, settings)
     honest = {r.client: r.scalars.astype(np.float64) for r in engine.run(state, plan)}
-    sent = Attacked(engine, attack, bad, scale, seed).run(state, plan)
+    sent = AttackedEngine(engine, attack, bad, scale, seed).run(state, plan)
     assert [r.client for r in sent] == list(plan.steps)
     assert all(r.scalars.dtype == np.float32 for r in sent)
     return honest, {r.client: r.scalars.astype(np.float64) for r in sent}, plan
@@ -81,7 +82,7 @@ def test_gaussian_is_noise_of_its_own_for_each_attacker_round_and_seed() -> None
 
     def drawn(round: int, seed: int, scale: float = 0.0) -> dict[int, np.ndarray]:
         plan = RoundPlan(round, 0.1, 1e-3, 2, dict.fromkeys(range(6), 200))
-        sent = Attacked(Canned(none), "gaussian", BAD, scale, seed).run(
+        sent = AttackedEngine(Canned(none), "gaussian", BAD, scale, seed).run(
             ServerState(Replica(round, torch.zeros(1))), plan
         )
         return {r.client: r.scalars for r in sent}
@@ -167,7 +168,7 @@ def test_clients_stopped_early_send_one_step_and_are_seen_as_such(attack: Attack
     state = ServerState(Replica(0, engine.model.read()), early_stopped=frozenset({0, 1, 2, 3, 5}))
     plan = open_round(state, settings)
     honest = {r.client: r.scalars for r in engine.run(state, plan)}
-    sent = {r.client: r.scalars for r in Attacked(engine, attack, BAD).run(state, plan)}
+    sent = {r.client: r.scalars for r in AttackedEngine(engine, attack, BAD).run(state, plan)}
     assert {k: len(g) for k, g in sent.items()} == {0: 1, 1: 1, 2: 1, 3: 1, 4: 3, 5: 1}
     good = np.mean([honest[k].astype(float) for k in (0, 2, 3, 5)], axis=0)
     if attack == "collusion":  # nobody honest made steps two and three
@@ -198,9 +199,11 @@ def test_attackers_alone_have_their_labels_flipped(federation: Path, attack: Att
         **{name: str(federation / name) for name in ("model", "data")},
         **{"text": str(federation / "text.jsonl"), "task": "sst2", "clients": 4, "partition": "iid", "threads": 1},
     }
-    plain = Split.of(open_workplace(resolve(make_config(given))))
+    config = resolve(make_config(given))
+    problem = open_problem(config)
+    plain = Split.of(config, problem)
     turned_config = resolve(make_config({**given, "attack": attack, "attackers": 2}))
-    turned = Split.of(open_workplace(turned_config))
+    turned = Split.of(turned_config, problem)
     bad = turned_config.attacking_clients
     for client, rows in enumerate(plain.partition.rows):
         assert np.array_equal(rows, turned.partition.rows[client])
@@ -238,7 +241,7 @@ def calibrated(
     gradient = torch.randn(len(mask), generator=torch.Generator().manual_seed(3))
     state = ServerState(Replica(0, engine.model.read()))
     plan = calibration.open_calibration(state, settings)
-    sent = Attacked(Canned(honest_traces(frozenset(decaying))), attack, (2, 7), scale, seed).run(state, plan)
+    sent = AttackedEngine(Canned(honest_traces(frozenset(decaying))), attack, (2, 7), scale, seed).run(state, plan)
     return calibration.close_calibration(state, plan, sent, settings, engine.directions, gradient)[1]
 
 
@@ -468,7 +471,7 @@ def test_a_robust_rule_keeps_the_direction_that_the_mean_loses() -> None:
     honest = engine.run(state, plan)
     weights = client_weights(settings, range(6))
     truth = aggregate([r for r in honest if r.client not in BAD], client_weights(settings, [0, 2, 3, 5]), plan)
-    sent = Attacked(engine, "collusion", BAD, scale=50.0).run(state, plan)
+    sent = AttackedEngine(engine, "collusion", BAD, scale=50.0).run(state, plan)
     assert float((aggregate(sent, weights, plan) * truth).sum()) < 0
     for rule in ("median", "trimmed-mean"):
         moved, record = close_round(

@@ -16,8 +16,8 @@ from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import Scalars
-from meerkat.algorithm.selection import Vpcs, select
-from meerkat.algorithm.server import EarlyStop, ServerConfig, ServerState, close_round, open_round
+from meerkat.algorithm.selection import EarlyStop, Vpcs, select
+from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.update_rules import FedDyn
 from meerkat.problems.partition import ClientRows
 

@@ -84,24 +84,24 @@ def test_what_the_card_says_is_what_the_run_s_folder_says(run: Path, tmp_path: P
     tuned = facts(text, "How it was tuned")
     assert tuned["base model"] == f"`model`, fingerprint `{mask.fingerprint}`"
     assert tuned["rounds"] == "6"
-    assert tuned["local steps"] == "T = 2, P = 1 directions a step, batches of 4"
+    assert tuned["local steps"] == "T = 2, P = 1 direction a step, batches of 4"
     assert tuned["learning rate"] == "0.05, constant; perturbation 0.001"
-    assert tuned["clients"] == "3, 3 asked in a round"
+    assert tuned["clients"] == "3, 3 asked each round"
     assert "Philox4x64-10" in tuned["directions"]
 
     data = facts(text, "Data")
     held = opening["examples"]
     assert data["training rows"] == f"{sum(held)}: " + ", ".join(f"client {k} {n}" for k, n in enumerate(held))
-    assert data["who held which"] == "`mixed:1`, clients simulated on one machine"
-    assert data["where they came from"] == "`data`, a local folder; its origin is not known"
-    assert data["SHA-256 of the rows and who held them"] == f"`{opening['data']}`"
+    assert data["split"] == "`mixed:1`, clients simulated on one machine"
+    assert data["source"] == "`data`, a local folder; its origin is not known"
+    assert data["SHA-256 of the rows and their split"] == f"`{opening['data']}`"
 
     clients = facts(text, "Clients")
     stopped = calibration["early_stopped"]
     assert clients["stopped early"] == f"client{'s' * (len(stopped) > 1)} {', '.join(map(str, stopped))}"
     assert clients["flagged as extremely skewed"] == clients["stopped early"]
-    assert clients["excluded"] == clients["in no round"] == "none"
-    assert clients["replies"] == "18 came of 18 that rounds asked for"
+    assert clients["removed by the coordinator"] == clients["in no round"] == "none"
+    assert clients["replies"] == "18 of the 18 that rounds asked for"
 
     assert "No differential privacy" in text
     before, after = (f"{summary[name]:.3f} | {summary[loss]:.3f}" for name, loss in _JUDGED)
@@ -137,7 +137,7 @@ def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     assert held["datasets"] == ["aps/super_glue"]
     assert held["library_name"] == "meerkat"
     assert 'base = "meta-llama/Llama-3.2-1B"\n' in text
-    assert facts(text, "Data")["where they came from"] == "`aps/super_glue:boolq`, a hub data set"
+    assert facts(text, "Data")["source"] == "`aps/super_glue:boolq`, a hub data set"
 
 
 def loaded_by_the_card(folder: Path, text: str) -> dict[str, Any]:
@@ -163,9 +163,9 @@ print(json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was 
 
 
 def logits_of(run: Path) -> torch.Tensor:
-    _, workplace = load_run(run)
+    _, problem = load_run(run)
     with torch.no_grad():
-        logits: torch.Tensor = workplace.model(torch.arange(5, 25)[None]).logits
+        logits: torch.Tensor = problem.model(torch.arange(5, 25)[None]).logits
     return logits[0, -1]
 
 
@@ -197,7 +197,7 @@ def test_the_embedded_model_s_card_loads_it_by_its_name(tmp_path: Path) -> None:
     text = exported(tmp_path / "run", tmp_path / "delta", "--form", "delta")
     assert loaded_by_the_card(tmp_path / "delta", text)["logits"].isfinite().all()
     assert str(demo.HERE) not in text
-    assert facts(text, "Data")["where they came from"] == "Meerkat's embedded data `topics`"
+    assert facts(text, "Data")["source"] == "Meerkat's embedded data `topics`"
 
 
 def test_a_run_without_metrics_or_end_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_run_without_metrics_or_end_says_what_is_not_known(run: Path, tmp_path
     text = exported(half, tmp_path / "delta", "--form", "delta")
     assert "Not known: the run's folder has no evaluation." in text
     assert facts(text, "How it was tuned")["rounds"] == "2 of 6: the run is not finished"
-    assert facts(text, "Clients")["replies"] == "6 came of 6 that rounds asked for"
+    assert facts(text, "Clients")["replies"] == "6 of the 6 that rounds asked for"
     (half / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     text = exported(half, tmp_path / "again", "--form", "delta")
     assert "| 2 | " in text
@@ -228,13 +228,13 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
     text = exported(tmp_path / "run", tmp_path / "delta", "--form", "delta")
     data = facts(text, "Data")
     assert data["training rows"] == f"32: client 0 {setting.sizes[0]}, client 1 {setting.sizes[1]}"
-    assert "never left the sites" in data["where they came from"]
-    assert data["who held which"] == f"by the sites of federation `{setting.opening.federation}`"
-    assert data["SHA-256 of the rows and who held them"] == "not known"
+    assert "never left the sites" in data["source"]
+    assert data["split"] == f"each site of federation `{setting.opening.federation}` holds its own"
+    assert data["SHA-256 of the rows and their split"] == "not known"
     clients = facts(text, "Clients")
-    assert clients["excluded"] == "client 1 (shown out by the coordinator)"
+    assert clients["removed by the coordinator"] == "client 1"
     assert clients["in no round"] == "none", "client 2 never joined"
-    assert clients["flagged as extremely skewed"] == "not known: none was calibrated"
+    assert clients["flagged as extremely skewed"] == "not known: there was no calibration"
     assert "On the coordinator's own validation rows" in text
 
 
@@ -287,7 +287,7 @@ def test_an_export_that_fails_at_its_card_leaves_nothing(
 
 def test_the_fingerprint_is_the_tuned_model_s_not_the_base_s(run: Path, tmp_path: Path) -> None:
     text = exported(run, tmp_path / "delta", "--form", "delta")
-    _, workplace = load_run(run)
+    _, problem = load_run(run)
     said = facts(text, "Digests, and how to verify them")["fingerprint of the tuned model"]
-    assert said == f"`{fingerprint(workplace.model)}`" != f"`{verification.verify(run).mask.fingerprint}`"
+    assert said == f"`{fingerprint(problem.model)}`" != f"`{verification.verify(run).mask.fingerprint}`"
     assert CARD_FILE == "README.md"

@@ -107,7 +107,7 @@ def test_no_key_is_overwritten_and_no_certificate_made_without_authority(tmp_pat
     with pytest.raises(MeerkatError, match="no authority"):
         issue_server_certificate(tmp_path, ["localhost"])
     before = make_node_key(tmp_path / "node").private.read_bytes()
-    with pytest.raises(MeerkatError, match="exists already"):
+    with pytest.raises(MeerkatError, match="already exists"):
         make_node_key(tmp_path / "node")
     assert (tmp_path / "node").read_bytes() == before
     with pytest.raises(MeerkatError, match="not an empty folder"):

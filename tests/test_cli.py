@@ -12,6 +12,7 @@ from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.settings import config
 from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.groups import GROUPS
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, status: int = 2) -> None:
@@ -45,12 +46,22 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--text", "/no/such/text.jsonl", "No such file"),
         ("--mask", "/no/such/mask.safetensors", "no such file"),
         ("--density", "0", "--density 0: must be greater than 0"),
-        ("--density", "1.5", "--density 1.5: must be less than or equal to 1"),
+        ("--density", "1.5", "--density 1.5: must be at most 1"),
         ("--density", "many", "must be a valid number"),
-        ("--eps", "1e-7", "eps 1e-07: must be at least 1e-6"),
+        ("--eps", "1e-7", "--eps 1e-7: must be at least 0.000001, or auto"),
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
         ("--lr", "-1", "--lr -1"),
+        ("--lr", "0", "--lr 0: must be greater than 0, or auto"),
+        ("--eps", "0", "--eps 0: must be at least 0.000001, or auto"),
+        ("--server-lr", "0", "--server-lr 0: must be greater than 0, or auto"),
+        ("--attack-scale", "0", "--attack-scale 0: must be greater than 0, or auto"),
+        ("--dp-noise-multiplier", "0", "--dp-noise-multiplier 0: must be greater than 0, or auto"),
+        ("--threads", "0", "--threads 0: must be at least 1, or auto"),
+        ("--tokens-per-pass", "0", "--tokens-per-pass 0: must be at least 1, or auto"),
+        ("--update-rule", "newton", "update rule 'newton': not known here, only sgd, momentum, adam"),
+        ("--estimator", "exact", "estimator 'exact': not known here"),
+        ("--server-lr", "2", "server_lr 2: sgd has none; use lr, or update_rule momentum or adam"),
         ("--dp-delta", "-1e-5", "--dp-delta -1e-5: must be greater than 0"),
         ("--clients", "49", "at most the number of training rows, 48"),
         ("--clients", "0", "--clients 0"),
@@ -176,14 +187,32 @@ def test_a_config_file_gives_settings_and_flags_override_them(
     fails(["simulate", str(tmp_path / "none.toml")], capsys, "No such file")
 
 
-def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
-        main(["simulate", "--help"])
+        main([command, "--help"])
     assert end.value.code == 0
-    shown = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of("simulate", capsys)
     for name, field in RunConfig.model_fields.items():
-        assert "--" + name.replace("_", "-") in shown
+        assert shown.count("\n  --" + name.replace("_", "-") + " ") == 1
         assert field.description
+
+
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+def test_help_has_the_settings_that_matter_most_first_and_the_others_in_groups(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = help_of(command, capsys)
+    assert max(map(len, shown.splitlines())) <= 100
+    places = [shown.index(f"\n{title}:\n") for title in ("the settings that matter most", *GROUPS)]
+    assert places == sorted(places)
+    assert shown[places[0] : places[1]].count("\n  --") == (10 if command == "simulate" else 8)
+    assert places[1] < shown.index("--max-length") < places[2] < shown.index("--density") < places[3]
+    assert shown.index("--threads" if command == "simulate" else "--dtype") > places[-1]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +235,38 @@ def test_settings_survive_toml(tmp_path: Path) -> None:
         make_config({"method": "random-mask", "mask": "m"})
 
 
+def test_an_update_rule_may_be_given_by_its_older_name_but_not_by_both(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_config({"server_optimizer": "adam"}) == make_config({"update_rule": "adam"})
+    file = tmp_path / "settings.toml"
+    file.write_text('server_optimizer = "adam"\n')
+    arguments = ["simulate", str(file), *simulate_arguments[1:], "--rounds", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "older")]) == 0
+    assert main([*arguments, "--server-optimizer", "momentum", "--out", str(tmp_path / "flag")]) == 0
+    rules = [config.read_toml(tmp_path / run / "config.toml")["update_rule"] for run in ("older", "flag")]
+    assert rules == ["adam", "momentum"]
+    file.write_text('server_optimizer = "adam"\nupdate_rule = "adam"\n')
+    capsys.readouterr()
+    fails(arguments, capsys, "server_optimizer: is an older name of update_rule", "give update_rule alone")
+
+
+def test_a_run_that_has_begun_says_no_auto(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    at = simulate_arguments.index("--lr")
+    assert main([*simulate_arguments[:at], "--rounds", "1", "--out", str(run)]) == 0
+    held = config.read_toml(run / "config.toml")
+    assert {type(held[name]) for name in ("lr", "eps", "server_lr")} == {float}
+    assert {type(held[name]) for name in ("threads", "tokens_per_pass")} == {int}
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace(f"threads = {held['threads']}", 'threads = "auto"'))
+    capsys.readouterr()
+    fails(["report", str(run)], capsys, "threads auto: must be a number")
+
+
 def test_no_command_no_traceback() -> None:
-    ran = subprocess.run([sys.executable, "-m", "meerkat.cli"], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "meerkat"], capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1

@@ -9,8 +9,8 @@ pytest.importorskip("flwr")
 
 from flwr.app import RecordDict
 
-from meerkat.engines.flower import client_app
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.federation.flower import client_app
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_an_error_is_told_in_words_of_our_own(
         raise error
 
     asked: Any = object()
-    answer = client_app._told(asked, act)
+    answer = client_app._answer(asked, act)
     assert dict(answer.content["session"]) == {"why": told, "again": again}
     if isinstance(error, KeyError):
         assert "diagnosis: positive" in capsys.readouterr().err

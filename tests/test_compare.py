@@ -435,7 +435,7 @@ def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
     arguments = command(tmp_path, text, "--jobs", "1")
     out = tmp_path / "out"
     with subprocess.Popen(
-        [sys.executable, "-m", "meerkat.cli", *arguments],
+        [sys.executable, "-m", "meerkat", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -454,7 +454,7 @@ def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
     assert running.returncode == status
     if sent == signal.SIGINT:
         said = [line for line in err.splitlines() if "mask" not in line and "gradient" not in line]
-        assert said[-1].endswith(f"the same command with --out {out} goes on with the comparison")
+        assert said[-1].endswith(f"the same command with --out {out} continues the comparison")
         assert not [line for line in said[:-1] if not line.startswith("sensitivity")]
     until(lambda: not any(lives(pid) for pid in workers), 10)
     (log,) = out.glob("cells/*/rounds.log")

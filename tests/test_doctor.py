@@ -218,7 +218,7 @@ def test_signing_keys_are_read_and_for_their_owner_alone(site: Path, tmp_path: P
 
 
 def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path]) -> None:
-    assert "who has no key does not sign" in said(coordinator(tmp_path, keys), "signers")
+    assert "sites without a key do not sign" in said(coordinator(tmp_path, keys), "signers")
     file = coordinator(tmp_path, keys)
     text = file.read_text()
     file.write_text(text + "sign = true\n")

@@ -378,7 +378,7 @@ def test_resume_refuses_what_was_changed(finished: Path, federation: Path, capsy
         assert main(["resume", str(finished)]) == 2
     finally:
         (federation / "data" / "train.jsonl").write_text(rows)
-    assert "the data, its split, the task or the tokenizer is not the same" in capsys.readouterr().err
+    assert "the rows, their split or how they are prepared (task, tokenizer) was changed" in capsys.readouterr().err
 
 
 # --- trouble on the way ---
@@ -411,14 +411,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
     # a limit on file size is a full disk for the file that grows past it: the log, in its third round
     code = f"""
 import resource, sys
-from meerkat.run import simulation
+from meerkat.run import run
 from meerkat.cli import main
-append = simulation.RunLog.append
+append = run.RunLog.append
 def limited(log, record):
     resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
     append(log, record)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-simulation.RunLog.append = limited
+run.RunLog.append = limited
 sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
@@ -537,7 +537,7 @@ def test_every_method_runs_and_verifies(simulate_arguments: list[str], tmp_path:
 def test_the_run_folder_can_be_moved(finished: Path, tmp_path: Path) -> None:
     shutil.move(finished, tmp_path / "elsewhere")
     assert (
-        evaluate(tmp_path / "elsewhere").accuracy
+        evaluate(tmp_path / "elsewhere").scores["accuracy"]
         == json.loads((tmp_path / "elsewhere" / "summary.json").read_text())["accuracy"]
     )
 

@@ -25,9 +25,9 @@ def run(simulate_arguments: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def logits_of_run(run: Path) -> torch.Tensor:
-    _, workplace = load_run(run)
+    _, problem = load_run(run)
     with torch.no_grad():
-        logits: torch.Tensor = workplace.model(TOKENS).logits
+        logits: torch.Tensor = problem.model(TOKENS).logits
     return logits
 
 

@@ -57,6 +57,21 @@ def test_bad_arguments_are_told_in_one_line(
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
+def test_without_meerkat_it_runs_in_the_project_s_own_environment(tmp_path: Path) -> None:
+    script = tmp_path / "examples" / "federation" / "run"
+    script.parent.mkdir(parents=True)
+    script.write_bytes(SCRIPT.read_bytes())
+    command = [sys.executable, "-ES", str(script), "--out", "x"]  # without the packages installed here
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2
+    assert "run 'make federation'" in outcome.stderr
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{script} --out x\n"
+
+
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own
 def test_flower_takes_the_app_and_it_carries_no_code(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))

@@ -17,10 +17,10 @@ pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from meerkat.engines.flower import client_app, messages, server_app
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import coordinate, read_federation
+from meerkat.federation.flower import client_app, messages, server_app
 from meerkat.federation.site_folders import site_folder, write_sites
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys
 from meerkat.record.verification import verify
@@ -108,7 +108,7 @@ def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("_identity")
-@pytest.mark.parametrize("extra", [{}, {"server_optimizer": "adam"}, {"method": "feddyn"}])
+@pytest.mark.parametrize("extra", [{}, {"update_rule": "adam"}, {"method": "feddyn"}])
 def test_frames_in_messages_end_at_the_simulations_bits(
     tmp_path: Path, sites: list[Path], extra: dict[str, Any]
 ) -> None:

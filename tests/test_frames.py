@@ -89,14 +89,22 @@ def test_scalars_come_out_to_the_bit(phase: Any, scalars: np.ndarray) -> None:
     assert again.tobytes() == scalars.tobytes()
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_counts_come_out_unless_more_are_right_than_there_are(correct: int, total: int) -> None:
-    body = frames.encode_counts(correct, total)
-    if correct <= total:
-        assert frames.decode_counts(body) == (correct, total)
+@given(st.floats(), st.integers(0, 2**64 - 1), st.sampled_from(["accuracy", "squared error"]))
+def test_a_score_comes_out_unless_there_can_be_none_such(value: float, rows: int, name: str) -> None:
+    body = frames.encode_score(name, value, rows)
+    possible = 0 <= value <= 1 if name == "accuracy" else abs(value) <= 1e30
+    if possible and 0 < rows < 2**40:
+        assert frames.decode_score(body, name) == (value, rows)
     else:
-        with pytest.raises(BadFrame, match="rows right"):
-            frames.decode_counts(body)
+        with pytest.raises(BadFrame, match=f"an evaluation with {name}"):
+            frames.decode_score(body, name)
+
+
+def test_a_score_is_taken_under_the_run_s_name_alone() -> None:
+    body = frames.encode_score("accuracy", 0.5, 4)
+    for name in ("loss", "accurac", "accuracy2", ""):
+        with pytest.raises(BadFrame, match="by another score"):
+            frames.decode_score(body, name)
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.sampled_from([0, 32]))
@@ -105,11 +113,15 @@ def test_words_come_out_as_they_went_in(said: dict[str, Any], secret: int) -> No
     assert frames.decode_words(frames.encode_words(said, hidden), secret) == (hidden, said)
 
 
+def decode_accuracy(body: bytes) -> tuple[float, int]:
+    return frames.decode_score(body, "accuracy")
+
+
 _DECODERS: list[Callable[[bytes], Any]] = [
     Frame.decode,
     Work.decode,
     frames.decode_scalars,
-    frames.decode_counts,
+    decode_accuracy,
     frames.decode_words,
     lambda body: frames.decode_words(body, 32),
     StateParts(3).add,
@@ -138,13 +150,13 @@ def test_a_header_with_any_body_is_decoded_or_a_bad_frame(frame: Frame, data: st
             decode(body)
 
 
-@pytest.mark.parametrize("decode", [Work.decode, frames.decode_scalars, frames.decode_counts])
+@pytest.mark.parametrize("decode", [Work.decode, frames.decode_scalars, decode_accuracy])
 @given(data=st.data())
 def test_a_body_that_is_cut_or_longer_is_refused(decode: Callable[[bytes], Any], data: st.DataObject) -> None:
     body = {
         Work.decode: Work("training", 0.1, 2, 3, (closed_round(2, 3), closed_round())).encode(),
         frames.decode_scalars: frames.encode_scalars("training", np.ones((2, 3), "f4")),
-        frames.decode_counts: frames.encode_counts(3, 4),
+        decode_accuracy: frames.encode_score("accuracy", 0.75, 4),
     }[decode]
     other = data.draw(st.integers(0, len(body) + 20).filter(lambda size: size != len(body)))
     with pytest.raises(BadFrame):
@@ -262,8 +274,8 @@ GOLDEN = {
         "000000000100000008000000000000000000803f0000003f",
     ),
     Kind.BEHIND: (b"", ""),
-    Kind.JUDGE: (Work("training", 0.0, 0, 1).encode(), "00" * 13 + "01" + "00" * 9),
-    Kind.COUNTS: (frames.encode_counts(3, 4), "03" + "00" * 7 + "04" + "00" * 7),
+    Kind.EVALUATE: (Work("training", 0.0, 0, 1).encode(), "00" * 13 + "01" + "00" * 9),
+    Kind.SCORE: (frames.encode_score("loss", 2.0, 4), "00" * 7 + "40" + "04" + "00" * 7 + "6c6f7373"),
     Kind.FAILED: (frames.encode_words({"why": "diverged"}), b'{"why":"diverged"}'.hex()),
     Kind.REFUSAL: (frames.encode_words({"why": "no"}), b'{"why":"no"}'.hex()),
     Kind.END: (frames.encode_words({"why": "done"}), b'{"why":"done"}'.hex()),

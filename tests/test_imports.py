@@ -11,7 +11,7 @@ SOURCE = Path(meerkat.__file__).parent
 
 ROOMS = (
     *("errors", "seeds", "progress", "masks", "privacy", "problems", "demo", "algorithm", "settings", "record", "run"),
-    *("comparison", "report", "export", "federation", "cli"),
+    *("extensions", "comparison", "report", "export", "federation", "cli"),
 )
 STRANGERS = {"problems": {"masks", "privacy"}, "demo": {"masks", "privacy"}, "algorithm": {"problems", "demo"}}
 """Rooms that do not know rooms before them: what is learned, and how."""
@@ -56,6 +56,23 @@ def test_no_import_runs_back_up() -> None:
         if ROOMS.index(room) > ROOMS.index(_room(path)) or room in STRANGERS.get(_room(path), ())
     ]
     assert not up
+
+
+def test_help_and_version_load_no_heavy_package() -> None:
+    code = (
+        "import sys, meerkat.cli; meerkat.cli.build_parser(); "
+        "assert not {'torch', 'transformers', 'pandas', 'matplotlib', 'safetensors'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there() -> None:
+    code = (
+        "import meerkat; names = {name: getattr(meerkat, name) for name in meerkat.__all__}; "
+        "assert {*names} < {*dir(meerkat)}; from meerkat import *; assert names['SparseMask'] is SparseMask; "
+        "assert meerkat.demo.MODEL.is_dir()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_core_loads_without_transformers() -> None:

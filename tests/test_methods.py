@@ -27,8 +27,9 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
-from meerkat.report import in_words
-from meerkat.run.setup import open_workplace, training_and_evaluation_rows
+from meerkat.report import summary_in_words
+from meerkat.run.setup import classification
+from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.methods import METHODS
 
 ROUNDS, STEPS, CLIENTS, CALIBRATION = 3, 2, 3, 12
@@ -407,7 +408,7 @@ def test_calibrations_and_missing_steps_are_counted_by_hand(run_of: Callable[[st
 @pytest.mark.parametrize("name", ["meerkat", "meerkat-vp", "fo-fedavg"])
 def test_a_run_is_told_as_it_was(run_of: Callable[[str], Path], name: str) -> None:
     summary = summary_of(run_of(name))
-    told = in_words(summary, run_of(name))
+    told = summary_in_words(summary, run_of(name))
     assert ("no client ran backpropagation" in told) == (name != "fo-fedavg")
     assert ("every client ran backpropagation" in told) == (name == "fo-fedavg")
     assert f"about {summary['payload_bytes_up'] / CLIENTS:,.0f} in all" in told
@@ -453,18 +454,18 @@ def test_the_task_mask_is_the_literal_one(arguments: list[str], tmp_path: Path, 
     options = ("--method", "task-mask", "--rounds", "1", "--local-steps", "1", "--exclude", "none")
     simulate(arguments, tmp_path / "run", *options, "--text-sequences", str(limit))
     folder = RunFolder(tmp_path / "run")
-    workplace = open_workplace(folder.config())
-    training, _ = training_and_evaluation_rows(folder.config(), workplace.task)
+    problem = classification(folder.config())
+    training, _ = training_and_evaluation_rows(folder.config(), problem.rows)
     mask = folder.mask()
     assert mask.kind == "task"
     assert mask.facts["sequences"] == str(limit)
     assert mask.pretraining_gradient is not None  # of the text, for GradIP
     drawn = seeds.permutation(len(training), 0, "task mask")[:limit]
-    model = workplace.model.requires_grad_(True)
+    model = problem.model.requires_grad_(True)
     expected = reference.union_mask_scores(
         model,
         [training[i] for i in drawn],
-        lambda model, row: reference.candidate_loss(model, candidates(row, workplace.tokenizer), row["label"]),
+        lambda model, row: reference.candidate_loss(model, candidates(row, problem.tokenizer), row["label"]),
     )
     moving = dense(mask, model)
     assert len(mask) == moving.sum() == math.ceil(0.01 * len(expected))

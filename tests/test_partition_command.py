@@ -10,7 +10,8 @@ from test_cli import fails
 from meerkat.cli import main
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import ClientRows
-from meerkat.run.setup import Split, load_split, open_task, open_workplace, resolve
+from meerkat.run.setup import load_split, open_problem, resolve
+from meerkat.run.split import Split
 from meerkat.settings.config import make_config
 
 
@@ -26,8 +27,8 @@ def test_each_file_is_that_client_s_rows_of_the_simulation(
 
     model = {"model": str(federation / "model"), "text": str(federation / "text.jsonl")}
     config = resolve(make_config(given | model | {"threads": 1}))
-    split = Split.of(open_workplace(config))
-    training = load_split(config, open_task(config), "train")
+    split = Split.of(config, open_problem(config))
+    training = load_split(config, "train")
     files = [load_rows(str(out / f"site-{client}"), "train") for client in range(3)]
     assert told["rows"] == [len(rows) for rows in files]
     for client, rows in enumerate(split.partition.rows):
@@ -44,7 +45,7 @@ def test_rows_held_back_go_to_no_site(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["partition", "--task", "topics", "--clients", "2", "--held-back", "0.25", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     files = [load_rows(str(tmp_path / f"site-{client}"), "train") for client in range(2)]
-    whole = load_split(make_config({"task": "topics"}), open_task(make_config({"task": "topics"})), "train")
+    whole = load_split(make_config({"task": "topics"}), "train")
     assert sum(map(len, files)) == round(0.75 * len(whole))
     assert f"{sum(map(len, files))} rows in 2 folders" in said
 

@@ -33,7 +33,8 @@ from meerkat.errors import Diverged
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Guarantee, Mechanism, clipped
-from meerkat.problems import causal_lm
+from meerkat.problems.module import ModuleProblem, Tensors
+from meerkat.problems.problem import client_losses
 from meerkat.run.local_engine import LocalEngine
 
 ROWS = {0: np.arange(0, 4), 1: np.arange(4, 6), 2: np.arange(6, 13)}
@@ -203,11 +204,13 @@ def test_clients_together_and_one_by_one_are_the_same(monkeypatch: pytest.Monkey
     assert together[3][0] == pytest.approx(0.1 * 0.5 / 3)  # nobody's rows: noise alone
 
 
-def test_a_row_whose_losses_are_not_numbers_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_whose_losses_are_not_numbers_counts_as_zero() -> None:
     """The losses of a private run are finite whatever a row does; a run without would say diverged."""
     losses = torch.tensor([1.0, math.nan, math.inf, -math.inf, 2.0])
-    monkeypatch.setattr(causal_lm, "row_losses", lambda *_: losses)
-    losses_of = causal_lm.client_losses(torch.nn.Identity(), list(range(5)), list, each_row=True)
+    model = torch.nn.Identity()
+    rows = Tensors(torch.arange(5), losses)
+    problem = ModuleProblem(model, lambda _, targets: targets, rows, rows)
+    losses_of = client_losses(problem, problem.prepare(problem.rows("train")), each_row=True)
     assert losses_of([np.arange(2), np.arange(2, 5)])().tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
     assert losses_of([np.arange(0), np.arange(0)])().shape == (0,)
 

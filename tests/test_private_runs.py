@@ -386,10 +386,10 @@ def test_the_card_of_hidden_clients_tells_nothing_of_one(hidden: tuple[Path, Sen
     assert opening["data"] not in text
     assert (hidden[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
     data, clients = facts(text, "Data"), facts(text, "Clients")
-    assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
-    assert data["training rows"] == "not told: clients are private"
-    assert clients.keys() == {"flagged as extremely skewed", "stopped early", "excluded"}
-    assert {*clients.values()} == {"not known: none was calibrated", "none"}
+    assert data["SHA-256 of the rows and their split"] == "not given: it is a function of private rows"
+    assert data["training rows"] == "not given: clients are private"
+    assert clients.keys() == {"flagged as extremely skewed", "stopped early", "removed by the coordinator"}
+    assert {*clients.values()} == {"not known: there was no calibration", "none"}
     assert not [k for k in range(3) if f"client {k}" in text]
 
 
@@ -400,7 +400,7 @@ def test_the_card_of_hidden_examples_tells_how_many_there_are_and_no_more(
     assert opening["data"] not in text
     assert (uneven[0] / "rounds.log").read_text().splitlines()[-1][:64] not in text
     data = facts(text, "Data")
-    assert data["SHA-256 of the rows and who held them"] == "not told: it is a function of private rows"
+    assert data["SHA-256 of the rows and their split"] == "not given: it is a function of private rows"
     assert data["training rows"].startswith(f"{sum(uneven[1])}: client 0 {uneven[1][0]}, ")
 
 

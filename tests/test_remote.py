@@ -17,7 +17,7 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.federation import frames, remote_engine
-from meerkat.federation.catch_up import Trail
+from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.frames import Closed, Frame, Kind
 from meerkat.federation.site_settings import Refused
@@ -62,8 +62,8 @@ CALIBRATED = {"early_stop": "vp", "calibration_steps": 8, "initial_steps": 3, "l
         {"local_steps": 3, "weights": "equal"},
         {"local_steps": 3, **CALIBRATED},
         {"local_steps": 3, **CALIBRATED, "early_stop": "random", "recalibrate_every": 2, "vpcs_rule": "thresholds"},
-        {"server_optimizer": "momentum", "server_lr": 0.7},
-        {"local_steps": 2, "server_optimizer": "adam", "server_lr": 0.01},
+        {"update_rule": "momentum", "server_lr": 0.7},
+        {"local_steps": 2, "update_rule": "adam", "server_lr": 0.01},
         {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
         {"method": "feddyn", "feddyn_alpha": 0.1, "clients_per_round": 2, "rounds": 5},
     ],
@@ -405,7 +405,7 @@ def test_few_rounds_are_told_as_rounds_and_many_as_the_state(setting: Setting, m
     assert same_theta(federation, [0, 1, 2])
 
 
-@pytest.mark.parametrize("changes", [{}, {"server_optimizer": "adam", "server_lr": 0.01}, {"method": "feddyn"}])
+@pytest.mark.parametrize("changes", [{}, {"update_rule": "adam", "server_lr": 0.01}, {"method": "feddyn"}])
 def test_a_site_that_holds_another_theta_gets_the_state_and_its_reply_counts(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -423,35 +423,43 @@ def test_a_site_that_holds_another_theta_gets_the_state_and_its_reply_counts(
     assert path.digest(federation.state.theta) == ours.simulated()[-1]
 
 
-def a_trail(state_bytes: int, rounds: int) -> Trail:
-    trail = Trail(state_bytes, 10, bytes([10]) * 32)
+def recent_rounds(state_bytes: int, rounds: int) -> RecentRounds:
+    recent = RecentRounds(state_bytes, 10, bytes([10]) * 32)
     for number in range(rounds):
         closed = Closed(0.1, 1.0, np.full((1, 1), number, "f4"), False)
-        trail.add(closed, frozenset({number % 2}), bytes([11 + number]) * 32)
-    return trail
+        recent.add(closed, frozenset({number % 2}), bytes([11 + number]) * 32)
+    return recent
 
 
-def test_a_trail_holds_what_is_shorter_than_the_state() -> None:
-    trail = a_trail(27 * 3, 5)
-    assert (trail.round, trail.digest) == (15, bytes([15]) * 32)
-    assert [trail.holds(r, bytes([r]) * 32) for r in range(10, 17)] == [False, False, True, True, True, True, False]
-    assert not trail.holds(13, bytes([12]) * 32)
-    assert not trail.holds(15, bytes([14]) * 32)
-    assert [trail.reaches(r) for r in (11, 12, 15)] == [False, True, True]
-    told = trail.since(12, client=1)
+def test_recent_rounds_keep_what_is_shorter_than_the_state() -> None:
+    recent = recent_rounds(27 * 3, 5)
+    assert (recent.round, recent.digest) == (15, bytes([15]) * 32)
+    assert [recent.recognises(r, bytes([r]) * 32) for r in range(10, 17)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert not recent.recognises(13, bytes([12]) * 32)
+    assert not recent.recognises(15, bytes([14]) * 32)
+    assert [recent.shorter_than_state(r) for r in (11, 12, 15)] == [False, True, True]
+    told = recent.missed_since(12, client=1)
     assert [c.aggregate.item() for c in told] == [2, 3, 4]
     assert [c.counted for c in told] == [False, True, False]
-    assert trail.since(15, client=1) == []
+    assert recent.missed_since(15, client=1) == []
 
 
-def test_a_trail_fits_a_frame_however_large_the_state() -> None:
-    trail = Trail(10**9, 0, bytes(32))
+def test_recent_rounds_fit_a_frame_however_large_the_state() -> None:
+    recent = RecentRounds(10**9, 0, bytes(32))
     closed = Closed(0.1, 1.0, np.zeros((100, 10), "f4"), False)
     for number in range(300):  # 4,023 bytes each, so more than a frame together
-        trail.add(closed, frozenset(), number.to_bytes(32, "big"))
-    first = next(r for r in range(300) if trail.reaches(r))
+        recent.add(closed, frozenset(), number.to_bytes(32, "big"))
+    first = next(r for r in range(300) if recent.shorter_than_state(r))
     assert first > 0
-    told = frames.Work(closed=tuple(trail.since(first, 0)))
+    told = frames.Work(closed=tuple(recent.missed_since(first, 0)))
     assert len(Frame(Kind.WORK, bytes(8), 0, 300, bytes(32), told.encode()).encode()) <= frames.LIMIT
 
 
@@ -477,7 +485,13 @@ BAD = {
     "another run's": lambda f: frame(Kind.REPLY, 1, f.state, b"", run="ff" * 8),
     "work": lambda f: frame(Kind.WORK, 1, f.state, frames.Work().encode()),
     "a hello": lambda f: frame(Kind.HELLO, 1, f.state, bytes(32) + b"{}"),
-    "counts": lambda f: frame(Kind.COUNTS, 1, f.state, frames.encode_counts(9, 3)),
+    "an accuracy above 1": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 3.0, 3)),
+    "an accuracy that is no number": lambda f: frame(
+        Kind.SCORE, 1, f.state, frames.encode_score("accuracy", float("nan"), 3)
+    ),
+    "another score": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("loss", 0.5, 3)),
+    "a score on no rows": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 0.5, 0)),
+    "a score on too many rows": lambda f: frame(Kind.SCORE, 1, f.state, frames.encode_score("accuracy", 0.5, 2**40)),
     "a failure without words": lambda f: frame(Kind.FAILED, 1, f.state, b"[]"),
 }
 
@@ -650,7 +664,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         facts = {"round": 0, "theta": federation.state.theta, "pointer": 0, **about}
         plan = replace(server.open_round(federation.state, federation.settings, [1]), round=facts["round"])
         signer = Signer(
-            federation.door.register.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
+            federation.admission.register.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
@@ -804,7 +818,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
 # evaluation, and the end
 
 
-def test_judge_counts_over_the_sites_that_evaluate(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_over_the_sites_that_agreed_to_it(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=1)
     for client in (1, 2):
         federation.enter(client, evaluate=True)
@@ -812,12 +826,12 @@ def test_judge_counts_over_the_sites_that_evaluate(setting: Setting, monkeypatch
     correct, total = counted(federation)
     assert total == setting.sizes[1] + setting.sizes[2]
     assert 0 < correct < total
-    assert {client for client, told in federation.wire.down if told.kind is Kind.JUDGE} == {1, 2}
+    assert {client for client, told in federation.wire.down if told.kind is Kind.EVALUATE} == {1, 2}
     federation.round()
     assert path.digest(federation.state.theta) == setting.simulated()[1]
 
 
-def test_judge_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
+def test_an_evaluation_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
@@ -835,13 +849,13 @@ def test_judge_does_not_wait_for_those_who_left_nor_beyond_the_deadline(
     federation.round()
 
 
-def test_counts_of_another_evaluation_do_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_of_another_evaluation_does_not_count(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch, join=0)
     for client in range(2):
         federation.enter(client, evaluate=client == 0)
-    stale = frame(Kind.COUNTS, 0, federation.state, frames.encode_counts(1000, 1000))
+    stale = frame(Kind.SCORE, 0, federation.state, frames.encode_score("accuracy", 1.0, 1000))
     federation.round()
-    now = frame(Kind.COUNTS, 1, federation.state, frames.encode_counts(1000, 1000))
+    now = frame(Kind.SCORE, 1, federation.state, frames.encode_score("accuracy", 1.0, 1000))
 
     def meddle(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
         if up and client == 0:
@@ -865,7 +879,7 @@ def test_judge_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: p
     assert federation.wire.now == 0.0
 
 
-def test_judge_does_not_wait_for_who_cannot(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_does_not_wait_for_who_cannot(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=0)
     federation.enter(0, evaluate=True)
     federation.round()
@@ -910,7 +924,7 @@ def test_who_comes_when_the_run_is_stopped_is_told_so(setting: Setting, monkeypa
 TROUBLED: list[dict[str, Any]] = [
     {},
     {"local_steps": 3, "directions": 2},
-    {"clients_per_round": 2, "server_optimizer": "momentum", "server_lr": 0.5},
+    {"clients_per_round": 2, "update_rule": "momentum", "server_lr": 0.5},
     {"local_steps": 3, **CALIBRATED, "recalibrate_every": 3},
     {"method": "feddyn", "feddyn_alpha": 0.1, "local_steps": 2},
 ]

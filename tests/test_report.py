@@ -17,16 +17,18 @@ from meerkat.algorithm.selection import Vpcs, select
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Better
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.report import write_comparison_report, write_run_report
-from meerkat.report.clients import binned, groups, running_mean, thinned
-from meerkat.report.compare_page import comparison_page
-from meerkat.report.drawing import data_size
-from meerkat.report.run_facts import Story
-from meerkat.report.run_figures import percent, place_of
+from meerkat.report.client_figures import binned, grouped, running_mean, thinned
+from meerkat.report.comparison_page import comparison_page
+from meerkat.report.facts import RunFacts
+from meerkat.report.run_figures import layer_and_kind
 from meerkat.report.run_page import run_page
-from meerkat.run.metrics import calibration_metric, round_metric, split_metric, summarise
+from meerkat.report.sentences import data_size, percent
+from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
+from meerkat.run.summary import Summary
 from meerkat.settings.config import make_config
 
 
@@ -85,6 +87,9 @@ MASK = SparseMask(
 )
 
 
+BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
+
+
 def write_run(
     root: Path,
     clients: int = 4,
@@ -106,9 +111,13 @@ def write_run(
     labels = ["sports", "music"]
     counts = np.tile([[10, 12]], (clients, 1))
     counts[:extreme] = [[20, 0]]
-    folder.append_metric(split_metric(labels, counts))
-    judged = {"kind": "evaluation", "per_class": {"sports": 0.5, "music": 0.25}, "wall_s": 0.5}
-    folder.append_metric(judged | {"round": 0, "accuracy": 0.25, "loss": 1.5})
+    folder.append_metric(SplitMetric.of(labels, counts).to_json())
+
+    def evaluated(round: int, accuracy: float, loss: float) -> dict[str, Any]:
+        scores, per_class = {"accuracy": accuracy, "loss": loss}, {"sports": 0.5, "music": 0.25}
+        return EvaluationMetric(round, scores, BETTER, per_class, facts={"wall_s": 0.5}).to_json()
+
+    folder.append_metric(evaluated(0, 0.25, 1.5))
 
     plan = RoundPlan(0, 0.1, 1e-3, 1, dict.fromkeys(range(clients), 60), "calibration")
     fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
@@ -117,7 +126,7 @@ def write_run(
     found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
     calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
     log.append({"kind": "calibration", **calibration.to_json()})
-    folder.append_metric(calibration_metric(calibration) | {"forward_s": 0.1})
+    folder.append_metric(CalibrationMetric.of(calibration, {"forward_s": 0.1}).to_json())
 
     for number in range(rounds if done else rounds - 1):
         steps = {k: 1 if k < extreme else 2 for k in range(clients)}
@@ -130,22 +139,19 @@ def write_run(
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append({"kind": "round", **record.to_json()})
-        folder.append_metric(
-            round_metric(record, [Scalars(k, g, 1.4) for k, g in scalars.items()]) | {"forward_s": 0.1}
-        )
-        folder.append_metric(
-            judged | {"round": number + 1, "accuracy": 0.7 - 0.4 / 2**number, "loss": 0.4 + 1 / 2**number}
-        )
+        replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
+        folder.append_metric(RoundMetric.of(record, replies, {"forward_s": 0.1}).to_json())
+        folder.append_metric(evaluated(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))
     log.close()
     if done:
         stopped = list(range(extreme))
-        outcome = summarise(config, MASK, stopped, stopped, folder.metrics(), "d" * 64)
+        outcome = Summary.of(config, MASK, stopped, stopped, folder.metrics(), "d" * 64).to_json()
         folder.summary_path.write_text(json.dumps(outcome))
     return root
 
 
 def page_of(root: Path) -> Outline:
-    return checked(run_page(Story.read(root)).html())
+    return checked(run_page(RunFacts.read(root)).html())
 
 
 @pytest.fixture(scope="session")
@@ -208,18 +214,18 @@ def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
 def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
     words = page_of(write_run(tmp_path / "run", clients=4, extreme=1)).words
     assert "calibration stopped 1 of 4 clients early (0)" in words
-    assert "Of 1 that hold one label alone it stopped 1, and 0 of the others." in words
+    assert "It stopped 1 of the 1 that hold one label alone, and 0 of the others." in words
     # three of the four make 2 steps in each of 3 rounds and one makes 1: 21 steps up of 4 bytes, 60 before
-    assert f"sent {60 * 4 + 21:,} bytes in all on average, 240 of them to calibrate" in words
+    assert f"sent {60 * 4 + 21:,} bytes in all, 240 of them to calibrate" in words
     assert f"{(240 * 4 + 84 + 4 * 2 * 3 * 4) / 4:.0f} B" in words  # up and down, a client
 
 
 def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1000, rounds=2, extreme=20)
-    held = run_page(Story.read(root)).html()
+    held = run_page(RunFacts.read(root)).html()
     found = checked(held)
     assert len(held) < 3e6
-    assert "several labels, goes on (980)" in found.words
+    assert "several labels, continues (980)" in found.words
     assert "one label, stopped early (20)" in found.words
     assert "client 500" not in found.words
     assert len(found.words) < 30_000
@@ -227,18 +233,18 @@ def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> 
 
 def test_one_client(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1, extreme=0)
-    held = run_page(Story.read(root)).html()
-    assert held == run_page(Story.read(root)).html()  # the same bytes each time
+    held = run_page(RunFacts.read(root)).html()
+    assert held == run_page(RunFacts.read(root)).html()  # the same bytes each time
     words = checked(held).words
     assert "1 client, mixed:1" in words
-    assert "There is one client alone" in words
+    assert "There is only one client" in words
 
 
 def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", rounds=3, done=False)
     words = page_of(root).words
     assert "got to round 2 of 3" in words
-    assert "Accuracy was 0.250 before and 0.500 after 2 rounds." in words
+    assert "Accuracy was 0.250 before training and 0.500 after 2 rounds." in words
     assert "1 hold one label" in words  # from the split, as there is no summary
 
 
@@ -246,7 +252,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp"}))
     words = page_of(tmp_path / "run").words
     assert "got to round 0 of 200" in words
-    for missing in ("No curves", "No bytes", "No calibration stands", "No signals", "No mask", "No digests"):
+    for missing in ("No curves", "No bytes", "rounds.log has no calibration", "No signals", "No mask", "No digests"):
         assert missing in words
 
 
@@ -282,7 +288,7 @@ def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", task="<b>x", model="</title><script>alert(1)</script>", partition="column:<i>&")
     metrics = (root / "metrics.jsonl").read_text().replace('"sports"', json.dumps("$<u>\\\\frac{</svg>"))
     (root / "metrics.jsonl").write_text(metrics.replace('"music"', '"_\\u97f3"'))
-    held = run_page(Story.read(root)).html()
+    held = run_page(RunFacts.read(root)).html()
     checked(held)
     for raw in ("<b>x", "<script", "<i>&", "<u>"):
         assert raw not in held
@@ -303,8 +309,11 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
 
 def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> dict[str, Any]:
     seeds = list(range(len(accuracy)))
-    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "accuracy": accuracy, "best": False}
-    held |= {"loss": [None if a is None else 1.5 - a for a in accuracy], "accuracy_before": [0.25] * len(seeds)}
+    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "best": False}
+    losses = [None if a is None else 1.5 - a for a in accuracy]
+    held |= {"scores": {"accuracy": accuracy, "loss": losses}, "loss": losses}
+    held |= {"accuracy": accuracy, "accuracy_before": [0.25] * len(seeds)}
+    held |= {"scores_before": {"accuracy": [0.25] * len(seeds), "loss": [1.0] * len(seeds)}}
     held |= {"rounds": 40, "local_steps": setting.get("local_steps", 1), "params_masked": 553, "runs": []}
     held |= {"payload_bytes_up_per_client": 1600.0, "payload_bytes_down_per_client": 1600.0}
     return (
@@ -315,12 +324,13 @@ def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> d
 
 
 def study(axes: dict[str, list[Any]], rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"name": "a", "title": "A study", "note": "", "axes": axes, "rows": rows, "checks": []} | more
+    named = {"name": "a", "title": "A study", "note": "", "score": "accuracy", "better": BETTER}
+    return named | {"axes": axes, "rows": rows, "checks": []} | more
 
 
 def write_comparison(root: Path, *studies: dict[str, Any]) -> Path:
     root.mkdir(exist_ok=True)
-    held = {"format": 1, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
+    held = {"format": 2, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
     (root / "compare.json").write_text(json.dumps(held))
     return root
 
@@ -339,7 +349,8 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     for seed in range(2):
         cell = tmp_path / "cells" / str(seed)
         cell.mkdir(parents=True)
-        judged = [{"kind": "evaluation", "round": r, "accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)]
+        scores = {r: {"accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)}
+        judged = [EvaluationMetric(r, found, BETTER).to_json() for r, found in scores.items()]
         (cell / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in judged))
     rows[0]["runs"] = ["cells/0", "cells/1"]
     axes = {"partition": ["iid", "dirichlet:0.5"], "local_steps": [1, 10]}
@@ -396,14 +407,14 @@ def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_clients_are_grouped_by_truth_and_by_what_was_done() -> None:
-    found = {group.name: group.clients for group in groups(range(5), stopped=[0, 1], extreme=[1, 2])}
+    found = {group.name: group.clients for group in grouped(range(5), stopped=[0, 1], extreme=[1, 2])}
     assert found == {
-        "several labels, goes on": (3, 4),
+        "several labels, continues": (3, 4),
         "one label, stopped early": (1,),
-        "one label, goes on": (2,),
+        "one label, continues": (2,),
         "several labels, stopped early": (0,),
     }
-    assert [group.name for group in groups([0, 1], [1], None)] == ["goes on", "stopped early"]
+    assert [group.name for group in grouped([0, 1], [1], None)] == ["continues", "stopped early"]
 
 
 def test_means_over_steps() -> None:
@@ -429,9 +440,9 @@ def test_numbers_in_words() -> None:
         "0.0004%",
     ]
     assert [data_size(count) for count in (4, 999, 1600, 2_209_792)] == ["4 B", "999 B", "1.6 kB", "2.21 MB"]
-    assert place_of("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
-    assert place_of("transformer.h.0.attn.c_attn.weight") == (0, "attn.c_attn")
-    assert place_of("model.embed_tokens.weight") == (None, "embed_tokens")
+    assert layer_and_kind("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
+    assert layer_and_kind("transformer.h.0.attn.c_attn.weight") == (0, "attn.c_attn")
+    assert layer_and_kind("model.embed_tokens.weight") == (None, "embed_tokens")
 
 
 def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

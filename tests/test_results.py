@@ -11,7 +11,9 @@ import pytest
 
 from meerkat.comparison.results import Line, table, write_results
 from meerkat.comparison.studies import Check, Comparison, Study
+from meerkat.problems.problem import Better
 
+BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 Outcomes = Sequence[float | None]
 """One setting's accuracies, seed by seed; None where it diverged."""
 
@@ -19,6 +21,8 @@ Outcomes = Sequence[float | None]
 def summary(accuracy: float, loss: float = 0.5) -> dict[str, Any]:
     return {
         **{"model": "/some/where/tiny", "task": "sst2", "accuracy": accuracy, "loss": loss, "accuracy_before": 0.25},
+        **{"scores": {"accuracy": accuracy, "loss": loss}, "scores_before": {"accuracy": 0.25, "loss": 2.0}},
+        "per_class": {"bad": accuracy / 2, "good": 1.0},
         **{"params_masked": 7, "payload_bytes_up": 120, "payload_bytes_down": 240, "client_steps": 30},
         "accuracy_worst_class": accuracy / 2,
         **{"calibration_steps": 0, "wall_s": 2.0, "theta_digest": "ab", "early_stopped_clients": [1]},
@@ -40,6 +44,7 @@ def written(
             setting={axis: value},
             rates=((0.1, 0.7), (0.2, math.nan)),
             lr=0.1,
+            better=BETTER,
             runs=tuple(root / "cells" / f"{Path(str(value)).name}-{seed}" for seed in seeds),
             summaries=tuple(None if a is None else summary(a, 1 - a) for a in accuracies),
         )
@@ -189,7 +194,7 @@ def test_a_claim_speaks_of_the_settings_it_names_alone(tmp_path: Path) -> None:
     comparison = Comparison(seeds=[0, 1], studies=[study])
     accuracies = {("meerkat", 1): 0.9, ("full-fedzo", 1): 0.6, ("meerkat", 2): 0.1, ("full-fedzo", 2): 0.8}
     lines = [
-        Line(comparison.studies[0], setting, (), 0.1, (tmp_path,) * 2, (summary(a), summary(a + 0.01 * a)))
+        Line(comparison.studies[0], setting, (), 0.1, BETTER, (tmp_path,) * 2, (summary(a), summary(a + 0.01 * a)))
         for setting in study.settings()
         for a in [accuracies[setting["method"], setting["local_steps"]]]
     ]

@@ -514,7 +514,7 @@ def test_settings_that_cannot_hold_what_they_promise_are_refused(given: dict[str
         {"aggregation": "median", "byzantine": 9},  # says nothing to the median
         {"aggregation": "median", "mixing": "nearest-neighbour", "byzantine": 4},
         {"byzantine": 2, "clipping": "fixed", "clip_norm": 0.5},
-        {"aggregation": "median", "server_optimizer": "adam"},
+        {"aggregation": "median", "update_rule": "adam"},
     ],
 )
 def test_settings_at_their_bounds_are_taken(given: dict[str, Any]) -> None:

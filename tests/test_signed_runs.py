@@ -26,7 +26,7 @@ from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import remote_engine
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import FederationConfig, coordinate
 from meerkat.federation.link import Link
@@ -53,14 +53,14 @@ class Staged:
     keys: dict[int, dict[str, str]]
     course: Callable[["Staged"], None] = lambda _: None
 
-    def link(self, door: Door) -> Link:
-        self.wire = Wire(door)
+    def link(self, admission: Admission) -> Link:
+        self.wire = Wire(admission)
         remote_engine.time = self.wire
         self.wire.meddle = lambda _, data, up: [(1.0 if up else 0.0, data)]
         return self.wire
 
-    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
-        self.door, self.offer, self.stop = door, offer, stop
+    def open(self, admission: Admission, offer: Offer, stop: Callable[[str], None]) -> None:
+        self.admission, self.offer, self.stop = admission, offer, stop
         for client, own in self.keys.items():
             self.enter(client, **own)
         self.course(self)
@@ -68,7 +68,9 @@ class Staged:
     def enter(self, client: int, **own: str) -> None:
         node = f"node {client}"
         held = {"data": str(self.setting.folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
-        site = Site(replace(self.offer, token=self.door.token(node)), SiteConfig(client=client, **held, **own), node)
+        site = Site(
+            replace(self.offer, token=self.admission.token(node)), SiteConfig(client=client, **held, **own), node
+        )
         self.wire.connect(site)
 
     def stop_inviting(self) -> None:

@@ -26,13 +26,14 @@ from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.data import load_rows
 from meerkat.record.signatures import SigningKey
-from meerkat.run.setup import make_mask, open_model, resolve
+from meerkat.run.mask import make_mask
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "momentum": {"server_optimizer": "momentum", "server_lr": 0.7},
-    "adam": {"server_optimizer": "adam", "server_lr": 0.01},
+    "momentum": {"update_rule": "momentum", "server_lr": 0.7},
+    "adam": {"update_rule": "adam", "server_lr": 0.01},
     "feddyn": {"method": "feddyn", "feddyn_alpha": 0.1},
 }
 
@@ -226,7 +227,7 @@ def test_frames_of_others_are_refused(setting: Setting) -> None:
             site.answer(data)
 
 
-@pytest.mark.parametrize("kind", [Kind.HELLO, Kind.REPLY, Kind.BEHIND, Kind.COUNTS, Kind.FAILED])
+@pytest.mark.parametrize("kind", [Kind.HELLO, Kind.REPLY, Kind.BEHIND, Kind.SCORE, Kind.FAILED])
 def test_what_a_coordinator_does_not_send_is_refused(setting: Setting, kind: Kind) -> None:
     with pytest.raises(BadFrame, match=kind.name.lower()):
         setting.site(0).answer(Server(setting).frame(kind))
@@ -255,7 +256,7 @@ def test_no_round_beyond_the_run_s_last_is_worked_on(setting: Setting) -> None:
         site.answer(server.ask(closed))
 
 
-@pytest.mark.parametrize("kind", [Kind.WORK, Kind.JUDGE])
+@pytest.mark.parametrize("kind", [Kind.WORK, Kind.EVALUATE])
 @pytest.mark.parametrize("back", [0, 1])
 def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind, back: int) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
@@ -285,7 +286,7 @@ def test_a_round_of_more_steps_than_the_run_has_is_not_followed(setting: Setting
 def test_a_task_of_a_known_name_has_its_own_text(setting: Setting) -> None:
     text = 'name = "topics"\ntemplate = "{diagnosis} {label}"\nlabels = ["a", "b", "c", "d"]\n'
     own = SiteConfig(client=0, data="rows", accepts={"task": "topics"})
-    with pytest.raises(MeerkatError, match="one that every meerkat knows"):
+    with pytest.raises(MeerkatError, match="is built in"):
         Site(replace(setting.offer(), task="own.toml", task_text=text), own)
 
 
@@ -332,17 +333,18 @@ def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind
 
 def test_it_evaluates_where_it_has_agreed_to(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
-    found = decoded(site.answer(server.ask(kind=Kind.JUDGE)))
-    correct, total = frames.decode_counts(found.body)
-    assert (found.kind, total) == (Kind.COUNTS, setting.sizes[0])
-    assert 0 < correct < total
+    found = decoded(site.answer(server.ask(kind=Kind.EVALUATE)))
+    accuracy, rows = frames.decode_score(found.body, "accuracy")
+    assert (found.kind, rows) == (Kind.SCORE, setting.sizes[0])
+    assert 0 < accuracy < 1
+    assert accuracy * rows == pytest.approx(round(accuracy * rows))
     reply = site.answer(server.ask())
     assert reply == setting.site(0).answer(server.ask())  # an evaluation leaves no trace
 
 
 def test_it_does_not_evaluate_without_consent(setting: Setting) -> None:
     with pytest.raises(BadFrame, match="has not agreed"):
-        setting.site(0).answer(Server(setting).ask(kind=Kind.JUDGE))
+        setting.site(0).answer(Server(setting).ask(kind=Kind.EVALUATE))
 
 
 def test_a_loss_that_is_not_finite_is_told_in_one_word(setting: Setting) -> None:
@@ -393,12 +395,17 @@ def test_an_offer_with_a_part_of_another_kind_is_refused(setting: Setting, chang
 
 def test_an_offer_of_threads_that_no_machine_has_is_refused(setting: Setting) -> None:
     offer = setting.offer()
-    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be less than or equal to 1024"):
+    with pytest.raises(MeerkatError, match="the offered threads 1000000: must be at most 1024"):
         replace(offer, settings={**offer.settings, "threads": 10**6}).config({})
+    for name in ("eps", "lr", "server_lr"):
+        with pytest.raises(MeerkatError, match=f"the offered {name} 0: must be "):
+            replace(offer, settings={**offer.settings, name: 0}).config({})
+        with pytest.raises(MeerkatError, match=f"the offered {name} auto: must be a number"):
+            replace(offer, settings={**offer.settings, name: "auto"}).config({})
 
 
 def test_an_offered_mask_that_is_none_is_refused(setting: Setting) -> None:
-    with pytest.raises(MeerkatError, match="the offered mask is damaged, or no mask"):
+    with pytest.raises(MeerkatError, match="the offered mask is damaged"):
         replace(setting.offer(), mask=setting.offer().mask[:100]).load_mask()
 
 
@@ -414,7 +421,7 @@ def test_no_frame_has_room_for_a_loss_a_label_or_a_text(setting: Setting, monkey
     federation.round()
     federation.end()
     said = federation.wire.up
-    assert {frame.kind for frame in said} == {Kind.REPLY, Kind.COUNTS}
+    assert {frame.kind for frame in said} == {Kind.REPLY, Kind.SCORE}
     for one in said:
         if one.kind is Kind.REPLY:
             phase, scalars = frames.decode_scalars(one.body)
@@ -481,7 +488,7 @@ def test_the_embedded_model_takes_part(tmp_path: Path) -> None:
     closed = server.close(scalars_of(site.answer(server.ask())))
     scalars_of(site.answer(server.ask([closed])))
     assert stands_at(site, server.state)
-    assert frames.decode_counts(decoded(site.answer(server.ask(kind=Kind.JUDGE))).body)[1] == 8
+    assert frames.decode_score(decoded(site.answer(server.ask(kind=Kind.EVALUATE))).body, "accuracy")[1] == 8
 
 
 def embedded() -> Any:
@@ -490,7 +497,7 @@ def embedded() -> Any:
 
 
 def mask_of(config: Any) -> SparseMask:
-    return make_mask(config, *open_model(config))
+    return make_mask(config, open_problem(config))
 
 
 @pytest.mark.parametrize("row", [{"text": "a", "label": "positive"}, {"diagnosis": "b", "label": 0}, ["positive"]])

@@ -20,12 +20,12 @@ import grpc
 from proxy import Proxy
 from stub import RUN, Attending, Coordinator, StubSite, scalars_of
 
-from meerkat.engines.flower import stream
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
 from meerkat.federation.certificates import certify
+from meerkat.federation.flower import stream
 from meerkat.federation.frames import Frame, Kind
-from meerkat.federation.link import Terms
+from meerkat.federation.link import WaitingRules
 from meerkat.federation.site_settings import Refused
 
 METHOD = "/meerkat.Session/Frames"
@@ -44,7 +44,7 @@ def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
     made = []
 
     def make(clients: int, **terms: float) -> Coordinator:
-        held = Terms(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **terms})
+        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **terms})
         made.append(Coordinator(keys, clients, held))
         return made[-1]
 
@@ -214,7 +214,7 @@ def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
         (b"MK\x02\xff" + bytes(60), "unknown kind 255"),
         (_hello(b"\xff" * 100), "no JSON object"),
         (_hello(b"[" * 4000), "no JSON object"),
-        (_hello(b"[" * 100_000), "at most 4,096 are read"),
+        (_hello(b"[" * 100_000), "at most 4,096 are accepted"),
         (_hello(bytes(32) + b"{}"), "no token of this session"),
         (_hello(bytes(32) + b"{}", OTHERS_RUN), "a frame of another run"),
         (Frame(Kind.REPLY, bytes.fromhex(RUN), 0, 0).encode(), "does not begin with a hello"),
@@ -323,7 +323,7 @@ class Liar(StubSite):
 @pytest.mark.parametrize("lie", list(_wrong_replies()))
 def test_a_site_that_lies_is_shown_out_and_the_others_go_on(coordinator: Callable[..., Coordinator], lie: str) -> None:
     held = coordinator(2, clients_minimum=1)
-    liar = Attending(Liar(0, held.door.token("node 0"), _wrong_replies()[lie]), held.port, held.authority)
+    liar = Attending(Liar(0, held.admission.token("node 0"), _wrong_replies()[lie]), held.port, held.authority)
     honest = held.attending(1)
     records = list(held.rounds(5))
     assert [sorted(record.scalars) for record in records] == [[0, 1], [0, 1], [1], [1], [1]]
@@ -354,12 +354,12 @@ def test_replies_of_another_round_and_replies_twice_do_not_count(
     coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = coordinator(1)
-    site = Echoing(0, held.door.token("node 0"))
+    site = Echoing(0, held.admission.token("node 0"))
     made = stream._Call.__init__
 
     def wired(call: stream._Call, *arguments: object) -> None:
         made(call, *arguments)
-        site.say = call.say
+        site.say = call.send
 
     monkeypatch.setattr(stream._Call, "__init__", wired)
     attending = Attending(site, held.port, held.authority)
@@ -570,7 +570,7 @@ def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
     began = time.monotonic()
     proxy.cut()
     assert isinstance(site.end().error, RunFailed)
-    assert "the site is free again" in str(site.error)
+    assert "the site ends its session" in str(site.error)
     assert time.monotonic() - began >= 1.0  # it did try
     assert not site.site.ended
     with pytest.raises(RunFailed, match="0 clients here"):
@@ -585,7 +585,7 @@ def test_a_site_that_hears_nothing_for_long_is_free_again(
     site = held.attending(0, idle_s=0.5)
     list(held.rounds(2))
     assert isinstance(site.end().error, RunFailed)
-    assert "not a frame for 0.5 s" in str(site.error)
+    assert "no frame for 0.5 s" in str(site.error)
     assert _settles(lambda: not _threads() - before)
 
 
@@ -610,7 +610,7 @@ def test_a_site_that_fails_says_so_without_a_word_of_its_data(
     coordinator: Callable[..., Coordinator], capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = coordinator(2, clients_minimum=1)
-    failing = Attending(Failing(0, held.door.token("node 0")), held.port, held.authority)
+    failing = Attending(Failing(0, held.admission.token("node 0")), held.port, held.authority)
     other = held.attending(1)
     assert [sorted(record.scalars) for record in held.rounds(4)] == [[0, 1], [0, 1], [1], [1]]
     assert isinstance(failing.end().error, ValueError)

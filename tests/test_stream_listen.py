@@ -8,7 +8,7 @@ pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
 from meerkat.errors import MeerkatError
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import certify
 from meerkat.federation.coordinator import host_and_port
 from meerkat.federation.flower.stream import StreamLink
@@ -19,14 +19,14 @@ from meerkat.record.signatures import RunIdentity
 def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:
     keys = certify(tmp_path / "pki", ["127.0.0.1"], nodes=0)
     pair = keys["server"], keys["server key"]
-    door = Door(Members(RunIdentity("00" * 8, False, *["00" * 32] * 5)), 1)
-    first = StreamLink(door, "127.0.0.1:0", *pair)
+    admission = Admission(Members(RunIdentity("00" * 8, False, *["00" * 32] * 5)), 1)
+    first = StreamLink(admission, "127.0.0.1:0", *pair)
     try:
         with pytest.raises(MeerkatError, match="cannot listen there"):
-            StreamLink(door, f"127.0.0.1:{first.port}", *pair)
+            StreamLink(admission, f"127.0.0.1:{first.port}", *pair)
     finally:
         first.close()
-    StreamLink(door, f"127.0.0.1:{first.port}", *pair).close()  # free again at once
+    StreamLink(admission, f"127.0.0.1:{first.port}", *pair).close()  # free again at once
 
 
 @pytest.mark.parametrize("text", ["", "coordinator", ":9094", "a:b", "a:0", "a:65536", "https://a:9094", "a:9094/"])

@@ -130,7 +130,7 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         ("local_steps = { a = 1 }", "must be a valid integer"),
         ('local_steps = ["2", 2]', "2 stands there twice"),
         ('method = ["meerkat", "sgd"]', "method sgd: must be 'meerkat'"),
-        ("density = [0.1, 5]", "density 5: must be less than or equal to 1"),
+        ("density = [0.1, 5]", "density 5: must be at most 1"),
         ("seed = 1", "takes 'seeds'"),
         ("seeds = 3", "seeds 3: input should be a valid list"),
         ("seeds = []", "seeds []"),
@@ -140,7 +140,11 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         ("total_steps = -1", "total_steps -1"),
         ("total_steps = 10\nrounds = 5", "rounds and total_steps are given"),
         ("held_back = 0.3", "learning rates are chosen on held-back rows"),
-        ("held_back = 0.3\nlr = [0, 0.1]", "learning rates are chosen on held-back rows"),
+        ("held_back = 0.3\nlr = ['search', 0.1]", "learning rates are chosen on held-back rows"),
+        ("lr = 0", "lr 0: must be search, auto or a number above 0"),
+        ("lr = [0.1, 0]", "lr 0: must be search, auto or a number above 0"),
+        ("lr = 'best'", "lr best: must be search, auto or a number above 0"),
+        ("server_optimizer = 'adam'\nupdate_rule = 'adam'", "server_optimizer: is an older name of update_rule"),
         ("quick = 3", "quick 3: must be a table"),
         ("search = { trials = 2 }", "search.trials 2"),
         ("search = { trial = 3 }", "search.trial: unknown"),
@@ -174,6 +178,27 @@ def test_a_short_form_needs_saying_what_it_is(tmp_path: Path) -> None:
     for ask in (lambda: read(tmp_path, "clients = 3", quick=True), lambda: read_comparison(None, {}, quick=True)):
         with pytest.raises(MeerkatError, match=r"--quick: needs a file with a \[quick\] table"):
             ask()
+
+
+def test_a_rate_is_searched_for_unless_it_is_auto_or_a_number(tmp_path: Path) -> None:
+    study = read(tmp_path, 'lr = ["search", "auto", "0.1"]').studies[0]
+    assert study.axes == {"lr": ["search", "auto", 0.1]}
+    assert [study.searches(setting) for setting in study.settings()] == [True, False, False]
+    assert [study.config(setting, 0).lr for setting in study.settings()] == ["auto", "auto", 0.1]
+    assert read(tmp_path, "").studies[0].searches({})
+    for given in ("auto", 0.1):
+        assert not read(tmp_path, 'lr = "search"', lr=given).studies[0].searches({})
+
+
+def test_an_older_name_serves_as_an_axis_and_is_overridden_by_the_name_of_today(tmp_path: Path) -> None:
+    check = 'check = [{ claim = "c", axis = "server_optimizer", better = "adam", than = ["sgd"] }]'
+    text = f'[[study]]\nname = "a"\nserver_optimizer = ["sgd", "adam"]\n{check}'
+    study = read(tmp_path, text).studies[0]
+    assert study.axes == {"update_rule": ["sgd", "adam"]}
+    assert study.check[0].axis == "update_rule"
+    assert read(tmp_path, 'server_optimizer = "adam"', update_rule="momentum").studies[0].config({}, 0).update_rule == (
+        "momentum"
+    )
 
 
 def test_a_rate_that_is_given_leaves_held_back_rows_free(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
 def test_what_nobody_told_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with tracking("tensorboard", tmp_path, 0) as follow:
-        follow({"kind": "evaluation", "round": 3, "accuracy": 0.5, "loss": None})
+        follow({"kind": "evaluation", "round": 3, "scores": {"accuracy": 0.5, "loss": None}})
         follow({"kind": "split", "round": 0})
     assert scalars(tmp_path) == {"evaluation/accuracy": [(3, 0.5)]}
 
@@ -53,5 +53,5 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_none_writes_nothing(tmp_path: Path) -> None:
     with tracking("none", tmp_path, 0) as follow:
-        follow({"kind": "evaluation", "round": 0, "accuracy": 0.5, "loss": 1.0})
+        follow({"kind": "evaluation", "round": 0, "scores": {"accuracy": 0.5, "loss": 1.0}})
     assert not list(tmp_path.iterdir())

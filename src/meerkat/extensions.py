@@ -24,6 +24,7 @@ from typing import Any
 from meerkat.algorithm.estimators import ESTIMATORS
 from meerkat.errors import MeerkatError, in_short
 from meerkat.problems.partition import PARTITIONERS
+from meerkat.run.setup import PROBLEMS
 from meerkat.settings.algorithm import UPDATE_RULES
 
 GROUP = "meerkat.extensions"
@@ -32,6 +33,7 @@ GROUP = "meerkat.extensions"
 KINDS: dict[str, dict[str, Any]] = {
     "ESTIMATORS": ESTIMATORS,
     "UPDATE_RULES": UPDATE_RULES,
+    "PROBLEMS": PROBLEMS,
     "PARTITIONERS": PARTITIONERS,
 }
 """An extension's dictionaries, and those of the package that they are added to."""

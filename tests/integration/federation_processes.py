@@ -28,7 +28,7 @@ from typing import Any
 from proxy import Proxy
 
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.coordinator import FederationConfig, coordinate
 from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import Frame
@@ -36,7 +36,7 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
-from meerkat.run.setup import open_model
+from meerkat.run.setup import open_problem
 from meerkat.settings.config import EMBEDDED, SITES, RunConfig
 
 LOOPBACK = "127.0.0.1"
@@ -62,11 +62,11 @@ class SocketControl:
         """When a node may be invited again; never, if it said so."""
         self.stop: Callable[[str], None] = lambda _: None
 
-    def link(self, door: Door) -> Link:
+    def link(self, admission: Admission) -> Link:
         own = self._federation
-        return StreamLink(door, own.listen, Path(own.certificate), Path(own.private_key))
+        return StreamLink(admission, own.listen, Path(own.certificate), Path(own.private_key))
 
-    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+    def open(self, admission: Admission, offer: Offer, stop: Callable[[str], None]) -> None:
         self.stop = stop
 
         def invite() -> None:
@@ -75,11 +75,11 @@ class SocketControl:
                     asking, _ = self._listener.accept()
                 except OSError:
                     return
-                threading.Thread(target=self._session, args=(asking, door, offer), daemon=True).start()
+                threading.Thread(target=self._session, args=(asking, admission, offer), daemon=True).start()
 
         threading.Thread(target=invite, daemon=True).start()
 
-    def _session(self, asking: socket.socket, door: Door, offer: Offer) -> None:
+    def _session(self, asking: socket.socket, admission: Admission, offer: Offer) -> None:
         try:
             with asking, asking.makefile("rwb") as stream:
                 node = stream.readline().decode().strip()
@@ -87,7 +87,7 @@ class SocketControl:
                     return
                 self._out.add(node)
                 try:
-                    text, mask = offer.encode(door.token(node))
+                    text, mask = offer.encode(admission.token(node))
                     stream.write(json.dumps([text, base64.b64encode(mask).decode()]).encode() + b"\n")
                     stream.flush()
                     if answer := stream.readline():
@@ -171,7 +171,7 @@ def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..
 
 
 def _nursery() -> None:
-    open_model(RunConfig(threads=1, device="cpu"))  # what loading a model imports is there before anyone is forked
+    open_problem(RunConfig(threads=1, device="cpu"))  # what loading a model imports is there before anyone is forked
     print("ready", flush=True)
     children: set[int] = set()
     for line in sys.stdin:
@@ -296,8 +296,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {},
     {"local_steps": 3},
-    {"local_steps": 3, "server_optimizer": "momentum", "directions": 2},
-    {"server_optimizer": "adam"},
+    {"local_steps": 3, "update_rule": "momentum", "directions": 2},
+    {"update_rule": "adam"},
     {"local_steps": 3, "method": "feddyn"},
     {
         "local_steps": 3,

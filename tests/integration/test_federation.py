@@ -147,7 +147,7 @@ def test_a_killed_node_comes_back(federation: Make, simulated: Callable[[dict[st
 
 
 def test_a_killed_coordinator_goes_on(federation: Make, simulated: Callable[[dict[str, Any]], str]) -> None:
-    schedule = once(1, True, Fault("kill", -1, 5, 0.0, 0.0), server_optimizer="momentum")
+    schedule = once(1, True, Fault("kill", -1, 5, 0.0, 0.0), update_rule="momentum")
     assert len(go_through(federation, schedule, simulated).met) == 1
 
 

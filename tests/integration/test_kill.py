@@ -14,7 +14,7 @@ from meerkat.record.run_folder import RunFolder
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "meerkat.cli", *arguments]
+    command = [sys.executable, "-m", "meerkat", *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
 
 

@@ -71,8 +71,8 @@ class Seen:
     """K: replies in the round."""
     attackers: int
     """f: those of attackers."""
-    scale: float
-    """s; 0 for the attack's usual one."""
+    scale: float | None
+    """s; None for the attack's usual one."""
     noise: np.random.Generator
     """The attacker's randomness at this place of the run."""
 

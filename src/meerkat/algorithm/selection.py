@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 
 Rule = Literal["automatic", "thresholds"]
+EarlyStop = Literal["none", "vp", "random"]
+"""Who makes one local step a round after a calibration: nobody, the extreme clients, or as many at random."""
 
 _SPREAD = 1.5
 """How many times as far IID clients' log ratios scatter as independent half-normal steps would; measured."""

@@ -7,7 +7,7 @@ It never sees data, and sees the model only as theta.
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,19 +21,9 @@ from meerkat.algorithm.gradip import inner_products
 from meerkat.algorithm.replica import PAPER, Replica, Rules, carried
 from meerkat.algorithm.robust import MEAN, capped, norm
 from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars, Update
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.schedules import SCHEDULES, Schedule
+from meerkat.algorithm.selection import EarlyStop, Vpcs
 from meerkat.errors import Diverged
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-SCHEDULES: dict[Schedule, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
-}
-"""Share of the rounds done, in [0, 1) -> share of the learning rate."""
-
-EarlyStop = Literal["none", "vp", "random"]
 
 
 @dataclass(frozen=True)

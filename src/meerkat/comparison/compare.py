@@ -22,25 +22,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from meerkat.comparison.results import Line, write_results
 from meerkat.comparison.studies import Comparison, Search, Setting, Study, axis_words
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.causal_lm import load_text, longest_input
 from meerkat.problems.partition import partition
+from meerkat.problems.problem import Better, Problem
 from meerkat.progress import say, use_thread_lock
 from meerkat.record.run_folder import RunFolder, write_atomically
-from meerkat.run.setup import (
-    Workplace,
-    make_mask,
-    open_model,
-    open_task,
-    resolve,
-    training_and_evaluation_rows,
-)
+from meerkat.run.mask import make_mask
+from meerkat.run.sentences import scores_in_words
+from meerkat.run.setup import open_problem, resolve
 from meerkat.run.simulation import resume, simulate
+from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import RunConfig
 
 _FOLDERS = ("cells", "search", "masks", "logs")
@@ -67,7 +62,12 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         for i, (study, setting) in enumerate(lines)
         for seed in comparison.seeds
     }
-    _check_means([configs[i, comparison.seeds[0]] for i in range(len(lines))], comparison.search)
+    searched = {i for i, (study, setting) in enumerate(lines) if study.searches(setting)}
+    better = _check_means(
+        [(configs[i, comparison.seeds[0]], i in searched) for i in range(len(lines))], comparison.search
+    )
+    for i, (study, _) in enumerate(lines):
+        _check_measures(study, better[configs[i, comparison.seeds[0]].problem])
     on_cpu = resolve(configs[0, comparison.seeds[0]]).device == "cpu"
     jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
     with _taken(root):
@@ -76,11 +76,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         with _Pool(jobs, root) as pool:
             searches = pool.map_unique(
                 "learning-rate searches",
-                {
-                    i: (_search, config, comparison.search, root / "search")
-                    for i, config in firsts.items()
-                    if not config.lr
-                },
+                {i: (_search, firsts[i], comparison.search, root / "search") for i in sorted(searched)},
                 lambda i, found: f"{_words(*lines[i])}: {_found(found, firsts[i])}",
             )
             rates = {i: _best(searches[i], config) if i in searches else config.lr for i, config in firsts.items()}
@@ -96,7 +92,8 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
                 study=study,
                 setting=setting,
                 rates=tuple(searches.get(i, ())),
-                lr=rates[i],
+                lr=number_or(rates[i], None) or _rate_of(folders[i, comparison.seeds[0]]),
+                better=better[firsts[i].problem],
                 runs=tuple(folders[i, seed] for seed in comparison.seeds),
                 summaries=tuple(summaries[i, seed] for seed in comparison.seeds),
             )
@@ -146,57 +143,85 @@ def _taken(root: Path) -> Iterator[None]:
 def _placed(config: RunConfig) -> RunConfig:
     """Settings that say the same from anywhere, with any number of runs at a time."""
     settled = resolve(config)
-    update = {name: getattr(settled, name) for name in ("model", "task", "data", "text", "mask")}
+    update: dict[str, Any] = {name: getattr(settled, name) for name in ("model", "task", "data", "text", "mask")}
     if config.recipe.moves in ("full", "lora"):  # what moves is no choice: runs that differ in it alone are the same
         update |= {name: RunConfig.model_fields[name].default for name in ("density", "mask_scope", "exclude")}
     # nor is what nobody reads
     update |= {name: RunConfig.model_fields[name].default for name in config.idle()}
-    return config.model_copy(update={**update, "threads": config.threads or 1})
+    return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
-def _check_means(configs: Iterable[RunConfig], search: Search) -> None:
-    """Raise MeerkatError for what only the models, the data or a mask can tell, before anything is written."""
-    by_model: dict[tuple[Any, ...], list[RunConfig]] = {}
-    for config in map(resolve, configs):
-        by_model.setdefault((config.model, config.dtype, config.device), []).append(config)
-    for group in by_model.values():
-        model, tokenizer = open_model(group[0].model_copy(update={"method": "full-fedzo"}))
-        names = ("task", "data", "partition", "clients", "max_length", "text", "text_sequences", "text_length", "mask")
-        for config in {(*(getattr(c, n) for n in names), not c.lr): c for c in group}.values():
-            _check_rows(config, model, tokenizer, search)
+_OF_A_PROBLEM = ("problem", "model", "dtype", "device", "task", "data", "max_length")
+_OF_ITS_TEXT = ("text", "text_sequences", "text_length")
+_OF_THE_ROWS = ("partition", "clients", "mask")
 
 
-def _check_rows(config: RunConfig, model: nn.Module, tokenizer: Any, search: Search) -> None:
+def _check_means(configs: Iterable[tuple[RunConfig, bool]], search: Search) -> dict[str, Mapping[str, Better]]:
+    """Raise MeerkatError for what only the models, the data or a mask can tell, before anything is written.
+
+    Args:
+        configs: each with whether its learning rate is searched for.
+
+    Returns:
+        Each problem's scores by its name, and which values of them are better.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[RunConfig, bool]]] = {}
+    for given, searched in configs:
+        config = resolve(given)
+        key = tuple(getattr(config, name) for name in _OF_A_PROBLEM + _OF_ITS_TEXT)
+        groups.setdefault(key, []).append((config, searched))
+    better = {}
+    for group in groups.values():
+        first, _ = group[0]
+        problem = open_problem(first.model_copy(update={"method": "full-fedzo"}))
+        better[first.problem] = problem.scores
+        if any(not config.mask for config, _ in group):
+            problem.public()
+        training = problem.rows("train")
+        problem.prepare(training[:1])
+        for config, searched in {(*(getattr(c, n) for n in _OF_THE_ROWS), s): (c, s) for c, s in group}.values():
+            _check_rows(config, problem, search if searched else None)
+    return better
+
+
+def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> None:
     if config.mask:
-        SparseMask.load(Path(config.mask)).check_fits(model)
-    elif config.text:
-        load_text(config.text, tokenizer, config.text_sequences, longest_input(model, config.text_length))
-    task = open_task(config)
-    training, _ = training_and_evaluation_rows(config, task)
+        SparseMask.load(Path(config.mask)).check_fits(problem.model)
+    training, _ = training_and_evaluation_rows(config, problem.rows)
     partition(config.partition, training, config.clients, config.seed)
-    Workplace(config, model, tokenizer, task, next(model.parameters()).device).examples(training[:1])
-    if config.lr:
+    if search is None:
         return
     try:
         trial = config.model_copy(update={"held_back": search.held_back})
-        partition(config.partition, training_and_evaluation_rows(trial, task)[0], config.clients, config.seed)
+        training, _ = training_and_evaluation_rows(trial, problem.rows)
+        partition(config.partition, training, config.clients, config.seed)
     except MeerkatError as error:
         raise MeerkatError(
             f"learning-rate search, with {search.held_back:g} of the training rows held back: {error}; or give lr"
         ) from None
 
 
+def _check_measures(study: Study, better: Mapping[str, Better]) -> None:
+    """Raise MeerkatError for a claim about a score that there is none of."""
+    for check in study.check:
+        if check.measure and check.measure not in better:
+            raise MeerkatError(
+                f"study '{study.name}': check '{check.claim}': measure {check.measure}: must be one of the problem's "
+                f"scores, {', '.join(better)}"
+            )
+
+
 def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
     """The settings with their sensitivity mask as a file, made once for all runs; other methods make their own."""
     if config.mask or config.recipe.moves != "sensitivity":
         return config
-    names = ("model", "text", "density", "mask_scope", "exclude", "text_sequences", "text_length", "dtype")
+    names = ("problem", "model", "density", "mask_scope", "exclude", "dtype", *_OF_ITS_TEXT)
     held = {name: value for name, value in config.model_dump(mode="json").items() if name in names}
     path = folder / f"{hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:10]}.safetensors"
     if not path.exists():
         settled = resolve(config)
         say(f"mask of density {config.density:g}: {path}")
-        write_atomically(path, make_mask(settled, *open_model(settled)).save)
+        write_atomically(path, make_mask(settled, open_problem(settled)).save)
     return config.model_copy(update={"mask": str(path.resolve())})
 
 
@@ -205,7 +230,7 @@ def _words(study: Study, setting: Setting) -> str:
 
 
 def _outcome(summary: dict[str, Any] | None) -> str:
-    return "diverged" if summary is None else f"accuracy {summary['accuracy']:.3f}, loss {summary['loss']:.3f}"
+    return "diverged" if summary is None else scores_in_words(summary["scores"])
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -244,6 +269,11 @@ def _run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise
 
 
+def _rate_of(folder: Path) -> float:
+    """The learning rate that a run began with."""
+    return number(RunFolder.open(folder).config().lr)
+
+
 # --- learning rates -------------------------------------------------------------------------------
 
 
@@ -257,13 +287,13 @@ def _search(config: RunConfig, search: Search, folder: Path) -> list[tuple[float
         }
     )
 
-    def loss_with(lr: float) -> float:
+    def loss_with(lr: float | Auto) -> float:
         tried = trial.model_copy(update={"lr": lr})
         summary = _run(tried, folder / _name(tried))
         return math.inf if summary is None else float(summary["loss"])
 
-    default = loss_with(0)  # a rate of zero takes the method's default, which the run then knows
-    start = RunFolder.open(folder / _name(trial)).config().lr
+    default = loss_with(AUTO)  # the method's default, which the run then knows
+    start = _rate_of(folder / _name(trial))
 
     def rate(place: int) -> float:
         return float(f"{start * search.factor**place:.3g}")

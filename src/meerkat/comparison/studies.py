@@ -1,21 +1,23 @@
 """What a comparison compares: studies, each a grid of settings, from one TOML file.
 
 Any setting of a run may be given as a list: it is then an axis, and a study's settings are the product of
-its axes; `exclude`, a list itself, is one as a list of lists. `seeds` repeats each. `total_steps`, in place
-of `rounds`, gives every setting the same number of local steps, as total_steps / local_steps rounds.
+its axes; `exclude`, a list itself, is one as a list of lists. `lr` is `search` where it is not given. `seeds` repeats
+each setting. `total_steps`, in place of `rounds`, gives every setting the same number of local steps, as
+total_steps / local_steps rounds.
 """
 
 import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from meerkat.errors import MeerkatError
 from meerkat.progress import say
-from meerkat.settings.config import RunConfig, make_config, make_value, read_toml
+from meerkat.settings.auto import AUTO
+from meerkat.settings.config import OLDER_NAMES, RunConfig, make_config, make_value, read_toml, with_names_of_today
 
 _M = TypeVar("_M", bound=BaseModel)
 _FOR_ALL = ("title", "seeds", "search")
@@ -23,6 +25,9 @@ _FOR_ALL = ("title", "seeds", "search")
 
 _MOST_SETTINGS = 10_000
 """Of one study: each is at least one run."""
+
+SEARCH = "search"
+"""What `lr` is in a comparison, unless it is `auto` or a number: the best rate is searched for."""
 
 Setting = Mapping[str, Any]
 """An axis' name -> one of its values."""
@@ -39,7 +44,7 @@ class Check(BaseModel):
     than: list[Any] = Field([], description="... than each of these")
     equal: list[Any] = Field([], description="or: two values that are claimed to do the same, the second the reference")
     where: dict[str, Any] = Field({}, description="values of other axes that the claim is about")
-    measure: Literal["accuracy", "loss"] = "accuracy"
+    measure: str = Field("", description="a score's name; empty for the problem's first, such as accuracy")
 
 
 class Study(BaseModel):
@@ -60,13 +65,19 @@ class Study(BaseModel):
         """The product of the axes; the last varies fastest."""
         return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
+    def searches(self, setting: Setting) -> bool:
+        """Whether a setting's learning rate is searched for."""
+        return bool({"lr": SEARCH, **self.shared, **setting}["lr"] == SEARCH)
+
     def config(self, setting: Setting, seed: int) -> RunConfig:
-        """The run of one setting and seed.
+        """The run of one setting and seed, its learning rate `auto` where it is searched for.
 
         Raises:
             MeerkatError: its settings are no run's.
         """
         given = {**self.shared, **setting, "seed": seed}
+        if self.searches(setting):
+            given["lr"] = AUTO
         config = make_config(given, spell=f"study '{self.name}': ")
         if not self.total_steps:
             return config
@@ -142,7 +153,12 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
         raise MeerkatError(f"config '{file}': two studies have the same name; give each its own")
     for study in found.studies:
         for setting in study.settings():
-            _check_held_back(study, study.config(setting, found.seeds[0]))
+            config = study.config(setting, found.seeds[0])
+            if study.searches(setting) and config.held_back:
+                raise MeerkatError(
+                    f"study '{study.name}': held_back {config.held_back:g}: learning rates are chosen on held-back "
+                    "rows, which runs must not be judged on as well; leave it out ('search' says how many), or give lr"
+                )
     return found
 
 
@@ -157,6 +173,7 @@ def _merged(held: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 
 def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Settings overridden by others; `rounds` and `total_steps` say the same thing, so that each overrides both."""
+    lower, upper = with_names_of_today(lower), with_names_of_today(upper)
     gone = {"rounds"} if upper.get("total_steps") else {"total_steps"} if "rounds" in upper else set()
     merged = {**{name: value for name, value in lower.items() if name not in gone}, **upper}
     if isinstance(lower.get("search"), dict) and isinstance(upper.get("search"), dict):
@@ -194,9 +211,12 @@ def _study(held: dict[str, Any]) -> Study:
     if own.get("total_steps") and "rounds" in held:
         raise MeerkatError(f"{spell}rounds and total_steps are given, and one follows from the other; give one")
     axes = {name: _axis(name, value, spell) for name, value in held.items() if _is_axis(name, value)}
+    if "problem" in axes:
+        raise MeerkatError(f"{spell}problem is no axis: problems have scores of their own; give each a study")
     if (count := math.prod(map(len, axes.values()))) > _MOST_SETTINGS:
         raise MeerkatError(f"{spell}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
     shared = {name: value for name, value in held.items() if name not in axes}
+    shared |= {"lr": _value("lr", shared["lr"], spell)} if "lr" in shared else {}
     return _made(Study, {"axes": axes, "shared": shared, **own}, spell)
 
 
@@ -205,23 +225,24 @@ def _is_axis(name: str, value: Any) -> bool:
     return isinstance(value, list) and (name != "exclude" or any(isinstance(part, list) for part in value))
 
 
+def _value(name: str, value: Any, spell: str) -> Any:
+    """A setting's value as a run or, of a learning rate, as a study holds it."""
+    if name != "lr":
+        return make_value(name, value, spell)
+    try:
+        return SEARCH if value == SEARCH else make_value(name, value)
+    except MeerkatError:
+        raise MeerkatError(f"{spell}lr {value}: must be search, auto or a number above 0") from None
+
+
 def _axis(name: str, values: list[Any], spell: str) -> list[Any]:
     """An axis' values as runs hold them, so that 10 and "10" are the same."""
-    found = [make_value(name, value, spell) for value in values]
+    found = [_value(name, value, spell) for value in values]
     if not found:
         raise MeerkatError(f"{spell}{name} []: needs at least one value")
     if twice := [value for i, value in enumerate(found) if value in found[:i]]:
         raise MeerkatError(f"{spell}{name}: {twice[0]} stands there twice; give each value once")
     return found
-
-
-def _check_held_back(study: Study, config: RunConfig) -> None:
-    """Raise MeerkatError where a run would be judged on the rows that its learning rate is chosen on."""
-    if config.held_back and not config.lr:
-        raise MeerkatError(
-            f"study '{study.name}': held_back {config.held_back:g}: learning rates are chosen on held-back rows, which "
-            "runs must not be judged on as well; leave it out ('search' says how many), or give lr"
-        )
 
 
 def _claiming(study: Study, full: Study) -> Study:
@@ -249,13 +270,15 @@ def _settled(check: Check, known: Mapping[str, list[Any]], spell: str) -> Check:
     def value_of(axis: str, value: Any) -> Any:
         if axis not in known:
             raise MeerkatError(f"{spell}: {axis} is no axis of the study, which has {', '.join(known) or 'none'}")
-        found = make_value(axis, value, f"{spell}: ")
+        found = _value(axis, value, f"{spell}: ")
         if found not in known[axis]:
             raise MeerkatError(
                 f"{spell}: {axis} {value!r} is not among the study's: {', '.join(map(str, known[axis]))}"
             )
         return found
 
+    axis, where = OLDER_NAMES.get(check.axis, check.axis), with_names_of_today(check.where)
+    check = check.model_copy(update={"axis": axis, "where": where})
     if (check.better is None) == (not check.equal) or (check.better is None) != (not check.than):
         raise MeerkatError(f"{spell}: needs either better and than, or equal")
     if check.equal and len(check.equal) != 2:

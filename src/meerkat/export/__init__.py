@@ -1,1 +1,1 @@
-"""Taking a run's model away, with its model card."""
+"""Export of a run's model, with its model card."""

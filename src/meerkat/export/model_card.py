@@ -1,7 +1,7 @@
-"""A model card: README.md beside an exported model, as Hugging Face lays one out, from the run's record alone.
+"""The model card: README.md beside an exported model, in Hugging Face's layout, from the run's record alone.
 
-What the record does not hold, the card says is not known. The run's key stays in the run's folder: with it, anyone
-could read the rounds' aggregates off the tuned weights.
+The card says so where the record does not hold a fact. It does not give the run key: with it, anyone could read the
+rounds' aggregates off the tuned weights.
 """
 
 import json
@@ -14,21 +14,23 @@ from huggingface_hub import ModelCardData
 from meerkat.algorithm import path
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
-from meerkat.problems.tasks import Task
-from meerkat.progress import one_line
+from meerkat.problems.classification import Classification
+from meerkat.problems.problem import Problem
+from meerkat.progress import number_of, one_line
 from meerkat.record.run_folder import Metric
 from meerkat.record.verification import VerifiedRun
-from meerkat.run.metrics import clients_in_words
-from meerkat.settings.config import EMBEDDED, RunConfig
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import clients_in_words
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 Content = Literal["model", "delta", "adapters"]
-"""What an exported folder holds beside its card."""
+"""What an exported folder holds besides its card."""
 
 CARD_FILE = "README.md"
 _LIBRARIES: dict[Content, str] = {"model": "transformers", "delta": "meerkat", "adapters": "peft"}
-_LISTED = 20
-"""Clients whose rows are told one by one, at most."""
-_JUDGED_ON = {
+_MOST_LISTED = 20
+"""At most so many clients have their numbers of rows listed."""
+_EVALUATED_ON = {
     "coordinator": "the coordinator's own validation rows",
     "sites": "the sites' own validation rows",
     "held-back": "held-back training rows",
@@ -38,261 +40,280 @@ _JUDGED_ON = {
 
 def model_card(
     run: VerifiedRun,
-    task: Task,
+    problem: Problem,
     metrics: Sequence[Metric],
-    holds: Content,
-    weights: str = "",
-    shown_out: Sequence[int] = (),
+    content: Content,
+    tuned_fingerprint: str = "",
+    removed: Sequence[int] = (),
     without_budget: Sequence[int] = (),
 ) -> str:
     """The text of a card, YAML front matter and Markdown.
 
     Args:
-        metrics: the run's, of which evaluations are told.
-        weights: fingerprint of the tuned model, as `mask.fingerprint` gives it; empty to leave it out.
-        shown_out: clients that the coordinator of a federation showed out.
+        metrics: the run's, of which the card uses evaluations.
+        tuned_fingerprint: of the tuned model, by `meerkat.masks.fingerprint`; empty to leave it out.
+        removed: clients that the coordinator of a federation removed.
         without_budget: clients whose privacy budget does not last to the end of the run.
     """
-    config = run.config
+    config, task_name = run.config, _code(problem.name)
+    kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
+    base, method = _base(config), one_line(config.method)
+    held = {
+        "model": "a whole model",
+        "delta": "the entries that moved and their values, to be written into the base model",
+        "adapters": "LoRA adapters, to be loaded on the base model",
+    }[content]
+    opening = (
+        f"# {base}, tuned for {task_name}\n\n"
+        f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated "
+        f"fine-tuning with [Meerkat](https://arxiv.org/abs/2506.03337), method `{method}`. This folder holds {held}. "
+        f"Licence and languages are those of the base model and of the data; the run's record does not state them."
+    )
     sections = {
-        "Load it": _loading(config, task, holds),
+        "Load it": _loading(config, problem, content),
         "How it was tuned": _tuning(run),
         "The mask": _mask(run.mask),
-        "Data": _data(run, task),
+        "Data": _data(run, problem),
         "Privacy": _privacy(run.guarantee, without_budget),
-        "Clients": _clients(run, shown_out),
+        "Clients": _clients(run, removed),
         "Evaluation": _evaluation(run, metrics),
-        "Digests, and how to verify them": _digests(run, weights),
+        "Digests, and how to verify them": _digests(run, tuned_fingerprint),
     }
-    base, method = _base(config), one_line(config.method)
-    what = {
-        "model": "a whole model",
-        "delta": "the entries that moved and their values, to be put into the base model",
-        "adapters": "LoRA adapters, to be put on the base model",
-    }[holds]
-    opening = (
-        f"# {base}, tuned for {_name(task.name)}\n\n"
-        f"{base} (a causal language model), tuned for the task {_name(task.name)} by sparse zeroth-order federated "
-        f"fine-tuning with [Meerkat](https://arxiv.org/abs/2506.03337), method `{method}`. This folder holds {what}. "
-        f"Licence and languages: those of the base model and of the data, which the run's record does not tell."
-    )
     body = "\n\n".join([opening, *(f"## {title}\n\n{text}" for title, text in sections.items())])
-    return f"---\n{_front_matter(run, metrics, holds)}\n---\n\n{body}\n"
+    return f"---\n{_front_matter(run, metrics, content)}\n---\n\n{body}\n"
 
 
-def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], holds: Content) -> str:
+def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], content: Content) -> str:
     config = run.config
-    simulated_on_hub = config.data and not run.opening.federation and not _is_local(config.data)
-    known = ModelCardData(
-        base_model=config.model if config.model != EMBEDDED and not _is_local(config.model) else None,
-        library_name=_LIBRARIES[holds],
+    hub_data = config.data and not run.opening.federation and not _is_local(config.data)
+    evaluations = _evaluations(run, metrics)
+    hub_model = config.problem == CLASSIFICATION and config.model != EMBEDDED and not _is_local(config.model)
+    front_matter = ModelCardData(
+        base_model=config.model if hub_model else None,
+        library_name=_LIBRARIES[content],
         tags=["meerkat", "federated-learning", "zeroth-order-optimization", f"method:{config.method}"],
-        datasets=[config.data.partition(":")[0]] if simulated_on_hub else None,
-        metrics=["accuracy"] if any(metric["kind"] == "evaluation" for metric in metrics) else None,
+        datasets=[config.data.partition(":")[0]] if hub_data else None,
+        metrics=[evaluations[0].score] if evaluations else None,
     )
-    return known.to_yaml(line_break="\n")
+    return front_matter.to_yaml(line_break="\n")
 
 
 def _is_local(source: str) -> bool:
-    """Whether a run's resolved setting is a path on the machine that it ran on: names of the hub stay as given."""
+    """Whether a resolved setting is a path on the run's machine; a name on the hub stays as it was given."""
     return Path(source).is_absolute()
 
 
-def _name(text: str) -> str:
-    """Words that came from a file, as inline code that no table or fence takes for its own."""
+def _code(text: str) -> str:
+    """Text from a file as inline code that cannot end a table cell or a code fence."""
     return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _base(config: RunConfig) -> str:
+    if config.problem != CLASSIFICATION:
+        return f"the model of problem {_code(config.problem)}"
     if config.model == EMBEDDED:
         return "Meerkat's embedded model"
-    return _name(Path(config.model).name if _is_local(config.model) else config.model)
+    return _code(Path(config.model).name if _is_local(config.model) else config.model)
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {told} |" for name, told in rows.items())])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _loading(config: RunConfig, task: Task, holds: Content) -> str:
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "."  # where this card is']
-    if holds == "model":
-        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
-        lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    else:
-        if config.model == EMBEDDED:
-            lines = ["from meerkat import demo", *lines, "base = demo.MODEL"]
-        else:
-            where = "  # where the run found it" if _is_local(config.model) else ""
-            lines += [f"base = {json.dumps(config.model)}{where}"]
-        lines += [f'model = AutoModelForCausalLM.from_pretrained(base, dtype="{config.dtype}")']
-        if holds == "delta":
-            lines = ["from pathlib import Path", "", *lines, 'apply_delta(model, Path(folder) / "delta.safetensors")']
-            lines.insert(lines.index("") + 1, "from meerkat.export.model import apply_delta")
-        else:
-            lines = ["from peft import PeftModel", *lines, "model = PeftModel.from_pretrained(model, folder)"]
-        lines += ["tokenizer = AutoTokenizer.from_pretrained(base)"]
+def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
+    if not isinstance(problem, Classification):
+        return (
+            "```python\nfrom pathlib import Path\n\nfrom meerkat.export.model import apply_delta\n\n"
+            f"model = ...  # the base model, as problem {json.dumps(config.problem)} builds it\n"
+            'apply_delta(model, Path("delta.safetensors"))\n```'
+        )
+    task = problem.task
     labels = ", ".join(f"{index} {json.dumps(label)}" for index, label in enumerate(task.labels))
     return (
-        "```python\n" + "\n".join(lines) + "\n```\n\n"
-        f"A row is put to the model as\n\n    {json.dumps(task.template)}\n\n"
+        "```python\n" + "\n".join(_loading_code(config, content)) + "\n```\n\n"
+        f"The model reads a row as\n\n    {json.dumps(task.template)}\n\n"
         f"with one of the labels ({labels}); the one whose tokens have the highest mean log-probability is the answer."
     )
 
 
+def _loading_code(config: RunConfig, content: Content) -> list[str]:
+    auto = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    folder = 'folder = "."  # where this card is'
+    if content == "model":
+        model = "model = AutoModelForCausalLM.from_pretrained(folder)"
+        return [auto, "", folder, model, "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    imports, base = [], f"base = {json.dumps(config.model)}"
+    if config.model == EMBEDDED:
+        imports, base = ["from meerkat import demo"], "base = demo.MODEL"
+    elif _is_local(config.model):
+        base += "  # its path on the run's machine"
+    if content == "delta":
+        imports = ["from pathlib import Path", "", *imports, "from meerkat.export.model import apply_delta"]
+        tuned = 'apply_delta(model, Path(folder) / "delta.safetensors")'
+    else:
+        imports = [*imports, "from peft import PeftModel"]
+        tuned = "model = PeftModel.from_pretrained(model, folder)"
+    model = f'model = AutoModelForCausalLM.from_pretrained(base, dtype="{config.dtype}")'
+    return [*imports, auto, "", folder, base, model, tuned, "tokenizer = AutoTokenizer.from_pretrained(base)"]
+
+
 def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
-    left = "" if run.finished else f" of {config.rounds:,}: the run is not finished"
-    steps = "by backpropagation" if recipe.update == "first-order" else f"P = {config.directions} directions a step"
-    server = config.server_optimizer if recipe.update != "feddyn" else f"feddyn, alpha {config.feddyn_alpha:g}"
-    by_rows = config.weights == "examples" and config.aggregation == "mean"
-    rule = f"{run.opening.rule} of the replies, clients weighted {'by their rows' if by_rows else 'equally'}"
-    if config.rule.needs_f:
-        rule += f", made for {config.byzantine} replies that may be anything"
-    rule += f", {config.mixing} mixing" * (config.mixing != "none") + ", clipped" * (config.clipping != "none")
-    seeds = "Philox4x64-10 counts by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
+    first_order = recipe.update == "first-order"
+    steps = "by backpropagation" if first_order else f"P = {number_of(config.directions, 'direction')} a step"
+    source = "Philox4x64-10, counting by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
     return _table(
         {
             "base model": f"{_base(config)}, fingerprint `{run.mask.fingerprint}`"
-            + (", fresh adapters included" if recipe.moves == "lora" else ""),
-            "rounds": f"{run.rounds:,}{left}",
+            + (", with fresh adapters" if recipe.moves == "lora" else ""),
+            "rounds": f"{run.rounds:,}" + ("" if run.finished else f" of {config.rounds:,}: the run is not finished"),
             "local steps": f"T = {config.local_steps}, {steps}, batches of {config.batch_size}",
             "learning rate": f"{config.lr:g}, {config.lr_schedule}; perturbation {config.eps:g}",
             "weights' type": config.dtype,
-            "clients": f"{config.clients}, {config.clients_per_round or config.clients} asked in a round",
-            "aggregation": f"{rule}; server optimiser {server}",
+            "clients": f"{config.clients}, {config.clients_per_round or config.clients} asked each round",
+            "aggregation": _aggregation(run),
             **({"attack": f"{config.attackers} clients, {config.attack}"} if config.attack != "none" else {}),
-            "directions": "none"
-            if recipe.update == "first-order"
-            else f"{seeds}. The run key stays in the run's folder",
+            "directions": "none" if first_order else f"{source}. The run key stays in the run's folder",
         }
     )
 
 
+def _aggregation(run: VerifiedRun) -> str:
+    config = run.config
+    server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.update == "feddyn" else config.update_rule
+    by_rows = config.weights == "examples" and config.aggregation == "mean"
+    parts = [f"{run.opening.rule} of the replies", f"clients weighted {'by their rows' if by_rows else 'equally'}"]
+    if config.rule.needs_f:
+        parts.append(f"made to withstand {config.byzantine} arbitrary replies")
+    if config.mixing != "none":
+        parts.append(f"{config.mixing} mixing")
+    if config.clipping != "none":
+        parts.append("clipped")
+    return f"{', '.join(parts)}; server optimiser {server}"
+
+
 def _mask(mask: SparseMask) -> str:
-    told = {"scope": "chosen over", "text": "pre-training text", "sequences": "sequences of it", "task": "task's rows"}
-    excluded = mask.facts.get("excluded")
-    if mask.kind == "lora":
-        excluded = "everything but the adapters"
+    names = {"scope": "chosen over", "text": "pre-training text", "sequences": "sequences of it", "task": "task's rows"}
+    excluded = "everything but the adapters" if mask.kind == "lora" else mask.facts.get("excluded")
     return _table(
         {
             "entries": f"{len(mask):,} of {mask.total:,} parameters",
             "density": f"{mask.density:g}",
-            "kind": _name(mask.kind),
-            **{name: _name(mask.facts[fact]) for fact, name in told.items() if mask.facts.get(fact)},
-            "never moved": "not known" if excluded is None else _name(excluded) if excluded else "nothing was excluded",
+            "kind": _code(mask.kind),
+            **{name: _code(mask.facts[fact]) for fact, name in names.items() if mask.facts.get(fact)},
+            "never moved": "not known" if excluded is None else _code(excluded) if excluded else "nothing was excluded",
             "SHA-256": f"`{mask.digest()}`",
         }
     )
 
 
-def _data(run: VerifiedRun, task: Task) -> str:
-    config, examples = run.config, run.examples
-    counts = [examples[client] for client in sorted(examples)]
-    if run.config.dp == "client":
-        rows = "not told: clients are private"
-    elif not counts:
-        rows = "not known: no client joined"
-    elif len(counts) <= _LISTED:
-        rows = f"{sum(counts):,}: " + ", ".join(f"client {k} {examples[k]:,}" for k in sorted(examples))
-    else:
-        rows = f"{sum(counts):,}: {min(counts):,} to {max(counts):,} at each of {len(counts)} clients"
+def _data(run: VerifiedRun, problem: Problem) -> str:
+    config = run.config
     if run.opening.federation:
-        source = "each site's own. They never left the sites, and their origin is not known; numbers are as sites told"
-        held = f"by the sites of federation `{run.opening.federation}`"
+        source = "each site's own, which never left the sites; their origin is not known; the sites gave the numbers"
+        split = f"each site of federation `{run.opening.federation}` holds its own"
     else:
-        here = config.data and _name(Path(config.data).name if _is_local(config.data) else config.data)
-        kind = "a local folder; its origin is not known" if _is_local(config.data) else "a hub data set"
-        source = f"{here}, {kind}" if here else f"Meerkat's embedded data `{config.task}`"
-        held = f"{_name(config.partition)}, clients simulated on one machine"
+        split = f"{_code(config.partition)}, clients simulated on one machine"
+        if config.problem != CLASSIFICATION:
+            source = f"as problem {_code(config.problem)} makes or reads them"
+        elif not config.data:
+            source = f"Meerkat's embedded data `{config.task}`"
+        elif _is_local(config.data):
+            source = f"{_code(Path(config.data).name)}, a local folder; its origin is not known"
+        else:
+            source = f"{_code(config.data)}, a hub data set"
         if config.held_back:
             source += f"; {config.held_back:g} of the training rows held back"
-    return _table(
-        {
-            "task": _name(task.name),
-            "training rows": rows,
-            "where they came from": source,
-            "who held which": held,
-            "SHA-256 of the rows and who held them": "not told: it is a function of private rows"
-            if run.guarantee
-            else f"`{run.opening.data}`"
-            if run.opening.data
-            else "not known",
-        }
-    )
+    digest = f"`{run.opening.data}`" if run.opening.data else "not known"
+    digest = "not given: it is a function of private rows" if run.guarantee else digest
+    facts = {"task": _code(problem.name), "training rows": _numbers_of_rows(run), "source": source, "split": split}
+    return _table(facts | {"SHA-256 of the rows and their split": digest})
+
+
+def _numbers_of_rows(run: VerifiedRun) -> str:
+    counts = {client: run.examples[client] for client in sorted(run.examples)}
+    if run.config.dp == "client":
+        return "not given: clients are private"
+    if not counts:
+        return "not known: no client joined"
+    total = f"{sum(counts.values()):,}"
+    if len(counts) <= _MOST_LISTED:
+        return f"{total}: " + ", ".join(f"client {client} {count:,}" for client, count in counts.items())
+    return f"{total}: {min(counts.values()):,} to {max(counts.values()):,} at each of {len(counts)} clients"
 
 
 def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
     if guarantee is None:
-        return (
-            "No differential privacy: nothing bounds what the weights, or the scalars that clients sent, tell of a row."
-        )
+        return "No differential privacy: nothing bounds what the weights, or the clients' scalars, reveal about a row."
     return _table(
         {
             "differential privacy": guarantee.in_words(),
             "mechanism": f"clip {guarantee.clip:g}, noise multiplier {guarantee.noise_multiplier:g}",
-            **({"budget does not last to the end": _whom(without_budget)} if without_budget else {}),
+            **({"budget does not last to the end": _listed(without_budget)} if without_budget else {}),
         }
     )
 
 
-def _clients(run: VerifiedRun, shown_out: Sequence[int]) -> str:
-    found = run.calibration
-    replies = f"{sum(run.answered.values()):,} came of {run.asked:,} that rounds asked for"
-    silent = sorted(run.examples.keys() - run.answered.keys())
-    return _table(
-        {
-            "flagged as extremely skewed": _whom(found.selection.extreme)
-            if found
-            else "not known: none was calibrated",
-            "stopped early": _whom(found.early_stopped if found else ()),
-            "excluded": _whom(shown_out) + (" (shown out by the coordinator)" if shown_out else ""),
-            **({} if run.config.dp == "client" else {"in no round": _whom(silent), "replies": replies}),
-        }
-    )
+def _clients(run: VerifiedRun, removed: Sequence[int]) -> str:
+    calibration = run.calibration
+    extreme = _listed(calibration.selection.extreme) if calibration else "not known: there was no calibration"
+    facts = {
+        "flagged as extremely skewed": extreme,
+        "stopped early": _listed(calibration.early_stopped if calibration else ()),
+        "removed by the coordinator": _listed(removed),
+    }
+    if run.config.dp != "client":
+        facts["in no round"] = _listed(sorted(run.examples.keys() - run.answered.keys()))
+        facts["replies"] = f"{sum(run.answered.values()):,} of the {run.asked:,} that rounds asked for"
+    return _table(facts)
 
 
-def _whom(clients: Sequence[int]) -> str:
+def _listed(clients: Sequence[int]) -> str:
     return clients_in_words(clients) if clients else "none"
 
 
 def _evaluation(run: VerifiedRun, metrics: Sequence[Metric]) -> str:
-    judged = sorted(
-        (metric for metric in metrics if metric["kind"] == "evaluation" and metric["round"] <= run.rounds),
-        key=lambda metric: metric["round"],
-    )
-    if not judged:
+    evaluations = _evaluations(run, metrics)
+    if not evaluations:
         return "Not known: the run's folder has no evaluation."
-    lines = ["| after round | accuracy | loss |", "| --- | --- | --- |"]
-    for found in (judged[0], judged[-1])[: len(judged)]:
-        told = ("not known" if found[name] is None else f"{found[name]:.3f}" for name in ("accuracy", "loss"))
-        lines.append(f"| {found['round']:,} | {' | '.join(told)} |")
-    on = "sites" if "rows" in judged[-1] else "held-back" if run.config.held_back else "validation"
-    on = "coordinator" if on == "validation" and run.opening.federation else on
-    model = "" if judged[-1]["round"] == run.rounds else f" The model here stands after round {run.rounds:,}."
-    return f"On {_JUDGED_ON[on]}; round 0 is the base model.{model}\n\n" + "\n".join(lines)
+    first, last = evaluations[0], evaluations[-1]
+    lines = [f"| after round | {' | '.join(last.better)} |", "| --- " * (1 + len(last.better)) + "|"]
+    for metric in (first, last)[: len(evaluations)]:
+        values = [metric.scores.get(name) for name in last.better]
+        scores = ["not known" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {metric.round:,} | {' | '.join(scores)} |")
+    rows = "coordinator" if run.opening.federation else "validation"
+    rows = "sites" if last.rows is not None else "held-back" if run.config.held_back else rows
+    exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
+    return f"On {_EVALUATED_ON[rows]}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
 
 
-def _digests(run: VerifiedRun, weights: str) -> str:
-    theta = path.digest(run.theta)
-    # A simulation's log holds the hash of its rows, and a log of hidden clients who was drawn. Whoever can work out the
-    # rest of it, from theta and the seed, could check a guess at these by the chain's hash, which no noise covers. What
-    # a federation with noisy replies logs is noisy, or public.
+def _evaluations(run: VerifiedRun, metrics: Sequence[Metric]) -> list[EvaluationMetric]:
+    """Those of the rounds that were replayed, in order."""
+    evaluations = [EvaluationMetric.from_json(metric) for metric in metrics if metric["kind"] == EvaluationMetric.kind]
+    return sorted((one for one in evaluations if one.round <= run.rounds), key=lambda one: one.round)
+
+
+def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
+    # A simulation's log holds the hash of its rows, and a log of hidden clients which of them were drawn. Whoever can
+    # work out the rest of it, from theta and the seed, could check a guess at these against the chain's hash, which no
+    # noise covers. A federation with noisy replies logs only what is noisy or public.
     covered = run.guarantee is None or (run.guarantee.level == "example" and not run.opening.data)
     table = _table(
         {
-            "theta, the moving entries' values": f"`{theta}`",
+            "theta, the moving entries' values": f"`{path.digest(run.theta)}`",
             "theta_0, their base values": f"`{run.opening.theta}`",
             "mask": f"`{run.opening.mask}`",
             "config.toml": f"`{run.opening.config}`",
             "rounds.log, last hash of its chain": f"`{run.log_hash}`"
             if covered
-            else "not told: the log holds what no noise covers",
-            **({"fingerprint of the tuned model": f"`{weights}`"} if weights else {}),
+            else "not given: no noise covers all that the log holds",
+            **({"fingerprint of the tuned model": f"`{tuned_fingerprint}`"} if tuned_fingerprint else {}),
             "versions": f"torch {one_line(run.opening.torch)}, transformers {one_line(run.opening.transformers)}",
         }
     )
-    loaded = " What you loaded has its fingerprint by `meerkat.masks.fingerprint(model)`." if weights else ""
+    loaded = " `meerkat.masks.fingerprint(model)` gives the loaded model's fingerprint." if tuned_fingerprint else ""
     return (
-        f"{table}\n\nAll are SHA-256. On the run's folder, `meerkat verify --json RUN` replays every round and prints "
-        f"theta's.{loaded}"
+        f"{table}\n\nAll are SHA-256. In the run's folder, `meerkat verify --json .` replays every round and prints "
+        f"theta's digest.{loaded}"
     )

@@ -1,7 +1,7 @@
-"""Who may come into a federation's session, and as which client.
+"""Admission to a federation's session: which sites may take part, and as which client.
 
-A node shows the token that it was handed over the control plane: once. It gets a secret for this session, with
-which it comes back when its stream breaks. Whoever shows neither stays out, and changes nothing.
+A node's first frame shows the token that it got over the control plane, which serves once. It gets a secret for this
+session, to come back with when its stream breaks. A site that shows neither is refused, and changes nothing.
 """
 
 import secrets
@@ -17,16 +17,16 @@ from meerkat.record.members import Member, Members, are_credentials
 from meerkat.record.signatures import BadSignature, fingerprint
 
 _SECRET = 32
-_HELLO = 4096
-"""Bytes of a first frame, at most: it is taken apart before anybody knows who sends it."""
+_LONGEST_HELLO = 4096
+"""Bytes of a first frame, at most: it is parsed before its sender is known."""
 
 
 @dataclass(frozen=True)
-class Guest:
-    """A site that was let in."""
+class AdmittedSite:
+    """A site that was admitted."""
 
-    joining: Member
-    """What is to be logged of it, if it is news; the round is the coordinator's to say."""
+    member: Member
+    """To be logged if it is new or has changed. Its round is a placeholder: the coordinator fills it in."""
     evaluates: bool
     round: int
     """The round that its theta stands at."""
@@ -37,127 +37,131 @@ class Guest:
 
     @property
     def client(self) -> int:
-        """Its number."""
-        return self.joining.client
+        """Its client number."""
+        return self.member.client
 
     @property
     def node(self) -> str:
-        """The node that its number belongs to."""
-        return self.joining.node
+        """The node that the client number belongs to."""
+        return self.member.node
 
     @property
     def examples(self) -> int:
-        """Its rows."""
-        return self.joining.examples
+        """How many rows it has."""
+        return self.member.examples
 
 
-class Door:
-    """Checks first frames. Several threads may ask at once."""
+class Admission:
+    """Checks first frames. Safe to call from several threads."""
 
     def __init__(self, register: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
         """What a site must match.
 
         Args:
-            register: who signs with which key, as the log has it; its charter names run, model and mask.
+            register: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
-            nodes: the node that a client number belongs to, of those that joined before.
+            nodes: the nodes of the client numbers that joined before.
         """
         self.register = register
-        """As given: whoever logs a joining writes it there."""
+        """As given: the coordinator adds each member that it logs."""
         self._run = bytes.fromhex(register.identity.run)
         self._clients = clients
-        self._must = {"model": register.identity.model, "mask": register.identity.mask}
+        self._required = {"model": register.identity.model, "mask": register.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
-        self._secrets: dict[bytes, tuple[int, str]] = {}
+        self._sessions: dict[bytes, tuple[int, str]] = {}
+        """Client and node of each session, by its secret."""
         self._lock = threading.Lock()
 
     def token(self, node: str) -> str:
-        """A token for a node's first frame, hexadecimal; those that it was given before are void."""
-        made = secrets.token_bytes(_SECRET)
+        """A token for a node's first frame, hexadecimal. Tokens that it got before become void."""
+        token = secrets.token_bytes(_SECRET)
         with self._lock:
-            self._spent |= {token for token, owner in self._tokens.items() if owner == node}
-            self._tokens = {token: owner for token, owner in self._tokens.items() if owner != node}
-            self._tokens[made] = node
-        return made.hex()
+            self._spent |= {earlier for earlier, owner in self._tokens.items() if owner == node}
+            self._tokens = {earlier: owner for earlier, owner in self._tokens.items() if owner != node}
+            self._tokens[token] = node
+        return token.hex()
 
-    def shut_out(self, client: int) -> None:
+    def void_session(self, client: int) -> None:
         """Void a client's session secret: it cannot come back with it."""
         with self._lock:
-            self._secrets = {secret: held for secret, held in self._secrets.items() if held[0] != client}
+            self._forget_sessions(client)
 
-    def admit(self, data: bytes) -> Guest:
-        """Let a site in by its first frame.
+    def _forget_sessions(self, client: int) -> None:
+        self._sessions = {secret: session for secret, session in self._sessions.items() if session[0] != client}
+
+    def admit(self, data: bytes) -> AdmittedSite:
+        """Admit a site by its first frame.
 
         Raises:
-            Refused: it may not come in; the message says why, and does not repeat what it sent.
-            BadFrame: the bytes are no first frame.
+            Refused: it is refused; the message says why, and does not repeat what the site sent.
+            BadFrame: the bytes are not a first frame.
         """
-        if len(data) > _HELLO:
-            raise BadFrame(f"a first frame of {len(data):,} bytes: at most {_HELLO:,} are read of a stranger")
+        if len(data) > _LONGEST_HELLO:
+            raise BadFrame(f"a first frame of {len(data):,} bytes: at most {_LONGEST_HELLO:,} are accepted")
         frame = Frame.decode(data)
         if frame.kind is not Kind.HELLO:
             raise BadFrame("a stream that does not begin with a hello")
-        secret, said = frames.decode_words(frame.body, _SECRET)
+        secret, hello = frames.decode_words(frame.body, _SECRET)
         with self._lock:
-            return self._admit(frame, secret, said)
+            return self._admit(frame, secret, hello)
 
-    def _admit(self, frame: Frame, secret: bytes, said: dict[str, Any]) -> Guest:
+    def _admit(self, frame: Frame, secret: bytes, hello: dict[str, Any]) -> AdmittedSite:
         if frame.run != self._run:
             raise Refused("a frame of another run: wait for this run's own message")
-        known = self._secrets.get(secret)
-        node = known[1] if known else self._tokens.get(secret)
+        session = self._sessions.get(secret)
+        node = session[1] if session else self._tokens.get(secret)
         if node is None:
             used = secret in self._spent
             raise Refused("the token was used before" if used else "no token of this session: join through Flower")
-        # a token serves once, whatever comes of it
-        if not known:
+        # a token serves once, even if the site is refused
+        if not session:
             del self._tokens[secret]
             self._spent.add(secret)
-        client, examples = frame.client, said.get("examples")
-        if known and known[0] != client:
-            raise Refused(f"the session is client {known[0]}'s")
+        client, examples = frame.client, hello.get("examples")
+        if session and session[0] != client:
+            raise Refused(f"the session is client {session[0]}'s")
         if client >= self._clients:
             raise Refused(f"client {client}: must be 0 to {self._clients - 1}; set 'client' in site.toml")
         if self._nodes.get(client, node) != node:
             raise Refused(f"client {client} is another node's; set another 'client' in site.toml")
         if other := [k for k, owner in self._nodes.items() if owner == node and k != client]:
             raise Refused(f"client {client}: this node is client {other[0]} already; set 'client' in site.toml back")
-        for name, must in self._must.items():
-            if said.get(name) != must:
-                raise Refused(f"the {name} is not this run's ({must[:12]}...); use the same {name}")
+        for name, value in self._required.items():
+            if hello.get(name) != value:
+                raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
         if isinstance(examples, bool) or not isinstance(examples, int) or not 0 < examples < 2**40:
             raise Refused("a site without a number of rows")
-        joining = self._joining(Member(0, client, examples, node), said)
+        member = self._with_key(Member(0, client, examples, node), hello)
         self._nodes[client] = node
-        if not known:
+        if not session:
             secret = secrets.token_bytes(_SECRET)
-            self._secrets = {s: held for s, held in self._secrets.items() if held[0] != client}
-            self._secrets[secret] = (client, node)
+            self._forget_sessions(client)
+            self._sessions[secret] = (client, node)
         welcome = Frame(Kind.WELCOME, self._run, client, frame.round, frame.digest, frames.encode_words({}, secret))
-        evaluates = said.get("evaluates") is True
-        return Guest(joining, evaluates, frame.round, frame.digest, welcome.encode())
+        evaluates = hello.get("evaluates") is True
+        return AdmittedSite(member, evaluates, frame.round, frame.digest, welcome.encode())
 
-    def _joining(self, join: Member, said: dict[str, Any]) -> Member:
-        """What a site joins as, if its key is one that may sign for it."""
-        key, signature, handover = (said.get(name, "") for name in ("key", "signature", "handover"))
+    def _with_key(self, member: Member, hello: dict[str, Any]) -> Member:
+        """A member completed with the key in the site's hello, if that key may sign for the client."""
+        key, signature, handover = (hello.get(name, "") for name in ("key", "signature", "handover"))
         if not are_credentials(key, signature, handover):
-            raise BadFrame("a hello with a key or a signature that is none")
-        join = replace(join, key=key, signature=signature)
-        before = self.register.keys.get(join.client)
-        if before is not None and self.register.needs_handover(join):
-            join = replace(join, handover=handover)
+            raise BadFrame("a hello with a malformed key or signature")
+        member = replace(member, key=key, signature=signature)
+        before = self.register.keys.get(member.client)
+        if before is not None and self.register.needs_handover(member):
+            member = replace(member, handover=handover)
         elif before not in (None, bytes.fromhex(key)) and self.register.listed is None:
             raise Refused(
                 f"key {fingerprint(before)} was revoked: its successor must be in the coordinator's 'signers'"
             )
         try:
-            self.register.check(join)
+            self.register.check(member)
         except BadSignature as error:
             raise Refused(str(error)) from None
-        return join
+        return member
 
-    def refuse(self, why: str, client: int = 0) -> bytes:
-        """The frame that says no."""
+    def refusal(self, why: str, client: int = 0) -> bytes:
+        """The frame that refuses a site."""
         return Frame(Kind.REFUSAL, self._run, client, 0, body=frames.encode_words({"why": why})).encode()

@@ -1,10 +1,10 @@
-"""TLS certificates and node keys for a federation, made without any outside authority.
+"""TLS certificates and keys for a federation, made without any outside authority.
 
-ca.key, ca.crt              signs; the key stays with whoever runs the federation
-server.key, server.crt      the coordinator's; every site checks it against ca.crt
-site-0.key, site-0.pub ...  a site's own identity; the coordinator registers the .pub
+ca.key, ca.crt              the authority, which signs certificates; its key stays with whoever runs the federation
+server.key, server.crt      the coordinator's; every site checks the certificate against ca.crt
+site-0.key, site-0.pub ...  a site's identity as a node; the coordinator registers the .pub
 
-Keys that sites sign their replies with are made apart, by each site for itself: whoever has had one can sign for it.
+Each site makes its own signing key: anyone else who has held that key could sign replies for the site.
 """
 
 import os
@@ -30,8 +30,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from meerkat.errors import MeerkatError
 
 DAYS = 365
-"""How long certificates are valid unless one says otherwise."""
-_CLOCKS_APART = timedelta(minutes=5)
+"""Default validity of certificates."""
+_CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Pair(NamedTuple):
@@ -40,23 +40,23 @@ class Pair(NamedTuple):
     public: Path
     """A certificate (PEM), or a node's public key (one line, OpenSSH)."""
     private: Path
-    """Its private key, readable for its owner alone (mode 0600)."""
+    """Its private key, readable by its owner only (mode 0600)."""
 
 
 def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) -> dict[str, Path]:
-    """Make all that a federation's TLS and node authentication need.
+    """Make everything that a federation's TLS and node authentication need.
 
     Args:
-        folder: new or empty; made where it is not there.
-        hosts: names and addresses that sites reach the coordinator by.
-        nodes: how many sites; node keys are numbered from 0.
-        days: validity of authority and server certificate.
+        folder: new or empty; created if it does not exist.
+        hosts: names and addresses that sites use for the coordinator.
+        nodes: number of sites; their keys are numbered from 0.
+        days: validity of the authority's and the server's certificate.
 
     Returns:
-        File of each part: authority, authority key, server, server key, site 0, site 0 key, ...
+        The file of each part: authority, authority key, server, server key, site 0, site 0 key, ...
 
     Raises:
-        MeerkatError: the folder is taken, or a host or a number is not one.
+        MeerkatError: the folder is not empty, or a host or a number is malformed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MeerkatError(f"'{folder}': is not an empty folder; give a new or empty one")
@@ -65,21 +65,21 @@ def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) ->
     _names(hosts)  # before anything is written
     pairs = {"authority": make_authority(folder, days), "server": issue_server_certificate(folder, hosts, days)}
     pairs |= {f"site {site}": make_node_key(folder / f"site-{site}.key") for site in range(nodes)}
-    made: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for name, pair in pairs.items():
-        made |= {name: pair.public, f"{name} key": pair.private}
-    return made
+        files |= {name: pair.public, f"{name} key": pair.private}
+    return files
 
 
 def make_authority(folder: Path, days: int = DAYS) -> Pair:
-    """Make a certificate authority of one's own: ca.crt, which sites trust, and ca.key, which signs.
+    """Make a certificate authority: ca.crt, which sites trust, and ca.key, which signs.
 
     Args:
-        folder: made where it is not there.
-        days: validity, from five minutes ago on.
+        folder: created if it does not exist.
+        days: validity, which begins five minutes ago.
 
     Raises:
-        MeerkatError: there is an authority in the folder already.
+        MeerkatError: the folder already has an authority.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation authority")])
@@ -97,11 +97,11 @@ def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAY
     """Issue the coordinator's certificate, server.crt with server.key, signed by the authority in the same folder.
 
     Args:
-        hosts: names and addresses that sites reach the coordinator by: a client accepts no others.
-        days: validity, at most as long as the authority's own.
+        hosts: names and addresses that sites use for the coordinator; clients accept no others.
+        days: validity; ends no later than the authority's.
 
     Raises:
-        MeerkatError: no authority in the folder, a host that is none, or a server certificate there already.
+        MeerkatError: the folder has no authority, or already has a server certificate; or a host is malformed.
     """
     names = _names(hosts)
     try:
@@ -129,25 +129,25 @@ def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAY
 
 
 def make_node_key(path: Path) -> Pair:
-    """Make a site's identity: an ECDSA key on P-384, OpenSSH form, as `ssh-keygen -t ecdsa -b 384` makes it.
+    """Make a site's node key: ECDSA on P-384 in OpenSSH format, as `ssh-keygen -t ecdsa -b 384` makes it.
 
     Args:
-        path: the private key; the public one goes beside it as .pub, in place of the suffix `.key` if it has that.
+        path: the private key's file. The public key's is beside it, with suffix .pub in place of .key, if it has that.
 
     Raises:
-        MeerkatError: one of the files is there already.
+        MeerkatError: one of the files already exists.
     """
     return _write_openssh(path, ec.generate_private_key(ec.SECP384R1()))
 
 
 def make_signing_key(path: Path) -> Pair:
-    """Make a key that a site signs its replies with: Ed25519, OpenSSH form, as `ssh-keygen -t ed25519` makes it.
+    """Make a key that a site signs its replies with: Ed25519 in OpenSSH format, as `ssh-keygen -t ed25519` makes it.
 
     Args:
-        path: the private key; the public one goes beside it as .pub, in place of the suffix `.key` if it has that.
+        path: the private key's file. The public key's is beside it, with suffix .pub in place of .key, if it has that.
 
     Raises:
-        MeerkatError: one of the files is there already.
+        MeerkatError: one of the files already exists.
     """
     return _write_openssh(path, ed25519.Ed25519PrivateKey.generate())
 
@@ -161,17 +161,17 @@ def _write_openssh(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519
 
 
 def read_certificate(path: str) -> x509.Certificate:
-    """A certificate, PEM.
+    """Read a certificate, PEM.
 
     Raises:
-        MeerkatError: no such file, or no certificate in it.
+        MeerkatError: no such file, or it is not a certificate.
     """
     try:
         return x509.load_pem_x509_certificate(Path(path).read_bytes())
     except OSError as error:
         raise MeerkatError(f"'{path}': {error.strerror}; see 'meerkat certify'") from None
     except ValueError:
-        raise MeerkatError(f"'{path}': is no PEM certificate; see 'meerkat certify'") from None
+        raise MeerkatError(f"'{path}': is not a PEM certificate; see 'meerkat certify'") from None
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -183,26 +183,26 @@ def is_authority(certificate: x509.Certificate) -> bool:
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """The names and addresses that a server's certificate is good for."""
+    """The names and addresses that a server's certificate is valid for."""
     try:
-        held = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return []
-    return [str(name.value) for name in held]
+    return [str(name.value) for name in names]
 
 
 def is_pair(certificate: x509.Certificate, private_key: str) -> bool:
-    """Whether a private key, a PEM file, is the certificate's.
+    """Whether a private key, a PEM file, belongs to a certificate.
 
     Raises:
-        MeerkatError: no such file, or no key in it that can be read without a password.
+        MeerkatError: no such file, or it is not a key without a password.
     """
     try:
         key = load_pem_private_key(Path(private_key).read_bytes(), password=None)
     except OSError as error:
         raise MeerkatError(f"'{private_key}': {error.strerror}; see 'meerkat certify'") from None
     except (ValueError, TypeError):
-        raise MeerkatError(f"'{private_key}': is no PEM key without a password; see 'meerkat certify'") from None
+        raise MeerkatError(f"'{private_key}': is not a PEM key without a password; see 'meerkat certify'") from None
     return key.public_key() == certificate.public_key()
 
 
@@ -217,7 +217,7 @@ def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
     if not hosts:
-        raise MeerkatError("no host: name at least one that sites reach the coordinator by")
+        raise MeerkatError("no host: give at least one name or address that sites use for the coordinator")
     names: list[x509.GeneralName] = []
     for host in hosts:
         try:
@@ -226,14 +226,14 @@ def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
         except ValueError:
             pass
         if not host or any(not part.replace("-", "").isalnum() or not part.isascii() for part in host.split(".")):
-            raise MeerkatError(f"host '{host}': must be a name or an address alone, such as coordinator.example.org")
+            raise MeerkatError(f"host '{host}': must be a name or an address only, such as coordinator.example.org")
         names.append(x509.DNSName(host))
     return names
 
 
 def _until(days: int) -> datetime:
     if days < 1:
-        raise MeerkatError(f"{days} days: a certificate must be valid for 1 or more")
+        raise MeerkatError(f"{days} days: must be 1 or more")
     return datetime.now(UTC) + timedelta(days=days)
 
 
@@ -246,7 +246,7 @@ def _certificate(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - _CLOCKS_APART)
+        .not_valid_before(datetime.now(UTC) - _CLOCK_SKEW)
         .not_valid_after(until)
     )
 
@@ -274,10 +274,10 @@ def _write_pair(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.C
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that was not there; a private one is never readable for others, not even for a moment."""
+    """Write a new file; a private one is never readable by others, not even for a moment."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
-        raise MeerkatError(f"'{path}': exists already; a key is not overwritten: remove it first") from None
+        raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first") from None
     with os.fdopen(file, "wb") as stream:
         stream.write(content)

@@ -7,9 +7,8 @@ It holds model, mask and run folder, and no row of the sites'. How nodes are rea
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,23 +16,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
-from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import LIMIT
-from meerkat.federation.link import Link, Terms
+from meerkat.federation.link import Link, WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
+from meerkat.problems.problem import Better, Problem
 from meerkat.progress import number_of, say
 from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
-from meerkat.record.run_log import RunLog
 from meerkat.record.signatures import check_fingerprint, fingerprint, read_keys
-from meerkat.run.metrics import defence_in_words
-from meerkat.run.setup import Workplace, default_lr, load_split, make_mask, open_workplace, resolve
-from meerkat.run.simulation import Judge, opening_of, replay_log, run_rounds, settled_mask, store_mask, write_summary
+from meerkat.run.loop import Evaluate, evaluation_of, run_rounds
+from meerkat.run.run import Run, begin, carry_on
+from meerkat.run.sentences import defence_in_words
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.summary import write_summary
 from meerkat.run.trackers import tracking
-from meerkat.settings import budget
+from meerkat.settings.auto import AUTO
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
 
 _STATUS_S = 10.0
@@ -67,9 +67,9 @@ class FederationConfig(BaseModel):
         "coordinator", description="who judges: the coordinator on its own rows, or the sites that agree on theirs"
     )
 
-    def terms(self, clients: int) -> Terms:
+    def waiting_rules(self, clients: int) -> WaitingRules:
         """How the engine waits."""
-        return Terms(
+        return WaitingRules(
             clients_minimum=self.clients_minimum,
             clients_wanted=self.clients_wanted or clients,
             start_s=self.start_s,
@@ -170,10 +170,10 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
 class Control(Protocol):
     """Reaches nodes before they have a session: tells each of the run, again when its session ended early."""
 
-    def open(self, door: Door, offer: Offer, stop: Callable[[str], None]) -> None:
+    def open(self, admission: Admission, offer: Offer, stop: Callable[[str], None]) -> None:
         """Begin to invite nodes, from a thread of its own; `stop` is called when the run is to end."""
 
-    def link(self, door: Door) -> Link:
+    def link(self, admission: Admission) -> Link:
         """Where frames go."""
 
     def stop_inviting(self) -> None:
@@ -184,83 +184,69 @@ class Control(Protocol):
 
 
 def coordinate(config: RunConfig, federation: FederationConfig, out: Path, control: Control) -> dict[str, Any]:
-    """Run a federation, or go on with one, in a run folder. Returns the summary.
+    """Run a federation, or resume one, in a run folder. Returns the summary.
 
     Raises:
         MeerkatError: the settings cannot be met, or are not those that the run began with.
-        RunFailed: the run went wrong on the way; what was logged stays, and can be gone on with.
+        RunFailed: the run went wrong on the way. What was logged stays, and the run can be resumed.
     """
     config = resolve(config, rows=federation.evaluate == "coordinator")
     listed = read_keys(federation.signers, "signers") if federation.signers else None
-    going_on = (out / "config.toml").is_file()
-    if not going_on:
+    resumed = (out / "config.toml").is_file()
+    if not resumed:
         RunFolder.check_free(out)
         config.check_none_idle()
-    workplace = open_workplace(config)
-    if going_on:
-        folder = RunFolder.open(out)
-        workplace = replace(workplace, config=_same(config, folder))
-    else:
-        mask = make_mask(config, workplace.model, workplace.tokenizer)
-        rate = config.lr or default_lr(config.method, len(mask))
-        settled = budget.settle(config, ()).model_copy(update={"density": mask.density, "lr": rate})
-        workplace = replace(workplace, config=settled)
-        folder = RunFolder.create(out, settled)
-        store_mask(folder, mask, workplace)
-    log = RunLog(folder.log_path, "start the coordinator again")
-    try:
-        if log.dropped:
-            say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        return _coordinate(workplace, federation, listed, folder, log, control)
-    finally:
-        log.close()
+    problem = open_problem(config)
+    folder = RunFolder.open(out) if resumed else begin(config, out, problem)
+    if resumed:
+        _check_same(config, folder)
+    fresh, cure = secrets.token_hex(8), "start the coordinator again"
+    with carry_on(folder, problem, federation=fresh, signed=federation.sign, cure=cure) as run:
+        _check_signing(run, federation)
+        run.members.listed = listed
+        _revoke(run, federation.revoked)
+        facts = _coordinate(run, problem, federation, control)
+        return write_summary(folder, run.config, run.mask, run.state, facts=facts)
 
 
-def _same(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The settings that a run began with, if those given now do not differ."""
-    held = folder.config()
-    left_to_us = {"density", *(name for name in ("lr", "dp_noise_multiplier") if not getattr(config, name))}
+def _check_same(config: RunConfig, folder: RunFolder) -> None:
+    """Raise MeerkatError where settings given now differ from those that the run began with."""
+    began = folder.config()
+    left_open = {"density", *(name for name in ("lr", "dp_noise_multiplier") if getattr(config, name) == AUTO)}
     for name, value in config.model_dump().items():
-        if name not in left_to_us and value != (then := getattr(held, name)):
+        if name not in left_open and value != (then := getattr(began, name)):
             raise MeerkatError(
                 f"run folder '{folder.root}': the run in it began with {name} {then!r}, not {value!r}; "
                 "restore the setting, or give another run folder"
             )
-    return held
 
 
-def _coordinate(
-    workplace: Workplace,
-    federation: FederationConfig,
-    listed: frozenset[str] | None,
-    folder: RunFolder,
-    log: RunLog,
-    control: Control,
-) -> dict[str, Any]:
-    config = workplace.config
-    mask = settled_mask(folder, workplace)
-    model = MaskedModel(workplace.model, mask)
-    theta_0 = model.read()
-    fresh = opening_of(folder, config, mask, theta_0, federation=secrets.token_hex(8), signed=federation.sign)
-    replayed, z, opening, lost = replay_log(folder, log, fresh, config, mask, theta_0)
-    if opening.signed != federation.sign:
+def _check_signing(run: Run, federation: FederationConfig) -> None:
+    if run.opening.signed != federation.sign:
         raise MeerkatError(
-            f"run folder '{folder.root}': the run in it began with sign = {str(opening.signed).lower()}, which sites "
-            "have signed; restore the setting, or give another run folder"
+            f"run folder '{run.folder.root}': the run in it began with sign = {str(run.opening.signed).lower()}, "
+            "which sites have signed; restore the setting, or give another run folder"
         )
-    replayed.register.listed = listed
-    signing = {fingerprint(key) for key in replayed.register.keys.values()}
-    for name in () if replayed.closed else federation.revoked:
-        if name not in replayed.register.revoked:
+
+
+def _revoke(run: Run, names: Iterable[str]) -> None:
+    """Log that keys are revoked from now on, unless the log says so or has its end."""
+    signing = {fingerprint(key) for key in run.members.keys.values()}
+    for name in () if run.closed else names:
+        if name not in run.members.revoked:
             if signing and name not in signing:
                 say(f"note: revoked {name}: no client of this run signs with it now; is it the right one?")
-            log.append((revocation := KeyRevocation(replayed.state.round, name)).to_json())
-            replayed.register.revoke(revocation)
-    terms = federation.terms(config.clients)
-    door = Door(replayed.register, config.clients, replayed.nodes)
+            run.log.append((revocation := KeyRevocation(run.state.round, name)).to_json())
+            run.members.revoke(revocation)
+
+
+def _coordinate(run: Run, problem: Problem, federation: FederationConfig, control: Control) -> dict[str, Any]:
+    """Run the rounds that are left. Returns what the summary tells of the network."""
+    config, opening = run.config, run.opening
+    admission = Admission(run.members, config.clients, run.nodes)
     offer = Offer.of(
         config,
-        mask,
+        run.mask,
         opening.theta,
         opening.federation,
         federation.stream,
@@ -268,43 +254,50 @@ def _coordinate(
         federation.sign,
     )
     why = "the coordinator stopped"
-    with closing(control), closing(control.link(door)) as link:
-        engine = _Watched(folder, link, door, replayed.settings, terms, opening.federation, replayed.state, z)
-        control.open(door, offer, engine.stop)
-        many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
-        say(
-            f"{folder.root}: federation {opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
-            f"parameters move, learning rate {config.lr:g}; up to {many}"
-        )
-        if defence := defence_in_words(config):
-            say(defence)
+    with closing(control), closing(control.link(admission)) as link:
+        engine = _Watched(run, link, admission, federation.waiting_rules(config.clients), problem.scores)
+        control.open(admission, offer, engine.stop)
+        _announce(run)
         try:
-            judge = _judge(workplace, model) if federation.evaluate == "coordinator" else engine.judge
-            with tracking(config.tracker, folder.root, replayed.state.round) as follower:
-                folder.on_metric(follower)
+            evaluate: Evaluate = engine.evaluate
+            if federation.evaluate == "coordinator":
+                rows = problem.prepare(problem.rows("validation"))
+                evaluate = evaluation_of(problem, run.model, problem.batch(rows, "evaluation"))
+            with tracking(config.tracker, run.folder.root, run.state.round) as tracker:
+                run.folder.on_metric(tracker)
                 try:
-                    state = run_rounds(folder, log, replayed, z, config, mask, engine, judge, lost=lost)
+                    run_rounds(run, engine, evaluate, attendance=engine)
                 finally:
-                    engine.settle()
+                    engine.run_deferred()
             why = "the run is finished"
         finally:
             control.stop_inviting()
             engine.end(why)
-    return write_summary(folder, config, mask, state, facts=engine.outcome())
+    return engine.outcome()
 
 
-def _judge(workplace: Workplace, model: MaskedModel) -> Judge:
-    """A judge on the coordinator's own validation rows."""
-    rows = load_split(workplace.config, workplace.task, "validation")
-    return Judge(workplace, model, workplace.evaluation_batch(workplace.examples(rows)))
+def _announce(run: Run) -> None:
+    """Say what is about to run."""
+    config = run.config
+    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
+    say(
+        f"{run.folder.root}: federation {run.opening.federation}: {config.method}, {len(run.mask):,} of "
+        f"{run.mask.total:,} parameters move, learning rate {config.lr:g}; up to {many}"
+    )
+    if defence := defence_in_words(config):
+        say(defence)
 
 
 class _Watched(RemoteEngine):
     """A remote engine that says every few seconds how the federation stands, and keeps its events."""
 
-    def __init__(self, folder: RunFolder, *rest: Any) -> None:
-        super().__init__(*rest)
-        self._folder = folder
+    def __init__(
+        self, run: Run, link: Link, admission: Admission, rules: WaitingRules, better: Mapping[str, Better]
+    ) -> None:
+        super().__init__(
+            link, admission, run.settings, rules, run.opening.federation, run.state, run.directions, better
+        )
+        self._folder = run.folder
         self._said = 0.0
 
     def tell(self, event: str, text: str, **facts: Any) -> None:
@@ -313,7 +306,7 @@ class _Watched(RemoteEngine):
         self._folder.append_event(event, round=self._trail.round, **facts)
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """See `experiment.Engine`."""
+        """See `loop.Attendance`."""
         super().closed(state, record)
         if (now := time.monotonic()) - self._said >= _STATUS_S:
             self._said = now

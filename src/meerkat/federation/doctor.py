@@ -1,19 +1,24 @@
-"""`meerkat doctor`: what is wrong with a site or a coordinator, before a run finds out.
+"""`meerkat doctor`: finds what is wrong with a site or a coordinator before a run does.
 
-A check is a function that gives findings, one line each. None stops another, and what one raises is a finding too.
-Hub names are looked up in the cache at most: nothing leaves this machine but the handshake that `--connect` asks for.
+A check is a function that yields results, one line each. No check stops another; an exception becomes a failed check.
+Hub names are looked up in the local cache only: nothing leaves this machine but the handshake for `--connect`.
 """
 
+import errno
 import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from cryptography import x509
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.requirements import Requirement
@@ -21,108 +26,138 @@ from transformers.utils import logging
 
 from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.federation.checkup import (
-    Finding,
-    Findings,
-    connection,
-    coordinator_certificate,
-    coordinator_signers,
-    fail,
-    ok,
-    port,
-    site_authority,
-    site_keys,
-    warn,
-)
+from meerkat.federation import certificates
 from meerkat.federation.coordinator import FederationConfig, host_and_port, read_federation
 from meerkat.federation.site_settings import SiteConfig
-from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.masks import sparse_mask
+from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import load_model
 from meerkat.problems.data import load_rows, read_texts
 from meerkat.problems.tasks import TASKS, check_rows, load_task
 from meerkat.progress import number_of
-from meerkat.run.setup import load_split, open_task, resolve
+from meerkat.record.signatures import fingerprint, read_keys
+from meerkat.run.setup import load_split, resolve
 from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
+
+_TIMEOUT_S = 5.0
+_CERTIFICATE_CURES = {
+    9: "it is not valid yet: check the clocks",
+    10: "it has expired: make new ones with 'meerkat certify', or check the clock",
+    18: "it is self-signed: is this the coordinator?",
+    19: "another authority signed it: get the coordinator's ca.crt",
+    20: "another authority signed it: get the coordinator's ca.crt",
+    62: "use a name that it has, or one with this name from 'meerkat certify --host'",
+    64: "use an address that it has, or one with this address from 'meerkat certify --host'",
+}
+"""What to do about a certificate, by OpenSSL's error number."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One line of the outcome."""
+
+    level: Literal["ok", "warn", "FAIL"]
+    check: str
+    found: str
+    cure: str = ""
+    """What to do; empty if there is nothing to do, or if `found` says it."""
+
+    def __str__(self) -> str:
+        return f"{self.level:<4}  {self.check:<12}  {self.found}" + (f"; {self.cure}" if self.cure else "")
+
+
+Results = Iterator[CheckResult]
+
+
+def ok(check: str, found: str) -> CheckResult:
+    """Nothing is wrong."""
+    return CheckResult("ok", check, found)
+
+
+def warn(check: str, found: str, cure: str) -> CheckResult:
+    """A run may fail, or will later."""
+    return CheckResult("warn", check, found, cure)
+
+
+def fail(check: str, found: str, cure: str = "") -> CheckResult:
+    """A run would fail."""
+    return CheckResult("FAIL", check, found, cure)
 
 
 def examine(file: Path, connect: str = "") -> dict[str, Any]:
     """Check the machine of a site.toml or a federation.toml.
 
     Args:
-        connect: host:port of the coordinator, to try a TLS handshake with; a site's alone.
+        connect: host:port of the coordinator, to try a TLS handshake with; for a site only.
 
     Returns:
-        `file`, `kind` (site or coordinator), and `checks`, a list of findings as dictionaries.
+        `file`, `kind` (site or coordinator), and `checks`, a list of results as dictionaries.
 
     Raises:
-        MeerkatError: the file cannot be read or is neither, or `connect` is no address.
+        MeerkatError: the file cannot be read or is neither, or `connect` is not an address.
     """
-    held = read_toml(file)
-    kind = "coordinator" if held.keys() & {"run", "federation"} else "site"
-    if kind == "site" and not held.keys() & SiteConfig.model_fields.keys():
+    tables = read_toml(file)
+    kind = "coordinator" if tables.keys() & {"run", "federation"} else "site"
+    if kind == "site" and not tables.keys() & SiteConfig.model_fields.keys():
         raise MeerkatError(f"'{file}': neither a site.toml (client, data) nor a federation.toml ([run], [federation])")
     if connect and kind == "coordinator":
         raise MeerkatError("--connect: is for a site, to reach its coordinator; leave it out with a federation.toml")
     address = host_and_port(connect, "--connect") if connect else None
-    own = _coordinator(file) if kind == "coordinator" else _site(file, address)
-    machine: dict[str, Callable[[], Findings]] = {
+    machine: dict[str, Callable[[], Results]] = {
         "versions": versions,
         "programs": programs,
         "threads": threads,
         "disk": lambda: disk(file.absolute().parent),
     }
-    return {"file": str(file), "kind": kind, "checks": [asdict(finding) for finding in (*_run(machine), *own)]}
+    try:
+        checks = _coordinator_checks(file) if kind == "coordinator" else _site_checks(file, address)
+    except MeerkatError as error:
+        wrong = (fail("settings", str(error)), warn("the rest", "was not checked", "correct the settings first"))
+        checks = {"settings": lambda: iter(wrong)}
+    return {"file": str(file), "kind": kind, "checks": [asdict(result) for result in _run(machine | checks)]}
 
 
 def in_lines(outcome: Mapping[str, Any]) -> str:
-    """An outcome for a person, a line a check."""
-    return "\n".join(str(Finding(**finding)) for finding in outcome["checks"])
+    """An outcome for a person, one line a result."""
+    return "\n".join(str(CheckResult(**result)) for result in outcome["checks"])
 
 
 def judge(outcome: Mapping[str, Any]) -> None:
     """Raise RunFailed if any check failed."""
-    levels = [finding["level"] for finding in outcome["checks"]]
+    levels = [result["level"] for result in outcome["checks"]]
     if failed := levels.count("FAIL"):
         raise RunFailed(f"{failed} of {len(levels)} checks failed")
 
 
-def _run(checks: Mapping[str, Callable[[], Findings]]) -> Findings:
+def _run(checks: Mapping[str, Callable[[], Results]]) -> Results:
     for name, check in checks.items():
         try:
             yield from check()
         except MeerkatError as error:
             yield fail(name, str(error))
-        except Exception as error:  # a check that breaks is no reason to keep the others' findings back
+        except Exception as error:  # a check that breaks must not hide the others' results
             yield fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _site(file: Path, address: tuple[str, int] | None) -> Findings:
-    try:
-        own = SiteConfig.load(file)
-    except MeerkatError as error:
-        return iter((fail("settings", str(error)), warn("the rest", "was not looked at", "mend the settings first")))
-    checks: dict[str, Callable[[], Findings]] = {
-        "settings": lambda: iter((ok("settings", f"a site's: client {own.client}"),)),
-        "model": lambda: model(own.model, own.device, own.accepts.model),
-        "data": lambda: site_rows(own),
-        "authority": lambda: site_authority(own.certificate_authority),
-        "signing_key": lambda: site_keys(own),
+def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Callable[[], Results]]:
+    site = SiteConfig.load(file)
+    checks: dict[str, Callable[[], Results]] = {
+        "settings": lambda: iter((ok("settings", f"a site's: client {site.client}"),)),
+        "model": lambda: model(site.model, site.device, site.accepts.model),
+        "data": lambda: site_rows(site),
+        "authority": lambda: site_authority(site.certificate_authority),
+        "signing_key": lambda: site_keys(site),
     }
     if address is not None:
-        checks["connection"] = lambda: connection(address, own.certificate_authority)
-    return _run(checks)
+        checks["connection"] = lambda: connection(address, site.certificate_authority)
+    return checks
 
 
-def _coordinator(file: Path) -> Findings:
-    try:
-        given, federation = read_federation(file)
-        config = resolve(given, rows=federation.evaluate == "coordinator")
-    except MeerkatError as error:
-        return iter((fail("settings", str(error)), warn("the rest", "was not looked at", "mend the settings first")))
-    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
-    said = f"a coordinator's: {config.method} on {config.task}, {many}"
-    checks: dict[str, Callable[[], Findings]] = {
-        "settings": lambda: settings(config, f"{said}; threads: {config.threads}"),
+def _coordinator_checks(file: Path) -> dict[str, Callable[[], Results]]:
+    given, federation = read_federation(file)
+    config = resolve(given, rows=federation.evaluate == "coordinator")
+    checks: dict[str, Callable[[], Results]] = {
+        "settings": lambda: coordinator_settings(config),
         "model": lambda: model(config.model, config.device, mask=config.mask),
         "data": lambda: coordinator_rows(config, federation),
         "signers": lambda: coordinator_signers(federation),
@@ -130,120 +165,53 @@ def _coordinator(file: Path) -> Findings:
     if federation.stream:
         checks["certificate"] = lambda: coordinator_certificate(federation)
         checks["port"] = lambda: port(federation)
-    return _run(checks)
+    return checks
 
 
-def settings(config: RunConfig, said: str) -> Findings:
-    """The coordinator's settings, and those that do nothing."""
-    yield ok("settings", said)
-    for line in config.idle().values():
-        yield warn("settings", line, "a new run is refused with it")
+# --- the machine ---
 
 
-def versions() -> Findings:
-    """Python and the packages that this release asks for, by its own metadata."""
+def versions() -> Results:
+    """Python and the packages that this release requires, by its own metadata."""
     about = importlib.metadata.metadata("meerkat-fl")
-    asked = [Requirement(line) for line in importlib.metadata.requires("meerkat-fl") or ()]
-    asked = [requirement for requirement in asked if requirement.name in ("torch", "transformers", "flwr")]
-    for name, allowed in [("python", Requirement(f"python{about['Requires-Python']}").specifier)] + [
-        (requirement.name, requirement.specifier) for requirement in asked
-    ]:
+    required = [Requirement(f"python{about['Requires-Python']}")]
+    required += [Requirement(line) for line in importlib.metadata.requires("meerkat-fl") or ()]
+    for name, allowed in [(requirement.name, requirement.specifier) for requirement in required]:
+        if name not in ("python", "torch", "transformers", "flwr"):
+            continue
         try:
-            held = platform.python_version() if name == "python" else importlib.metadata.version(name)
+            installed = platform.python_version() if name == "python" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield fail(name, "is not installed", "pip install 'meerkat-fl[flower]'")
             continue
-        found = f"{held}; meerkat {about['Version']} is made for {allowed}"
-        fits = allowed.contains(held, prereleases=True)
-        yield ok(name, found) if fits else fail(name, found, "install one that fits")
+        message = f"{installed}; meerkat {about['Version']} is made for {allowed}"
+        fits = allowed.contains(installed, prereleases=True)
+        yield ok(name, message) if fits else fail(name, message, "install a version that fits")
 
 
-def programs() -> Findings:
-    """The programs that Flower starts by their bare names."""
+def programs() -> Results:
+    """The programs that Flower starts by name."""
     missing = [name for name in ("flower-superexec", "flwr-serverapp", "flwr-clientapp") if not shutil.which(name)]
     lacking = warn("programs", f"not on PATH: {', '.join(missing)}", "put this environment's bin folder on PATH")
     yield lacking if missing else ok("programs", "Flower's are on PATH")
 
 
-def threads() -> Findings:
-    """CPUs here; the number of threads is the run's, so that all sites compute the same bits."""
-    yield ok("threads", f"{os.cpu_count()} CPUs; how many threads a run takes is the coordinator's setting, for all")
+def threads() -> Results:
+    """The CPUs here. The number of threads is the run's, so that all sites compute the same bits."""
+    yield ok("threads", f"{os.cpu_count()} CPUs; the coordinator sets how many threads every machine uses")
 
 
-def disk(folder: Path) -> Findings:
-    """Room beside the file, and in the hub's cache."""
+def disk(folder: Path) -> Results:
+    """Free space beside the file, and in the hub's cache."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for what, path in (("disk", folder), ("hub cache", cache)):
         free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-        found = f"{_size(free)} free at {path}"
-        yield ok(what, found) if free > 1e9 else warn(what, found, "make room: a full disk ends a run")
-
-
-def model(name: str, device: str, pinned: str = "", mask: str = "") -> Findings:
-    """That the model fits into memory, loads, and is the one that is meant; that a mask fits it."""
-    folder = demo.MODEL if name == EMBEDDED else Path(name)
-    weights = sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
-    found = f"{_size(weights)} of weights, {_size(free := _available())} free"
-    if weights > free:
-        yield fail("memory", found, "use a larger machine; the model was not loaded")
-        return
-    if folder.exists():
-        yield ok("memory", found)
-    elif _is_hub_name(name):
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            yield warn(
-                "model", f"'{name}': no folder, and not in the hub's cache", "a run would fetch it, if it is there"
-            )
-            return
-    logging.disable_progress_bar()
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded, _ = load_model(str(folder), place)
-    own, size = fingerprint(loaded), sum(parameter.numel() for parameter in loaded.parameters())
-    yield ok("model", f"{name}: {size:,} parameters on {place}, fingerprint {own}")
-    if pinned and own != pinned:
-        yield fail("model", f"its fingerprint is not accepts.model, {pinned}", "use the model that was agreed on")
-    if mask:
-        held = SparseMask.load(Path(mask))
-        held.check_fits(loaded)
-        yield ok("mask", f"{len(held):,} of {held.total:,} parameters, SHA-256 {held.digest()}")
-
-
-def site_rows(own: SiteConfig) -> Findings:
-    """The site's own rows, checked against the task where [accepts] names one that is known here."""
-    if not Path(own.data).is_dir():
-        raise MeerkatError(f"data '{own.data}': no such folder; give the folder with the site's train.jsonl")
-    name = own.accepts.task
-    task = demo.load_task(name) if name in demo.TASKS else load_task(name) if name in TASKS else None
-    for split in ("train", "validation") if own.evaluate else ("train",):
-        rows = load_rows(own.data, split)
-        if task is not None:
-            check_rows(task, rows, f"data '{own.data}', {split}")
-        fits = f"as task {name} wants them" if task else f"with {', '.join(sorted(rows[0]))}"
-        yield ok("data", f"{split}: {len(rows)} rows {fits}")
-
-
-def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Findings:
-    """What the coordinator itself reads: text for the mask, and rows to judge on."""
-    if hub := [name for name in (config.text, config.data) if _is_hub_name(name)]:
-        yield warn("data", f"hub names were not looked up: {', '.join(hub)}", "if folders are meant, check the paths")
-    if config.text and config.text not in hub:
-        next(read_texts(config.text))
-        yield ok("text", f"{config.text} can be read")
-    if federation.evaluate == "sites":
-        yield ok("data", "none needed here: sites judge on their own rows")
-    elif config.data not in hub:
-        yield ok("data", f"validation: {len(load_split(config, open_task(config), 'validation'))} rows")
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether a model or data would be looked for on the hub."""
-    return bool(name) and not (Path(name).exists() or Path(name).is_absolute() or name.startswith("."))
+        message = f"{_size(free)} free at {path}"
+        yield ok(what, message) if free > 1e9 else warn(what, message, "free some space: a full disk ends a run")
 
 
 def _available() -> int:
-    """Bytes of memory that a program can have, as Linux tells; elsewhere half of what is built in."""
+    """Bytes of memory available to a program, as Linux reports it; elsewhere half of the machine's memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -253,3 +221,216 @@ def _available() -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+# --- settings, model and rows ---
+
+
+def coordinator_settings(config: RunConfig) -> Results:
+    """The coordinator's settings, and those that have no effect."""
+    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
+    yield ok("settings", f"a coordinator's: {config.method} on {config.task}, {many}; threads: {config.threads}")
+    for line in config.idle().values():
+        yield warn("settings", line, "a new run is refused with it")
+
+
+def model(name: str, device: str, pinned: str = "", mask: str = "") -> Results:
+    """That the model fits into memory, loads, and has the pinned fingerprint; that a mask fits it."""
+    folder = demo.MODEL if name == EMBEDDED else Path(name)
+    weights = sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
+    message = f"{_size(weights)} of weights, {_size(free := _available())} free"
+    if weights > free:
+        yield fail("memory", message, "use a larger machine; the model was not loaded")
+        return
+    if folder.exists():
+        yield ok("memory", message)
+    elif _is_hub_name(name):
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            message = f"'{name}': not a folder, and not in the hub's cache"
+            yield warn("model", message, "a run would download it, if the hub has it")
+            return
+    logging.disable_progress_bar()
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded, _ = load_model(str(folder), place)
+    actual, size = sparse_mask.fingerprint(loaded), sum(parameter.numel() for parameter in loaded.parameters())
+    yield ok("model", f"{name}: {size:,} parameters on {place}, fingerprint {actual}")
+    if pinned and actual != pinned:
+        yield fail("model", f"its fingerprint is not accepts.model, {pinned}", "use the model that was agreed on")
+    if mask:
+        entries = SparseMask.load(Path(mask))
+        entries.check_fits(loaded)
+        yield ok("mask", f"{len(entries):,} of {entries.total:,} parameters, SHA-256 {entries.digest()}")
+
+
+def site_rows(site: SiteConfig) -> Results:
+    """The site's own rows, and whether they fit the task if [accepts] names one that is known here."""
+    if not Path(site.data).is_dir():
+        raise MeerkatError(f"data '{site.data}': no such folder; give the folder with the site's train.jsonl")
+    name = site.accepts.task
+    task = demo.load_task(name) if name in demo.TASKS else load_task(name) if name in TASKS else None
+    for split in ("train", "validation") if site.evaluate else ("train",):
+        rows = load_rows(site.data, split)
+        if task is not None:
+            check_rows(task, rows, f"data '{site.data}', {split}")
+        fits = f"that fit task {name}" if task else f"with {', '.join(sorted(rows[0]))}"
+        yield ok("data", f"{split}: {len(rows)} rows {fits}")
+
+
+def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Results:
+    """What the coordinator itself reads: text to make the mask from, and rows to evaluate on."""
+    if hub := [name for name in (config.text, config.data) if _is_hub_name(name)]:
+        yield warn("data", f"hub names were not looked up: {', '.join(hub)}", "if folders are meant, check the paths")
+    if config.text and config.text not in hub:
+        next(read_texts(config.text))
+        yield ok("text", f"{config.text} can be read")
+    if federation.evaluate == "sites":
+        yield ok("data", "none needed here: sites evaluate on their own rows")
+    elif config.data not in hub:
+        yield ok("data", f"validation: {len(load_split(config, 'validation'))} rows")
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a model or data set of this name would be looked up on the hub."""
+    return bool(name) and not (Path(name).exists() or Path(name).is_absolute() or name.startswith("."))
+
+
+# --- keys and certificates ---
+
+
+def site_keys(site: SiteConfig) -> Results:
+    """The site's signing key, and the previous one."""
+    keys = dict(zip(("signing_key", "signing_key_before"), site.signing_keys(), strict=True))
+    for name, key in keys.items():
+        if key is None:
+            continue
+        yield ok(name, f"Ed25519, {fingerprint(key.public)}")
+        yield from _readable_by_others(name, getattr(site, name))
+    if keys["signing_key"] is None:
+        yield ok("signing_key", "none: replies are not signed")
+
+
+def coordinator_signers(federation: FederationConfig) -> Results:
+    """Whose signatures the coordinator accepts."""
+    if federation.signers:
+        listed = read_keys(federation.signers, "signers")
+        yield ok("signers", f"{number_of(len(listed), 'key')} may sign")
+        if revoked := sorted(listed.intersection(federation.revoked)):
+            yield warn("signers", f"{revoked[0]} is listed, and revoked", "remove it from the list")
+    elif federation.sign:
+        message = "none listed: the first key that a client shows becomes its key"
+        yield warn("signers", message, "list the sites' .pub files, or compare fingerprints afterwards")
+    else:
+        yield ok("signers", "sign = false: sites without a key do not sign")
+
+
+def site_authority(path: str) -> Results:
+    """The federation's CA certificate, as the site has it."""
+    if not path:
+        yield warn("authority", "no certificate_authority: the site can only join runs without a stream", "give ca.crt")
+        return
+    certificate = certificates.read_certificate(path)
+    yield _validity("authority", certificate)
+    if not certificates.is_authority(certificate):
+        yield fail("authority", f"'{path}' is not an authority's certificate", "give ca.crt, not server.crt")
+
+
+def coordinator_certificate(federation: FederationConfig) -> Results:
+    """The stream's certificate: validity, names, signature and private key."""
+    certificate = certificates.read_certificate(federation.certificate)
+    yield _validity("certificate", certificate)
+    host, _ = host_and_port(federation.stream, "stream")
+    message = f"{host}; the certificate is for {', '.join(names := certificates.names_of(certificate))}"
+    yield ok("stream", message) if host in names else fail("stream", message, f"meerkat certify --host {host} ...")
+    authority = Path(federation.certificate).with_name("ca.crt")
+    if not authority.is_file():
+        yield warn("authority", f"no {authority}: the certificate's signature was not checked", "sites need it too")
+    elif certificates.is_signed_by(certificate, certificates.read_certificate(str(authority))):
+        yield ok("authority", f"{authority} signed the certificate")
+    else:
+        yield fail("authority", f"{authority} did not sign the certificate", "use files of one 'meerkat certify'")
+    key = federation.private_key
+    if certificates.is_pair(certificate, key):
+        yield ok("private_key", "belongs to the certificate")
+    else:
+        yield fail("private_key", f"'{key}' does not belong to the certificate", "use the certificate's own key")
+    yield from _readable_by_others("private_key", key)
+
+
+def _validity(check: str, certificate: x509.Certificate) -> CheckResult:
+    now, begin, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    message = (
+        f"valid from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC; this machine's clock: {now:%Y-%m-%d %H:%M}"
+    )
+    if not begin <= now <= end:
+        return fail(check, message, "set the clock, or make new certificates with 'meerkat certify'")
+    if end - now < timedelta(days=30):
+        return warn(check, message, "it expires within 30 days: make new certificates with 'meerkat certify'")
+    return ok(check, message)
+
+
+def _readable_by_others(check: str, key: str) -> Results:
+    if Path(key).stat().st_mode & 0o077:
+        yield warn(check, f"other users can read '{key}'", f"chmod 600 {key}")
+
+
+# --- the network ---
+
+
+def port(federation: FederationConfig) -> Results:
+    """Whether the coordinator can listen on the stream's port."""
+    listen = federation.listen or federation.stream
+    host, number = host_and_port(listen, "listen" if federation.listen else "stream")
+    try:
+        with socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            yield ok("port", f"{listen} is free")
+    except OSError as error:
+        cure = f'give an address of this machine to listen on, such as listen = "0.0.0.0:{number}"'
+        if error.errno == errno.EADDRINUSE:
+            cure = "end the run or program that uses it, or give another port"
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        yield fail("port", f"cannot listen on {listen}: {why}", cure)
+
+
+def connection(address: tuple[str, int], authority: str) -> Results:
+    """A TLS handshake with the coordinator under the site's CA, step by step; nothing else is sent to it."""
+    host, number = address
+    if proxies := sorted(n for n in os.environ if n.lower() in ("https_proxy", "http_proxy", "grpc_proxy")):
+        message = f"{', '.join(proxies)} is set: a run may use that proxy, this check does not"
+        yield warn("proxy", message, f"put {host} into no_proxy if the proxy is not for it")
+    try:
+        yield ok("name", f"{host} is {socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][4][0]}")
+    except OSError as error:
+        yield fail("name", f"'{host}': {error.strerror}", "check the spelling, and this machine's DNS")
+        return
+    try:
+        socket.create_connection(address, _TIMEOUT_S).close()
+    except OSError as error:
+        cure = "is a firewall in the way?"
+        if isinstance(error, ConnectionRefusedError):
+            cure = "is the SuperLink up? The stream's port is open during a run only"
+        yield fail("port", f"{number} of {host}: {error.strerror or error}", cure)
+        return
+    yield ok("port", f"{number} of {host} is open")
+    try:
+        certificate = _handshake(address, ssl.create_default_context(cafile=authority or None))
+        yield ok("handshake", "the certificate is signed by the site's authority and names this host")
+    except OSError as error:
+        why = (getattr(error, "verify_message", "") or error.strerror or str(error)).rstrip(".")
+        cure = _CERTIFICATE_CURES.get(getattr(error, "verify_code", 0), "is a TLS server there?")
+        yield fail("handshake", why, cure)
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        certificate = _handshake(address, unverified)
+    yield _validity("clock", x509.load_der_x509_certificate(certificate))
+
+
+def _handshake(address: tuple[str, int], context: ssl.SSLContext) -> bytes:
+    """The certificate that the server shows, DER."""
+    context.set_alpn_protocols(["h2", "http/1.1"])  # gRPC requires the first
+    with (
+        socket.create_connection(address, _TIMEOUT_S) as plain,
+        context.wrap_socket(plain, server_hostname=address[0]) as secure,
+    ):
+        return secure.getpeercert(binary_form=True) or b""

@@ -2,8 +2,8 @@
 
 Every frame begins with the same 52 bytes: magic and version, kind, the run, the client, the round it belongs
 to and the SHA-256 of theta as that round finds it. What follows depends on the kind, little-endian throughout.
-A site's frames can hold scalars, counts of an evaluation and words from a fixed list: no loss, label or text
-of its data has a place in them. A signed reply does without the SHA-256, which its signature covers.
+A site's frames can hold scalars, the run's score on its rows, their number, and words from a fixed list: no loss of
+a step, label or text of its data has a place in them. A signed reply does without the SHA-256: its signature covers it.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 
 from meerkat.algorithm.directions import PHASES, Phase
 from meerkat.errors import MeerkatError
+from meerkat.problems.problem import RANGES
 from meerkat.record.signatures import SIGNATURE
 
 VERSION = 2
@@ -31,7 +32,9 @@ _CLOSED = struct.Struct("<BddIH")
 ROOM = LIMIT - _HEADER_SIZE
 """Bytes of a frame's body, at most."""
 _REPLY = struct.Struct("<BIH")
-_COUNTS = struct.Struct("<QQ")
+_SCORE = struct.Struct("<dQ")
+_MOST = 1e30
+"""Of a score without bounds of its own: a mean over all sites stays finite."""
 _PART = struct.Struct("<IIQ")
 _F4 = np.dtype("<f4")
 _PHASES: tuple[Phase, ...] = ("training", "calibration")
@@ -52,8 +55,8 @@ class Kind(IntEnum):
     CLOSED = 5  # coordinator: rounds closed since, and nothing to do
     STATE = 6  # coordinator: a part of theta and what goes with it
     BEHIND = 7  # site: my theta is not the one you mean
-    JUDGE = 8  # coordinator: rounds closed since; evaluate on your own rows
-    COUNTS = 9  # site: rows right, rows in all
+    EVALUATE = 8  # coordinator: rounds closed since; evaluate on your own rows
+    SCORE = 9  # site: the run's score on its own rows, and how many they are
     FAILED = 10  # site: I could not make my steps
     REFUSAL = 11  # either: no, and why, in one line; the session is over
     END = 12  # coordinator: the run is over
@@ -133,7 +136,7 @@ class Closed(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The body of WORK, CLOSED and JUDGE: what happened since, and what to do now."""
+    """The body of WORK, CLOSED and EVALUATE: what happened since, and what to do now."""
 
     phase: Phase = "training"
     lr: float = 0.0
@@ -201,21 +204,24 @@ def decode_reply(frame: Frame) -> tuple[Phase, np.ndarray, bytes]:
     return *decode_scalars(frame.body[signed:]), frame.body[:signed]
 
 
-def encode_counts(correct: int, total: int) -> bytes:
-    """The body of COUNTS."""
-    return _COUNTS.pack(correct, total)
+def encode_score(name: str, value: float, rows: int) -> bytes:
+    """The body of SCORE: a score's mean over so many rows."""
+    return _SCORE.pack(value, rows) + name.encode()
 
 
-def decode_counts(body: bytes) -> tuple[int, int]:
-    """Rows right and rows in all.
+def decode_score(body: bytes, name: str) -> tuple[float, int]:
+    """The value of the score that is called so, and the rows that it is a mean over.
 
     Raises:
-        BadFrame: it is no such body, or more are right than there are.
+        BadFrame: it is no such body, another score, or no value or number of rows that there can be.
     """
-    correct, total = _unpack(_COUNTS, body)
-    if len(body) != _COUNTS.size or correct > total:
-        raise BadFrame(f"an evaluation with {correct} of {total} rows right")
-    return correct, total
+    value, rows = _unpack(_SCORE, body)
+    if body[_SCORE.size :] != name.encode():
+        raise BadFrame(f"an evaluation by another score than the run's, {name}")
+    low, high = RANGES.get(name, (-_MOST, _MOST))
+    if not low <= value <= high or not 0 < rows < 2**40:
+        raise BadFrame(f"an evaluation with {name} {value:g} on {rows} rows")
+    return value, rows
 
 
 def encode_state(values: np.ndarray) -> list[bytes]:

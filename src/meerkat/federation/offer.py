@@ -1,7 +1,7 @@
-"""What a coordinator offers each node at the start: all of a run that a site needs to take part in it.
+"""What a coordinator offers each node at the start: everything that a site needs to take part in a run.
 
-It travels once, inside the control plane's own authenticated message, with the token that the node's first
-frame shows. Where the run's files lie on the coordinator, and its pre-training gradient, stay there.
+It travels once, inside the control plane's own authenticated message, with the token for the node's first frame. The
+paths of the run's files and the pre-training gradient stay on the coordinator.
 """
 
 import json
@@ -16,33 +16,34 @@ from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
 from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.groups import MachineSettings
 
-HERE = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
-"""Settings of a run that each side has of its own."""
+LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
+"""Settings of a run that each side chooses for itself."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A run, as a node is told of it."""
+    """A run, as it is offered to a node."""
 
     run: str
     """The federation's id: 8 bytes, hexadecimal."""
     settings: dict[str, Any]
-    """The run's settings, without those of `HERE`."""
+    """The run's settings, except `LOCAL_SETTINGS`."""
     task: str
-    """A task's name, or its file's."""
+    """A task's name, or the name of its file."""
     task_text: str
-    """The task file's text; empty for a task that every meerkat knows."""
+    """The task file's text; empty for a built-in task."""
     theta: str
     """SHA-256 of theta_0."""
     mask: bytes
-    """The mask's file, without gradient and base values."""
+    """The mask's file, without pre-training gradient and theta_0."""
     token: str
-    """For the node's first frame, once: 32 bytes, hexadecimal."""
+    """For the node's first frame; serves once. 32 bytes, hexadecimal."""
     stream: str
-    """host:port of the session stream; empty where frames travel in the control plane's messages."""
+    """host:port of the session stream; empty if frames travel in the control plane's messages."""
     patience_s: float
-    """Seconds for which a site tries to come back after the stream broke, before it is free for another run."""
+    """Seconds that a site tries to come back after the stream broke, before it is free for another run."""
     sign: bool = False
     """Whether replies without a signature are refused."""
     version: int = VERSION
@@ -58,20 +59,20 @@ class Offer:
         patience_s: float,
         sign: bool = False,
     ) -> "Offer":
-        """The offer of a run, without a token yet.
+        """A run's offer, still without a token.
 
         Raises:
             MeerkatError: the run's task cannot be read.
         """
-        known = config.task in TASKS or config.task in demo.TASKS
-        settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in HERE}
+        built_in = _is_built_in(config.task)
+        settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in LOCAL_SETTINGS}
         return cls(
             run=run,
             settings={**settings, "task": ""},
-            task=config.task if known else Path(config.task).name,
-            task_text="" if known else read_task_file(config.task),
+            task=config.task if built_in else Path(config.task).name,
+            task_text="" if built_in else read_task_file(config.task),
             theta=theta,
-            mask=_bytes_of(replace(mask, pretraining_gradient=None, theta_0=None)),
+            mask=_file_bytes(replace(mask, pretraining_gradient=None, theta_0=None)),
             token="",
             stream=stream,
             patience_s=patience_s,
@@ -79,87 +80,91 @@ class Offer:
         )
 
     def encode(self, token: str) -> tuple[str, bytes]:
-        """The offer as JSON, with a token in it, and the mask's bytes apart."""
-        held = {**asdict(self), "token": token}
-        mask = held.pop("mask")
-        return json.dumps(held), mask
+        """The offer as JSON, with a token; and, separately, the mask's bytes."""
+        fields = {**asdict(self), "token": token}
+        mask = fields.pop("mask")
+        return json.dumps(fields), mask
 
     @classmethod
     def decode(cls, text: str, mask: bytes) -> "Offer":
         """The offer that `encode` wrote.
 
         Raises:
-            MeerkatError: it is none, or of another version.
+            MeerkatError: it is malformed, or of another version.
         """
         try:
-            held = json.loads(text)
-            if held["version"] != VERSION:
+            fields = json.loads(text)
+            if fields["version"] != VERSION:
                 raise MeerkatError(
-                    f"the coordinator speaks frame format {held['version']}, this site {VERSION}: "
+                    f"the coordinator speaks frame format {fields['version']}, this site {VERSION}: "
                     "use the same version of meerkat on both"
                 )
-            offer = cls(mask=mask, **held)
+            offer = cls(mask=mask, **fields)
             offer._check()
             return offer
         except DAMAGE:
             raise MeerkatError("the coordinator's offer cannot be read: use the same version of meerkat") from None
 
     def _check(self) -> None:
-        """Raise TypeError or ValueError unless every part is of its kind."""
+        """Raise TypeError or ValueError if a part is malformed."""
         for text, size in ((self.run, 8), (self.token, 32), (self.theta, 32)):
             if len(bytes.fromhex(text)) != size:
                 raise ValueError(f"{text!r}: not {size} bytes")
         if not isinstance(self.settings, dict) or not all(
             isinstance(text, str) for text in (self.task, self.task_text, self.stream)
         ):
-            raise TypeError("settings, task or stream of another kind")
+            raise TypeError("settings, task or stream of the wrong type")
         if not 0 <= float(self.patience_s) < float("inf"):
             raise ValueError(f"{self.patience_s} seconds")
 
-    def config(self, own: dict[str, Any]) -> RunConfig:
-        """The run's settings, with a site's own.
+    def config(self, local: dict[str, Any]) -> RunConfig:
+        """The run's settings, with a site's `LOCAL_SETTINGS`.
 
         Raises:
-            MeerkatError: a setting is not known, or not allowed.
+            MeerkatError: a setting is unknown, or its value is not allowed.
         """
-        offered = {name: value for name, value in self.settings.items() if name not in HERE}
-        return make_config({**offered, "task": self.task, **own}, spell="the offered ")
+        offered = {name: value for name, value in self.settings.items() if name not in LOCAL_SETTINGS}
+        config = make_config({**offered, "task": self.task, **local}, spell="the offered ")
+        config.check_resolved("the offered ", but=MachineSettings.model_fields.keys())
+        return config
 
     def load_task(self) -> Task:
         """The run's task.
 
         Raises:
-            MeerkatError: it is not known here, or its text describes none.
+            MeerkatError: it is unknown here, or its text is malformed.
         """
         if self.task_text:
             task = parse_task(self.task_text, self.task)
-            if task.name in TASKS or task.name in demo.TASKS:  # a site that accepts the name means its own text
-                raise MeerkatError(
-                    f"task '{task.name}': is one that every meerkat knows; give the task file another name"
-                )
+            if _is_built_in(task.name):  # a site that accepts this name means the built-in task
+                raise MeerkatError(f"task '{task.name}': is built in; give the task file another name")
             return task
         if self.task in demo.TASKS:
             return demo.load_task(self.task)
         if self.task in TASKS:
             return TASKS[self.task]
-        raise MeerkatError(f"task '{self.task}': not known here; use the same version of meerkat as the coordinator")
+        raise MeerkatError(f"task '{self.task}': unknown here; use the same version of meerkat as the coordinator")
 
     def load_mask(self) -> SparseMask:
         """The run's mask.
 
         Raises:
-            MeerkatError: the bytes are no mask.
+            MeerkatError: the bytes are not a mask.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mask.safetensors"
             path.write_bytes(self.mask)
             try:
                 return SparseMask.load(path)
-            except MeerkatError:  # which names a file that nobody knows
-                raise MeerkatError("the offered mask is damaged, or no mask") from None
+            except MeerkatError:  # its message names a temporary file
+                raise MeerkatError("the offered mask is damaged; use the same version of meerkat on both") from None
 
 
-def _bytes_of(mask: SparseMask) -> bytes:
+def _is_built_in(task: str) -> bool:
+    return task in TASKS or task in demo.TASKS
+
+
+def _file_bytes(mask: SparseMask) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.safetensors"
         mask.save(path)

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +21,16 @@ from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, che
 from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
-from meerkat.federation.admission import Door, Guest
-from meerkat.federation.catch_up import Trail
+from meerkat.federation.admission import Admission, AdmittedSite
+from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
-from meerkat.federation.link import Event, Link, Terms
+from meerkat.federation.link import Event, Link, WaitingRules
+from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
-from meerkat.record.run_folder import Metric
 from meerkat.record.signatures import BadSignature
-from meerkat.run.metrics import clients_in_words, counts_metric
+from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.sentences import clients_in_words
 
 _LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
@@ -42,7 +43,7 @@ _PATIENT = 3
 
 @dataclass
 class _Member:
-    guest: Guest
+    guest: AdmittedSite
     round: int | None
     """The round that its theta stands at, as far as is known; None where it needs the whole state."""
     here: bool = True
@@ -53,23 +54,25 @@ class _Member:
 
 
 class RemoteEngine:
-    """Runs rounds over a link. See `experiment.Engine`."""
+    """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
 
     def __init__(
         self,
         link: Link,
-        door: Door,
+        door: Admission,
         settings: ServerConfig,
-        terms: Terms,
+        terms: WaitingRules,
         run: str,
         state: ServerState,
         directions: Directions,
+        better: Mapping[str, Better],
     ) -> None:
         """Take up a run where its log ends.
 
         Args:
             run: the federation's id, hexadecimal.
             directions: those that its rounds are closed with, to be made ready while clients are at work.
+            better: the problem's scores, of which sites tell the first.
         """
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
         """Frames that did not count, by why."""
@@ -83,21 +86,23 @@ class RemoteEngine:
         self._state = state
         self._directions = directions
         state_bytes = 4 * len(state.theta) * settings.rules.vectors
-        self._trail = Trail(state_bytes, state.round, bytes.fromhex(state.replica.digest))
+        self._trail = RecentRounds(state_bytes, state.round, bytes.fromhex(state.replica.digest))
         self._answered_at = 0.0
         self._members: dict[int, _Member] = {}
-        self._joined: dict[int, Guest] = {}
+        self._joined: dict[int, AdmittedSite] = {}
         self._begun = False
         self._plan: RoundPlan | None = None
         self._replied: dict[int, Scalars] = {}
         self._failed: dict[int, str] = {}
-        self._counting: set[int] = set()
+        self._evaluating: set[int] = set()
         """Whose evaluation is waited for."""
-        self._counted: dict[int, tuple[int, int]] = {}
+        self._evaluated: dict[int, tuple[float, int]] = {}
+        """Each client's score and the rows that it is a mean over."""
+        self._better = better
         self._round_s = 0.0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
-        self._settled = -math.inf
+        self._deferred_done = -math.inf
 
     def stop(self, why: str) -> None:
         """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
@@ -135,7 +140,7 @@ class RemoteEngine:
                     here=here,
                 )
                 told = True
-            self.settle()
+            self.run_deferred()
             self._wait(_WAKE_S)
         self._begun = True
         arrived, joined = sorted(self._joined.items()), []
@@ -143,7 +148,7 @@ class RemoteEngine:
         for client, guest in arrived:
             if self._is_logged(guest):
                 continue
-            join = replace(guest.joining, round=round)
+            join = replace(guest.member, round=round)
             try:
                 self._door.register.admit(join)
             except BadSignature as error:  # another came in between with the same key
@@ -157,15 +162,15 @@ class RemoteEngine:
         """The clients that are here and idle, ascending. Those that are not logged yet wait for the next round."""
         return [client for client in self._idle() if self._is_logged(self._members[client].guest)]
 
-    def _is_logged(self, guest: Guest) -> bool:
+    def _is_logged(self, guest: AdmittedSite) -> bool:
         """Whether the log has a client as it is here: with so many rows and that key."""
         key = self._door.register.keys.get(guest.client, b"").hex()
-        return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.joining.key)
+        return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.member.key)
 
     def _idle(self) -> list[int]:
         return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
 
-    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
+    def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
 
         None where those who are left are fewer than the quorum: the round is to be opened again, with who is here.
@@ -178,8 +183,8 @@ class RemoteEngine:
         began = time.monotonic()
         self._link.send({client: self._asking(client, plan) for client in plan.steps})
         self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
-        if self._tasks and time.monotonic() - self._settled >= _LEISURE_S:
-            self.settle()
+        if self._tasks and time.monotonic() - self._deferred_done >= _LEISURE_S:
+            self.run_deferred()
         least = min(self._terms.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
         while True:
             waited = time.monotonic() - began
@@ -199,7 +204,7 @@ class RemoteEngine:
                     "void", f"round {plan.round}: {here} replies of {least} that it needs: it opens again", here=here
                 )
                 self._plan = None
-                return []
+                return None
             if waited > self._terms.deadline_s + self._terms.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
@@ -222,15 +227,15 @@ class RemoteEngine:
         dropped = {name: count for name, count in self.counts.items() if count}
         return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
 
-    def meanwhile(self, task: Callable[[], None]) -> None:
+    def defer(self, task: Callable[[], None]) -> None:
         """Do something while clients are at work; what came in a second together, which costs much less."""
         self._tasks.append(task)
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         """Do it now."""
         while self._tasks:
             self._tasks.popleft()()
-        self._settled = time.monotonic()
+        self._deferred_done = time.monotonic()
 
     def status(self) -> str:
         """How the federation stands, in a line."""
@@ -260,19 +265,20 @@ class RemoteEngine:
         made_s = time.monotonic() - self._answered_at
         self._trail.add(closed, frozenset(record.made), bytes.fromhex(record.theta_digest), made_s)
 
-    def judge(self, _: Tensor, rounds: int) -> Metric:
-        """The metric of an evaluation on sites' own rows, over those that agreed and answer before the deadline."""
-        self._counted = {}
+    def evaluate(self, _: Tensor, rounds: int) -> EvaluationMetric:
+        """An evaluation on sites' own rows, over the sites that agreed to it and answer before the deadline."""
+        self._evaluated = {}
         present = self.available() if rounds == self._trail.round else []  # sites hold no theta of the past
-        self._counting = {k for k in present if self._members[k].guest.evaluates}
-        self._link.send({client: self._telling(client, Kind.JUDGE) for client in sorted(self._counting)})
+        self._evaluating = {k for k in present if self._members[k].guest.evaluates}
+        self._link.send({client: self._telling(client, Kind.EVALUATE) for client in sorted(self._evaluating)})
         end = time.monotonic() + self._terms.deadline_s
-        while self._counting and (left := end - time.monotonic()) > 0:
+        while self._evaluating and (left := end - time.monotonic()) > 0:
             self._wait(left)
-            self._counting = {client for client in self._counting if self._members[client].here}
-        self._counting = set()
-        counts = list(self._counted.values())
-        return counts_metric(sum(right for right, _ in counts), sum(total for _, total in counts), rounds)
+            self._evaluating = {client for client in self._evaluating if self._members[client].here}
+        self._evaluating = set()
+        # by client, whatever order they answered in: the mean has the same bits
+        told = [self._evaluated[client] for client in sorted(self._evaluated)]
+        return EvaluationMetric.of_sites(told, self._better, rounds)
 
     def end(self, why: str) -> None:
         """Bring everyone up to date, who is late as well, and say that the run is over."""
@@ -303,12 +309,12 @@ class RemoteEngine:
         """The frames that bring a client to the present theta, the last of them of a kind, with what it asks for."""
         member, first = self._members[client], []
         closed: list[Closed] = []
-        if member.round is None or not self._trail.reaches(member.round):
+        if member.round is None or not self._trail.shorter_than_state(member.round):
             values = self._state.replica_of(client).pack(self._settings.rules)
             first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(values)]
             self.caught_up["state"] += 1
         else:
-            closed = self._trail.since(member.round, client)
+            closed = self._trail.missed_since(member.round, client)
             self.caught_up["rounds"] += len(closed) > 1
         member.round = self._trail.round
         return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
@@ -324,8 +330,8 @@ class RemoteEngine:
             raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
 
     def _handle(self, event: Event) -> None:
-        if event.what == "arrived" and event.guest is not None:
-            self._welcome(event.guest)
+        if event.what == "arrived" and event.site is not None:
+            self._welcome(event.site)
         elif (member := self._members.get(event.client)) is None or not member.here:
             self.counts["foreign"] += event.what == "frame"
         elif event.what == "left":
@@ -338,17 +344,17 @@ class RemoteEngine:
                 self.counts["malformed"] += 1
                 self._show_out(event.client, str(error))
 
-    def _welcome(self, guest: Guest) -> None:
+    def _welcome(self, guest: AdmittedSite) -> None:
         client = guest.client
         back = "back" if client in self._members else "here"
         self.tell("arrived", f"client {client} is {back}, with {guest.examples} rows", client=client, node=guest.node)
-        at = guest.round if self._trail.holds(guest.round, guest.digest) else None
+        at = guest.round if self._trail.recognises(guest.round, guest.digest) else None
         self._members[client] = _Member(guest, at)
         self._joined[client] = guest
         plan = self._plan
         self._failed.pop(client, None)
-        if client in self._counting and guest.evaluates:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+        if client in self._evaluating and guest.evaluates:
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         owes = plan is not None and client in plan.steps and client not in self._replied
         if plan is not None and owes and self._is_logged(guest):
             self._link.send({client: self._asking(client, plan)})
@@ -366,8 +372,8 @@ class RemoteEngine:
                 self._once_more(client, member, "its theta does not come out as everyone's")
             case Kind.FAILED:
                 _, said = frames.decode_words(frame.body)
-                if client in self._counting:
-                    self._counting.remove(client)
+                if client in self._evaluating:
+                    self._evaluating.remove(client)
                 elif member.busy is None or member.busy[0] != frame.round:
                     self.counts["duplicate"] += 1
                     return
@@ -378,13 +384,13 @@ class RemoteEngine:
                 member.busy, member.trouble = None, member.trouble + 1
                 if member.trouble == _PATIENT:
                     self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
-            case Kind.COUNTS:
-                counts = frames.decode_counts(frame.body)
-                if client not in self._counting or frame.digest != self._trail.digest:
+            case Kind.SCORE:
+                evaluation = frames.decode_score(frame.body, primary(self._better))
+                if client not in self._evaluating or frame.digest != self._trail.digest:
                     self.counts["late"] += 1
                     return
-                self._counting.remove(client)
-                self._counted[client] = counts
+                self._evaluating.remove(client)
+                self._evaluated[client] = evaluation
             case Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
                 why = one_line(said.get("why"))
@@ -425,8 +431,8 @@ class RemoteEngine:
         member.busy, member.trouble = None, member.trouble + 1
         if member.trouble == _PATIENT:
             self._show_out(client, why)
-        elif client in self._counting:
-            self._link.send({client: self._telling(client, Kind.JUDGE)})
+        elif client in self._evaluating:
+            self._link.send({client: self._telling(client, Kind.EVALUATE)})
         elif self._plan is not None and client in self._plan.steps and client not in self._replied:
             self._link.send({client: self._asking(client, self._plan)})
 
@@ -435,5 +441,5 @@ class RemoteEngine:
         self.tell("shown out", f"client {client} is shown out: {why}", client=client, why=why)
         member = self._members[client]
         member.here, member.busy = False, None
-        self._door.shut_out(client)
-        self._link.drop(client, self._door.refuse(why, client))
+        self._door.void_session(client)
+        self._link.drop(client, self._door.refusal(why, client))

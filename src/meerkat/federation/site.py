@@ -20,19 +20,20 @@ from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.federation import frames
-from meerkat.federation.account import Account
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
+from meerkat.federation.ledger import RunAccountant
 from meerkat.federation.offer import Offer
 from meerkat.federation.site_settings import Refused, SiteConfig
-from meerkat.problems import causal_lm
-from meerkat.problems.data import load_rows
+from meerkat.problems.data import Row
 from meerkat.problems.partition import ClientRows
-from meerkat.problems.tasks import Row, Task, check_rows
+from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
-from meerkat.run.setup import Workplace, open_model, resolve_place
+from meerkat.run.setup import open_problem, resolve_machine
+from meerkat.settings import auto
 from meerkat.settings.algorithm import directions, estimator, rules
+from meerkat.settings.config import CLASSIFICATION
 
 
 class Site:
@@ -49,39 +50,33 @@ class Site:
             MeerkatError: model, data or key cannot be read, or are not the run's.
         """
         asked = offer.config({"model": own.model, "data": own.data, "device": own.device})
-        task = offer.load_task()
-        own.check_settings(asked, task.name)
+        task = offer.load_task() if asked.problem == CLASSIFICATION else None
+        own.check_settings(asked, task.name if task else asked.problem)
         key, before = _keys(own)
         if offer.sign and key is None:
             raise Refused(
                 "signing_key: the run takes signed replies alone; 'meerkat keygen' makes one, name it in site.toml"
             )
-        self.config = resolve_place(asked)
-        model, tokenizer = open_model(self.config)
+        self.config = resolve_machine(asked)
+        self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()
-        self.mask.check_fits(model)
-        own.check_mask(self.mask, model)
-        self._workplace = Workplace(self.config, model, tokenizer, task, next(model.parameters()).device)
-        self._model = MaskedModel(model, self.mask)
+        self.mask.check_fits(self._problem.model)
+        own.check_mask(self.mask, self._problem.model)
+        self._model = MaskedModel(self._problem.model, self.mask)
         self._rules = rules(self.config)
         self._replica = Replica(0, self._model.read())
         if self._replica.digest != offer.theta:
             raise MeerkatError(
                 f"model '{own.model}': its values at the mask are not the coordinator's; use the same model"
             )
-        rows = _rows(own, task, "train")
+        rows = _rows(own, self._problem, "train")
         self._rows = ClientRows(own.client, np.arange(len(rows)), self.config.batch_size, self.config.seed)
-        self._losses_of = causal_lm.client_losses(
-            model,
-            self._workplace.examples(rows),
-            self._workplace.training_batch,
-            self.config.objective,
-            each_row=self.config.dp == "example",
-        )
-        self._validation: causal_lm.Batch | None = None
-        if own.evaluate and self.config.dp == "none":  # counts are exact: no noise covers them
-            judged = _rows(own, task, "validation")
-            self._validation = self._workplace.evaluation_batch(self._workplace.examples(judged))
+        examples = self._problem.prepare(rows)
+        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        self._validation: Any = None
+        if own.evaluate and self.config.dp == "none":  # a score is exact: no noise covers it
+            examples = self._problem.prepare(_rows(own, self._problem, "validation"))
+            self._validation = self._problem.batch(examples, "evaluation")
         self.client = own.client
         self.ended = ""
         """Why the session is over, or nothing."""
@@ -110,7 +105,7 @@ class Site:
         self._answered: dict[str, tuple[int, bytes]] = {}
         """By what was asked: the last round that it was answered in, and theta's digest there."""
         self._last: tuple[tuple[int, str, bytes], np.ndarray, bytes] | None = None
-        self._account = Account.of(self.config, own, self._run.hex(), len(rows))
+        self._account = RunAccountant.open(self.config, own, self._run.hex(), len(rows))
 
     def close(self) -> None:
         """Give back what the site holds open."""
@@ -188,7 +183,7 @@ class Site:
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
                     self._take_over(values, frame.round)
-            case Kind.WORK | Kind.CLOSED | Kind.JUDGE:
+            case Kind.WORK | Kind.CLOSED | Kind.EVALUATE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
                 _, said = frames.decode_words(frame.body)
@@ -217,7 +212,7 @@ class Site:
         try:
             if frame.kind is Kind.WORK:
                 return self._work(work)
-            return self._judge() if frame.kind is Kind.JUDGE else None
+            return self._judge() if frame.kind is Kind.EVALUATE else None
         except Diverged:
             failure = "diverged"
         except (MemoryError, torch.OutOfMemoryError):
@@ -225,7 +220,8 @@ class Site:
         return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
 
     def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:
-        return RoundPlan(self.round, lr, self.config.eps, self.config.directions, {self.client: steps}, phase)
+        eps = auto.number(self.config.eps)
+        return RoundPlan(self.round, lr, eps, self.config.directions, {self.client: steps}, phase)
 
     def _follow(self, closed: Closed) -> None:
         """Move as the server did when it closed the round that this site's replica stands at."""
@@ -251,7 +247,7 @@ class Site:
         about = (self.round, work.phase, self._digest)
         if self._last is not None and self._last[0] == about:
             return self._last[2]
-        kept = self._account.again(work.phase, self.round, self._digest) if self._account else None
+        kept = self._account.earlier_reply(work.phase, self.round, self._digest) if self._account else None
         self._check_asked(work)
         self._answer_once(work.phase)
         scalars = self._steps(work) if kept is None else frames.decode_scalars(kept)[1]
@@ -276,7 +272,7 @@ class Site:
     def _steps(self, work: Work) -> np.ndarray:
         """Make the steps that are asked for: scalars, float32 [T_k, P], noted in the ledger where they are noisy."""
         if self._account:
-            self._account.check_lasts(work.steps)
+            self._account.check_budgets(work.steps)
         plan, losses = self._plan(work.lr, work.steps, work.phase), self._losses_along(work.pointer)
         mechanism = self._account.mechanism if self._account else None
         reply, _ = local_steps(
@@ -320,9 +316,8 @@ class Site:
         self._answer_once("evaluation")
         with torch.no_grad():
             self._model.write_(self._replica.theta)
-        found = causal_lm.evaluate(self._workplace.model, self._validation, self._workplace.task.labels)
-        total = len(found.predictions)
-        return self._frame(Kind.COUNTS, frames.encode_counts(round(found.accuracy * total), total))
+        found, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
+        return self._frame(Kind.SCORE, frames.encode_score(score, found.scores[score], found.rows))
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
@@ -337,16 +332,14 @@ def _keys(own: SiteConfig) -> tuple[SigningKey | None, SigningKey | None]:
         raise MeerkatError("the site's signing key cannot be used; its own log says why") from None
 
 
-def _rows(own: SiteConfig, task: Task, split: str) -> list[Row]:
+def _rows(own: SiteConfig, problem: Problem, split: Split) -> list[Row]:
     """The site's own rows. What is wrong with them is told here alone: such words may quote a row."""
     try:
-        if not Path(own.data).is_dir():
+        if not (own.data and Path(own.data).is_dir()):
             raise MeerkatError(f"data '{own.data}': no such folder; a site's rows are its own, and not the hub's")
-        rows = load_rows(own.data, split)
-        check_rows(task, rows, f"data '{own.data}', {split}")
+        return problem.rows(split)
     except MeerkatError as error:
         say(f"meerkat: {error}")
         raise MeerkatError(
-            f"the site's {split} rows are not fit for task '{task.name}'; its own log says why"
+            f"the site's {split} rows are not fit for task '{problem.name}'; its own log says why"
         ) from None
-    return rows

@@ -1,15 +1,17 @@
-"""Each client's rows as a data folder of its own: a simulated split, taken apart for sites that train by themselves."""
+"""A simulated split written as one data folder per client, for sites that train on their own."""
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meerkat.errors import MeerkatError
+from meerkat.problems.data import Row
 from meerkat.problems.partition import partition
-from meerkat.problems.tasks import Row
 from meerkat.record.run_folder import write_atomically
-from meerkat.run.setup import open_task, resolve, training_and_evaluation_rows
-from meerkat.settings.config import RunConfig
+from meerkat.run.setup import load_split, resolve
+from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.config import CLASSIFICATION, RunConfig
 
 
 def site_folder(out: Path, client: int) -> Path:
@@ -20,29 +22,33 @@ def site_folder(out: Path, client: int) -> Path:
 def write_sites(config: RunConfig, out: Path) -> list[int]:
     """Write `out`/site-0/train.jsonl, ...: the rows that each client of a simulation with these settings holds.
 
-    A client's rows come in ascending order of the training set, as in a simulation: client k that trains on its own
-    file sees the same batches as client k there.
+    A client's rows are in the order of the training set, so a site that trains on its file sees the same batches as
+    that client in the simulation.
 
     Args:
-        config: `task`, `data`, `held_back`, `partition`, `clients` and `seed` are what counts.
-        out: new or empty; made where it is not there.
+        config: only `task`, `data`, `held_back`, `partition`, `clients` and `seed` matter.
+        out: new or empty; created if it does not exist.
 
     Returns:
         Rows of each client, [K].
 
     Raises:
-        MeerkatError: the folder is taken, or the rows cannot be loaded or split so.
+        MeerkatError: the folder is not empty, or the rows cannot be loaded or split this way.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MeerkatError(f"'{out}': is not an empty folder; give a new or empty one as --out")
+    if config.problem != CLASSIFICATION:
+        raise MeerkatError(
+            f"problem '{config.problem}': its rows are not written to folders; only {CLASSIFICATION}'s are"
+        )
     config = resolve(config)
-    training, _ = training_and_evaluation_rows(config, open_task(config))
-    held = partition(config.partition, training, config.clients, config.seed)
-    for client, rows in enumerate(held.rows):
+    training, _ = training_and_evaluation_rows(config, partial(load_split, config))
+    split = partition(config.partition, training, config.clients, config.seed)
+    for client, rows in enumerate(split.rows):
         folder = site_folder(out, client)
         folder.mkdir(parents=True)
         _write_rows(folder / "train.jsonl", [training[row] for row in rows])
-    return [len(rows) for rows in held.rows]
+    return [len(rows) for rows in split.rows]
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -89,7 +89,7 @@ class Mechanism:
 
     def rate(self, count: int) -> float:
         """q: the probability with which each of `count` is sampled."""
-        return min(1.0, self.expected / count)
+        return sampling_rate(self.expected, count)
 
     def sample(self, members: Sequence[int] | np.ndarray) -> np.ndarray:
         """Each member independently with probability q: int64 [sampled], in their order; may be empty."""
@@ -105,6 +105,11 @@ class Mechanism:
         total = clipped(vectors, self.clip).sum(0)
         noisy: np.ndarray = (total + self.noise_multiplier * self.clip * gaussian(len(total))) / self.expected
         return noisy
+
+
+def sampling_rate(expected: float, count: int) -> float:
+    """q: the probability with which each of `count` is sampled, so that `expected` are on average."""
+    return min(1.0, expected / count)
 
 
 def clipped(vectors: np.ndarray, clip: float) -> np.ndarray:

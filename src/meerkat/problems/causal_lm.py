@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from meerkat.errors import Diverged, MeerkatError
 from meerkat.problems.data import read_texts
-from meerkat.problems.tasks import Example
+from meerkat.problems.problem import Evaluation
+from meerkat.problems.tasks import Example, Objective
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Objective = Literal["classification", "language-modelling"]
 
 TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 """Padded tokens that go through the model together where sequences are sorted by length.
@@ -245,53 +244,9 @@ def row_losses(model: nn.Module, batch: Batch, objective: Objective = "classific
     return -scores.gather(1, batch.labels[:, None])[:, 0]
 
 
-def client_losses(
-    model: nn.Module,
-    examples: Sequence[Example],
-    lay_out: Callable[[list[Example]], Batch],
-    objective: Objective = "classification",
-    each_row: bool = False,
-) -> Callable[[Sequence[np.ndarray]], Callable[[], Tensor]]:
-    """How an engine gets losses: row numbers of each of K clients -> their mean losses at the present weights.
-
-    The batch is laid out once; each call of what is returned goes through the model: float64 [K]. With `each_row` it
-    gives every row's loss, client by client: float64 [rows], where a loss that is not finite is zero, so that no row
-    can end a private run.
-    """
-
-    def losses_of(rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
-        wanted = [examples[row] for of_client in rows for row in of_client]
-        if not wanted:
-            return lambda: torch.zeros(0, dtype=torch.float64)
-        batch, counts = lay_out(wanted), [len(of_client) for of_client in rows]
-
-        def losses() -> Tensor:
-            each = row_losses(model, batch, objective).double()
-            if each_row:
-                return each.nan_to_num(0.0, 0.0, 0.0)
-            return torch.stack([part.mean() for part in each.split(counts)])
-
-        return losses
-
-    return losses_of
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a model does a task."""
-
-    accuracy: float
-    loss: float
-    """Mean classification loss."""
-    per_class: dict[str, float]
-    """Accuracy on the rows of each label, by label string; classes without rows are left out."""
-    predictions: np.ndarray
-    """int64 [rows]"""
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluation:
-    """Accuracy by highest candidate score, overall and per class.
+    """Accuracy by highest candidate score, overall and per label, and the mean classification loss.
 
     Raises:
         Diverged: a score is not finite.
@@ -302,15 +257,16 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
             "the model's scores are not finite on the evaluation rows; "
             "start a new run with a lower --lr, or with float32 weights"
         )
-    predictions = scores.argmax(1)
-    right = (predictions == batch.labels).double()
+    right = (scores.argmax(1) == batch.labels).double()
     return Evaluation(
-        accuracy=right.mean().item(),
-        loss=nn.functional.cross_entropy(scores, batch.labels).item(),
+        rows=len(scores),
+        scores={
+            "accuracy": right.mean().item(),
+            "loss": nn.functional.cross_entropy(scores, batch.labels).item(),
+        },
         per_class={
             label: right[batch.labels == index].mean().item()
             for index, label in enumerate(labels)
             if (batch.labels == index).any()
         },
-        predictions=predictions.cpu().numpy(),
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from meerkat import seeds
 from meerkat.errors import MeerkatError
-from meerkat.problems.tasks import Row
+from meerkat.problems.data import Row
 
 FORMS = "iid, dirichlet:A (A > 0), single-label, mixed:N (N single-label clients, the rest iid), column:NAME"
 _DRAWS = 10
@@ -40,12 +40,15 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
         MeerkatError: an unknown form, more clients than rows, or a client without a row.
     """
     name, _, argument = spec.partition(":")
-    if name not in PARTITIONERS or bool(argument) != (name in ("dirichlet", "mixed", "column")):
+    built_in = name in _TAKES_ARGUMENT
+    if name not in PARTITIONERS or (built_in and bool(argument) != _TAKES_ARGUMENT[name]):
         raise MeerkatError(f"partition '{spec}': must be one of {FORMS}")
     if not 1 <= clients <= len(rows):
         raise MeerkatError(
             f"{clients} clients: must be at least 1 and at most the number of training rows, {len(rows)}"
         )
+    if name in _BY_LABEL and "label" not in rows[0]:
+        raise MeerkatError(f"partition '{spec}': goes by labels, and these rows have none; use iid or column:NAME")
     return PARTITIONERS[name](argument, rows, clients, seed)
 
 
@@ -154,6 +157,9 @@ def _column(argument: str, rows: Sequence[Row], clients: int, _: int) -> Partiti
         min(parts, key=len).extend(group)
     return Partition(tuple(np.sort(np.array(part, dtype=np.int64)) for part in parts))
 
+
+_TAKES_ARGUMENT = {"iid": False, "dirichlet": True, "single-label": False, "mixed": True, "column": True}
+_BY_LABEL = ("dirichlet", "single-label", "mixed")
 
 _Number = TypeVar("_Number", int, float)
 

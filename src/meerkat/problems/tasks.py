@@ -6,16 +6,17 @@ label are tokenised as one string; a label may be several tokens.
 
 import string
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from meerkat.errors import MeerkatError, in_short
+from meerkat.problems.data import Row, is_utf8
 
-Row = Mapping[str, Any]
+Objective = Literal["classification", "language-modelling"]
 
 _ROWS_TOGETHER = 1000
 """Rows tokenised at a time: the tokenizer's output takes far more memory than the tokens."""
@@ -145,15 +146,6 @@ def parse_task(text: str, name: str) -> Task:
         raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
     needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
     return Task(str(settings.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8. Half a surrogate pair cannot: JSON allows it, tokenizers do not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:

@@ -88,7 +88,9 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The run's settings."""
-        return make_config(read_toml(self.config_path), spell=f"{self.config_path}: ")
+        config = make_config(read_toml(self.config_path), spell=f"{self.config_path}: ")
+        config.check_resolved(f"{self.config_path}: ")
+        return config
 
     def mask(self) -> SparseMask:
         """The run's mask, with its base values."""

@@ -129,7 +129,7 @@ class StoredRun:
         agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
         agree(folder.log_path, "the rule of aggregation", opening.rule, config.aggregation)
         agree(folder.log_path, "the estimator", opening.estimator, config.estimator)
-        agree(folder.log_path, "the update rule", opening.update_rule, config.server_optimizer)
+        agree(folder.log_path, "the update rule", opening.update_rule, config.update_rule)
         z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
         members, gradient = Members(opening.charter(config), listed), mask.pretraining_gradient
         replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, members, revoked)

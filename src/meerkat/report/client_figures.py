@@ -1,7 +1,12 @@
-"""Figures of what single clients did: their data, their signals, the decision on them, where their updates point."""
+"""Figures of single clients, be they one or a thousand: their data, signals, decisions and directions.
+
+Clients that stand out are in colour, the others in grey. A small group has a line for each client; a large one has
+its median and a band.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,12 +14,16 @@ from matplotlib.figure import Figure
 
 from meerkat.algorithm.alignment import Alignment
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.report.clients import FEW, Group, draw_lines, groups, name_ends, names, thinned
+from meerkat.algorithm.selection import Selection
 from meerkat.report.drawing import (
+    BLUE,
     CYCLE,
+    GREY,
     HEAT,
     INK,
     MUTED,
+    PAPER,
+    PURPLE,
     RED,
     drawing,
     heat_key,
@@ -25,14 +34,98 @@ from meerkat.report.drawing import (
 )
 
 POINTS = 24
-"""A client's line has at most so many points in training, each a mean."""
-_BARS = 30
-"""Up to so many clients have a bar of their labels each; more are a picture."""
+"""A client's line over training has at most so many points, each a mean."""
+FEW = 12
+"""A group of at most so many clients has a line for each; a larger one has a band."""
+_MOST_BARS = 30
+"""At most so many clients have a bar of their labels each; more are a heat map."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clients that are drawn alike."""
+
+    name: str
+    clients: tuple[int, ...]
+    colour: str
+    dashes: str = "-"
+    marker: str = "o"
+
+    @property
+    def label(self) -> str:
+        """The group in a legend."""
+        return f"{self.name} ({len(self.clients):,})"
+
+
+def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
+    """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
+    early, one = set(stopped), set(extreme or ())
+    if extreme is None:
+        groups = [
+            Group("continues", tuple(k for k in clients if k not in early), GREY),
+            Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X"),
+        ]
+    else:
+        groups = [
+            Group("several labels, continues", tuple(k for k in clients if k not in one | early), GREY),
+            Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
+            Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
+            Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
+        ]
+    return [group for group in groups if group.clients]
+
+
+def lines_or_bands(groups: Sequence[Group]) -> str:
+    """For a caption: whether each client has a line, or groups have bands."""
+    if all(len(group.clients) <= FEW for group in groups):
+        return "one line a client"
+    return (
+        f"a group of more than {FEW} is a median and a band with half of its clients, in grey also one with nine tenths"
+    )
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over `width` steps around each step, fewer at the ends: float64 [..., S]."""
+    steps = values.shape[-1]
+    total = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, -1)], -1)
+    at = np.arange(steps)
+    first, last = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, steps)
+    means: np.ndarray = (total[..., last] - total[..., first]) / (last - first)
+    return means
+
+
+def thinned(x: np.ndarray, values: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbours, at most so many: x [S], values [clients, S], where nan is left out of the mean."""
+    if len(x) <= points:
+        return x, values
+    parts = np.array_split(np.arange(len(x)), points)
+    counts = np.stack([np.isfinite(values[:, part]).sum(1) for part in parts], 1)
+    sums = np.stack([np.nansum(values[:, part], 1) for part in parts], 1)
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return np.array([x[part].mean() for part in parts]), means
+
+
+def binned(steps: Sequence[np.ndarray], values: Sequence[np.ndarray], bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of each series over equal bins of steps: (middles [bins], float64 [series, bins]; nan in empty bins)."""
+    end = max(int(part[-1]) for part in steps) + 1
+    edges = np.linspace(0, end, min(bins, end) + 1)
+    means = np.full((len(steps), len(edges) - 1), np.nan)
+    for row, (at, series) in enumerate(zip(steps, values, strict=True)):
+        places = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(edges) - 2)
+        counts = np.bincount(places, minlength=len(edges) - 1)
+        sums = np.bincount(places, weights=series, minlength=len(edges) - 1)
+        means[row, counts > 0] = sums[counts > 0] / counts[counts > 0]
+    return (edges[:-1] + edges[1:]) / 2, means
 
 
 def split(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> Figure:
-    """Who holds which labels: a bar a client, or for many clients or labels a picture of their shares."""
-    if len(counts) <= _BARS and len(labels) <= len(CYCLE):
+    """Each client's rows by label: a bar a client or, for many clients or labels, a heat map.
+
+    Args:
+        counts: rows of each client and label, int64 [K, C].
+        extreme: clients whose names are in bold orange.
+    """
+    if len(counts) <= _MOST_BARS and len(labels) <= len(CYCLE):
         return _bars(labels, counts, extreme)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
@@ -57,7 +150,7 @@ def _bars(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
         for c, label in enumerate(labels):
             bars = axes.barh(range(clients), counts[:, c], left=left, color=CYCLE[c], height=0.72, label=short(label))
             for bar in bars:
-                bar.set(hatch=hatches[c], edgecolor="none" if not hatches[c] else "#fefefe", linewidth=0)
+                bar.set(hatch=hatches[c], edgecolor=PAPER if hatches[c] else "none", linewidth=0)
             left += counts[:, c]
         axes.set_yticks(range(clients), [f"client {k}" for k in range(clients)])
         for k in extreme:
@@ -72,132 +165,188 @@ def _bars(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
 
 
 def signal(
-    x: np.ndarray,
-    values: np.ndarray,
-    clients: Sequence[int],
-    kinds: Sequence[Group],
-    *,
-    x_name: str,
-    y_name: str,
+    x: np.ndarray, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group], *, x_name: str, y_name: str
 ) -> Figure:
-    """A positive signal of every client on a log scale: float64 [clients, points]."""
+    """A positive signal of every client on a log scale: x [points], values float64 [clients, points]."""
     with drawing() as (figure, axes):
-        ends = draw_lines(axes, x, values, clients, kinds, log=True)
+        ends = _draw_lines(axes, x, values, clients, groups, log=True)
         axes.set(xlabel=x_name, ylabel=y_name)
         axes.margins(x=0.01)
-        _from_the_bulk(axes, values, clients, kinds)
-        plain_log(axes, "y")
+        _fit_log_scale(axes, values, clients, groups)
         whole_numbers(axes)
-        names(axes, kinds)
-        name_ends(axes, ends)
+        _legend(axes, groups)
+        _name_ends(axes, ends)
     return figure
 
 
-def _from_the_bulk(axes: Axes, values: np.ndarray, clients: Sequence[int], kinds: Sequence[Group]) -> None:
-    """Limits of a log scale that no group falls out of, and that a few values near zero do not stretch."""
+class _LineEnd(NamedTuple):
+    y: float
+    x: float
+    client: int
+    colour: str
+
+
+def _draw_lines(
+    axes: Axes, x: np.ndarray, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group], *, log: bool
+) -> list[_LineEnd]:
+    """A line a client in small groups, the median and bands in large ones.
+
+    Args:
+        values: float64 [clients, points]; nan where a client has none.
+
+    Returns:
+        The ends of single lines in colour, for `_name_ends` once the limits are final.
+    """
+    row = {client: i for i, client in enumerate(clients)}
+    ends: list[_LineEnd] = []
+    for above, group in enumerate(groups):
+        lines = values[[row[client] for client in group.clients]]
+        if log:
+            lines = np.where(lines > 0, lines, np.nan)
+        if len(group.clients) > FEW:
+            _draw_bands(axes, x, lines, group)
+            continue
+        style: dict[str, Any] = {"color": group.colour, "lw": 1.1 if group.colour == GREY else 1.6, "zorder": 3 + above}
+        for i, (client, line) in enumerate(zip(group.clients, lines, strict=True)):
+            seen = np.isfinite(line)
+            dot = "." if seen.sum() < 3 else None  # a line of one point would not be seen
+            axes.plot(x[seen], line[seen], group.dashes, marker=dot, label="_" if i else group.label, **style)
+            if group.colour != GREY and seen.any():
+                ends.append(_LineEnd(float(line[seen][-1]), float(x[seen][-1]), client, group.colour))
+    return ends
+
+
+def _draw_bands(axes: Axes, x: np.ndarray, lines: np.ndarray, group: Group) -> None:
+    seen = np.isfinite(lines).any(0)
+    low, quarter, median, three_quarters, high = np.nanquantile(lines[:, seen], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+    if group.colour == GREY:  # a second pale band would hide the first
+        axes.fill_between(x[seen], low, high, color=group.colour, alpha=0.2, lw=0)
+    axes.fill_between(x[seen], quarter, three_quarters, color=group.colour, alpha=0.3, lw=0)
+    colour = MUTED if group.colour == GREY else group.colour
+    axes.plot(x[seen], median, group.dashes, color=colour, lw=1.4, label=group.label)
+
+
+def _name_ends(axes: Axes, ends: Sequence[_LineEnd]) -> None:
+    """Client ids at the right of up to six lines, moved apart where they would overlap."""
+    if len(ends) > 6:
+        return
+    height, right = -1.0, axes.get_xlim()[1]
+    scale = axes.transData + axes.transAxes.inverted()
+    for end in sorted(ends):
+        across, up = (float(part) for part in scale.transform((end.x, end.y)))
+        up = min(max(up, 0.0), 1.0)
+        if end.x < 0.85 * right:  # it ends early: its name is there
+            place = (across + 0.012, up)
+        else:
+            height = max(up, height + 0.05)
+            place = (1.012, height)
+        axes.annotate(str(end.client), place, xycoords="axes fraction", fontsize=7.5, color=end.colour, va="center")
+
+
+def _legend(axes: Axes, groups: Sequence[Group]) -> None:
+    if len(groups) > 1 or groups[0].colour != GREY:
+        legend_above(axes)
+
+
+def _fit_log_scale(axes: Axes, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group]) -> None:
+    """A log scale with every group in it, which a few values near zero do not stretch."""
     row = {client: i for i, client in enumerate(clients)}
     lows, highs = [], []
-    for group in kinds:
-        held = values[[row[client] for client in group.clients]]
-        held = held[np.isfinite(held) & (held > 0)]
-        if len(held):
-            low, high = np.quantile(held, (0.02, 0.98) if len(group.clients) > FEW else (0.02, 1.0))
+    for group in groups:
+        found = values[[row[client] for client in group.clients]]
+        found = found[np.isfinite(found) & (found > 0)]
+        if len(found):
+            low, high = np.quantile(found, (0.02, 0.98) if len(group.clients) > FEW else (0.02, 1.0))
             lows.append(low)
             highs.append(high)
     if lows:
         axes.set_ylim(min(lows) / 1.4, max(highs) * 1.4)
+    plain_log(axes, "y")
 
 
-def rho_plane(record: CalibrationRecord, extreme: Sequence[int] | None, automatic: bool) -> Figure:
-    """What the decision looked at: each client's decay against its later level, and the thresholds."""
-    found = record.selection
-    at = {client: i for i, client in enumerate(found.clients)}
-    x = np.array(found.rho_later)
-    y = np.array(found.later if automatic else found.rho_quie)
-    kinds = groups(found.clients, record.early_stopped, extreme)
+def decision(record: CalibrationRecord, extreme: Sequence[int] | None, automatic: bool) -> Figure:
+    """What a calibration decided on: each client's decay against its later level, and the thresholds."""
+    selection = record.selection
+    groups = grouped(selection.clients, record.early_stopped, extreme)
+    levels = selection.later if automatic else selection.rho_quie
+    place = dict(zip(selection.clients, zip(selection.rho_later, levels, strict=True), strict=True))
     with drawing(4.4, 3.3) as (figure, axes):
-        for above, group in enumerate(kinds):
-            rows = [at[client] for client in group.clients]
-            label, size = f"{group.name} ({len(rows):,})", 28 if len(at) < 100 else 12
-            plot: dict[str, Any] = {
-                "s": size,
-                "color": group.colour,
-                "marker": group.marker,
-                "linewidths": 0,
-                "zorder": 3 + above,
-            }
-            axes.scatter(x[rows], y[rows], label=label, **plot)
+        for above, group in enumerate(groups):
+            x, y = zip(*(place[client] for client in group.clients), strict=True)
+            size = 28 if len(place) < 100 else 12
+            style: dict[str, Any] = {"color": group.colour, "marker": group.marker, "linewidths": 0}
+            axes.scatter(x, y, s=size, label=group.label, zorder=3 + above, **style)
         axes.margins(0.09)
-        axes.axvline(found.rho_later_above, color=INK, lw=1, ls="--")
-        axes.set_xlabel(r"decay: initial mean over later mean")
-        plain_log(axes, "x")
-        level = found.quiet_below if automatic else found.rho_quie_from
-        if automatic:
-            axes.set_ylabel("later mean of |g|")
-            plain_log(axes, "y")
-        else:
-            axes.set(ylabel="share of quiescent later steps", ylim=(-0.04, 1.04))
-        if level > 0 or not automatic:
-            axes.axhline(level, color=INK, lw=1, ls="--")
-        low, high = axes.get_xlim()
-        bottom, top = axes.get_ylim()
-        axes.set(xlim=(low, high), ylim=(bottom, top))
-        region: dict[str, Any] = {"color": RED, "alpha": 0.07, "lw": 0, "zorder": 0}
-        if automatic:
-            axes.fill_between([found.rho_later_above, high], bottom, top, **region)
-            rest = np.geomspace(low, max(low, min(found.rho_later_above, high)), 100)
-            loud = found.loud_above / rest  # an initial mean is decay times later mean
-            axes.plot(rest, loud, color=INK, lw=1, ls="--")
-            if level > bottom:
-                axes.fill_between(rest, bottom, np.minimum(level, loud), **region)
-            axes.fill_between(rest, np.clip(loud, bottom, top), top, **region)
-        else:
-            axes.fill_between([found.rho_later_above, high], level, top, **region)
-        _name_points(axes, x, y, kinds)
+        axes.set_xlabel("decay: initial mean over later mean")
+        _mark_extreme(axes, selection, automatic)
+        _name_points(axes, place, groups)
         legend_above(axes)
     return figure
 
 
-def _name_points(axes: Axes, x: np.ndarray, y: np.ndarray, kinds: Sequence[Group]) -> None:
-    """Client ids beside the points of small groups that stand out, or of all where clients are few."""
-    few = len(x) <= FEW
-    order = {client: i for i, client in enumerate(sorted(k for group in kinds for k in group.clients))}
-    for group in kinds:
-        if few or (len(group.clients) <= FEW and group is not kinds[0]):
+def _mark_extreme(axes: Axes, selection: Selection, automatic: bool) -> None:
+    """Scales, the thresholds as dashed lines, and the ground on which a client is extreme shaded."""
+    decay, level = selection.rho_later_above, selection.quiet_below if automatic else selection.rho_quie_from
+    line: dict[str, Any] = {"color": INK, "lw": 1, "ls": "--"}
+    axes.axvline(decay, **line)
+    plain_log(axes, "x")
+    if automatic:
+        axes.set_ylabel("later mean of |g|")
+        plain_log(axes, "y")
+    else:
+        axes.set(ylabel="share of quiescent later steps", ylim=(-0.04, 1.04))
+    if level > 0 or not automatic:
+        axes.axhline(level, **line)
+    (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(low, high), ylim=(bottom, top))
+    shade: dict[str, Any] = {"color": RED, "alpha": 0.07, "lw": 0, "zorder": 0}
+    axes.fill_between([decay, high], bottom if automatic else level, top, **shade)
+    if automatic:
+        x = np.geomspace(low, max(low, min(decay, high)), 100)
+        loud = selection.loud_above / x  # the initial mean is the decay times the later mean
+        axes.plot(x, loud, **line)
+        if level > bottom:
+            axes.fill_between(x, bottom, np.minimum(level, loud), **shade)
+        axes.fill_between(x, np.clip(loud, bottom, top), top, **shade)
+
+
+def _name_points(axes: Axes, place: Mapping[int, tuple[float, float]], groups: Sequence[Group]) -> None:
+    """Client ids beside the points of small groups in colour, or of all groups where clients are few."""
+    for group in groups:
+        if len(place) <= FEW or (len(group.clients) <= FEW and group is not groups[0]):
             for client in group.clients:
-                place = (x[order[client]], y[order[client]])
-                axes.annotate(str(client), place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=MUTED)
+                style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": MUTED}
+                axes.annotate(str(client), place[client], xytext=(4, 3), **style)
 
 
-def cosines(
-    found: Sequence[tuple[int, Mapping[int, Alignment]]], kinds: Sequence[Group], what: str, y_name: str
+def alignment(
+    rounds: Sequence[tuple[int, Mapping[int, Alignment]]], groups: Sequence[Group], measure: str, y_name: str
 ) -> Figure:
-    """Cosine or norm of each client's update over the rounds looked at."""
-    rounds = np.array([number + 1 for number, _ in found])
-    clients = sorted(k for group in kinds for k in group.clients)
-    values = np.full((len(clients), len(rounds)), np.nan)
-    for column, (_, held) in enumerate(found):
+    """The "cosine" or the "norm" of each client's update over some rounds, given by number."""
+    x = np.array([number + 1 for number, _ in rounds])
+    clients = sorted(k for group in groups for k in group.clients)
+    values = np.full((len(clients), len(x)), np.nan)
+    for column, (_, updates) in enumerate(rounds):
         for row, client in enumerate(clients):
-            if client in held:
-                values[row, column] = getattr(held[client], what)
-    rounds, values = thinned(rounds, values, POINTS)
+            if client in updates:
+                values[row, column] = getattr(updates[client], measure)
+    x, values = thinned(x, values, POINTS)
     with drawing() as (figure, axes):
-        ends = draw_lines(axes, rounds, values, clients, kinds, log=what == "norm")
-        if what == "cosine":
+        ends = _draw_lines(axes, x, values, clients, groups, log=measure == "norm")
+        if measure == "cosine":
             axes.axhline(0, color=MUTED, lw=0.9)
             axes.set_ylim(-1.05, 1.05)
         else:
-            _from_the_bulk(axes, values, clients, kinds)
-            plain_log(axes, "y")
+            _fit_log_scale(axes, values, clients, groups)
         axes.set(xlabel="round", ylabel=y_name)
         whole_numbers(axes)
-        names(axes, kinds)
-        name_ends(axes, ends)
+        _legend(axes, groups)
+        _name_ends(axes, ends)
     return figure
 
 
 def agreement(rounds: np.ndarray, shares: np.ndarray) -> Figure:
-    """The share of clients whose update points the way of the federation's, over the rounds looked at."""
+    """The share of clients whose update has the sign of the federation's, over rounds."""
     with drawing() as (figure, axes):
         axes.plot(rounds, shares, color=CYCLE[0], marker="." if len(rounds) <= 40 else None, lw=1.4)
         axes.axhline(0.5, color=MUTED, lw=1, ls="--")

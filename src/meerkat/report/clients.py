@@ -1,159 +1,240 @@
-"""Drawing what every client did, be they one or a thousand: who stands out in colour, the others in grey."""
+"""The sections of a run's page on its clients: their data, calibration, signals and directions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from meerkat.report.drawing import BLUE, MUTED, PURPLE, RED, REST, legend_above
+from meerkat.algorithm.alignment import Alignment, alignments
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.gradip import gradip, magnitude
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.report import client_figures as draw
+from meerkat.report.client_figures import POINTS, grouped, lines_or_bands, running_mean
+from meerkat.report.facts import RunFacts
+from meerkat.report.page import CaptionedFigure, Page, absent, paragraph
+from meerkat.report.sentences import calibration_outcome
 
-End = tuple[float, float, int, str]
-"""Height and place along x at which a line ends, its client, its colour."""
-FEW = 12
-"""Up to so many clients of a group have a line each; more have a band."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Clients that are drawn alike."""
-
-    name: str
-    clients: tuple[int, ...]
-    colour: str
-    dashes: str = "-"
-    marker: str = "o"
-
-
-def groups(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
-    """Clients by what is known of their data and by whether they were stopped early; the plain ones first."""
-    known, short = set(extreme or ()), set(stopped)
-    if extreme is None:
-        kinds = [
-            Group("goes on", tuple(k for k in clients if k not in short), REST),
-            Group("stopped early", tuple(k for k in clients if k in short), RED, "-", "X"),
-        ]
-    else:
-        kinds = [
-            Group("several labels, goes on", tuple(k for k in clients if k not in known | short), REST),
-            Group("one label, stopped early", tuple(k for k in clients if k in known & short), RED, "-", "X"),
-            Group("one label, goes on", tuple(k for k in clients if k in known - short), PURPLE, "--", "D"),
-            Group("several labels, stopped early", tuple(k for k in clients if k in short - known), BLUE, "-.", "s"),
-        ]
-    return [group for group in kinds if group.clients]
+_MOST_ENTRIES = 3e8
+"""So many entries of directions are made, at most, to compare updates."""
+_MOST_ROUNDS = 240
+"""Updates of so many rounds are compared, at most."""
+_NO_GRADIP = "No GradIP: this run's mask has no pre-training gradient; |g| shows the same with less noise."
+_LENGTH_OF_G = "Size of each client's projected gradient, on a log scale"
 
 
-def draw_lines(
-    axes: Axes, x: np.ndarray, values: np.ndarray, clients: Sequence[int], kinds: Sequence[Group], *, log: bool
-) -> list[End]:
-    """One line a client in small groups; in large ones the median and two bands of clients.
-
-    Args:
-        values: float64 [clients, points]; nan where a client has none.
-
-    Returns:
-        Where the single lines that stand out end, to be named once the axes' limits stand.
-    """
-    row = {client: i for i, client in enumerate(clients)}
-    ends: list[End] = []
-    for above, group in enumerate(kinds):
-        held = values[[row[client] for client in group.clients]]
-        if log:
-            held = np.where(held > 0, held, np.nan)
-        count = len(group.clients)
-        label = f"{group.name} ({count:,})"
-        if count > FEW:
-            _bands(axes, x, held, group, label)
-            continue
-        for row_in_group, line in enumerate(held):
-            seen = np.isfinite(line)
-            width = 1.1 if group.colour == REST else 1.6
-            dot = "." if seen.sum() < 3 else None  # a line of one point would not be seen
-            axes.plot(
-                x[seen],
-                line[seen],
-                group.dashes,
-                marker=dot,
-                color=group.colour,
-                lw=width,
-                zorder=3 + above,
-                label=label,
-            )
-            label = "_"
-            if group.colour != REST and seen.any():
-                ends.append((float(line[seen][-1]), float(x[seen][-1]), group.clients[row_in_group], group.colour))
-
-    return ends
-
-
-def name_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Client ids at the right of lines that stand out, moved apart where they would overlap; the limits stand."""
-    if len(ends) > 6:
+def data_section(page: Page, run: RunFacts) -> None:
+    """Which labels each client holds."""
+    page.section("Data", "data")
+    if run.split is None:
+        page.add(absent("No labels by client in the metrics: the rows have none, or the server does not know them."))
         return
-    height, right = -1.0, axes.get_xlim()[1]
-    scale = axes.transData + axes.transAxes.inverted()
-    for value, x, client, colour in sorted(ends):
-        across, up = (float(part) for part in scale.transform((x, value)))
-        if x < 0.85 * right:  # it ends early: its name stands there
-            place = (across + 0.012, min(max(up, 0.0), 1.0))
-        else:
-            height = max(min(max(up, 0.0), 1.0), height + 0.05)
-            place = (1.012, height)
-        axes.annotate(str(client), place, xycoords="axes fraction", fontsize=7.5, color=colour, va="center")
+    labels, counts = run.split
+    sizes = counts.sum(1)
+    rows = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
+    holders = f"{len(counts):,} clients hold {rows} rows each" if len(counts) > 1 else f"1 client holds {rows} rows"
+    page.add(paragraph(f"{holders}, split as '{run.config.partition}'. A simulation knows this; a server does not."))
+    figure = draw.split(labels, counts, run.extreme or ())
+    if figure.get_figwidth() > 6:
+        caption = "One column a client, one row a label: the stronger the blue, the more of its rows have that label."
+    else:
+        caption = "One bar a client, one colour a label: the more one colour fills a bar, the more skewed its data."
+        if run.extreme:
+            caption += " Clients in bold orange hold one label alone."
+    page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))
 
 
-def _bands(axes: Axes, x: np.ndarray, held: np.ndarray, group: Group, label: str) -> None:
-    seen = np.isfinite(held).any(0)
-    low, quarter, middle, three, high = np.nanquantile(held[:, seen], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
-    if group.colour == REST:  # a second pale band would hide the first
-        axes.fill_between(x[seen], low, high, color=group.colour, alpha=0.2, lw=0)
-    axes.fill_between(x[seen], quarter, three, color=group.colour, alpha=0.3, lw=0)
-    colour = MUTED if group.colour == REST else group.colour
-    axes.plot(x[seen], middle, group.dashes, color=colour, lw=1.4, label=label)
+def calibration_section(page: Page, run: RunFacts) -> None:
+    """What the first and the last calibration measured, and which clients they stopped."""
+    calibrations = run.records.calibrations
+    if run.early_stop == "none" and not calibrations:
+        return
+    page.section("Calibration", "calibration")
+    if not calibrations:
+        page.add(absent("rounds.log has no calibration."))
+    if len(calibrations) > 2:
+        page.add(paragraph(f"The run calibrated {len(calibrations)} times; the first and the last are shown.", "note"))
+    for record in calibrations[:1] + calibrations[1:][-1:]:
+        _calibration(page, run, record)
 
 
-def how_drawn(kinds: Sequence[Group]) -> str:
-    """For a caption: what a line or a band is."""
-    if all(len(group.clients) <= FEW for group in kinds):
-        return "one line a client"
-    return f"groups of more than {FEW} are a median with a band of half their clients, and of nine tenths in pale grey"
+def _calibration(page: Page, run: RunFacts, record: CalibrationRecord) -> None:
+    clients = list(record.scalars)
+    page.add(paragraph(calibration_outcome(record.early_stopped, len(clients), run.extreme, record.plan.round)))
+    if not clients:
+        page.add(absent("No client answered in full."))
+        return
+    if not len(record.inner):
+        page.add(absent(_NO_GRADIP))
+    page.figures(*_calibration_signals(run, record), _decision(run, record))
 
 
-def names(axes: Axes, kinds: Sequence[Group]) -> None:
-    """The legend, above the plot: a line a group, never a line a client."""
-    if len(kinds) > 1 or kinds[0].colour != REST:
-        legend_above(axes)
+def _calibration_signals(run: RunFacts, record: CalibrationRecord) -> list[CaptionedFigure]:
+    """|GradIP|, where the mask has a pre-training gradient, and |g| over the steps of a calibration."""
+    clients, name = list(record.scalars), f"calibration-{record.plan.round}"
+    groups = grouped(clients, record.early_stopped, run.extreme)
+    steps = record.plan.steps[clients[0]]
+    width = max(1, steps // 10)
+    how = f"means over {width} steps around each; {lines_or_bands(groups)}"
+
+    def figure(signal: str, values: Sequence[np.ndarray]) -> Figure:
+        smooth = running_mean(np.stack(values), width)
+        x = np.arange(1, steps + 1)
+        return draw.signal(x, smooth, clients, groups, x_name="local step of calibration", y_name=signal)
+
+    figures = []
+    if len(record.inner):
+        drawn = figure("|GradIP|", [np.abs(gradip(record.scalars[k], record.inner)) for k in clients])
+        caption = (
+            f"How far each step points along the pre-training gradient, on a log scale; {how}. A client that falls far "
+            "below the others has little left to learn."
+        )
+        figures.append(CaptionedFigure(f"{name}-gradip", drawn, "GradIP while calibrating", caption))
+    drawn = figure("|g|", [magnitude(record.scalars[k]) for k in clients])
+    caption = f"{_LENGTH_OF_G}: GradIP's signal without its noise; {how}."
+    return [*figures, CaptionedFigure(f"{name}-g", drawn, "|g| while calibrating", caption)]
 
 
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over `width` steps around each step, fewer at the ends: float64 [..., S]."""
-    steps = values.shape[-1]
-    total = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, -1)], -1)
-    at = np.arange(steps)
-    first, last = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, steps)
-    found: np.ndarray = (total[..., last] - total[..., first]) / (last - first)
-    return found
+def _decision(run: RunFacts, record: CalibrationRecord) -> CaptionedFigure:
+    automatic = run.config.vpcs_rule == "automatic"
+    if automatic:
+        rule = (
+            "right of the upright dashed line it decayed more than chance explains, below the level one it was quiet, "
+            "above the slanting one it began louder than the others"
+        )
+    else:
+        rule = "it lies right of the upright dashed line and above the level one"
+    caption = f"One mark a client. On the shaded ground a client counts as extreme: {rule}."
+    if run.early_stop == "random":
+        caption += " This method then stops as many clients at random."
+    figure = draw.decision(record, run.extreme, automatic)
+    return CaptionedFigure(f"calibration-{record.plan.round}-rho", figure, "The decision", caption)
 
 
-def thinned(x: np.ndarray, values: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over neighbours, so that at most so many points are left: x [S], values [clients, S]; nan is absent."""
-    if len(x) <= points:
-        return x, values
-    parts = np.array_split(np.arange(len(x)), points)
-    counts = np.stack([np.isfinite(values[:, part]).sum(1) for part in parts], 1)
-    sums = np.stack([np.nansum(values[:, part], 1) for part in parts], 1)
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return np.array([x[part].mean() for part in parts]), means
+def signal_section(page: Page, run: RunFacts) -> None:
+    """GradIP and |g| over training."""
+    page.section("Signals in training", "signals")
+    if run.first_order:
+        page.add(absent("No GradIP and no |g|: in a first-order run clients send weights, not projected gradients."))
+        return
+    trajectories = run.records.trajectories()
+    if not trajectories:
+        hidden = "No GradIP and no |g|: a run that hides its clients keeps no scalars of a single one."
+        page.add(absent(hidden if run.config.dp == "client" else "No signals: no round has closed yet."))
+        return
+    clients = list(trajectories)
+    groups = grouped(clients, run.stopped, run.extreme)
+    steps = [trajectories[k].steps for k in clients]
+    total = max(int(part[-1]) for part in steps) + 1
+    bins = min(POINTS, math.ceil(total / max(5, run.config.local_steps)))
+    how = f"means over {total / bins:.3g} steps; {lines_or_bands(groups)}"
+
+    def figure(signal: str, values: Sequence[np.ndarray]) -> Figure:
+        x, means = draw.binned(steps, values, bins)
+        return draw.signal(x, means, clients, groups, x_name="local step", y_name=signal)
+
+    figures = []
+    if np.isfinite(trajectories[clients[0]].gradip).any():
+        drawn = figure("|GradIP|", [np.abs(trajectories[k].gradip) for k in clients])
+        caption = f"How far each client's steps point along the pre-training gradient, on a log scale; {how}."
+        figures.append(CaptionedFigure("training-gradip", drawn, "GradIP in training", caption))
+    else:
+        page.add(absent(_NO_GRADIP))
+    drawn = figure("|g|", [trajectories[k].abs_g for k in clients])
+    caption = f"{_LENGTH_OF_G}: how steep its own loss still is; {how}."
+    page.figures(*figures, CaptionedFigure("training-g", drawn, "|g| in training", caption))
 
 
-def binned(steps: Sequence[np.ndarray], values: Sequence[np.ndarray], bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each series' means over equal stretches of steps: (middles [bins], float64 [series, bins]; nan where none)."""
-    end = max(int(part[-1]) for part in steps) + 1
-    edges = np.linspace(0, end, min(bins, end) + 1)
-    found = np.full((len(steps), len(edges) - 1), np.nan)
-    for row, (at, held) in enumerate(zip(steps, values, strict=True)):
-        place = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(edges) - 2)
-        counts = np.bincount(place, minlength=len(edges) - 1)
-        sums = np.bincount(place, weights=held, minlength=len(edges) - 1)
-        found[row, counts > 0] = sums[counts > 0] / counts[counts > 0]
-    return (edges[:-1] + edges[1:]) / 2, found
+def alignment_section(page: Page, run: RunFacts) -> None:
+    """Where clients' updates point, compared with the federation's."""
+    page.section("Do clients agree?", "alignment")
+    if reason := _no_alignment(run):
+        page.add(absent(reason))
+        return
+    assert run.mask is not None
+    rounds = _rounds_to_compare([record for record in run.records.rounds if record.scalars], len(run.mask))
+    if not rounds:
+        page.add(
+            absent(
+                "Updates are not compared here: making so many directions of so many entries would take too long; "
+                "meerkat.record.history.updates compares them."
+            )
+        )
+        return
+    which = "every round" if len(rounds) == run.rounds else f"{len(rounds):,} of {run.rounds:,} rounds"
+    if _one_scalar_each(rounds):
+        _agreement(page, rounds, which)
+    else:
+        z = Directions(run_key(run.config.seed), len(run.mask))
+        _alignment(page, run, [(record.plan.round, alignments(record, z)) for record in rounds], which)
+
+
+def _no_alignment(run: RunFacts) -> str:
+    """Why updates cannot be compared; empty where they can."""
+    if run.first_order:
+        return "Updates are compared through their scalars, and a first-order run has none."
+    if run.mask is None or not run.records.rounds:
+        return "No updates to compare: no round has closed yet."
+    if run.config.clients == 1:
+        return "There is only one client: its update is the federation's."
+    if run.config.dp == "client":
+        return "Updates cannot be compared: a run that hides its clients keeps no scalars of a single one."
+    return ""
+
+
+def _one_scalar_each(rounds: Sequence[RoundRecord]) -> bool:
+    """Whether each client sent one scalar a round, so that its update has a sign and no direction of its own."""
+    return all(record.plan.longest * record.plan.directions == 1 for record in rounds)
+
+
+def _rounds_to_compare(rounds: Sequence[RoundRecord], entries: int) -> list[RoundRecord]:
+    """Evenly spaced rounds, as many as can be compared in a few seconds."""
+    if not rounds or _one_scalar_each(rounds):  # signs alone: no direction is made
+        return list(rounds)
+    cost = max(record.plan.longest for record in rounds) * rounds[0].plan.directions * entries
+    count = min(len(rounds), _MOST_ROUNDS, int(_MOST_ENTRIES / cost))
+    return [rounds[i] for i in np.unique(np.linspace(0, len(rounds) - 1, count).round().astype(int))]
+
+
+def _agreement(page: Page, rounds: Sequence[RoundRecord], which: str) -> None:
+    shares = np.array(
+        [np.mean([np.sign(g[0, 0]) == np.sign(r.aggregate[0, 0]) for g in r.scalars.values()]) for r in rounds]
+    )
+    bins = min(len(shares), POINTS)
+    numbers = np.array([record.plan.round + 1 for record in rounds])
+    x, y = (np.array([part.mean() for part in np.array_split(values, bins)]) for values in (numbers, shares))
+    page.add(
+        paragraph(
+            "With one step and one direction a round all updates lie on one line, so a client pushes either the same "
+            f"way as the federation or the other way: on average {shares.mean():.0%} push the same way."
+        )
+    )
+    caption = (
+        f"Share of clients whose update has the federation's sign ({which}, in up to {POINTS} means); the dashed line "
+        "is the least that chance alone would give."
+    )
+    page.figures(CaptionedFigure("agreement", draw.agreement(x, y), "Clients that agree", caption))
+
+
+def _alignment(page: Page, run: RunFacts, rounds: Sequence[tuple[int, Mapping[int, Alignment]]], which: str) -> None:
+    clients = sorted({client for _, updates in rounds for client in updates})
+    groups = grouped(clients, run.stopped, run.extreme)
+    if len(rounds) > POINTS:
+        which += f", in {POINTS} means"
+    how = f"({which}); {lines_or_bands(groups)}."
+    page.figures(
+        CaptionedFigure(
+            "alignment-cosine",
+            draw.alignment(rounds, groups, "cosine", "cosine with the federation's update"),
+            "Direction of each client's update",
+            f"1 is the direction of the federation's update, 0 is across it, -1 is against it {how}",
+        ),
+        CaptionedFigure(
+            "alignment-norm",
+            draw.alignment(rounds, groups, "norm", "length of the update"),
+            "Length of each client's update",
+            f"How far each client moves in a round, in theta's units, on a log scale {how}",
+        ),
+    )

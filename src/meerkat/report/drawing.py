@@ -1,14 +1,14 @@
-"""How all figures look, and turning one into files for a paper and into SVG for a page.
+"""What all figures share: colours, style, axes, and the way to a file or into a page.
 
-Figures are drawn in a few fixed colours. In a paper they stay what they are, on white; in a page each becomes
-a CSS variable, so that the same drawing is readable in light and in dark. The hues are Okabe and Ito's, which
-people with any colour blindness tell apart; lines differ in dashes or markers as well.
+A figure uses a few fixed colours. In its files they stay as they are, on white; in a page each becomes a CSS
+variable, so that one drawing suits light and dark. The hues are Okabe and Ito's, which people with any colour
+blindness can tell apart; lines also differ in dashes or markers.
 """
 
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from meerkat.record.run_folder import write_atomically
+from meerkat.report.sentences import data_size
 
 INK, MUTED, GRID, PAPER = "#1c1f24", "#666c75", "#dde0e4", "#fefefe"
-BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN, REST = [
+BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN, GREY = [
     "#0069a8",
     "#cf5300",
     "#008f6b",
@@ -34,17 +35,17 @@ BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN, REST = [
     "#9aa1ab",
 ]
 ON_HEAT = "#ffffff"
-"""Text on a deep shade of a heat map, in light and in dark."""
+"""Text on a deep shade of HEAT, in light and in dark."""
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VARIABLES = {
-    **{INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", REST: "rest", BLUE: "blue", RED: "red"},
+    **{INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", GREY: "rest", BLUE: "blue", RED: "red"},
     **{GREEN: "green", PURPLE: "purple", ORANGE: "orange", SKY: "sky", BROWN: "brown"},
 }
-"""Each colour's CSS variable, in light its own value; page.py gives the values in dark."""
+"""Each colour's CSS variable: the colour itself in light, style.py's value in dark."""
 
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.05, 0.47, 0.79, 0.0), (0.05, 0.47, 0.79, 1.0)])
-"""From the page's own colour to a blue that stands out in light and in dark."""
+"""From transparent to a blue that stands out in light and in dark."""
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -81,26 +82,30 @@ _PAGE_SVG = {"svg.fonttype": "none"}
 
 @contextmanager
 def drawing(width: float = 4.4, height: float = 2.9) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one plot, in inches, and the style for what is drawn on it."""
+    """A figure with one plot, in the common style; width and height in inches."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots()
-        with _any_script():
+        with _missing_glyphs_ignored():
             figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it stands: each file is drawn without laying it out again
+        figure.set_layout_engine("none")  # final: saving does not lay it out again
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """No warning about a label in a script that matplotlib's font lacks: a page shows it, a PNG shows boxes."""
+def _missing_glyphs_ignored() -> Iterator[None]:
+    """No warning about characters that matplotlib's font lacks: a page shows them, a PNG shows boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, for a paper: on white, the same bytes each time."""
+    """Write stem.png and stem.svg on white, the same bytes each time. Returns their paths.
+
+    Raises:
+        RunFailed: a file cannot be written.
+    """
     paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
     for path in paths:
         write_atomically(path, _writer(figure, path.suffix[1:]), "make room, then try again")
@@ -108,11 +113,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def _writer(figure: Figure, form: str) -> Any:
-    said: Mapping[str, Any] = {"Date": None, "Creator": "meerkat"} if form == "svg" else {"Software": "meerkat"}
+    metadata: dict[str, Any] = {"Date": None, "Creator": "meerkat"} if form == "svg" else {"Software": "meerkat"}
 
     def write(part: Path) -> None:
-        with mpl.rc_context(_STYLE | _PAPER_SVG), _any_script():
-            figure.savefig(part, format=form, facecolor="white", metadata=dict(said))
+        with mpl.rc_context(_STYLE | _PAPER_SVG), _missing_glyphs_ignored():
+            figure.savefig(part, format=form, facecolor="white", metadata=metadata)
 
     return write
 
@@ -121,52 +126,49 @@ def inline(figure: Figure, name: str, label: str) -> str:
     """The figure as an SVG element for a page.
 
     Args:
-        name: unlike any other in the page; ids inside begin with it.
-        label: what a screen reader says; HTML-escaped already.
+        name: unique in the page; ids in the element begin with it.
+        label: what a screen reader says, as escaped HTML.
     """
-    held = io.StringIO()
-    with mpl.rc_context(_STYLE | _PAGE_SVG), _any_script():
-        figure.savefig(held, format="svg", transparent=True, metadata={"Date": None})
-    text = held.getvalue()
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE | _PAGE_SVG), _missing_glyphs_ignored():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = _own_ids(text, name)
+    text = _with_unique_ids(text, name)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"(font: |font-family: )([^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1\2var(--font)", text)
-    text = re.sub(r' (d|x|y)="[^"]*"', lambda held: _LONG.sub(_shorter, held.group()), text)
+    text = re.sub(r' (d|x|y)="[^"]*"', lambda attribute: _LONG_NUMBER.sub(_two_decimals, attribute.group()), text)
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box
     opening = f'<svg viewBox="{box.group(1)}" role="img" aria-label="{label}">'
     return re.sub(r"\n\s*", "\n", re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)).strip()
 
 
-_LONG = re.compile(r"-?\d+\.\d{3,}")
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
-def _shorter(number: re.Match[str]) -> str:
+def _two_decimals(number: re.Match[str]) -> str:
     return f"{float(number.group()):.2f}"
 
 
-def _own_ids(text: str, name: str) -> str:
-    """Ids that something points to get the figure's name in front; all others go."""
+def _with_unique_ids(text: str, name: str) -> str:
+    """Prefix the ids that something refers to with the figure's name, and drop all others."""
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-    text = re.sub(
-        r' id="([^"]*)"', lambda found: f' id="{name}-{found.group(1)}"' if found.group(1) in used else "", text
-    )
-    text = re.sub(r'xlink:href="#', 'href="#', text)
-    text = re.sub(r"xlink:href=", "href=", text)
+    text = re.sub(r' id="([^"]*)"', lambda id_: f' id="{name}-{id_[1]}"' if id_[1] in used else "", text)
+    text = text.replace("xlink:href=", "href=")
     return re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
 
 
 def plain_log(axes: Axes, which: str) -> None:
-    """A log scale with plain numbers at 1, 2 and 5 of as many decades as there are."""
+    """A log scale along "x" or "y" with plain numbers at 1, 2 and 5, or at decades alone where there are many."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}scale": "log"})
     low, high = axis.get_view_interval()
     ratio = abs(high / low) if low > 0 else 10.0
-    if ratio < 3:  # round numbers, as 1, 2 and 5 would leave one tick or none
+    if ratio < 3:  # 1, 2 and 5 would leave one tick or none
         axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
     else:
@@ -185,53 +187,44 @@ def whole_numbers(axes: Axes, which: str = "x") -> None:
 
 
 def short(text: str, most: int = 30) -> str:
-    """A name for a legend or a tick, cut where it is long; matplotlib would hide one that begins with "_"."""
+    """A name cut to fit a legend or a tick; matplotlib hides a name that begins with "_"."""
     text = " " + text if text.startswith("_") else text
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def legend_above(axes: Axes) -> None:
-    """The legend above the plot, in as many columns as its names leave room for."""
+    """A legend above the plot, in as many columns as fit."""
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
     assert isinstance(axes.figure, Figure)
     columns = next((c for c in (5, 4, 3, 2) if _legend_width(names, c) <= axes.figure.get_figwidth()), 1)
     rows = -(-len(names) // columns)
-    axes.figure.set_figheight(axes.figure.get_figheight() + 0.16 * max(0, rows - 2))  # the plot keeps its room
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.16 * max(0, rows - 2))  # the plot keeps its size
     axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.9, columnspacing=1.2)
 
 
 def _legend_width(names: Sequence[str], columns: int) -> float:
-    """About how wide a legend is, in inches; it is filled column by column."""
+    """A legend's approximate width in inches; it is filled column by column."""
     rows = -(-len(names) // columns)
     return sum(0.42 + 0.066 * max(map(len, names[i : i + rows])) for i in range(0, len(names), rows))
 
 
-def data_size(count: float) -> str:
-    """Bytes as a person says them."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def byte_ticks(axes: Axes) -> None:
-    """Ticks along x as bytes."""
+    """Ticks along x in bytes."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: data_size(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if axes.get_xscale() != "log":
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def heat_key(axes: Axes, said: str) -> None:
-    """What the shades of a heat map stand for: a bar of them, and its two ends in words, above the plot."""
+def heat_key(axes: Axes, meaning: str) -> None:
+    """The key of a heat map, above the plot: a bar of its shades, and what its two ends mean."""
     inch = 1 / (float(axes.bbox.height) / axes.figure.dpi)
-    place = axes.inset_axes((0.0, 1 + 0.08 * inch, 0.22, 0.1 * inch))
-    place.imshow([[i / 63 for i in range(64)]], cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="none")
-    place.set(xticks=[], yticks=[])
-    place.grid(visible=False)
-    for spine in place.spines.values():
+    bar = axes.inset_axes((0.0, 1 + 0.08 * inch, 0.22, 0.1 * inch))
+    bar.imshow([[i / 63 for i in range(64)]], cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    bar.set(xticks=[], yticks=[])
+    bar.grid(visible=False)
+    for spine in bar.spines.values():
         spine.set(visible=True, linewidth=0.6)
-    place.annotate(said, (1.05, 0.5), xycoords="axes fraction", va="center", fontsize=8)
+    bar.annotate(meaning, (1.05, 0.5), xycoords="axes fraction", va="center", fontsize=8)

@@ -1,9 +1,10 @@
-"""The pieces of a page: one HTML file that needs nothing else, no network and no script."""
+"""A page and its pieces: one HTML file with everything in it, readable without a network or scripts."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -11,25 +12,47 @@ from meerkat.record.run_folder import write_atomically
 from meerkat.report.drawing import VARIABLES, inline, save
 from meerkat.report.style import STYLE
 
-__all__ = ["Page", "absent", "escape", "folded", "numbers", "paragraph", "pill", "table"]
+__all__ = ["CaptionedFigure", "Page", "absent", "escape", "folded", "key_numbers", "paragraph", "pill", "table"]
 
 
-Shown = tuple[str, Figure, str, str]
-"""A figure in a page: its name, itself, its title and its caption."""
+def file_name(text: str) -> str:
+    """The text, fit for the name of a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)
 
 
-def _wide(figure: Figure) -> bool:
-    return bool(figure.get_figwidth() > 6)
+class CaptionedFigure(NamedTuple):
+    """A figure of a page."""
 
+    name: str
+    """Unique in the page; also the name of the figure's files."""
+    figure: Figure
+    title: str
+    caption: str
+    """What is seen, and how to read it."""
 
-def _rows(figure: Figure) -> int:
-    """Rows of ordinary figures that a tall one takes the room of."""
-    return max(1, round(float(figure.get_figheight()) / 3.6))
+    @property
+    def is_wide(self) -> bool:
+        """Whether it takes the page's whole width."""
+        return bool(self.figure.get_figwidth() > 6)
+
+    @property
+    def row_span(self) -> int:
+        """Rows of ordinary figures that it is as tall as."""
+        return max(1, round(float(self.figure.get_figheight()) / 3.6))
+
+    def html(self, alone: bool) -> str:
+        """The figure as an HTML element; one alone in its row has its caption beside it."""
+        drawn = inline(self.figure, self.name, escape(self.title))
+        kind = "wide" if self.is_wide else "lone" if alone else ""
+        style = f' style="grid-row:span {self.row_span}"' if self.row_span > 1 and not kind else ""
+        opening = f'<figure class="{kind}"{style}>' if kind or style else "<figure>"
+        caption = f"<figcaption><b>{escape(self.title)}.</b> {escape(self.caption)}</figcaption>"
+        return f'{opening}<div class="plot">{drawn}</div>{caption}</figure>'
 
 
 @dataclass
 class Page:
-    """A page being put together, section by section; its figures are kept for a paper as well."""
+    """A page that is put together section by section; its figures are also written as files, for a paper."""
 
     title: str
     subtitle: str
@@ -44,30 +67,21 @@ class Page:
         self._parts.append(f'{end}<section id="{anchor}">\n<h2>{escape(name)}</h2>')
 
     def add(self, html: str) -> None:
-        """Add HTML, escaped by whoever made it."""
+        """Add HTML; the caller has escaped it."""
         self._parts.append(html)
 
-    def figures(self, *shown: Shown, before: str = "", after: str = "") -> None:
-        """Add figures side by side where there is room.
+    def figures(self, *figures: CaptionedFigure, before: str = "", after: str = "") -> None:
+        """Add figures, side by side where there is room.
 
         Args:
-            shown: name (of its files too), figure, title, and a caption: what is seen, and how to read it.
-            before: HTML to stand in the first one's place.
-            after: HTML to stand after the last one.
+            before: HTML in front of the first figure, as large as one.
+            after: HTML behind the last one.
         """
-        tall = any(_rows(figure) > 1 or _wide(figure) for _, figure, _, _ in shown)
-        lone = not tall and (len(shown) + bool(before) + bool(after)) % 2
-        held = [self._figure(*one, lone=bool(lone) and one is shown[-1]) for one in shown]
-        self._parts.append("\n".join(filter(None, ['<div class="plots">', before, *held, after, "</div>"])))
-
-    def _figure(self, name: str, figure: Figure, title: str, caption: str, *, lone: bool) -> str:
-        self._figures[name] = figure
-        drawn = inline(figure, name, escape(title))
-        kind = "wide" if _wide(figure) else "lone" if lone else ""
-        style = f' style="grid-row:span {_rows(figure)}"' if _rows(figure) > 1 and not kind else ""
-        opening = f'<figure class="{kind}"{style}>' if kind or style else "<figure>"
-        said = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
-        return f'{opening}<div class="plot">{drawn}</div>{said}</figure>'
+        self._figures |= {each.name: each.figure for each in figures}
+        uneven = any(each.row_span > 1 or each.is_wide for each in figures)
+        last_is_alone = not uneven and (len(figures) + bool(before) + bool(after)) % 2 == 1
+        cells = [each.html(alone=last_is_alone and each is figures[-1]) for each in figures]
+        self._parts.append("\n".join(filter(None, ['<div class="plots">', before, *cells, after, "</div>"])))
 
     def html(self) -> str:
         """The whole page."""
@@ -86,20 +100,18 @@ class Page:
         )
 
     def write(self, root: Path) -> Path:
-        """Write report.html and figures/ into a folder.
+        """Write report.html and figures/ into a folder. Returns the page's path.
 
         Raises:
-            RunFailed: the disk refused it.
+            RunFailed: a file cannot be written.
         """
         folder = root / "figures"
         folder.mkdir(exist_ok=True)
         for name, figure in self._figures.items():
             save(figure, folder / name)
-        path = root / "report.html"
-        text = self.html()
-        write_atomically(
-            path, lambda part: part.write_text(text, encoding="utf-8"), f"make room, then 'meerkat report {root}'"
-        )
+        path, text = root / "report.html", self.html()
+        cure = f"make room, then 'meerkat report {root}'"
+        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
         return path
 
 
@@ -110,15 +122,15 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def absent(text: str) -> str:
-    """Why a section has nothing to show."""
+    """The reason why a section shows nothing."""
     return paragraph(text, "absent")
 
 
-def numbers(shown: Sequence[tuple[str, str, str]]) -> str:
-    """Key numbers: (what, the number, a word more)."""
+def key_numbers(numbers: Sequence[tuple[str, str, str]]) -> str:
+    """Numbers in large type, each as (name, number, remark)."""
     cells = "".join(
-        f"<div><dt>{escape(what)}</dt><dd><b>{escape(value)}</b> <small>{escape(more)}</small></dd></div>"
-        for what, value, more in shown
+        f"<div><dt>{escape(name)}</dt><dd><b>{escape(number)}</b> <small>{escape(remark)}</small></dd></div>"
+        for name, number, remark in numbers
     )
     return f'<dl class="numbers">{cells}</dl>'
 
@@ -129,38 +141,36 @@ def table(
     *,
     text_columns: int = 1,
     caption: str = "",
-    strong: Collection[int] = (),
+    bold: Collection[int] = (),
 ) -> str:
     """A table that scrolls on a narrow screen.
 
     Args:
         head: plain text.
-        rows: HTML cells, escaped by whoever made them.
-        text_columns: the first so many are text, to the left; the others numbers, to the right.
-        strong: rows that stand out.
+        rows: HTML cells, which the caller has escaped.
+        text_columns: so many columns are text, on the left; the others are numbers, set to the right.
+        bold: indices of the rows in bold.
     """
 
-    def cell(tag: str, i: int, html: str) -> str:
-        short = text_columns < len(head)
-        opening = f'{tag} class="n"' if i >= text_columns else f'{tag} class="t"' if short else tag
-        return f"<{opening}>{html}</{tag}>"
+    def cell(tag: str, column: int, html: str) -> str:
+        kind = ' class="n"' if column >= text_columns else ' class="t"' if text_columns < len(head) else ""
+        return f"<{tag}{kind}>{html}</{tag}>"
 
-    heads = "".join(cell("th", i, escape(name)) for i, name in enumerate(head))
-    lines = "\n".join(
-        ('<tr class="best">' if place in strong else "<tr>")
-        + "".join(cell("td", i, html) for i, html in enumerate(row))
-        + "</tr>"
-        for place, row in enumerate(rows)
-    )
-    said, title = (f'<p class="caption">{escape(caption)}</p>' if caption else ""), "Table"
+    def line(index: int, row: Sequence[str]) -> str:
+        cells = "".join(cell("td", column, html) for column, html in enumerate(row))
+        return f'<tr class="best">{cells}</tr>' if index in bold else f"<tr>{cells}</tr>"
+
+    heads = "".join(cell("th", column, escape(name)) for column, name in enumerate(head))
+    body = "\n".join(line(index, row) for index, row in enumerate(rows))
+    above = f'<p class="caption">{escape(caption)}</p>' if caption else ""
     return (
-        f'{said}<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or title)}">'
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{lines}</tbody></table></div>"
+        f'{above}<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or "Table")}">'
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
 
 def folded(title: str, html: str) -> str:
-    """Something long, shown on request."""
+    """Long HTML behind a title that opens it."""
     return f"<details><summary>{escape(title)}</summary>{html}</details>"
 
 
@@ -168,6 +178,6 @@ _ICONS = {"holds": "✓", "fails": "✗", "undecided": "?"}
 
 
 def pill(verdict: str) -> str:
-    """A verdict as a word with an icon and a colour."""
+    """A claim's verdict with an icon and a colour."""
     kind = verdict if verdict in _ICONS else "undecided"
     return f'<span class="pill {kind}"><span aria-hidden="true">{_ICONS[kind]}</span> {escape(verdict)}</span>'

@@ -1,105 +1,162 @@
-"""What a run shows a person, in words and numbers."""
+"""A run in sentences, and numbers as a person reads them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings.methods import METHODS
 
-_JUDGED = {
+_EVALUATED_ON = {
     "validation": "validation rows",
     "held-back": "held-back training rows",
     "sites": "the sites' own validation rows",
 }
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def in_digits(value: float | None) -> str:
-    """An accuracy or a loss; where nobody judged, that is said."""
-    return "(not judged)" if value is None else f"{value:.3f}"
+def three_decimals(score: float | None) -> str:
+    """A score; None, where the model was not evaluated, in words."""
+    return "(not evaluated)" if score is None else f"{score:.3f}"
 
 
-def in_words(summary: dict[str, Any], folder: Path) -> str:
-    """A finished run in plain words."""
-    up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
-    whole = summary["payload_bytes_up"] / summary["clients"]
-    and_more = ", calibration included" if summary["calibration_steps"] else ""
-    judged = _JUDGED[summary["evaluated_on"]]
+def percent(share: float) -> str:
+    """A share with two significant digits, however small: 12%, 1.3%, 0.004%."""
+    if not share:
+        return "0%"
+    digits = max(0, 1 - math.floor(math.log10(share * 100))) if share < 0.0995 else 0
+    text = f"{share * 100:.{min(digits, 8)}f}"
+    return (text.rstrip("0").rstrip(".") if digits else text) + "%"
+
+
+def data_size(count: float) -> str:
+    """A number of bytes in the unit that suits it: 999 B, 1.6 kB, 2.21 MB."""
+    power = 0
+    while abs(count) >= 1000 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:,.0f} {_UNITS[power]}" if not power or count >= 100 else f"{count:.3g} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def as_sentence(text: str) -> str:
+    """The text with a capital letter and a full stop."""
+    return f"{_capital(text)}."
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
+    """A finished run's summary.json in a few lines, for the terminal."""
+    sent = summary["payload_bytes_up"] / summary["clients"]
+    calibration = ", calibration included" if summary["calibration_steps"] else ""
+    score, before, after = _primary(summary)
     return "\n".join(
         [
-            f"{summary['method']} on {summary['task']}: accuracy {in_digits(summary['accuracy_before'])} before, "
-            f"{in_digits(summary['accuracy'])} after {summary['rounds']} rounds, on {judged}.",
-            f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}.",
-            f"Each client sent {up} bytes a round, about {whole:,.0f} in all{and_more}. "
-            f"Sending the model instead would have cost {dense:,} bytes a round, {dense // up:,} times as much.",
-            *([f"Differential privacy: {_promised(summary)}."] if summary.get("privacy") else []),
+            f"{summary['method']} on {summary['task'] or summary['problem']}: {score} {before} before, "
+            f"{after} after {summary['rounds']} rounds, "
+            f"on {_EVALUATED_ON[summary['evaluated_on']]}.",
+            _moved(summary),
+            f"Each client sent {summary['payload_bytes_up_per_client_round']} bytes a round, about {sent:,.0f} in "
+            f"all{calibration}. {_dense(summary)}",
+            *_privacy(summary),
             f"Run folder: {folder}",
         ]
     )
 
 
-def _promised(summary: Mapping[str, Any]) -> str:
-    return str(summary["privacy"]["in_words"])
+def _primary(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The primary score's name, and its values before and after the run."""
+    score = summary["score"]
+    return score, three_decimals(summary["scores_before"][score]), three_decimals(summary["scores"][score])
 
 
-def _work(summary: Mapping[str, Any]) -> str:
+def _moved(summary: Mapping[str, Any]) -> str:
     first_order = METHODS[summary["method"]].update == "first-order"
-    return "every client ran backpropagation" if first_order else "no client ran backpropagation"
+    work = "every client ran backpropagation" if first_order else "no client ran backpropagation"
+    return f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {work}."
 
 
-def outcome(summary: Mapping[str, Any], sent: float, calibrating: float) -> str:
-    """A finished run in a paragraph; sent and calibrating are the mean bytes that a client sent."""
-    judged = _JUDGED[summary["evaluated_on"]]
+def _dense(summary: Mapping[str, Any]) -> str:
+    up, dense = summary["payload_bytes_up_per_client_round"], summary["dense_bytes_per_client_round"]
+    return f"Sending the model instead would have cost {dense:,} bytes a round, {dense // up:,} times as much."
+
+
+def _privacy(summary: Mapping[str, Any]) -> list[str]:
+    return [f"Differential privacy: {summary['privacy']['in_words']}."] if summary.get("privacy") else []
+
+
+def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -> str:
+    """A finished run in a paragraph, for its page.
+
+    Args:
+        sent: mean bytes that a client sent in rounds.
+        sent_to_calibrate: mean bytes that a client sent in calibrations.
+    """
+    score, before, after = _primary(summary)
     losses = (summary["loss_before"], summary["loss"])
-    loss = "" if None in losses else f", and the loss from {in_digits(losses[0])} to {in_digits(losses[1])}"
-    spent = f", {calibrating:,.0f} of them to calibrate" if calibrating else ""
-    up, dense = sent + calibrating, summary["dense_bytes_per_client_round"]
-    one = summary["payload_bytes_up_per_client_round"]
-    return (
-        f"Accuracy on {judged} went from {in_digits(summary['accuracy_before'])} to {in_digits(summary['accuracy'])} "
-        f"in {summary['rounds']:,} rounds{loss}. "
-        f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {_work(summary)}. "
-        f"A client sent {up:,.0f} bytes in all on average{spent}, and at most {one:,} a round; sending the model "
-        f"instead would have cost {dense:,} bytes a round, {dense // one:,} times as much."
-        + (f" Differential privacy: {_promised(summary)}." if summary.get("privacy") else "")
+    known = None not in losses and score != "loss"
+    loss = f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}" if known else ""
+    calibration = f", {sent_to_calibrate:,.0f} of them to calibrate" if sent_to_calibrate else ""
+    return " ".join(
+        [
+            f"{_capital(score)} on {_EVALUATED_ON[summary['evaluated_on']]} went from {before} to {after} "
+            f"in {summary['rounds']:,} rounds{loss}.",
+            _moved(summary),
+            f"On average a client sent {sent + sent_to_calibrate:,.0f} bytes in all{calibration}, and at most "
+            f"{summary['payload_bytes_up_per_client_round']:,} a round.",
+            _dense(summary),
+            *_privacy(summary),
+        ]
     )
 
 
-def unfinished(done: int, planned: int) -> str:
-    """How far a run got that has no outcome."""
+def unfinished(rounds: int, planned: int) -> str:
+    """How far a run without an outcome got."""
     return (
-        f"This run is not finished: it got to round {done:,} of {planned:,}. What follows is as far as it got; "
-        "'meerkat resume' goes on with it."
+        f"This run is not finished: it got to round {rounds:,} of {planned:,}. This page shows what there is so far; "
+        "'meerkat resume' continues it."
     )
 
 
-def so_far(judged: Sequence[Mapping[str, Any]]) -> str:
-    """How an unfinished run stands; judged are its evaluations, in order."""
-    if not judged:
-        return "The model was not judged yet."
-    if len(judged) == 1:
-        return f"Before the first round the model's accuracy is {in_digits(judged[0]['accuracy'])}."
-    last = judged[-1]
-    first, now = in_digits(judged[0]["accuracy"]), in_digits(last["accuracy"])
-    return f"Accuracy was {first} before and {now} after {last['round']:,} rounds."
+def score_so_far(evaluations: Sequence[EvaluationMetric]) -> str:
+    """The primary score of an unfinished run, from its evaluations in order."""
+    if not evaluations:
+        return "The model has not been evaluated yet."
+    first, last = evaluations[0], evaluations[-1]
+    if len(evaluations) == 1:
+        return f"Before the first round the model's {first.score} is {three_decimals(first.scores[first.score])}."
+    before, after = (three_decimals(evaluation.scores[first.score]) for evaluation in (first, last))
+    return f"{_capital(first.score)} was {before} before training and {after} after {last.round:,} rounds."
 
 
-def found_out(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:
-    """Whom a calibration stopped, and how right that was where it is known."""
-    when = "Before the first round" if not round else f"After {round:,} rounds"
-    if not stopped:
-        said = f"{when}, calibration stopped none of {clients:,} clients early."
-    else:
+def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:
+    """Which of so many clients a calibration stopped early, and how right that was.
+
+    Args:
+        extreme: clients that hold one label alone; None where that is not known.
+        round: rounds closed before it.
+    """
+    when = f"After {round:,} rounds" if round else "Before the first round"
+    count = f"{len(stopped):,}" if stopped else "none"
+    text = f"{when}, calibration stopped {count} of {clients:,} clients early"
+    if stopped:
         named = f" ({', '.join(map(str, stopped))})" if len(stopped) <= 12 else ""
-        said = (
-            f"{when}, calibration stopped {len(stopped):,} of {clients:,} clients early{named}: "
-            "from then on each makes one local step a round."
-        )
+        text += f"{named}: from then on each makes one local step a round"
     if extreme is None:
-        return said
+        return f"{text}."
     if not extreme:
-        return said + " None holds one label alone."
+        return f"{text}. No client holds one label alone."
     right = len(set(stopped) & set(extreme))
     return (
-        f"{said} Of {len(extreme):,} that hold one label alone it stopped {right:,}, "
+        f"{text}. It stopped {right:,} of the {len(extreme):,} that hold one label alone, "
         f"and {len(stopped) - right:,} of the others."
     )

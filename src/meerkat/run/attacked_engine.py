@@ -1,15 +1,14 @@
 """A simulation some of whose clients attack: they do what honest clients do, and send something else."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from meerkat import seeds
 from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, Craft, Seen
 from meerkat.algorithm.directions import PHASES
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, RoundRecord, Scalars
+from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars
 from meerkat.algorithm.server import ServerState
 from meerkat.run.local_engine import LocalEngine
 
@@ -18,40 +17,16 @@ _WITHIN = 0.999
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """The clients of a simulation, some of which attack. See `experiment.Engine`."""
+class AttackedEngine:
+    """The clients of a simulation, some of which attack. See `loop.Engine`."""
 
     engine: LocalEngine
     attack: Attack
     clients: Sequence[int]
     """The attackers."""
-    scale: float = 0.0
-    """The attack's strength; 0 for its own."""
+    scale: float | None = None
+    """The attack's strength; None for its own."""
     seed: int = 0
-
-    def arrivals(self, round: int) -> tuple[()]:
-        """Nobody comes."""
-        return self.engine.arrivals(round)
-
-    def available(self) -> None:
-        """All clients can take part."""
-        self.engine.available()
-
-    def facts(self) -> Mapping[str, Any]:
-        """What the engine has to tell."""
-        return self.engine.facts()
-
-    def meanwhile(self, task: Callable[[], None]) -> None:
-        """At once."""
-        self.engine.meanwhile(task)
-
-    def settle(self) -> None:
-        """Nothing was left."""
-        self.engine.settle()
-
-    def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """A round is on the disk."""
-        self.engine.closed(state, record)
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """The replies to a plan, by ascending client id, those of attackers as they send them."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from meerkat.algorithm.client import correction, local_steps, slopes
 from meerkat.algorithm.client_rules import ZEROTH_ORDER, ClientRule
-from meerkat.algorithm.directions import Directions, Place
+from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.estimators import PLAIN, Estimator
 from meerkat.algorithm.first_order import gradient_steps
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars
+from meerkat.algorithm.rounds import Reply, RoundPlan, Scalars
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.mechanism import Mechanism
@@ -43,29 +43,6 @@ class LocalEngine:
     """Example-level differential privacy: turns rows' slopes into one noisy slope; `losses_of` gives each row's."""
     estimator: Estimator = PLAIN
     rule: ClientRule = ZEROTH_ORDER
-
-    def arrivals(self, _: int) -> tuple[()]:
-        """Nobody comes: all clients were there from the start."""
-        return ()
-
-    def available(self) -> None:
-        """All clients can take part."""
-
-    def facts(self) -> dict[str, float]:
-        """Nothing is to be told of a round beside its record."""
-        return {}
-
-    def meanwhile(self, task: Callable[[], None]) -> None:
-        """Clients work in this very thread: what can wait is done at once."""
-        task()
-
-    def settle(self) -> None:
-        """Nothing was left."""
-
-    def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """Clients here read theta from the state: there is nobody to tell. The next round's first z is made ready."""
-        if record.plan.sends == "scalars":
-            self.directions.prepare(Place("training", state.round, 0, 0))
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply]:
         """The replies to a plan, by ascending client id."""

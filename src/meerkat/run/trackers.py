@@ -42,7 +42,7 @@ def _write(add: Callable[[str, float, int], object], metric: Metric) -> None:
     """One metric's scalars, at the number of rounds closed."""
     kind = metric["kind"]
     if kind == "evaluation":
-        shown = {"evaluation/accuracy": metric["accuracy"], "evaluation/loss": metric["loss"]}
+        shown = {f"evaluation/{name}": value for name, value in metric["scores"].items()}
     elif kind == "round":
         shown = {
             "round/loss": metric["loss"],

@@ -18,12 +18,15 @@ from meerkat.algorithm.server import ServerConfig
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
 from meerkat.errors import MeerkatError
 from meerkat.settings import budget
+from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
 
 UPDATE_RULES: dict[str, Callable[[RunConfig], UpdateRule]] = {
     "sgd": lambda _: FedAvg(),
-    "momentum": lambda config: FedAvgM(config.server_lr, config.server_beta1),
-    "adam": lambda config: FedAdam(config.server_lr, config.server_beta1, config.server_beta2, config.server_tau),
+    "momentum": lambda config: FedAvgM(number(config.server_lr), config.server_beta1),
+    "adam": lambda config: FedAdam(
+        number(config.server_lr), config.server_beta1, config.server_beta2, config.server_tau
+    ),
     "feddyn": lambda config: FedDyn(config.feddyn_alpha),
 }
 """By the name that --update-rule takes. An extension adds to it: see `meerkat.extensions`."""
@@ -56,7 +59,7 @@ def rules(config: RunConfig) -> Rules:
     Raises:
         MeerkatError: nobody here knows the update rule of that name.
     """
-    name = "feddyn" if config.recipe.update == "feddyn" else config.server_optimizer
+    name = "feddyn" if config.recipe.update == "feddyn" else config.update_rule
     if name not in UPDATE_RULES:
         raise MeerkatError(
             f"update rule '{name}': not known here, only {', '.join(UPDATE_RULES)}; name its extension with --extension"
@@ -86,8 +89,8 @@ def server_config(
         rounds=config.rounds,
         local_steps=config.local_steps,
         directions=config.directions,
-        lr=config.lr,
-        eps=config.eps,
+        lr=number(config.lr),
+        eps=number(config.eps),
         clients=config.clients,
         clients_per_round=config.clients_per_round,
         examples=examples,

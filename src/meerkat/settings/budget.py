@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from meerkat.algorithm.rounds import LARGEST_LOSS
 from meerkat.errors import MeerkatError
 from meerkat.privacy.accounting import Charge, epsilon, noise_for, steps_within
-from meerkat.privacy.mechanism import Guarantee, Mechanism, Relation
+from meerkat.privacy.mechanism import Guarantee, Mechanism, Relation, sampling_rate
+from meerkat.settings.auto import AUTO, number, number_or
 from meerkat.settings.config import RunConfig
 
 
@@ -18,11 +19,15 @@ def mechanism(config: RunConfig) -> Mechanism | None:
     """What makes a noisy mean of vectors: of rows' slopes on a site, or of clients' replies on the server."""
     if config.dp == "none":
         return None
-    expected = config.batch_size if config.dp == "example" else config.clients_per_round or config.clients
-    return Mechanism(config.dp_clip, config.dp_noise_multiplier, float(expected))
+    return Mechanism(config.dp_clip, number(config.dp_noise_multiplier), _expected(config))
 
 
-def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
+def _expected(config: RunConfig) -> float:
+    """How many are sampled on average: rows of a batch, or clients of a round."""
+    return float(config.batch_size if config.dp == "example" else config.clients_per_round or config.clients)
+
+
+def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
     """The settings with their noise multiplier, where it follows from a budget.
 
     It is the noise with which the client of the fewest rows stays within the budget to the end of the run.
@@ -35,7 +40,7 @@ def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
     """
     if config.dp == "none":
         return config
-    if not config.dp_noise_multiplier:
+    if config.dp_noise_multiplier == AUTO:
         if config.dp == "example" and not sizes:
             raise MeerkatError(
                 "dp_noise_multiplier: needed in a federation with dp example, which does not know the sites' rows; "
@@ -44,17 +49,18 @@ def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
         rate = max(rates(config, sizes))
         noise = noise_for(config.dp_epsilon, config.dp_delta, rate, steps_asked(config), config.dp_relation)
         config = config.model_copy(update={"dp_noise_multiplier": math.ceil(1e4 * noise) / 1e4})
-    noisy = config.dp_clip * (1 + 6 * config.dp_noise_multiplier) / config.batch_size
-    if config.dp == "example" and noisy > (most := LARGEST_LOSS / (config.eps or config.recipe.eps)):
+    sigma = number(config.dp_noise_multiplier)
+    noisy = config.dp_clip * (1 + 6 * sigma) / config.batch_size
+    if config.dp == "example" and noisy > (most := LARGEST_LOSS / number_or(config.eps, config.recipe.eps)):
         raise MeerkatError(
-            f"dp_clip {config.dp_clip:g} with dp_noise_multiplier {config.dp_noise_multiplier:g}: makes scalars of up "
+            f"dp_clip {config.dp_clip:g} with dp_noise_multiplier {sigma:g}: makes scalars of up "
             f"to {noisy:.3g}, where {most:.3g} is allowed; use less of one, or larger batches"
         )
     lasting = allowance(config, sizes)
     if lasting and max(lasting) < steps_asked(config):
         what = "local steps" if config.dp == "example" else "rounds"
         raise MeerkatError(
-            f"dp_noise_multiplier {config.dp_noise_multiplier:g}: dp_epsilon {config.dp_epsilon:g} lasts no client for "
+            f"dp_noise_multiplier {sigma:g}: dp_epsilon {config.dp_epsilon:g} lasts no client for "
             f"more than {max(lasting)} of {steps_asked(config)} {what}; use more noise, a larger budget or fewer rounds"
         )
     return config
@@ -62,9 +68,8 @@ def settle(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
 
 def rates(config: RunConfig, sizes: Sequence[int]) -> list[float]:
     """Each client's sampling rate q_k; under client-level privacy the one rate of all."""
-    found = mechanism(config)
-    assert found is not None
-    return [found.rate(size) for size in (sizes if config.dp == "example" else [config.clients])]
+    counts = sizes if config.dp == "example" else [config.clients]
+    return [sampling_rate(_expected(config), count) for count in counts]
 
 
 def steps_asked(config: RunConfig) -> int:
@@ -90,7 +95,7 @@ def allowance(config: RunConfig, sizes: Sequence[int]) -> list[int]:
             config.dp_epsilon,
             config.dp_delta,
             rate,
-            config.dp_noise_multiplier,
+            number(config.dp_noise_multiplier),
             config.dp_relation,
             steps_asked(config),
         )
@@ -145,6 +150,6 @@ def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: in
         otherwise=most.popitem()[1],
         delta=config.dp_delta,
         clip=config.dp_clip,
-        noise_multiplier=config.dp_noise_multiplier,
+        noise_multiplier=number(config.dp_noise_multiplier),
         among=sum(rows.values()) if config.dp == "example" else config.clients,
     )

@@ -1,1 +1,1 @@
-"""The federation on Flower: identity and start over Flower's messages, rounds over a stream of our own."""
+"""The federation on Flower: identity and start go through Flower's messages, rounds over a stream of Meerkat's own."""

@@ -1,7 +1,7 @@
 """Frames inside Flower's own messages: for networks that allow no second port, and many local steps a round.
 
-Every message meets a fresh process on the site, so between messages the site is kept in Flower's context of the
-run. A round takes seconds where the stream takes milliseconds; the scalars, and so theta, are the same.
+Flower handles every message in a new process on the site, so the site is kept in Flower's context of the run between
+messages. A round takes seconds where the stream takes milliseconds; the scalars, and so theta, are the same.
 """
 
 import queue
@@ -13,64 +13,66 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.link import Event
 from meerkat.federation.site_settings import Refused
 from meerkat.progress import one_line, say
 
 FRAMES = "train.frames"
-"""The message type that carries frames, and brings frames back."""
-_ANSWERS = 16
-"""Frames of one answer that are looked at: a site has one to send."""
+"""The message type that carries frames in both directions."""
+_MOST_FRAMES = 16
+"""Frames of one answer that are read; a site has one to send."""
 _POLL_S = 0.2
 
 
 class MessageLink:
     """The coordinator's end. See `link.Link`."""
 
-    def __init__(self, grid: Grid, door: Door) -> None:
+    def __init__(self, grid: Grid, admission: Admission) -> None:
         self.bytes_sent = self.bytes_received = 0
-        """Of frames, to and from all clients; Flower's own messages around them are longer."""
+        """Of frames, to and from all clients; the Flower messages around them are longer."""
         self._grid = grid
-        self._door = door
+        self._admission = admission
         self._nodes: dict[int, int] = {}
-        self._let_go: set[int] = set()
-        self._out: dict[str, int] = {}
+        self._dismissed: set[int] = set()
+        """Nodes that are not to be invited again."""
+        self._unanswered: dict[str, int] = {}
+        """The client of each message that was not answered yet."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
     def admit(self, node: int, hello: bytes) -> str:
-        """Let a site in by its first frame. Returns why not, or nothing."""
+        """Admit a site by its first frame. Returns why it is refused, or an empty string."""
         try:
-            guest = self._door.admit(hello)
+            site = self._admission.admit(hello)
         except (Refused, BadFrame) as error:
             return str(error)
         with self._lock:
-            self._nodes[guest.client] = node
-        self._events.put(Event("arrived", guest.client, guest=guest))
+            self._nodes[site.client] = node
+        self._events.put(Event("arrived", site.client, site=site))
         return ""
 
     def nodes(self) -> set[int]:
-        """The nodes that take part, and those that were let go: neither is to be invited."""
+        """The nodes that take part, and those that were dismissed: neither are to be invited."""
         with self._lock:
-            return {*self._nodes.values(), *self._let_go}
+            return {*self._nodes.values(), *self._dismissed}
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
-        """Send each client its frames in one message; those of a client that is gone are lost with it."""
-        here = [(client, each) for client, each in frames.items() if client in self._nodes and each]
-        if not here:
+        """Send each client its frames in one message; those of a client that has left are lost."""
+        present = [(client, each) for client, each in frames.items() if client in self._nodes and each]
+        if not present:
             return
-        self.bytes_sent += sum(len(frame) for _, each in here for frame in each)
-        ids = self._grid.push_messages([self._message(client, each) for client, each in here])
-        for (client, _), sent in zip(here, ids, strict=True):
-            if sent is None:
-                self._gone(client)
+        self.bytes_sent += sum(len(frame) for _, each in present for frame in each)
+        ids = self._grid.push_messages([self._message(client, each) for client, each in present])
+        for (client, _), message_id in zip(present, ids, strict=True):
+            if message_id is None:
+                self._remove(client)
             else:
-                self._out[sent] = client
+                self._unanswered[message_id] = client
 
     def receive(self, timeout_s: float) -> Event | None:
-        """The next event, or None when none came in time."""
+        """The next event, or None if none came in time."""
         end = time.monotonic() + timeout_s
         while self._events.empty():
             self._pull()
@@ -84,62 +86,63 @@ class MessageLink:
             return None
 
     def drop(self, client: int, last: bytes) -> None:
-        """Send a client a last frame, and let it go; nobody waits for its answer."""
+        """Send a client a last frame, then dismiss it; its answer is not waited for."""
         if client in self._nodes:
             message = self._message(client, [last])
             with self._lock:
-                self._let_go.add(self._nodes.pop(client))
+                self._dismissed.add(self._nodes.pop(client))
             self._grid.push_messages([message])
 
     def close(self) -> None:
-        """Nothing was taken that has to be given back."""
+        """Nothing to release."""
 
     def _message(self, client: int, frames: Sequence[bytes]) -> Message:
         return Message(pack(frames), dst_node_id=self._nodes[client], message_type=FRAMES)
 
     def _pull(self) -> None:
-        if not self._out:
+        if not self._unanswered:
             return
-        for answer in self._grid.pull_messages(list(self._out)):
-            client = self._out.pop(answer.metadata.reply_to_message_id, None)
+        for answer in self._grid.pull_messages(list(self._unanswered)):
+            client = self._unanswered.pop(answer.metadata.reply_to_message_id, None)
             if client is None:
                 continue
-            if (why := session_end(answer)) is not None:
-                say(f"client {client}: {why[0]}")
-                self._gone(client, let_go=not why[1])
+            if (end := session_end(answer)) is not None:
+                why, again = end
+                say(f"client {client}: {why}")
+                self._remove(client, dismiss=not again)
                 continue
-            for frame in unpack(answer.content)[:_ANSWERS]:
+            for frame in unpack(answer.content)[:_MOST_FRAMES]:
                 self.bytes_received += len(frame)
                 self._events.put(Event("frame", client, frame))
 
-    def _gone(self, client: int, let_go: bool = False) -> None:
+    def _remove(self, client: int, dismiss: bool = False) -> None:
         with self._lock:
-            gone = self._nodes.pop(client, None)
-            if gone is not None and let_go:
-                self._let_go.add(gone)
-        if gone is not None:
+            node = self._nodes.pop(client, None)
+            if node is not None and dismiss:
+                self._dismissed.add(node)
+        if node is not None:
             self._events.put(Event("left", client))
 
 
 def pack(frames: Sequence[bytes]) -> RecordDict:
-    """A message's content that carries frames."""
+    """The content of a message that carries frames."""
     return RecordDict({"frames": ConfigRecord({"frames": list(frames)})})
 
 
 def unpack(content: Any) -> list[bytes]:
-    """The frames that a message carries; what is none comes out as no bytes, and is found malformed."""
-    held = _value(content, "frames", "frames")
-    return [frame if isinstance(frame, bytes) else b"" for frame in held] if isinstance(held, list) else [b""]
+    """The frames in a message's content; anything else becomes an empty frame, which is refused as malformed."""
+    values = _value(content, "frames", "frames")
+    return [frame if isinstance(frame, bytes) else b"" for frame in values] if isinstance(values, list) else [b""]
 
 
 def hello_in(answer: Message) -> bytes | None:
-    """The first frame that a node's answer carries, or None where it has none."""
-    held = _value(answer.content, "hello", "frame")
-    return held if isinstance(held, bytes) else None
+    """The first frame in a node's answer, or None if it has none."""
+    frame = _value(answer.content, "hello", "frame")
+    return frame if isinstance(frame, bytes) else None
 
 
 def session_end(answer: Message) -> tuple[str, bool] | None:
-    """Why a node's session is over, in one line, and whether to invite it again; None where it is not."""
+    """Why a node's session is over, in one line, and whether to invite it again; None if it goes on."""
     if answer.has_error():
         return one_line(answer.error.reason), True
     if "session" not in answer.content:
@@ -149,6 +152,6 @@ def session_end(answer: Message) -> tuple[str, bool] | None:
 
 
 def _value(content: Any, record: str, name: str) -> Any:
-    """What a message holds under two names. A node can put anything there, or nothing: then it is None."""
-    held = content.get(record)
-    return held.get(name) if isinstance(held, ConfigRecord) else None
+    """A value in a message's content, of any type: a node can put anything there. None if it is missing."""
+    values = content.get(record)
+    return values.get(name) if isinstance(values, ConfigRecord) else None

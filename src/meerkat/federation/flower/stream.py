@@ -1,7 +1,7 @@
-"""The session stream: one gRPC call a site, over TLS, on which all frames of a run travel.
+"""The session stream: one gRPC call a site, over TLS, that carries all frames of a run.
 
-The coordinator listens; a site calls, shows its token or secret in the first frame, and stays. A peer that
-falls silent is noticed by keepalive within `NOTICED_S` seconds, a closed connection at once.
+The coordinator listens; a site calls, shows its token or secret in the first frame, and stays connected. Keepalive
+notices a silent peer within `NOTICED_S` seconds; a closed connection is noticed at once.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import grpc.aio
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
-from meerkat.federation.admission import Door
+from meerkat.federation.admission import Admission
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.link import Event
 from meerkat.federation.site import Site
@@ -29,34 +29,34 @@ from meerkat.progress import say
 
 _SERVICE, _METHOD = "meerkat.Session", "Frames"
 _HELLO_S = 10.0
-"""Seconds that a caller has for its first frame."""
+"""Seconds that a caller has to send its first frame."""
 _ANSWER_S = 10.0
-"""Seconds that a coordinator has for its first frame, before the site calls again."""
+"""Seconds that a coordinator has to send its first frame, before the site calls again."""
 _FLUSH_S = 30.0
-"""Seconds that a site which is let go has to read what was sent before; then it is dropped."""
+"""Seconds that a dropped site has to read what was sent before; then its stream ends."""
 _STREAMS = 10_000
-"""Streams at a time, those of strangers who have not said hello among them."""
-_STOOD_S = 1.0
-"""Seconds for which a stream without a frame after the welcome must have stood to count as one."""
+"""Streams at a time, including those of callers that have not said hello yet."""
+_STABLE_S = 1.0
+"""Seconds that a stream with no frame after the welcome must have lasted to count as a connection."""
 _UNREAD = 8
-"""Events of one site, over all its streams, that may wait to be handled; more are left in the network."""
+"""Events of one site, over all its streams, that may wait to be handled; more stay in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
 NOTICED_S = _KEEPALIVE_S + _KEEPALIVE_TIMEOUT_S
-"""Seconds after which a silent peer is taken to be gone."""
+"""Seconds after which a silent peer counts as gone."""
 IDLE_S = 3600.0
-"""Seconds without a frame after which a site ends its session, whatever the connection says."""
+"""Seconds without a frame after which a site ends its session, even if the connection is up."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", frames.LIMIT),
     ("grpc.max_send_message_length", frames.LIMIT),
     ("grpc.keepalive_time_ms", 1000 * _KEEPALIVE_S),
     ("grpc.keepalive_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
-    ("grpc.http2.ping_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),  # a minute otherwise, whatever the line above says
+    ("grpc.http2.ping_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),  # otherwise a minute, despite the line above
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
-    ("grpc.http2.bdp_probe", 0),  # frames are small: probing the bandwidth would cost more bytes than they do
+    ("grpc.http2.bdp_probe", 0),  # frames are small: bandwidth probes would cost more bytes
     ("grpc.enable_retries", 0),
-    ("grpc.so_reuseport", 0),  # two coordinators on one port would share out its callers between them
+    ("grpc.so_reuseport", 0),  # otherwise two coordinators on one port would share its callers
 )
 
 
@@ -66,13 +66,13 @@ def _as_is(data: bytes) -> bytes:
 
 @dataclass(eq=False)
 class _Session:
-    """A site's stream, as the coordinator holds it."""
+    """A site's stream, at the coordinator's end."""
 
     client: int
     outgoing: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
 
     def retire(self) -> None:
-        """End it: what was not sent is dropped, for its peer may never read it."""
+        """End it, without what was not sent yet: its peer may never read it."""
         while not self.outgoing.empty():
             self.outgoing.get_nowait()
         self.outgoing.put_nowait(None)
@@ -81,22 +81,22 @@ class _Session:
 class StreamLink:
     """The coordinator's end of all streams. See `link.Link`."""
 
-    def __init__(self, door: Door, listen: str, certificate: Path, private_key: Path) -> None:
+    def __init__(self, admission: Admission, listen: str, certificate: Path, private_key: Path) -> None:
         """Listen on host:port (port 0 for a free one) with a PEM certificate and its key.
 
         Raises:
-            MeerkatError: the files cannot be read, or the address is not to be had.
+            MeerkatError: the files cannot be read, or the address cannot be listened on.
         """
         self.bytes_sent = self.bytes_received = 0
         """Frames' bytes, over all sites."""
         self.refused = 0
-        """Streams that were not let in."""
-        self._door = door
+        """Streams that were refused."""
+        self._admission = admission
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._told: Counter[int] = Counter()
-        """Events of each client, over all its streams. Only the loop's thread writes it."""
-        self._taken: Counter[int] = Counter()
-        """Those of them that were taken. Only the thread that receives writes it."""
+        self._queued: Counter[int] = Counter()
+        """Events of each client, over all its streams. Written by the loop's thread only."""
+        self._received: Counter[int] = Counter()
+        """Those of them that were received. Written by the receiving thread only."""
         self._sessions: dict[int, _Session] = {}
         try:
             pair = (private_key.read_bytes(), certificate.read_bytes())
@@ -115,16 +115,16 @@ class StreamLink:
             ) from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
-        """Send each client its frames, in order; those of a client that is gone are lost with it."""
+        """Send each client its frames, in order; those of a client that has left are lost."""
         self._loop.call_soon_threadsafe(self._put, frames)
 
     def receive(self, timeout_s: float) -> Event | None:
-        """The next event, or None when none came in time."""
+        """The next event, or None if none came in time."""
         try:
             event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
-        self._taken[event.client] += 1
+        self._received[event.client] += 1
         return event
 
     def drop(self, client: int, last: bytes) -> None:
@@ -132,7 +132,7 @@ class StreamLink:
         self._loop.call_soon_threadsafe(self._drop, client, last)
 
     def close(self) -> None:
-        """End all streams, those with frames to send after these are sent, and give the port back."""
+        """End all streams, those with frames to send after these are sent, and release the port."""
         self._call(self._shut())
         self._stop_loop()
 
@@ -170,28 +170,28 @@ class StreamLink:
             session.outgoing.put_nowait(last)
             session.outgoing.put_nowait(None)
             self._loop.call_later(_FLUSH_S, session.retire)
-            self._tell(Event("left", client))  # it may have arrived, unseen yet, since whoever drops it last looked
+            self._queue(Event("left", client))  # it may have come back since the caller last received events
 
     async def _attend(self, _: AsyncIterator[bytes], context: Any) -> None:
         """One stream, from its first frame to its end."""
         try:
             first = await asyncio.wait_for(context.read(), _HELLO_S)
-            guest = self._door.admit(first if isinstance(first, bytes) else b"")
+            site = self._admission.admit(first if isinstance(first, bytes) else b"")
         except (Refused, BadFrame) as error:
             self.refused += 1
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
-            await asyncio.wait_for(context.write(self._door.refuse(str(error))), _HELLO_S)
+            await asyncio.wait_for(context.write(self._admission.refusal(str(error))), _HELLO_S)
             return
         except TimeoutError:
             self.refused += 1
             return
-        session = _Session(guest.client)
-        if (before := self._sessions.get(guest.client)) is not None:
+        session = _Session(site.client)
+        if (before := self._sessions.get(site.client)) is not None:
             before.retire()
-        self._sessions[guest.client] = session
-        session.outgoing.put_nowait(guest.welcome)
-        self._tell(Event("arrived", guest.client, guest=guest))
+        self._sessions[site.client] = session
+        session.outgoing.put_nowait(site.welcome)
+        self._queue(Event("arrived", site.client, site=site))
         reader = asyncio.create_task(self._read(session, context))
         try:
             while (frame := await session.outgoing.get()) is not None:
@@ -199,72 +199,72 @@ class StreamLink:
                 await context.write(frame)
         finally:
             reader.cancel()
-            if self._sessions.get(guest.client) is session:
-                del self._sessions[guest.client]
-                self._tell(Event("left", guest.client))
+            if self._sessions.get(site.client) is session:
+                del self._sessions[site.client]
+                self._queue(Event("left", site.client))
 
-    def _tell(self, event: Event) -> None:
-        self._told[event.client] += 1
+    def _queue(self, event: Event) -> None:
+        self._queued[event.client] += 1
         self._events.put(event)
 
     async def _read(self, session: _Session, context: Any) -> None:
         client = session.client
         try:
             while True:
-                while self._told[client] - self._taken[client] >= _UNREAD:
+                while self._queued[client] - self._received[client] >= _UNREAD:
                     await asyncio.sleep(0.01)
                 if not isinstance(data := await context.read(), bytes):
                     break
                 self.bytes_received += len(data)
-                self._tell(Event("frame", client, data))
+                self._queue(Event("frame", client, data))
         except (grpc.RpcError, grpc.aio.UsageError):
-            pass  # the connection broke: it ends like one that was closed
+            pass  # a broken connection ends like one that was closed
         session.outgoing.put_nowait(None)
 
 
 def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s: float = IDLE_S) -> None:
-    """A site's whole session: call the coordinator, answer its frames, come back when the stream breaks.
+    """A site's whole session: call the coordinator, answer its frames, and call again when the stream breaks.
 
     Args:
-        address: host:port, as the coordinator's certificate has the host.
-        authority: the federation's CA certificate, PEM: a coordinator without one of its is not spoken to.
+        address: host:port; the coordinator's certificate must name the host.
+        authority: the federation's CA certificate, PEM; it must have signed the coordinator's.
         patience_s: seconds without a stream after which the site gives up.
-        idle_s: seconds without a frame after which it does, though the stream stands.
+        idle_s: seconds without a frame after which it gives up, even if the stream is up.
 
     Raises:
-        Refused: the coordinator will not have the site.
-        RunFailed: the stream broke and could not be had again.
-        BadFrame: the coordinator sent what no coordinator sends; it was told so.
+        Refused: the coordinator refuses the site.
+        RunFailed: the stream broke, and the coordinator could not be reached again.
+        BadFrame: the coordinator sent a malformed frame, or one that may not come now; it was informed.
     """
     credentials = grpc.ssl_channel_credentials(authority)
-    lost, pause, calls = time.monotonic(), 0.1, 0
+    connected_at, pause, calls = time.monotonic(), 0.1, 0
     while not site.ended:
         calls += 1
-        trouble, called, heard = "it ended", time.monotonic(), 0
+        reason, called_at, frames_read = "it ended", time.monotonic(), 0
         with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
-            left_s = lost + patience_s - time.monotonic()
+            left_s = connected_at + patience_s - time.monotonic()
             call = _Call(channel, site.hello(), idle_s, min(max(left_s, 1.0), _ANSWER_S))
             try:
                 for data in call:
-                    heard += 1
+                    frames_read += 1
                     if (answer := _answer(site, call, data)) is not None:
-                        call.say(answer)
+                        call.send(answer)
                         site.look_ahead()
                     if site.ended:
                         break
             except grpc.RpcError as error:
-                trouble = _line_of(error)
-            call.say(None)
+                reason = _error_line(error)
+            call.send(None)
             if call.idle:
-                raise RunFailed(f"coordinator {address}: not a frame for {idle_s:g} s; the site is free again")
+                raise RunFailed(f"coordinator {address}: no frame for {idle_s:g} s; the site ends its session")
         if site.ended:
             break
-        # a coordinator that lets the site in and hangs up at once is no stream
-        if heard > 1 or (heard and time.monotonic() - called > _STOOD_S):
-            lost, pause = time.monotonic(), 0.1
-        if time.monotonic() - lost > patience_s:
+        # a coordinator that admits the site and hangs up at once does not count as a connection
+        if frames_read > 1 or (frames_read and time.monotonic() - called_at > _STABLE_S):
+            connected_at, pause = time.monotonic(), 0.1
+        if time.monotonic() - connected_at > patience_s:
             raise RunFailed(
-                f"coordinator {address}: no stream for {patience_s:g} s ({trouble}); the site is free again"
+                f"coordinator {address}: no stream for {patience_s:g} s ({reason}); the site ends its session"
             )
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
@@ -276,56 +276,56 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
 
 
 class _Call:
-    """One stream of a site: iterating gives the coordinator's frames."""
+    """One stream, at the site's end: iterating gives the coordinator's frames."""
 
     def __init__(self, channel: grpc.Channel, hello: bytes, idle_s: float, answer_s: float) -> None:
         self.answered = False
-        """Whether a frame came."""
+        """Whether a frame has come."""
         self.idle = False
-        """Whether it was ended because nothing came any more for so long."""
+        """Whether it was ended because no frame came for `idle_s` seconds."""
         self._idle_s, self._answer_s = idle_s, answer_s
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outgoing.put(hello)
         self._call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", _as_is, _as_is)(iter(self._outgoing.get, None))
-        self._heard = time.monotonic()
+        self._last_frame_at = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def __iter__(self) -> Iterator[bytes]:
         try:
             for data in self._call:
-                self._heard = math.inf  # until it is answered: a site at work is not idle
+                self._last_frame_at = math.inf  # until it is answered: a site at work is not idle
                 self.answered = True
                 yield data
-                self._heard = time.monotonic()
+                self._last_frame_at = time.monotonic()
         finally:
             self._over.set()
 
-    def say(self, frame: bytes | None) -> None:
-        """Send a frame; None ends this side of the stream, after all that was said before."""
+    def send(self, frame: bytes | None) -> None:
+        """Send a frame; None ends this side of the stream, after all frames sent before."""
         self._outgoing.put(frame)
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._idle_s)):
-            if time.monotonic() - self._heard > (self._idle_s if self.answered else self._answer_s):
+            if time.monotonic() - self._last_frame_at > (self._idle_s if self.answered else self._answer_s):
                 self.idle = self.answered
                 self._call.cancel()
                 return
 
 
 def _answer(site: Site, call: _Call, data: bytes) -> bytes | None:
-    """The site's answer. What it cannot answer ends its session, and the coordinator is told in a word."""
+    """The site's answer. A frame that it cannot answer ends its session, and the coordinator hears why in one line."""
     try:
         return site.answer(data)
     except Exception as error:
-        call.say(site.refusal(str(error) if isinstance(error, MeerkatError) else "error"))
-        call.say(None)
-        time.sleep(0.2)  # the line goes out before the channel closes
+        call.send(site.refusal(str(error) if isinstance(error, MeerkatError) else "error"))
+        call.send(None)
+        time.sleep(0.2)  # let it go out before the channel closes
         raise
 
 
-def _line_of(error: grpc.RpcError) -> str:
-    """What went wrong with a stream, in one line."""
+def _error_line(error: grpc.RpcError) -> str:
+    """A stream's error, in one line."""
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)()
     return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:400]

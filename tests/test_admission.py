@@ -1,4 +1,4 @@
-"""The door: a token lets in once, a secret lets one back in, and nobody takes another's place."""
+"""Admission: a token admits one site once, a session secret admits it again, and no site takes another's place."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meerkat.federation import frames
-from meerkat.federation.admission import Door, Guest
+from meerkat.federation.admission import Admission, AdmittedSite
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
 from meerkat.record.members import KeyRevocation, Members
@@ -25,12 +25,12 @@ DIGEST = bytes(range(32))
 CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
-def door(nodes: dict[int, str] | None = None) -> Door:
-    return Door(Members(CHARTER), 3, nodes)
+def admission(nodes: dict[int, str] | None = None) -> Admission:
+    return Admission(Members(CHARTER), 3, nodes)
 
 
-def signing_door(**given: Any) -> Door:
-    return Door(Members(replace(CHARTER, signed=True), **given), 3)
+def signing_admission(**given: Any) -> Admission:
+    return Admission(Members(replace(CHARTER, signed=True), **given), 3)
 
 
 def a_key() -> SigningKey:
@@ -49,25 +49,25 @@ def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, 
     return Frame(Kind.HELLO, bytes.fromhex(run), client, round, DIGEST, body).encode()
 
 
-def secret_of(guest: Guest) -> bytes:
-    welcome = Frame.decode(guest.welcome)
+def secret_of(site: AdmittedSite) -> bytes:
+    welcome = Frame.decode(site.welcome)
     assert welcome.kind is Kind.WELCOME
     secret, _ = frames.decode_words(welcome.body, 32)
     return secret
 
 
 def test_a_token_lets_a_site_in_as_what_it_says() -> None:
-    at = door()
-    guest = at.admit(hello(at.token("n"), 2, round=7, examples=12, evaluates=True))
-    assert (guest.client, guest.node, guest.examples, guest.evaluates) == (2, "n", 12, True)
-    assert (guest.round, guest.digest) == (7, DIGEST)
-    welcome = Frame.decode(guest.welcome)
+    at = admission()
+    site = at.admit(hello(at.token("n"), 2, round=7, examples=12, evaluates=True))
+    assert (site.client, site.node, site.examples, site.evaluates) == (2, "n", 12, True)
+    assert (site.round, site.digest) == (7, DIGEST)
+    welcome = Frame.decode(site.welcome)
     assert (welcome.run.hex(), welcome.client) == (RUN, 2)
-    assert len(secret_of(guest)) == 32
+    assert len(secret_of(site)) == 32
 
 
 def test_a_token_serves_once() -> None:
-    at = door()
+    at = admission()
     token = at.token("n")
     at.admit(hello(token))
     for client in (0, 1):
@@ -76,7 +76,7 @@ def test_a_token_serves_once() -> None:
 
 
 def test_a_token_is_spent_by_a_hello_that_is_refused() -> None:
-    at = door()
+    at = admission()
     token = at.token("n")
     with pytest.raises(Refused, match="client 3"):
         at.admit(hello(token, 3))
@@ -85,18 +85,18 @@ def test_a_token_is_spent_by_a_hello_that_is_refused() -> None:
 
 
 def test_a_secret_lets_one_back_in_again_and_again() -> None:
-    at = door()
+    at = admission()
     secret = secret_of(at.admit(hello(at.token("n"), 1)))
     for rounds in (3, 4):
-        guest = at.admit(hello(secret, 1, round=rounds))
-        assert (guest.client, guest.node, guest.round) == (1, "n", rounds)
-        assert secret_of(guest) == secret
+        site = at.admit(hello(secret, 1, round=rounds))
+        assert (site.client, site.node, site.round) == (1, "n", rounds)
+        assert secret_of(site) == secret
     with pytest.raises(Refused, match="client 1's"):
         at.admit(hello(secret, 0))
 
 
 def test_a_new_session_voids_the_secret_of_the_old_one() -> None:
-    at = door()
+    at = admission()
     old = secret_of(at.admit(hello(at.token("n"))))
     new = secret_of(at.admit(hello(at.token("n"))))
     assert old != new
@@ -106,14 +106,14 @@ def test_a_new_session_voids_the_secret_of_the_old_one() -> None:
 
 
 def test_no_other_node_takes_a_client_s_place() -> None:
-    at = door({1: "first"})
+    at = admission({1: "first"})
     with pytest.raises(Refused, match="client 1 is another node's"):
         at.admit(hello(at.token("second"), 1))
     assert at.admit(hello(at.token("first"), 1)).node == "first"
 
 
 def test_a_node_is_one_client() -> None:
-    at = door()
+    at = admission()
     assert at.admit(hello(at.token("first"), 1)).client == 1
     with pytest.raises(Refused, match="client 0: this node is client 1 already"):
         at.admit(hello(at.token("first"), 0))
@@ -121,7 +121,7 @@ def test_a_node_is_one_client() -> None:
 
 
 def test_whoever_is_refused_takes_no_place() -> None:
-    at = door()
+    at = admission()
     with pytest.raises(Refused, match="mask"):
         at.admit(hello(at.token("first"), 0, mask="c" * 64))
     assert at.admit(hello(at.token("second"), 0)).node == "second"
@@ -145,7 +145,7 @@ def test_whoever_is_refused_takes_no_place() -> None:
     ],
 )
 def test_what_does_not_match_stays_out(change: dict[str, Any], said: str) -> None:
-    at = door()
+    at = admission()
     with pytest.raises(Refused, match=said) as told:
         at.admit(hello(at.token("n"), **change))
     assert len(str(told.value).splitlines()) == 1
@@ -153,29 +153,29 @@ def test_what_does_not_match_stays_out(change: dict[str, Any], said: str) -> Non
 
 
 def test_a_site_evaluates_only_where_it_says_so_plainly() -> None:
-    at = door()
+    at = admission()
     assert not at.admit(hello(at.token("n"), evaluates=1)).evaluates
     assert not at.admit(hello(at.token("n"), evaluates="yes")).evaluates
 
 
 @pytest.mark.parametrize("secret", [bytes(32), b"short", b""])
 def test_neither_token_nor_secret_stays_out(secret: bytes) -> None:
-    at = door()
+    at = admission()
     at.token("n")
     with pytest.raises((Refused, BadFrame)):
         at.admit(hello(secret))
 
 
 def test_a_long_hello_is_not_taken_apart() -> None:
-    at = door()
+    at = admission()
     token = at.token("n")
-    with pytest.raises(BadFrame, match="at most 4,096 are read of a stranger"):
+    with pytest.raises(BadFrame, match="at most 4,096 are accepted"):
         at.admit(hello(token, versions="v" * 4096))
     assert at.admit(hello(token)).node == "n"
 
 
 def test_a_hello_of_another_run_does_not_spend_a_token() -> None:
-    at = door()
+    at = admission()
     token = at.token("n")
     with pytest.raises(Refused, match="another run"):
         at.admit(hello(token, run="ff" * 8))
@@ -194,13 +194,13 @@ def test_a_hello_of_another_run_does_not_spend_a_token() -> None:
 )
 def test_what_is_no_hello_is_a_bad_frame(data: bytes) -> None:
     with pytest.raises(BadFrame):
-        door().admit(data)
+        admission().admit(data)
 
 
-def test_whoever_is_shut_out_does_not_come_back_by_its_secret() -> None:
-    at = door()
+def test_a_client_whose_session_is_void_does_not_come_back_with_its_secret() -> None:
+    at = admission()
     secret, other = (secret_of(at.admit(hello(at.token(f"n{k}"), k))) for k in (0, 1))
-    at.shut_out(0)
+    at.void_session(0)
     with pytest.raises(Refused, match="no token"):
         at.admit(hello(secret))
     assert at.admit(hello(other, 1)).client == 1
@@ -208,7 +208,7 @@ def test_whoever_is_shut_out_does_not_come_back_by_its_secret() -> None:
 
 
 def test_a_node_s_second_token_voids_its_first() -> None:
-    at = door()
+    at = admission()
     first, other, second = at.token("n"), at.token("m"), at.token("n")
     with pytest.raises(Refused, match="used before"):
         at.admit(hello(first))
@@ -220,10 +220,10 @@ def test_of_many_that_race_with_one_token_one_gets_in() -> None:
     threads = 8
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(20):
-            at, start = door(), Barrier(threads)
+            at, start = admission(), Barrier(threads)
             first = hello(at.token("n"))
 
-            def enter(at: Door = at, start: Barrier = start, first: bytes = first) -> bool:
+            def enter(at: Admission = at, start: Barrier = start, first: bytes = first) -> bool:
                 start.wait()
                 try:
                     at.admit(first)
@@ -235,7 +235,7 @@ def test_of_many_that_race_with_one_token_one_gets_in() -> None:
 
 
 def test_a_refusal_says_why_in_words() -> None:
-    frame = Frame.decode(door().refuse("not you", 2))
+    frame = Frame.decode(admission().refusal("not you", 2))
     assert (frame.kind, frame.run.hex(), frame.client) == (Kind.REFUSAL, RUN, 2)
     assert json.loads(frame.body) == {"why": "not you"}
 
@@ -244,15 +244,15 @@ def test_a_refusal_says_why_in_words() -> None:
 
 
 def test_a_key_comes_in_with_what_it_signed() -> None:
-    at, key = signing_door(), a_key()
+    at, key = signing_admission(), a_key()
     said = words(key, 1)
-    guest = at.admit(hello(at.token("n"), 1, **said))
-    assert (guest.joining.key, guest.joining.signature) == (said["key"], said["signature"])
+    site = at.admit(hello(at.token("n"), 1, **said))
+    assert (site.member.key, site.member.signature) == (said["key"], said["signature"])
     assert at.register.keys == {}  # it is the log that it has to stand in
     with pytest.raises(Refused, match="client 1 has no key, where every reply must be signed"):
         at.admit(hello(at.token("n"), 1))
-    open_to_all = door()
-    assert open_to_all.admit(hello(open_to_all.token("n"))).joining.key == ""
+    open_to_all = admission()
+    assert open_to_all.admit(hello(open_to_all.token("n"))).member.key == ""
 
 
 @pytest.mark.parametrize(
@@ -261,14 +261,14 @@ def test_a_key_comes_in_with_what_it_signed() -> None:
     ids=str,
 )
 def test_what_was_signed_for_another_place_stays_out(about: dict[str, Any]) -> None:
-    at = signing_door()
+    at = signing_admission()
     said = words(a_key(), **{"client": 1, **about})
     with pytest.raises(Refused, match="client 1 has not signed its joining with key SHA256:"):
         at.admit(hello(at.token("n"), 1, **said))
 
 
 def test_what_was_signed_for_other_rows_stays_out() -> None:
-    at = signing_door()
+    at = signing_admission()
     with pytest.raises(Refused, match="has not signed its joining"):
         at.admit(hello(at.token("n"), examples=11, **words(a_key())))
 
@@ -282,20 +282,20 @@ def test_what_was_signed_for_other_rows_stays_out() -> None:
     ids=str,
 )
 def test_a_key_that_is_none_is_a_bad_frame(change: dict[str, Any]) -> None:
-    at = signing_door()
-    with pytest.raises(BadFrame, match="a key or a signature that is none"):
+    at = signing_admission()
+    with pytest.raises(BadFrame, match="malformed key or signature"):
         at.admit(hello(at.token("n"), **{**words(a_key()), **change}))
 
 
-def joined(at: Door, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> Guest:
+def joined(at: Admission, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> AdmittedSite:
     """A site comes in, and its joining is logged."""
-    guest = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
-    at.register.admit(guest.joining)
-    return guest
+    site = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
+    at.register.admit(site.member)
+    return site
 
 
 def test_a_key_is_one_client_s() -> None:
-    at, key = signing_door(), a_key()
+    at, key = signing_admission(), a_key()
     joined(at, key, 0)
     with pytest.raises(Refused, match="of client 1 is client 0's"):
         joined(at, key, 1, "m")
@@ -303,28 +303,28 @@ def test_a_key_is_one_client_s() -> None:
 
 
 def test_who_has_signed_goes_on_signing() -> None:
-    at, key = Door(Members(CHARTER), 3), a_key()
+    at, key = Admission(Members(CHARTER), 3), a_key()
     joined(at, key, signed=False)
     with pytest.raises(Refused, match=r"has signed with key SHA256:.*, and now has none"):
         at.admit(hello(at.token("n")))
 
 
 def test_a_new_key_comes_in_by_the_one_before() -> None:
-    at, old, new = signing_door(), a_key(), a_key()
-    assert joined(at, old, before=a_key()).joining.handover == ""  # there is nothing to hand over yet
+    at, old, new = signing_admission(), a_key(), a_key()
+    assert joined(at, old, before=a_key()).member.handover == ""  # there is nothing to hand over yet
     with pytest.raises(Refused, match=r"signed with key SHA256:.*, and nothing hands over"):
         joined(at, new)
     with pytest.raises(Refused, match="has not handed over"):
         joined(at, new, before=a_key())
-    assert joined(at, new, before=old).joining.handover
-    assert joined(at, new, before=old).joining.handover == ""  # as its site.toml may still say
+    assert joined(at, new, before=old).member.handover
+    assert joined(at, new, before=old).member.handover == ""  # as its site.toml may still say
     with pytest.raises(Refused, match="nothing hands over"):
         joined(at, old)
 
 
 def test_only_listed_keys_come_in_and_those_that_they_hand_over_to() -> None:
     old, new = a_key(), a_key()
-    at = signing_door(listed=[fingerprint(old.public)])
+    at = signing_admission(listed=[fingerprint(old.public)])
     with pytest.raises(Refused, match="is not among the listed ones"):
         joined(at, new)
     joined(at, old)
@@ -334,7 +334,7 @@ def test_only_listed_keys_come_in_and_those_that_they_hand_over_to() -> None:
 
 def test_a_revoked_key_stays_out_and_hands_over_to_nobody() -> None:
     old, new = a_key(), a_key()
-    at = signing_door()
+    at = signing_admission()
     joined(at, old)
     at.register.revoke(KeyRevocation(3, fingerprint(old.public)))
     with pytest.raises(Refused, match="is revoked from round 3 on"):
@@ -342,11 +342,11 @@ def test_a_revoked_key_stays_out_and_hands_over_to_nobody() -> None:
     with pytest.raises(Refused, match="was revoked: its successor must be in the coordinator's 'signers'"):
         joined(at, new, before=old)
     at.register.listed = [fingerprint(new.public)]
-    assert joined(at, new, before=old).joining.handover == ""
+    assert joined(at, new, before=old).member.handover == ""
 
 
 def test_a_hello_with_keys_is_short_enough_to_be_read() -> None:
-    at = signing_door()
+    at = signing_admission()
     versions = {"meerkat": "0.1.0", "torch": "2.11.0+cu130", "transformers": "5.23.0"}
     first = hello(at.token("n"), versions=versions, **words(a_key(), before=a_key()))
     assert len(first) < 1024

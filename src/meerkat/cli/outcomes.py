@@ -1,0 +1,141 @@
+"""Commands on the folder of a run or of a comparison: verify, evaluate, report, export."""
+
+import argparse
+import json
+from pathlib import Path
+
+from meerkat.cli.parser import Command
+from meerkat.cli.runs import run_argument
+from meerkat.errors import MeerkatError
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument(
+        "--signers",
+        default="",
+        metavar="FILE",
+        help="public keys, a line each, that every reply must be signed with [default: the keys in the log]",
+    )
+    parser.add_argument(
+        "--revoked",
+        action="append",
+        default=[],
+        metavar="KEY[@ROUND]|FILE",
+        help="a key that is revoked: its fingerprint, with or without the round from which on it is, its .pub file, or "
+        "a file of such lines; may be given again",
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from meerkat.algorithm.path import digest
+    from meerkat.progress import say
+    from meerkat.record.signatures import read_keys, read_revoked
+    from meerkat.record.verification import verify
+
+    listed = read_keys(arguments.signers, "--signers") if arguments.signers else None
+    revoked = read_revoked(arguments.revoked, "--revoked")
+    run = verify(arguments.folder, listed, revoked)
+    if revoked and not run.signed:
+        say("note: --revoked: no reply of this run is signed, so there was nothing to check")
+    else:
+        for name in sorted(revoked.keys() - {key for _, key in run.signed}):
+            say(f"note: --revoked {name}: no reply of this run is signed with it; is it the right one?")
+
+    theta_digest, keys = digest(run.theta), sorted(run.signed.items())
+    if arguments.json:
+        outcome = {"rounds": run.rounds, "finished": run.finished, "theta_digest": theta_digest, "replies": run.replies}
+        signers = [{"client": client, "key": key, "replies": count} for (client, key), count in keys]
+        privacy = None if run.guarantee is None else run.guarantee.to_json()
+        print(json.dumps({**outcome, "signed": sum(run.signed.values()), "signers": signers, "privacy": privacy}))
+        return
+    state = "finished" if run.finished else f"not finished: {run.rounds} of {run.config.rounds} rounds"
+    signed = f"{sum(run.signed.values()):,} of {run.replies:,} replies signed"
+    if keys:
+        known = "as listed" if listed is not None else "as the log has them; --signers checks them against a list"
+        signed += f", with {len(keys)} {'key' if len(keys) == 1 else 'keys'} ({known})"
+    signatures = signed if run.opening.federation else "a simulation: no signatures"
+    private = "no differential privacy" if run.guarantee is None else run.guarantee.in_words()
+    replayed = f"{run.rounds} rounds replayed, theta {theta_digest[:16]}"
+    print(f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}")
+    for (client, key), count in keys:
+        print(f"  client {client}  {key}  {count:,} replies")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument(
+        "--split",
+        default="validation",
+        choices=["train", "validation", "test"],
+        help="rows to judge on [default: validation]",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from meerkat.run.evaluate import evaluate
+    from meerkat.run.sentences import scores_in_words
+
+    evaluation = evaluate(arguments.folder, arguments.split)
+    scores = evaluation.scores
+    if arguments.json:
+        usual = {name: scores[name] for name in ("accuracy", "loss") if name in scores}
+        per_class = {"per_class": evaluation.per_class}
+        print(json.dumps({"split": arguments.split, "rows": evaluation.rows, **usual, **per_class, "scores": scores}))
+        return
+    print(f"{arguments.split}, {evaluation.rows} rows: {scores_in_words(scores)}")
+    for label, score in evaluation.per_class.items():
+        print(f"  {score:.3f}  {label}")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a run or of a comparison")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    folder: Path = arguments.folder
+    kinds = [name for name in ("compare.json", "config.toml") if (folder / name).is_file()]
+    if not kinds and (folder / "cells").is_dir():
+        raise MeerkatError(f"'{folder}': a comparison that is not finished; the same 'meerkat compare' continues it")
+    if not kinds:
+        raise MeerkatError(
+            f"'{folder}': neither a run nor a comparison (no config.toml, no compare.json); "
+            "give the folder that 'meerkat simulate' or 'meerkat compare' wrote"
+        )
+    from meerkat.report import write_comparison_report, write_run_report
+
+    written = (write_comparison_report if kinds[0] == "compare.json" else write_run_report)(folder)
+    print(json.dumps({"report": str(written)}) if arguments.json else f"Report: {written}")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", type=Path, help="folder to write; new or empty")
+    parser.add_argument(
+        "--form",
+        default="merged",
+        choices=["merged", "delta"],
+        help="a whole model, or mask and values alone [default: merged]",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from meerkat.export.model import export
+
+    written = export(arguments.folder, arguments.to, arguments.form)
+    print(json.dumps({"written": str(written)}) if arguments.json else f"written: {written}")
+
+
+COMMANDS = (
+    Command(
+        "verify",
+        "Replay a run from its folder alone; check every digest and signature.",
+        _verify_arguments,
+        _verify,
+    ),
+    Command("evaluate", "Judge a run's model, overall and per class.", _evaluate_arguments, _evaluate),
+    Command(
+        "report", "Write a page with all figures of a run, or of a comparison of runs.", _report_arguments, _report
+    ),
+    Command("export", "Write a run's model as a Hugging Face folder or as a sparse delta.", _export_arguments, _export),
+)

@@ -1,0 +1,123 @@
+"""Commands for those who run a federation or a site of one: partition, certify, keygen, doctor."""
+
+import argparse
+import json
+from pathlib import Path
+
+from meerkat.cli.parser import Command, add_settings, given_settings
+from meerkat.errors import MeerkatError
+from meerkat.settings.config import make_config
+
+SPLIT_SETTINGS = ("task", "data", "held_back", "partition", "clients", "seed")
+
+
+def _partition_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for site-0, site-1, ...; new or empty")
+    add_settings(parser, SPLIT_SETTINGS)
+
+
+def _partition(arguments: argparse.Namespace) -> None:
+    config = make_config(given_settings(arguments))
+    from meerkat.federation.site_folders import write_sites
+
+    counts = write_sites(config, Path(arguments.out))
+    if arguments.json:
+        print(json.dumps({"written": arguments.out, "clients": len(counts), "rows": counts}))
+        return
+    print(f"{arguments.out}: {sum(counts)} rows in {len(counts)} folders")
+    for client, count in enumerate(counts):
+        print(f"  site-{client}  {count} rows")
+
+
+def _certify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the files; new or empty")
+    parser.add_argument(
+        "--host",
+        required=True,
+        action="append",
+        metavar="HOST",
+        help="name or address that sites reach the coordinator by; may be given again",
+    )
+    parser.add_argument("--nodes", default=0, metavar="N", type=int, help="sites to make a key for [default: 0]")
+    parser.add_argument(
+        "--days", default=365, metavar="N", type=int, help="validity of the certificates [default: 365]"
+    )
+
+
+def _certify(arguments: argparse.Namespace) -> None:
+    try:
+        from meerkat.federation.certificates import certify
+    except ImportError:
+        raise _needs_cryptography("certify") from None
+    made = certify(arguments.out, arguments.host, arguments.nodes, arguments.days)
+    if arguments.json:
+        print(json.dumps({name: str(path) for name, path in made.items()}))
+        return
+    for name, path in made.items():
+        print(f"{name:>14}  {path}")
+
+
+def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.key",
+        type=Path,
+        help="private key to write; the public one goes beside it",
+    )
+
+
+def _keygen(arguments: argparse.Namespace) -> None:
+    try:
+        from meerkat.federation.certificates import make_signing_key
+    except ImportError:
+        raise _needs_cryptography("keygen") from None
+    from meerkat.record.signatures import SigningKey, fingerprint
+
+    if not arguments.out.name or arguments.out.is_dir():
+        raise MeerkatError(f"keygen: --out '{arguments.out}': must be a new file, such as signing.key")
+    try:
+        made = make_signing_key(arguments.out)
+    except OSError as error:
+        raise MeerkatError(f"keygen: --out '{arguments.out}': {error.strerror}; give another file") from None
+    name = fingerprint(SigningKey.load(str(made.private)).public)
+    if arguments.json:
+        print(json.dumps({"key": str(made.private), "public": str(made.public), "fingerprint": name}))
+        return
+    print(f"{made.private}  stays on the site")
+    print(f"{made.public}  goes to the coordinator, and to anyone who verifies")
+    print(name)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="a site.toml or a federation.toml")
+    parser.add_argument("--connect", default="", metavar="HOST:PORT", help="for a site: try a TLS handshake there")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    try:
+        from meerkat.federation.doctor import examine, in_lines, judge
+    except ImportError:
+        raise _needs_cryptography("doctor") from None
+    outcome = examine(arguments.file, arguments.connect)
+    print(json.dumps(outcome) if arguments.json else in_lines(outcome))
+    judge(outcome)
+
+
+def _needs_cryptography(command: str) -> MeerkatError:
+    return MeerkatError(f"{command}: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'")
+
+
+COMMANDS = (
+    Command(
+        "partition",
+        "Write each client's training rows to a folder of its own, site by site.",
+        _partition_arguments,
+        _partition,
+    ),
+    Command(
+        "certify", "Make a federation's certificate authority, certificate and node keys.", _certify_arguments, _certify
+    ),
+    Command("keygen", "Make the key that a site signs its replies with.", _keygen_arguments, _keygen),
+    Command("doctor", "Check a federation's site or coordinator before a run.", _doctor_arguments, _doctor),
+)

@@ -1,0 +1,119 @@
+"""Classification by label words: a causal language model reads a prompt, and the likeliest label string is its answer.
+
+Method, section 9. Prompts are made in `tasks.py`, losses and scores in `causal_lm.py`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from meerkat.problems import causal_lm
+from meerkat.problems.causal_lm import Batch
+from meerkat.problems.data import Row, load_rows
+from meerkat.problems.problem import Better, Evaluation, Public, Purpose, Split
+from meerkat.problems.tasks import Example, Objective, Task, check_rows, encode
+
+NO_TASK = Task("", "{label}", ())
+"""Stands where no rows are needed: a mask can be made from public text alone."""
+
+
+def task_rows(task: Task, data: str, split: Split) -> list[Row]:
+    """The rows of one split of some data, checked against a task.
+
+    Raises:
+        MeerkatError: there are none, or a row does not have what the task needs.
+    """
+    rows = load_rows(data, split)
+    check_rows(task, rows, f"data '{data}', {split}")
+    return rows
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A task's rows, put to a causal language model. See `Problem`."""
+
+    model: nn.Module
+    tokenizer: Any = None
+    task: Task = NO_TASK
+    data: str = ""
+    """Where rows are: see `data.load_rows`."""
+    text: str = ""
+    """Where pre-training text is: see `data.read_texts`; empty for none."""
+    text_sequences: int = 256
+    text_length: int = 256
+    """Tokens of a pre-training sequence, at most."""
+    max_length: int = 2048
+    """Tokens of a prompt with its label, at most."""
+    objective: Objective = "classification"
+    together: bool = True
+    """Whether clients' rows go through the model sorted by length, `tokens_per_pass` at a time."""
+    sequences_per_pass: int = 0
+    tokens_per_pass: int = 0
+
+    scores: ClassVar[Mapping[str, Better]] = {"accuracy": "higher", "loss": "lower"}
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The task's label strings."""
+        return self.task.labels
+
+    def rows(self, split: Split) -> list[Row]:
+        """The rows of one split, checked against the task."""
+        return task_rows(self.task, self.data, split)
+
+    def prepare(self, rows: Sequence[Row]) -> list[Example]:
+        """Rows, tokenised."""
+        return encode(self.task, rows, self.tokenizer, causal_lm.longest_input(self.model, self.max_length))
+
+    def batch(self, examples: Sequence[Example], purpose: Purpose = "steps", /) -> Batch:
+        """Examples in padded passes."""
+        device = next(self.model.parameters()).device
+        if purpose == "gradient":
+            return causal_lm.collate(examples, device)
+        sort = self.together or purpose == "evaluation"
+        return causal_lm.collate(
+            examples,
+            device,
+            sort=sort,
+            sequences_per_pass=self.sequences_per_pass,
+            tokens_per_pass=self.tokens_per_pass if sort else 0,
+        )
+
+    def row_losses(self, batch: Batch) -> Tensor:
+        """Each row's loss by the objective, float32 [rows]."""
+        return causal_lm.row_losses(self.model, batch, self.objective)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Accuracy by highest score, overall and per label, and the mean classification loss."""
+        return causal_lm.evaluate(self.model, batch, self.labels)
+
+    def digest(self, examples: Sequence[Example]) -> str:
+        """SHA-256 of tokens, of where labels are read, and of the right labels."""
+        sha = hashlib.sha256()
+        for example in examples:
+            places = [[c.sequence, c.start, len(c.targets)] for c in example.candidates]
+            sha.update(json.dumps([example.label, [len(s) for s in example.sequences], places]).encode())
+            for tokens in (*example.sequences, *(c.targets for c in example.candidates)):
+                sha.update(tokens.astype("<i8").tobytes())
+        return sha.hexdigest()
+
+    def public(self) -> Public | None:
+        """Pre-training text, where there is any."""
+        if not self.text:
+            return None
+        length = causal_lm.longest_input(self.model, self.text_length)
+        return Public(
+            causal_lm.load_text(self.text, self.tokenizer, self.text_sequences, length),
+            causal_lm.language_modelling_loss(self.model),
+            {"text": Path(self.text).name, "text_length": str(length)},
+        )

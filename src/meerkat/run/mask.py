@@ -1,0 +1,121 @@
+"""A run's mask: made as its method says, kept in its folder, and held against the model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from meerkat import seeds
+from meerkat.algorithm import path
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.errors import MeerkatError, RunFailed
+from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
+from meerkat.masks.lora import lora_mask
+from meerkat.masks.sensitivity import pretraining_gradient, sensitivity_mask
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Problem
+from meerkat.progress import track
+from meerkat.record.run_folder import RunFolder, write_atomically
+from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.config import CLASSIFICATION, RunConfig
+from meerkat.settings.methods import METHODS, Method
+
+
+def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
+    """The mask that the method calls for, on the problem's model.
+
+    Raises:
+        MeerkatError: a mask that was given does not fit, or one cannot be made.
+    """
+    model, scope, exclude, kind = problem.model, config.mask_scope, config.exclude, config.recipe.moves
+    given = SparseMask.load(Path(config.mask)) if config.mask else None
+    if given is not None:
+        given.check_fits(model)
+        if given.pretraining_gradient is not None:
+            return given
+    public = problem.public()
+    if given is not None:
+        mask = given
+    elif kind == "sensitivity":
+        if public is None:
+            raise MeerkatError(
+                f"method {config.method}: makes its mask from public data, and problem '{config.problem}' has none; "
+                "give a --mask, or use another method, such as weight-magnitude"
+            )
+        return sensitivity_mask(
+            model,
+            public.examples,
+            public.loss,
+            config.density,
+            scope=scope,
+            exclude=exclude,
+            facts=public.facts,
+            track=track,
+        )
+    elif kind == "full":
+        mask = full_mask(model)
+    elif kind == "lora":
+        mask = lora_mask(model)
+    elif kind == "magnitude":
+        mask = magnitude_mask(model, config.density, scope=scope, exclude=exclude)
+    elif kind == "random":
+        mask = random_mask(model, config.density, config.seed, scope=scope, exclude=exclude)
+    else:
+        mask = _task_mask(config, problem)
+    if public is None:
+        return mask
+    # not part of the method's choice, but GradIP needs it
+    gradient = pretraining_gradient(model, mask, public.examples, public.loss, track=track)
+    return replace(mask, pretraining_gradient=gradient)
+
+
+def _task_mask(config: RunConfig, problem: Problem) -> SparseMask:
+    """The entries most sensitive on the clients' own rows: as many, drawn at random, as sequences of text."""
+    training, _ = training_and_evaluation_rows(config, problem.rows)
+    drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])
+    return sensitivity_mask(
+        problem.model,
+        problem.prepare([training[i] for i in drawn]),
+        lambda example: problem.row_losses(problem.batch([example], "gradient"))[0],
+        config.density,
+        scope=config.mask_scope,
+        exclude=config.exclude,
+        kind="task",
+        facts={"task": problem.name},
+        track=track,
+    )
+
+
+def default_lr(method: Method, moving: int) -> float:
+    """A learning rate that fits so many moving parameters, to two digits."""
+    return float(f"{METHODS[method].lr_times_moving / moving:.1e}")
+
+
+def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
+    """Put the mask into the run's folder, with the moving entries' base values."""
+    theta_0 = MaskedModel(problem.model, mask).read().cpu()
+    write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
+
+
+def settled_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:
+    """The mask in the run's folder; a run that was killed before it was there makes it again."""
+    if not folder.mask_path.exists():
+        store_mask(folder, make_mask(config, problem), problem)
+    mask = folder.mask()
+    check_model(folder, mask, config, problem)
+    theta_0 = MaskedModel(problem.model, mask).read()
+    if mask.theta_0 is None or path.digest(mask.theta_0) != path.digest(theta_0):
+        raise RunFailed(
+            f"{folder.mask_path}: its base values are not the model's; delete it, and 'meerkat resume' makes it again"
+        )
+    return mask
+
+
+def check_model(folder: RunFolder, mask: SparseMask, config: RunConfig, problem: Problem) -> None:
+    """Raise MeerkatError unless the problem's model is the one that a run began with."""
+    try:
+        mask.check_fits(problem.model)
+    except MeerkatError:
+        name = config.model if config.problem == CLASSIFICATION else config.problem
+        raise MeerkatError(
+            f"run folder '{folder.root}': the model '{name}' is not the one the run began with; "
+            "restore it, or start a new run"
+        ) from None

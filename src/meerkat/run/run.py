@@ -1,0 +1,228 @@
+"""A run under way: its folder and log, the state as far as it has come, and what its rounds are opened from.
+
+`begin` makes a new run's folder, and `carry_on` opens a folder's log or replays what is in it. Simulations and
+coordinators, new runs and resumed ones, all go this way.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from meerkat.algorithm import path
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.algorithm.server import ServerConfig, ServerState
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.errors import MeerkatError
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Problem
+from meerkat.progress import say
+from meerkat.record.members import Member, Members
+from meerkat.record.opening import Opening, file_digest, gradient_digest
+from meerkat.record.replay import Replay
+from meerkat.record.run_folder import Metric, RunFolder
+from meerkat.record.run_log import LogReader, RunLog
+from meerkat.run.mask import default_lr, make_mask, settled_mask, store_mask
+from meerkat.run.metrics import kind_of, metric_of
+from meerkat.settings import budget
+from meerkat.settings.algorithm import directions
+from meerkat.settings.auto import number_or
+from meerkat.settings.config import RunConfig
+
+
+@dataclass
+class Run:
+    """A run that goes on: `state` and `settings` change from round to round, nothing else does."""
+
+    folder: RunFolder
+    log: RunLog
+    config: RunConfig
+    model: MaskedModel
+    opening: Opening
+    members: Members
+    """The members of a federation, and their keys."""
+    nodes: Mapping[int, str]
+    """The node that each client id of a federation belongs to."""
+    directions: Directions
+    gradient: Tensor | None
+    """The pre-training gradient, float32 [n]."""
+    settings: ServerConfig
+    """What rounds are opened from, with the clients that joined so far."""
+    state: ServerState
+    closed: bool
+    """Whether the log has its closing record."""
+    lost: list[Metric]
+    """Metrics of logged rounds that metrics.jsonl does not have, made again."""
+
+    @property
+    def mask(self) -> SparseMask:
+        """What moves."""
+        return self.model.mask
+
+    def admit(self, members: Iterable[Member]) -> None:
+        """Log the clients that joined, before the round that they may take part in."""
+        for member in members:
+            self.log.append(member.to_json())
+            self.settings = member.added_to(self.settings)
+
+    def append(self, record: RoundRecord | CalibrationRecord) -> None:
+        """Put a closed round on the disk."""
+        self.log.append({"kind": kind_of(record), **record.to_json()})
+
+    def close(self) -> None:
+        """End the log, unless it has its end."""
+        if not self.closed:
+            self.log.append({"kind": "close", "rounds": self.state.round, "theta": self.state.replica.digest})
+            self.closed = True
+
+
+def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] = ()) -> RunFolder:
+    """A new run's folder, with mask and settings. Nothing is written before all that was asked for is known to work.
+
+    Args:
+        config: resolved settings.
+        sizes: rows of each client; empty in a federation, which does not know them.
+
+    Raises:
+        MeerkatError: the settings cannot be met, or the folder is not free.
+    """
+    mask = make_mask(config, problem)
+    if config.stopping != "none" and config.vpcs_rule == "thresholds" and mask.pretraining_gradient is None:
+        raise MeerkatError(
+            "--vpcs-rule thresholds: reads GradIP, which needs a pre-training gradient; "
+            "give --text or a mask that has one, or use automatic"
+        )
+    # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
+    rate = number_or(config.lr, default_lr(config.method, len(mask)))
+    config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density, "lr": rate})
+    folder = RunFolder.create(out, config)
+    store_mask(folder, mask, problem)
+    return folder
+
+
+@contextmanager
+def carry_on(
+    folder: RunFolder,
+    problem: Problem,
+    *,
+    data: str = "",
+    examples: Sequence[int] = (),
+    allowance: Sequence[int] = (),
+    federation: str = "",
+    signed: bool = False,
+    cure: str = "",
+) -> Iterator[Run]:
+    """A run as far as its folder has come, with its log open for the rounds that are left.
+
+    Args:
+        data, examples, allowance: a simulation's, as in `Opening`.
+        federation, signed: those of a federation that begins; one that goes on keeps its own.
+        cure: what to do once a full disk has room; empty for resuming the run.
+
+    Raises:
+        MeerkatError: what the run rests on was changed since it began, or another process has its log open.
+        RunFailed: its record is damaged.
+    """
+    config, log = folder.config(), RunLog(folder.log_path, cure)
+    try:
+        if log.dropped:
+            say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
+        mask = settled_mask(folder, config, problem)
+        model = MaskedModel(problem.model, mask)
+        theta_0 = model.read()
+        now = Opening(
+            run_key=f"{directions(config, len(mask)).key:032x}",
+            config=file_digest(folder.config_path),
+            model=mask.fingerprint,
+            mask=mask.digest(),
+            gradient=gradient_digest(mask),
+            theta=path.digest(theta_0),
+            data=data,
+            examples=list(examples),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            allowance=list(allowance),
+            federation=federation,
+            rule=config.aggregation,
+            estimator=config.estimator,
+            update_rule=config.update_rule,
+            signed=signed,
+        )
+        records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))
+        first = next(records, None)
+        if first is None:
+            log.append(now.to_json())
+            opening = now
+        else:
+            opening = Opening.from_json(first, folder.log_path)
+            _check_unchanged(opening, now, folder)
+        yield _replayed(folder, log, config, model, opening, records, theta_0)
+    finally:
+        log.close()
+
+
+def _replayed(
+    folder: RunFolder,
+    log: RunLog,
+    config: RunConfig,
+    model: MaskedModel,
+    opening: Opening,
+    records: Iterator[dict[str, Any]],
+    theta_0: Tensor,
+) -> Run:
+    """The run after the records that its log has."""
+    z = directions(config, len(theta_0), theta_0.device)
+    gradient = model.mask.pretraining_gradient
+    gradient = None if gradient is None else gradient.to(theta_0.device)
+    members = Members(opening.charter(config))
+    replay = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, members)
+    noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
+    lost = [
+        metric_of(record, {"wall_s": 0.0, "forward_s": 0.0})
+        for _, record in replay
+        if (kind_of(record), record.plan.round) not in noted
+    ]
+    return Run(
+        folder=folder,
+        log=log,
+        config=config,
+        model=model,
+        opening=opening,
+        members=members,
+        nodes=replay.nodes,
+        directions=z,
+        gradient=gradient,
+        settings=replay.settings,
+        state=replay.state,
+        closed=replay.closed,
+        lost=lost,
+    )
+
+
+def _check_unchanged(logged: Opening, now: Opening, folder: RunFolder) -> None:
+    what = {
+        "config": "config.toml was changed",
+        "mask": "mask.safetensors was changed",
+        "gradient": "mask.safetensors was changed",
+        "data": "the rows, their split or how they are prepared (task, tokenizer) was changed",
+        "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
+        **dict.fromkeys(
+            ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"),
+            "the log's opening was changed",
+        ),
+    }
+    for name, trouble in what.items():
+        if getattr(logged, name) != getattr(now, name):
+            raise MeerkatError(
+                f"run folder '{folder.root}': {trouble} since the run began; restore it, or start a new run"
+            )
+    for name in ("torch", "transformers"):
+        if (then := getattr(logged, name)) != (here := getattr(now, name)):
+            say(f"note: the run began with {name} {then}, this is {here}: losses may differ in their last bits")
