@@ -2,14 +2,20 @@
 
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start: tests run side by side, and models are tiny
 
+import hypothesis
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -18,6 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+# how long an example takes says more of what else the machine does
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""
@@ -68,6 +78,29 @@ def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
         for parameter in model.parameters():  # larger than the usual initialisation, so that losses differ visibly
             torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures stay blank, but in tests marked `draws`: to draw one takes longer than a tiny run."""
+
+    def savefig(_: Figure, to: Any, **__: Any) -> None:
+        blank = '<svg viewBox="0 0 1 1"></svg>'
+        to.write(blank) if hasattr(to, "write") else Path(to).write_text(blank)
+
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(Figure, "savefig", savefig)
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+
+
+@contextmanager
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """What is called with a file size fills the disk for files that grow past it, until the end of the `with`."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,20 @@
-"""A TCP proxy on this machine that delays, counts, holds back and cuts what passes through it."""
+"""A TCP proxy on this machine that delays, counts, holds back and cuts what passes through it; and free ports."""
 
 import asyncio
+import contextlib
 import random
+import socket
 import threading
 from collections.abc import Coroutine
 from typing import Any
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that the system gives to nobody who asks for just any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Proxy:
@@ -59,9 +69,10 @@ class Proxy:
     async def _end(self) -> None:
         self._server.close()
         await self._break()
-        for task in self._tasks:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._shut:

@@ -212,9 +212,9 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
 @pytest.mark.parametrize("charge", [Charge(1.0, 1e-9, 1), Charge(0.5, 0.01, 1000), Charge(1.0, 0.3, 10**6)])
 def test_hardly_any_noise_is_found_hopeless_at_once(charge: Charge) -> None:
     """Whoever chooses a run's noise must not be able to fill a site's memory with it."""
-    began = time.monotonic()
+    began = time.process_time()
     assert epsilon([charge], DELTA, "add-or-remove") == math.inf
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_budget_that_no_noise_keeps_is_told() -> None:

@@ -1,10 +1,12 @@
 """The model card: what it says is what the run's folder says, it parses, and the code in it runs."""
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from federation import Federation, Setting
 from huggingface_hub import ModelCard
+from torch import nn
 
 import meerkat
 from meerkat import demo
@@ -22,6 +25,7 @@ from meerkat.export import model as export_model
 from meerkat.export.model_card import CARD_FILE, model_card
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.privacy.mechanism import Guarantee
+from meerkat.problems.classification import Classification
 from meerkat.problems.tasks import TASKS, Task
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
@@ -44,6 +48,9 @@ def run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = ("--text", str(federation / "text.jsonl"), "--eval-every", "2", "--seed", "2")
     assert main(["simulate", *data, *text, *small, *VP, "--out", str(out)]) == 0
     return out
+
+
+SST2 = Classification(nn.Module(), task=TASKS["sst2"])
 
 
 def exported(run: Path, to: Path, *form: str) -> str:
@@ -131,7 +138,7 @@ def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
-    text = model_card(replace(replayed, config=config), TASKS["sst2"], [], "delta")
+    text = model_card(replace(replayed, config=config), SST2, [], "delta")
     held = ModelCard(text).data.to_dict()
     assert held["base_model"] == "meta-llama/Llama-3.2-1B"
     assert held["datasets"] == ["aps/super_glue"]
@@ -140,25 +147,27 @@ def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     assert facts(text, "Data")["source"] == "`aps/super_glue:boolq`, a hub data set"
 
 
-def loaded_by_the_card(folder: Path, text: str) -> dict[str, Any]:
-    """What the card's own code makes of a folder, in a process of its own that stands in it."""
+def loaded_by_the_card(folder: Path, text: str, alone: bool = False) -> dict[str, Any]:
+    """What the card's own code makes of a folder, for who stands in it; `alone`: in a process of its own."""
     code = text.split("```python\n", 1)[1].split("\n```", 1)[0]
-    after = """
+    code += """
 import json, torch
 from meerkat.masks.sparse_mask import fingerprint
 logits = model(torch.arange(5, 25)[None]).logits
-print(json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was great")["input_ids"][0]]))
+found = json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was great")["input_ids"][0]])
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(meerkat.__file__).parents[1])}
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code + after],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found, logits, first = json.loads(ran.stdout.splitlines()[-1])
+    if alone:
+        environment = {**os.environ, "PYTHONPATH": str(Path(meerkat.__file__).parents[1])}
+        command = [sys.executable, "-W", "ignore", "-c", f"{code}print(found)"]
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        said = ran.stdout.splitlines()[-1]
+    else:
+        scope: dict[str, Any] = {}
+        with contextlib.chdir(folder), warnings.catch_warnings(action="ignore"):
+            exec(code, scope)
+        said = scope["found"]
+    found, logits, first = json.loads(said)
     return {"fingerprint": found, "logits": torch.tensor(logits), "first": first}
 
 
@@ -195,7 +204,7 @@ def test_the_embedded_model_s_card_loads_it_by_its_name(tmp_path: Path) -> None:
     arguments = ["simulate", "--rounds", "1", "--clients", "2", "--text-sequences", "4", "--threads", "1"]
     assert main([*arguments, "--eval-every", "0", "--out", str(tmp_path / "run")]) == 0
     text = exported(tmp_path / "run", tmp_path / "delta", "--form", "delta")
-    assert loaded_by_the_card(tmp_path / "delta", text)["logits"].isfinite().all()
+    assert loaded_by_the_card(tmp_path / "delta", text, alone=True)["logits"].isfinite().all()
     assert str(demo.HERE) not in text
     assert facts(text, "Data")["source"] == "Meerkat's embedded data `topics`"
 
@@ -240,7 +249,7 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
 
 def test_many_clients_are_counted_not_listed(run: Path) -> None:
     many = replace(verification.verify(run), examples={k: 10 + k for k in range(50)})
-    assert facts(model_card(many, TASKS["sst2"], [], "model"), "Data")["training rows"] == (
+    assert facts(model_card(many, SST2, [], "model"), "Data")["training rows"] == (
         "1,725: 10 to 59 at each of 50 clients"
     )
 
@@ -248,7 +257,7 @@ def test_many_clients_are_counted_not_listed(run: Path) -> None:
 def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
     promised = replace(verification.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
-    text = model_card(promised, TASKS["sst2"], [], "model")
+    text = model_card(promised, SST2, [], "model")
     assert "No differential privacy" not in text
     assert facts(text, "Privacy") == {
         "differential privacy": "epsilon 3.5 at delta 1e-05, one client added or removed; 7.25 where one is replaced",
@@ -263,7 +272,7 @@ def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) ->
     private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
     apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
     for each, is_told in ((plain, True), (private, False), (apart, True)):
-        assert (plain.log_hash in model_card(each, TASKS["sst2"], [], "model")) == is_told
+        assert (plain.log_hash in model_card(each, SST2, [], "model")) == is_told
 
 
 def test_words_of_files_stay_in_their_place(run: Path) -> None:

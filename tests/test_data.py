@@ -174,7 +174,7 @@ def test_a_hub_name_offline_is_refused_at_once(name: str, tmp_path: Path, monkey
     began = time.monotonic()
     with pytest.raises(MeerkatError, match="cannot be loaded") as refusal:
         load_rows(name, "train")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # and not after many tries; a busy machine is slow
     assert f"'{name}'" in one_line(refusal)
 
 

@@ -35,6 +35,7 @@ def test_the_demo_fits_into_a_repository() -> None:
     assert sum(file.stat().st_size for file in demo.HERE.rglob("*") if file.is_file()) < 5_000_000
 
 
+@pytest.mark.draws
 def test_simulate_without_arguments_runs_the_embedded_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

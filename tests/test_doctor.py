@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("cryptography")
 pytest.importorskip("packaging")
 
+from proxy import free_port
+
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.federation import doctor
@@ -51,11 +53,6 @@ def coordinator(folder: Path, keys: dict[str, Path], run: str = "clients = 3\n",
 def write(file: Path, **held: object) -> Path:
     file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in held.items()))
     return file
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return int(held.getsockname()[1])
 
 
 def levels(file: Path, connect: str = "") -> dict[str, str]:

@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import math
-import os
+import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import full_disk, tiny_model
 
 from meerkat.algorithm import path
 from meerkat.algorithm.rounds import RoundRecord, Scalars
@@ -34,11 +33,22 @@ def simulate(arguments: list[str], out: Path, *more: str) -> dict[str, Any]:
     return summary
 
 
+@pytest.fixture(scope="module")
+def untouched(simulate_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a finished run with these options, made once: to look at, and to copy."""
+
+    @cache
+    def run(*options: str) -> Path:
+        simulate(simulate_arguments, out := tmp_path_factory.mktemp("untouched") / "run", *options)
+        return out
+
+    return run
+
+
 @pytest.fixture
-def finished(simulate_arguments: list[str], tmp_path: Path) -> Path:
-    """The folder of a finished run."""
-    simulate(simulate_arguments, tmp_path / "run")
-    return tmp_path / "run"
+def finished(untouched: Callable[..., Path], tmp_path: Path) -> Path:
+    """The folder of a finished run, to do with as one likes."""
+    return Path(shutil.copytree(untouched(), tmp_path / "run"))
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -90,12 +100,13 @@ def test_clients_together_have_the_losses_they_have_one_by_one(simulate_argument
 @pytest.mark.parametrize("stop_after", range(7))
 def test_a_run_stopped_anywhere_and_resumed_is_the_untouched_one(
     simulate_arguments: list[str],
+    untouched: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stop_after: int,
     options: tuple[str, ...],
 ) -> None:
-    whole = simulate(simulate_arguments, tmp_path / "whole", *options)
+    whole = untouched(*options)
 
     class Stopped(BaseException):
         pass
@@ -114,15 +125,16 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_untouched_one(
         with pytest.raises(Stopped):
             main([*simulate_arguments, *options, "--out", str(tmp_path / "cut")])
     assert main(["resume", str(tmp_path / "cut")]) == 0
-    summary = RunFolder(tmp_path / "cut").summary()
+    summary, of_whole = RunFolder(tmp_path / "cut").summary(), RunFolder(whole).summary()
     assert summary is not None
-    assert summary["theta_digest"] == whole["theta_digest"]
+    assert of_whole is not None
+    assert summary["theta_digest"] == of_whole["theta_digest"]
     untimed = [
-        [{k: v for k, v in m.items() if not k.endswith("_s")} for m in RunFolder(tmp_path / name).metrics()]
-        for name in ("whole", "cut")
+        [{k: v for k, v in m.items() if not k.endswith("_s")} for m in RunFolder(folder).metrics()]
+        for folder in (whole, tmp_path / "cut")
     ]
     assert untimed[0] == untimed[1]
-    assert (tmp_path / "whole" / "rounds.log").read_bytes() == (tmp_path / "cut" / "rounds.log").read_bytes()
+    assert (whole / "rounds.log").read_bytes() == (tmp_path / "cut" / "rounds.log").read_bytes()
 
 
 def test_a_torn_record_is_dropped_and_its_round_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,7 +371,7 @@ def test_resume_refuses_a_changed_task(
     (tmp_path / "run" / "summary.json").unlink()
     task.write_text('template = "{sentence} It was {label}"\nlabels = ["great", "terrible"]\n')
     assert main(["resume", str(tmp_path / "run")]) == 2
-    assert "the task or the tokenizer is not the same" in capsys.readouterr().err
+    assert "the rows, their split or how they are prepared" in capsys.readouterr().err
 
 
 def test_verify_of_an_unfinished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,55 +416,53 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_it_can_be_resumed(
-    simulate_arguments: list[str], tmp_path: Path
+    simulate_arguments: list[str],
+    untouched: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = simulate(simulate_arguments, tmp_path / "whole")
-    size = (tmp_path / "whole" / "rounds.log").stat().st_size
-    # a limit on file size is a full disk for the file that grows past it: the log, in its third round
-    code = f"""
-import resource, sys
-from meerkat.run import run
-from meerkat.cli import main
-append = run.RunLog.append
-def limited(log, record):
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))
-    append(log, record)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-run.RunLog.append = limited
-sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 1
-    assert "all earlier records are safe: make room" in ran.stderr.strip().splitlines()[-1]
+    whole = (untouched() / "rounds.log").read_bytes()
+    append = run_log.RunLog.append
+
+    with monkeypatch.context() as patch, full_disk() as fill:
+
+        def limited(log: run_log.RunLog, record: dict[str, Any]) -> None:
+            fill(len(whole) // 2)  # which the log grows past in its third round
+            append(log, record)
+            fill(resource.RLIM_INFINITY)
+
+        patch.setattr(run_log.RunLog, "append", limited)
+        assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "all earlier records are safe: make room" in capsys.readouterr().err.strip().splitlines()[-1]
     reader = run_log.LogReader(tmp_path / "run" / "rounds.log")
     assert len(list(reader)) == reader.count > 1
     assert not reader.damage
     assert main(["resume", str(tmp_path / "run")]) == 0
-    assert verification.verify(tmp_path / "run").theta.shape == (whole["params_masked"],)
-    assert (tmp_path / "run" / "rounds.log").read_bytes() == (tmp_path / "whole" / "rounds.log").read_bytes()
+    assert verification.verify(tmp_path / "run").finished
+    assert (tmp_path / "run" / "rounds.log").read_bytes() == whole
 
 
 @pytest.mark.parametrize("room", [1, 40, 120])
 def test_a_full_disk_in_the_metrics_leaves_no_part_of_a_line(
-    simulate_arguments: list[str], tmp_path: Path, room: int
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = f"""
-import resource, sys
-from meerkat.cli import main
-from meerkat.record.run_folder import RunFolder
-from meerkat.algorithm.server import aggregate
-note = RunFolder.note
-def limited(folder, metric, *through, **how):
-    if metric["kind"] == "evaluation" and metric["round"] == 2:
-        size = folder.metrics_path.stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + {room}, resource.RLIM_INFINITY))
-    note(folder, metric, *through, **how)
-RunFolder.note = limited
-sys.exit(main({[*simulate_arguments, "--out", str(tmp_path / "run")]!r}))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 1
-    assert "File too large; make room, then 'meerkat resume" in ran.stderr.strip().splitlines()[-1]
+    note = RunFolder.append_metric
+
+    with monkeypatch.context() as patch, full_disk() as fill:
+
+        def limited(folder: RunFolder, metric: dict[str, Any], *through: Any, **how: Any) -> None:
+            if metric["kind"] == "evaluation" and metric["round"] == 2:
+                fill(folder.metrics_path.stat().st_size + room)
+            note(folder, metric, *through, **how)
+
+        patch.setattr(RunFolder, "append_metric", limited)
+        assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "File too large; make room, then 'meerkat resume" in capsys.readouterr().err.strip().splitlines()[-1]
     assert [m["round"] for m in RunFolder(tmp_path / "run").metrics()] == [0, 0, 0, 1]
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert [m["round"] for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "evaluation"] == [0, 2, 4, 6]

@@ -111,7 +111,7 @@ def test_everything_that_was_started_is_ended_whatever_it_does_against_it(
 def test_a_server_that_ends_by_itself_is_noticed(run: Any, tmp_path: Path) -> None:
     processes = run.Processes(tmp_path)
     processes.serve("brief", [Path(sys.executable).name, "-c", "raise SystemExit(3)"], tmp_path)
-    processes._servers["brief"].wait(20)
+    processes._servers["brief"].wait(60)
     with pytest.raises(run.RunFailed, match="brief ended by itself, exit status 3"):
         processes.check()
     processes.end()
@@ -122,11 +122,11 @@ def test_interrupted_it_ends_all_and_says_so(tmp_path: Path) -> None:
         [sys.executable, str(SCRIPT), "--out", str(tmp_path / "new")], stderr=subprocess.PIPE, text=True
     ) as process:
         log = tmp_path / "new" / "federation" / "logs" / "superlink.log"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not log.exists() and time.monotonic() < until:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=40)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "interrupted" in said
     here = str(tmp_path).encode()
@@ -141,7 +141,7 @@ def _read(file: Path) -> bytes:
 
 
 def _said(log: Path, lines: int) -> list[str]:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         if log.exists() and len(found := log.read_text().splitlines()) >= lines:
             return found

@@ -3,7 +3,8 @@
 import json
 import threading
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import coordinate, read_federation
@@ -86,6 +88,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A site is made anew for every message, and encodes all its rows: a few of the demo's do."""
+    data = tmp_path_factory.mktemp("rows")
+    for split in ("train", "validation"):
+        rows = (demo.TASKS["topics"] / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{split}.jsonl").write_text("".join(rows[:40]))
+    SETTINGS["data"] = str(data)
+
+
 def federation_file(root: Path, federation: dict[str, Any] | None = None, **run: Any) -> Path:
     held = {"run": {**SETTINGS, **run}, "federation": {"clients_minimum": 2, "patience_s": 20.0, **(federation or {})}}
     file = root / "federation.toml"
@@ -102,6 +114,18 @@ def sites(tmp_path: Path) -> list[Path]:
     return files
 
 
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Theta's digest after the same federation without Flower."""
+
+    @cache
+    def digest(**extra: Any) -> str:
+        config = make_config({**SETTINGS, **extra})
+        return str(simulation.simulate(config, tmp_path_factory.mktemp("simulated") / "run")["theta_digest"])
+
+    return digest
+
+
 def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
     config, federation = read_federation(file)
     return coordinate(config, federation, out, server_app.FlowerControl(grid, federation))
@@ -110,12 +134,11 @@ def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
 @pytest.mark.usefixtures("_identity")
 @pytest.mark.parametrize("extra", [{}, {"update_rule": "adam"}, {"method": "feddyn"}])
 def test_frames_in_messages_end_at_the_simulations_bits(
-    tmp_path: Path, sites: list[Path], extra: dict[str, Any]
+    tmp_path: Path, sites: list[Path], simulated: Callable[..., str], extra: dict[str, Any]
 ) -> None:
     grid = Grid(sites)
     summary = run(federation_file(tmp_path, **extra), tmp_path / "run", grid)
-    simulated = simulation.simulate(make_config({**SETTINGS, **extra}), tmp_path / "simulated")
-    assert summary["theta_digest"] == simulated["theta_digest"]
+    assert summary["theta_digest"] == simulated(**extra)
     assert verify(tmp_path / "run").finished
     # one invitation a site, then two rounds, the last theta, and the end
     assert sorted(grid.pushed) == ["train.frames"] * 8 + ["train.session"] * 2
@@ -230,12 +253,12 @@ def test_an_answer_of_any_content_is_read_as_none(content: dict[str, Any]) -> No
 
 @pytest.mark.usefixtures("_identity")
 def test_a_site_that_fails_between_messages_is_invited_again(
-    tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, sites: list[Path], simulated: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost = RecordDict({"session": ConfigRecord({"why": "the site's state\nis gone", "again": True})})
     grid = Meddling(sites, "train.frames", lost)
     summary = run(federation_file(tmp_path, {"quorum": 2}), tmp_path / "run", grid)
-    assert summary["theta_digest"] == simulation.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
+    assert summary["theta_digest"] == simulated()
     assert grid.pushed.count("train.session") == 3
     assert "client 1: the site's state is gone" in capsys.readouterr().err
 
@@ -256,7 +279,9 @@ class Rotating(Grid):
 
 
 @pytest.mark.usefixtures("_identity")
-def test_sites_sign_over_messages_and_a_key_may_change_between_two(tmp_path: Path, sites: list[Path]) -> None:
+def test_sites_sign_over_messages_and_a_key_may_change_between_two(
+    tmp_path: Path, sites: list[Path], simulated: Callable[..., str]
+) -> None:
     names = ("0", "1", "new")
     keys = [str(make_signing_key(tmp_path / f"{name}.key").private) for name in names]
     (tmp_path / "signers").write_text("".join((tmp_path / f"{name}.pub").read_text() for name in names[:2]))
@@ -265,7 +290,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(tmp_path: Pat
     grid = Rotating(sites, keys[1:])
     given = {"sign": True, "signers": "signers", "quorum": 2}
     summary = run(federation_file(tmp_path, given), tmp_path / "run", grid)
-    assert summary["theta_digest"] == simulation.simulate(make_config(SETTINGS), tmp_path / "simulated")["theta_digest"]
+    assert summary["theta_digest"] == simulated()
     found = verify(tmp_path / "run", listed=read_keys(str(tmp_path / "signers"), "signers"))
     fingerprints = [fingerprint(SigningKey.load(key).public) for key in keys]
     assert dict(found.signed) == {(0, fingerprints[0]): 2, (1, fingerprints[1]): 1, (1, fingerprints[2]): 1}

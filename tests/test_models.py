@@ -404,7 +404,7 @@ def test_a_hub_model_offline_is_refused_at_once() -> None:
     began = time.monotonic()
     with pytest.raises(MeerkatError, match="cannot be loaded") as refusal:
         load_model("meerkat-tests/none")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # and not after many tries; a busy machine is slow
     assert "'meerkat-tests/none'" in one_line(refusal)
 
 

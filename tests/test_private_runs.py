@@ -138,7 +138,7 @@ def test_sites_do_not_judge_a_private_federation(tmp_path: Path, dp: str) -> Non
     file = tmp_path / "federation.toml"
     run = f'[run]\ndp = "{dp}"\ndp_noise_multiplier = 2.0\nweights = "equal"\n'
     file.write_text(run + '[federation]\nevaluate = "sites"\n')
-    with pytest.raises(MeerkatError, match=f"evaluate sites: counts .* with dp {dp} use evaluate coordinator"):
+    with pytest.raises(MeerkatError, match=f"evaluate sites: scores .* with dp {dp} use evaluate coordinator"):
         read_federation(file)
     file.write_text(run)
     read_federation(file)

@@ -173,6 +173,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory, federation: Path) -> Cal
     return run
 
 
+@pytest.mark.draws
 def test_a_run_from_the_command_line(
     simulated: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -201,6 +202,7 @@ def test_a_run_from_the_command_line(
     assert "neither a run nor a comparison" in said
 
 
+@pytest.mark.draws
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
     root = write_comparison(tmp_path / "c", study({"density": [0.1, 1.0]}, [row({"density": 0.1}, [0.5, 0.6])]))
     write_comparison_report(root)
@@ -220,6 +222,7 @@ def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
     assert f"{(240 * 4 + 84 + 4 * 2 * 3 * 4) / 4:.0f} B" in words  # up and down, a client
 
 
+@pytest.mark.draws
 def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1000, rounds=2, extreme=20)
     held = run_page(RunFacts.read(root)).html()
@@ -231,6 +234,7 @@ def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> 
     assert len(found.words) < 30_000
 
 
+@pytest.mark.draws
 def test_one_client(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1, extreme=0)
     held = run_page(RunFacts.read(root)).html()
@@ -284,6 +288,7 @@ def test_sites_that_said_their_budget_was_spent_are_named(tmp_path: Path) -> Non
     assert "Privacy budgets that do not last to the end of the run: client 2 (1 of 4)." in page_of(root).words
 
 
+@pytest.mark.draws
 def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", task="<b>x", model="</title><script>alert(1)</script>", partition="column:<i>&")
     metrics = (root / "metrics.jsonl").read_text().replace('"sports"', json.dumps("$<u>\\\\frac{</svg>"))
@@ -335,6 +340,7 @@ def write_comparison(root: Path, *studies: dict[str, Any]) -> Path:
     return root
 
 
+@pytest.mark.draws
 def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = [[0.1, 0.93], [0.2, 0.51], [0.4, None]]
     setting = [{"partition": p, "local_steps": t} for p in ("iid", "dirichlet:0.5") for t in (1, 10)]
@@ -378,6 +384,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     assert stems == {"a-accuracy-1", "a-loss-1", "a-final", "a-local-steps-1", "a-rates-1", "a-check-1"}
 
 
+@pytest.mark.draws
 def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
     methods, steps = [f"method-{i}" for i in range(20)], [1, 10]
     rows = [row({"method": m, "local_steps": t}, [0.5 + i / 100]) for i, m in enumerate(methods) for t in steps]
@@ -395,8 +402,8 @@ def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
 def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
     root = write_comparison(tmp_path, study({"method": []}, []))
     assert "none of its runs has ended yet" in checked(comparison_page(root).html()).words
-    (root / "compare.json").write_text('{"format": 2}')
-    with pytest.raises(MeerkatError, match="format 2 is not known, only 1"):
+    (root / "compare.json").write_text('{"format": 1}')
+    with pytest.raises(MeerkatError, match="format 1 is not known, only 2"):
         write_comparison_report(root)
     (root / "compare.json").write_text("{")
     with pytest.raises(RunFailed, match="damaged"):

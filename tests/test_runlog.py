@@ -1,12 +1,11 @@
 import hashlib
 import json
-import resource
-import subprocess
-import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,30 +42,24 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 5
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An undamaged log."""
+    return write(tmp_path_factory.mktemp("whole") / "log")
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_changed_byte_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "log"
-    path.unlink(missing_ok=True)
-    whole = bytearray(write(path))
+def test_no_changed_byte_goes_unseen(whole: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    path, changed = tmp_path / "log", bytearray(whole)
     at = data.draw(st.integers(0, len(whole) - 1))
-    whole[at] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(whole)
+    changed[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(changed)
     records, found = read(path)
     assert found.damage
     assert records == RECORDS[: len(records)]
-    assert len(records) == bytes(write_lengths(path, at)).count(1)
-
-
-def write_lengths(path: Path, at: int) -> list[int]:
-    """1 for each record that ends before byte `at` of an undamaged log."""
-    whole = path.with_name("whole")
-    whole.unlink(missing_ok=True)
-    ends, total = [], 0
-    for line in write(whole).splitlines(keepends=True):
-        total += len(line)
-        ends.append(int(total <= at))
-    return ends
+    ends = accumulate(len(line) for line in whole.splitlines(keepends=True))
+    assert len(records) == sum(end <= at for end in ends)
 
 
 @pytest.mark.parametrize("change", ["swap", "drop", "repeat"])
@@ -114,22 +107,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
     path = tmp_path / "log"
     write(path)
-    code = f"""
-import resource, sys
-from pathlib import Path
-from meerkat.record import run_log
-from meerkat.errors import RunFailed
-path = Path({str(path)!r})
-log = run_log.RunLog(path)
-resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, {resource.RLIM_INFINITY}))
-try:
-    log.append({{"kind": "round", "padding": "x" * 1000}})
-except RunFailed as error:
-    print(error)
-"""
     before = path.read_bytes()
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "all earlier records are safe" in ran.stdout
+    log = RunLog(path)
+    with full_disk() as fill:
+        fill(len(before) + 50)
+        with pytest.raises(RunFailed, match="all earlier records are safe"):
+            log.append({"kind": "round", "padding": "x" * 1000})
+    log.close()
     assert path.read_bytes() == before
 
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxy import Proxy
+from proxy import Proxy, free_port
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.admission import Admission
@@ -327,12 +327,6 @@ def run_settings(data: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "batching": "off",
     }
     return {**usual, **settings}
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.create_server((LOOPBACK, 0)) as held:
-        return int(held.getsockname()[1])
 
 
 class Federation:

@@ -141,7 +141,7 @@ def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
         raise MeerkatError(f"{file}: method {config.method}: needs the sites' rows in one place; use meerkat")
     if config.dp != "none" and federation.evaluate == "sites":
         raise MeerkatError(
-            f"{file}: evaluate sites: counts on sites' rows are exact, which no noise covers; with dp {config.dp} use "
+            f"{file}: evaluate sites: scores on sites' rows are exact, which no noise covers; with dp {config.dp} use "
             "evaluate coordinator"
         )
     if federation.stream and not (federation.certificate and federation.private_key):

@@ -34,6 +34,8 @@ _ANSWER_S = 10.0
 """Seconds that a coordinator has to send its first frame, before the site calls again."""
 _FLUSH_S = 30.0
 """Seconds that a dropped site has to read what was sent before; then its stream ends."""
+_GRACE_S, _CLEAR_S = 2.0, 10.0
+"""Seconds, at the end, for streams to be over; and then for the tasks that attended to them to be done."""
 _STREAMS = 10_000
 """Streams at a time, including those of callers that have not said hello yet."""
 _STABLE_S = 1.0
@@ -157,7 +159,16 @@ class StreamLink:
     async def _shut(self) -> None:
         for session in self._sessions.values():
             session.outgoing.put_nowait(None)
-        await self._server.stop(grace=2.0)
+        await self._server.stop(grace=_GRACE_S)
+        # gRPC waits for its calls, but not for the tasks that attend to them, nor for what these still wait for: a loop
+        # that closed before would leave them pending, and gRPC would call back into it
+        me = asyncio.current_task()
+        if others := asyncio.all_tasks() - {me}:
+            await asyncio.wait(others, timeout=_CLEAR_S)
+        while others := asyncio.all_tasks() - {me}:
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
 
     def _put(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         for client, each in frames.items():
@@ -175,13 +186,15 @@ class StreamLink:
     async def _attend(self, _: AsyncIterator[bytes], context: Any) -> None:
         """One stream, from its first frame to its end."""
         try:
-            first = await asyncio.wait_for(context.read(), _HELLO_S)
+            async with asyncio.timeout(_HELLO_S):
+                first = await context.read()
             site = self._admission.admit(first if isinstance(first, bytes) else b"")
         except (Refused, BadFrame) as error:
             self.refused += 1
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
-            await asyncio.wait_for(context.write(self._admission.refusal(str(error))), _HELLO_S)
+            async with asyncio.timeout(_HELLO_S):
+                await context.write(self._admission.refusal(str(error)))
             return
         except TimeoutError:
             self.refused += 1
