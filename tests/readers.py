@@ -30,7 +30,7 @@ from meerkat.errors import MeerkatError
 from meerkat.export.model import apply_delta, export
 from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator import read_federation
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import Ledger, Request
 from meerkat.federation.link import WaitingRules

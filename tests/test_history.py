@@ -59,8 +59,8 @@ def run_of(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if name not in made:
             had: Had = {}
 
-            def noted(*given: Any) -> tuple[Reply, Tensor]:
-                reply, end = original(*given)
+            def noted(*given: Any, **named: Any) -> tuple[Reply, Tensor]:
+                reply, end = original(*given, **named)
                 plan: RoundPlan = given[2]
                 had[plan.phase, plan.round, reply.client] = end.clone()
                 return reply, end
@@ -330,7 +330,7 @@ def test_a_log_of_another_format_is_named_with_ours(
     rewrite(folder, age)
     if not done:
         (folder / "summary.json").unlink()
-    said = f"{folder / 'rounds.log'}: format 3 is not known, only 4; use the version that wrote it"
+    said = f"{folder / 'rounds.log'}: format 3 is not known, only 5; use the version that wrote it"
     capsys.readouterr()
     for command in (["verify"], ["report"], ["resume"], ["evaluate"], ["export", "--to", str(tmp_path / "to")]):
         assert main([command[0], str(folder), *command[1:]]) == 1

@@ -17,7 +17,7 @@ from test_experiment import logged, rewrite, simulate
 from meerkat.algorithm.rounds import RoundRecord, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
-from meerkat.federation.coordinator import read_federation
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.accounting import Charge, epsilon, noise_for
 from meerkat.problems.data import load_rows
@@ -138,7 +138,7 @@ def test_sites_do_not_judge_a_private_federation(tmp_path: Path, dp: str) -> Non
     file = tmp_path / "federation.toml"
     run = f'[run]\ndp = "{dp}"\ndp_noise_multiplier = 2.0\nweights = "equal"\n'
     file.write_text(run + '[federation]\nevaluate = "sites"\n')
-    with pytest.raises(MeerkatError, match=f"evaluate sites: counts .* with dp {dp} use evaluate coordinator"):
+    with pytest.raises(MeerkatError, match=f"evaluate sites: scores .* with dp {dp} use evaluate coordinator"):
         read_federation(file)
     file.write_text(run)
     read_federation(file)

@@ -89,14 +89,14 @@ def test_metrics_are_noted_once_a_second_and_none_is_missing(
     federation = Federation.of(ours, monkeypatch)
     federation.wire.meddle = slow(1, 0.4)
     noted: list[tuple[str, int, float, int]] = []
-    note = RunFolder.note
+    append_metric = RunFolder.append_metric
 
-    def timed(folder: RunFolder, metric: Metric, through: bool = True) -> None:
+    def timed(folder: RunFolder, metric: Metric, sync: bool = True) -> None:
         logged = (tmp_path / "run" / "rounds.log").read_text().count('"kind":"round"')
         noted.append((metric["kind"], metric["round"], federation.wire.now, logged))
-        note(folder, metric, through)
+        append_metric(folder, metric, sync)
 
-    monkeypatch.setattr(RunFolder, "note", timed)
+    monkeypatch.setattr(RunFolder, "append_metric", timed)
     federation.lived(tmp_path / "run")
     wanted = [("evaluation", 0), *(("round", r) for r in range(10)), ("evaluation", 10), ("round", 10), ("round", 11)]
     wanted += [("evaluation", 12)]

@@ -112,9 +112,11 @@ def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:
         "method": "full-fedzo",
         "task": "rte",
         "objective": "language-modelling",
+        "estimator": "another",
         "dtype": "bfloat16",
         "eps": 2e-3,
         "dp": "example",
+        "dp_noise_multiplier": 1.5,
         "dp_relation": "replace",
     }
     changed |= {name: getattr(settings, name) + 1 for name in MEANING if name not in changed}
@@ -152,7 +154,7 @@ def test_a_key_is_made_for_its_owner_alone_and_never_over_another(
     assert read_keys(str(file.with_suffix(".pub")), "signers") == {name}
     before = file.read_bytes()
     assert main(["keygen", "--out", str(file)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert file.read_bytes() == before
 
 
