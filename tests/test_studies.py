@@ -134,7 +134,7 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         ("seed = 1", "takes 'seeds'"),
         ("seeds = 3", "seeds 3: input should be a valid list"),
         ("seeds = []", "seeds []"),
-        ("seeds = [0, -1]", "seeds.1 -1: input should be greater than or equal to 0"),
+        ("seeds = [0, -1]", "seeds.1 -1: must be at least 0"),
         ("seeds = [1, 1]", "each seed may stand there once"),
         ("total_steps = 10\nlocal_steps = [1, 4]", "must be a multiple of every local_steps, such as 4"),
         ("total_steps = -1", "total_steps -1"),

@@ -124,7 +124,7 @@ class Offer:
             MeerkatError: a setting is unknown, or its value is not allowed.
         """
         offered = {name: value for name, value in self.settings.items() if name not in LOCAL_SETTINGS}
-        config = make_config({**offered, "task": self.task, **local}, spell="the offered ")
+        config = make_config({**offered, "task": self.task, **local}, where="the offered ")
         config.check_resolved("the offered ", but=MachineSettings.model_fields.keys())
         return config
 
