@@ -55,7 +55,7 @@ class Study(Settings):
     shared: dict[str, Any]
     """Settings of all cells."""
     total_steps: int = Field(0, ge=0)
-    check: list[Check] = []
+    check: list[Check] = Field([])
 
     def settings(self) -> list[Setting]:
         """The product of the axes; the last varies fastest."""
