@@ -316,7 +316,7 @@ def site_authority(path: str) -> Results:
     if not path:
         yield warn("authority", "no certificate_authority: the site can only join runs without a stream", "give ca.crt")
         return
-    certificate = certificates.read_certificate(path)
+    certificate = certificates.read_certificate(Path(path))
     yield _validity("authority", certificate)
     if not certificates.is_authority(certificate):
         yield fail("authority", f"'{path}' is not an authority's certificate", "give ca.crt, not server.crt")
@@ -324,7 +324,7 @@ def site_authority(path: str) -> Results:
 
 def coordinator_certificate(federation: FederationConfig) -> Results:
     """The stream's certificate: validity, names, signature and private key."""
-    certificate = certificates.read_certificate(federation.certificate)
+    certificate = certificates.read_certificate(Path(federation.certificate))
     yield _validity("certificate", certificate)
     host, _ = host_and_port(federation.stream, "stream")
     message = f"{host}; the certificate is for {', '.join(names := certificates.names_of(certificate))}"
@@ -332,13 +332,13 @@ def coordinator_certificate(federation: FederationConfig) -> Results:
     authority = Path(federation.certificate).with_name("ca.crt")
     if not authority.is_file():
         yield warn("authority", f"no {authority}: the certificate's signature was not checked", "sites need it too")
-    elif certificates.is_signed_by(certificate, certificates.read_certificate(str(authority))):
+    elif certificates.is_signed_by(certificate, certificates.read_certificate(authority)):
         yield ok("authority", f"{authority} signed the certificate")
     else:
         yield fail("authority", f"{authority} did not sign the certificate", "use files of one 'meerkat certify'")
     key = federation.private_key
     wrong = fail("private_key", f"'{key}' does not belong to the certificate", "use the certificate's own key")
-    yield ok("private_key", "belongs to the certificate") if certificates.is_pair(certificate, key) else wrong
+    yield ok("private_key", "belongs to the certificate") if certificates.is_pair(certificate, Path(key)) else wrong
     yield from _readable_by_others("private_key", key)
 
 

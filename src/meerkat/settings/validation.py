@@ -64,6 +64,12 @@ def existing_path(file: Path, value: str) -> str:
     return str(path.resolve()) if value and os.path.exists(path) else value  # False for a name too long for any file
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise MeerkatError unless a folder is empty, or does not exist yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MeerkatError(f"'{folder}': is not an empty folder; give a new or empty one")
+
+
 def _place(fields: Mapping[str, FieldInfo], location: tuple[int | str, ...]) -> tuple[str, Mapping[str, FieldInfo]]:
     """The dotted name of the setting at pydantic's location, and the settings of the table that it is in."""
     names: list[str] = []
