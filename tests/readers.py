@@ -30,7 +30,7 @@ from meerkat.errors import MeerkatError
 from meerkat.export.model import apply_delta, export
 from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator import read_federation
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import Ledger, Request
 from meerkat.federation.link import WaitingRules
@@ -376,7 +376,7 @@ class World:
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
             site = copy(live)
-            site._parts, site._answered = StateParts(site._state_size()), {}
+            site._parts, site._answered = StateParts(site._rules.vectors * len(site.mask)), {}
             refusals = []
             for data, meant in conversation:
                 try:

@@ -22,7 +22,7 @@ from meerkat.algorithm.server import ServerState, aggregate, client_weights, clo
 from meerkat.cli import main
 from meerkat.comparison import compare
 from meerkat.errors import MeerkatError
-from meerkat.federation.coordinator import read_federation
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
 from meerkat.run.attacked_engine import AttackedEngine

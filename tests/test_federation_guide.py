@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from meerkat.federation.coordinator import FederationConfig, read_federation
+from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.site_settings import Accepts, SiteConfig
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "federation.md").read_text()

@@ -21,7 +21,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator import coordinate, read_federation
+from meerkat.federation.coordinator import coordinate
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.flower import client_app, messages, server_app
 from meerkat.federation.site_folders import site_folder, write_sites
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys

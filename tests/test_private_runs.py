@@ -17,7 +17,7 @@ from test_experiment import logged, rewrite, simulate
 from meerkat.algorithm.rounds import RoundRecord, pack
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
-from meerkat.federation.coordinator import read_federation
+from meerkat.federation.coordinator_settings import read_federation
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.accounting import Charge, epsilon, noise_for
 from meerkat.problems.data import load_rows

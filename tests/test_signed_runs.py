@@ -28,7 +28,8 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import remote_engine
 from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator import FederationConfig, coordinate
+from meerkat.federation.coordinator import coordinate
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site

@@ -10,7 +10,7 @@ pytest.importorskip("cryptography")
 from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import certify
-from meerkat.federation.coordinator import host_and_port
+from meerkat.federation.coordinator_settings import host_and_port
 from meerkat.federation.flower.stream import StreamLink
 from meerkat.record.members import Members
 from meerkat.record.signatures import RunIdentity

@@ -162,7 +162,6 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         (AXIS + "better = 1, than = [1] }]", "compares a value with itself"),
         (AXIS + "better = 1, than = [2], where = { clients = 3 } }]", "clients is no axis of the study"),
         (AXIS + "better = 1, than = [2], where = { local_steps = 1 } }]", "which is the axis"),
-        (AXIS + 'better = 1, than = [2], measure = "time" }]', "'accuracy' or 'loss'"),
         ("\n".join(f"{name} = [1, 2, 3, 4, 5]" for name in SIX), "make 15,625 settings: at most 10,000"),
         (AXIS + "bettr = 1, than = [2] }]", "check.0.bettr: unknown"),
     ],

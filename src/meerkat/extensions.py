@@ -54,19 +54,26 @@ def load(names: Iterable[str], installed: bool = True) -> None:
     Raises:
         MeerkatError: an extension cannot be imported, defines nothing, or takes a name that is taken.
     """
-    points = {point.value: point.value for point in entry_points(group=GROUP)} if installed else {}
+    points = [point.value for point in entry_points(group=GROUP)] if installed else []
     for name in (*points, *names):
-        key = str(Path(name).resolve()) if name.endswith(".py") else name
-        if key not in _loaded:
+        if (key := _key(name)) not in _loaded:
             module = _imported(name)
             _add(name, module)
             _loaded[key] = module
 
 
+def loaded() -> tuple[str, ...]:
+    """The extensions loaded so far, as another process can load them."""
+    return tuple(_loaded)
+
+
 def defined_by(names: Iterable[str], kind: str) -> frozenset[str]:
     """The names of a kind that these extensions, loaded before, define."""
-    modules = [_loaded[str(Path(name).resolve()) if name.endswith(".py") else name] for name in names]
-    return frozenset(name for module in modules for name in getattr(module, kind, {}))
+    return frozenset(defined for name in names for defined in getattr(_loaded[_key(name)], kind, {}))
+
+
+def _key(name: str) -> str:
+    return str(Path(name).resolve()) if name.endswith(".py") else name
 
 
 def _imported(name: str) -> ModuleType:

@@ -29,7 +29,8 @@ from proxy import Proxy, free_port
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.admission import Admission
-from meerkat.federation.coordinator import FederationConfig, coordinate
+from meerkat.federation.coordinator import coordinate
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import Frame
 from meerkat.federation.link import Link

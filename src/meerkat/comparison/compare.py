@@ -25,6 +25,7 @@ from typing import Any
 from meerkat.comparison.results import Line, write_results
 from meerkat.comparison.studies import Comparison, Search, Setting, Study, axis_words
 from meerkat.errors import Diverged, MeerkatError, RunFailed
+from meerkat.extensions import load, loaded
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.partition import partition
 from meerkat.problems.problem import Better, Problem
@@ -345,7 +346,7 @@ class _Pool:
         self.root = root
         theirs, self._alive = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(jobs, context, initializer=_live_with, initargs=(theirs,))
+        self._executor = ProcessPoolExecutor(jobs, context, initializer=_live_with, initargs=(theirs, loaded()))
 
     def __enter__(self) -> "_Pool":
         return self
@@ -391,7 +392,7 @@ class _Pool:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _live_with(other: Connection) -> None:
+def _live_with(other: Connection, extensions: Sequence[str]) -> None:
     """End this process at once when the one that started it is gone, or lets go of the other end."""
 
     def watch() -> None:
@@ -401,6 +402,7 @@ def _live_with(other: Connection) -> None:
             os._exit(1)
 
     use_thread_lock()
+    load(extensions)
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -159,7 +159,7 @@ def _loading_code(config: RunConfig, content: Content) -> list[str]:
 
 def _tuning(run: VerifiedRun) -> str:
     config, recipe = run.config, run.config.recipe
-    first_order = recipe.update == "first-order"
+    first_order = not recipe.sends_scalars
     steps = "by backpropagation" if first_order else f"P = {number_of(config.directions, 'direction')} a step"
     source = "Philox4x64-10, counting by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
     return _table(
@@ -180,7 +180,7 @@ def _tuning(run: VerifiedRun) -> str:
 
 def _aggregation(run: VerifiedRun) -> str:
     config = run.config
-    server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.update == "feddyn" else config.update_rule
+    server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.client == "feddyn" else config.update_rule
     by_rows = config.weights == "examples" and config.aggregation == "mean"
     parts = [f"{run.opening.rule} of the replies", f"clients weighted {'by their rows' if by_rows else 'equally'}"]
     if config.rule.needs_f:

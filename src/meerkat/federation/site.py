@@ -19,6 +19,7 @@ from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
+from meerkat.extensions import load
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import RunAccountant
@@ -49,6 +50,7 @@ class Site:
             Refused: the site has not agreed to what is offered, or has no key to sign with where it must.
             MeerkatError: model, data or key cannot be read, or are not the run's.
         """
+        load(own.accepts.extensions, installed=False)
         asked = offer.config({"model": own.model, "data": own.data, "device": own.device})
         task = offer.load_task() if asked.problem == CLASSIFICATION else None
         own.check_settings(asked, task.name if task else asked.problem)

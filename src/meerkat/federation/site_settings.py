@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from meerkat import extensions
 from meerkat.errors import MeerkatError
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
@@ -30,6 +31,9 @@ class Accepts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     problems: tuple[str, ...] = Field((CLASSIFICATION,), description="the problems accepted, by name")
+    extensions: tuple[str, ...] = Field(
+        (), description="extensions whose estimators, update rules and problems a run may use: modules, or .py files"
+    )
     task: str = Field("", description="the only task accepted, by name; empty for any")
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
     mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
@@ -85,7 +89,9 @@ class SiteConfig(BaseModel):
         config = validate(cls, read_toml(path), f"{path}: ")
         paths = {name: _local_path(path, getattr(config, name)) for name in _EXISTING_PATHS}
         ledger = str((path.parent / config.ledger).resolve()) if config.ledger else ""  # may not exist yet
-        return config.model_copy(update={**paths, "ledger": ledger})
+        named = tuple(_local_path(path, name) for name in config.accepts.extensions)
+        accepts = config.accepts.model_copy(update={"extensions": named})
+        return config.model_copy(update={**paths, "ledger": ledger, "accepts": accepts})
 
     def signing_keys(self) -> tuple[SigningKey | None, SigningKey | None]:
         """The key that replies are signed with, and the previous one; None where there is none.
@@ -103,9 +109,13 @@ class SiteConfig(BaseModel):
         """Raise Refused unless the site agrees to a run's settings."""
         bounds = self.accepts
         steps = max(asked.local_steps, asked.calibration_steps if asked.stopping != "none" else 0)
-        _require("method", asked.method, "methods that send scalars", asked.recipe.update != "first-order")
+        _require("method", asked.method, "methods that send scalars", asked.recipe.sends_scalars)
         allowed = ", ".join(bounds.problems) or "none"
         _require("problems", asked.problem, allowed, asked.problem in bounds.problems)
+        for setting, kind in (("estimator", "ESTIMATORS"), ("update_rule", "UPDATE_RULES")):
+            known = extensions.BUILT_IN[kind] | extensions.defined_by(bounds.extensions, kind)
+            name = getattr(asked, setting)
+            _require(setting, name, ", ".join(sorted(known)), name in known)
         _require("task", task, bounds.task or task, task == (bounds.task or task))
         eps = number(asked.eps)
         _require("eps", eps, f"at least {bounds.eps_minimum:g}", eps >= bounds.eps_minimum)

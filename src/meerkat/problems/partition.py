@@ -42,7 +42,7 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
     name, _, argument = spec.partition(":")
     built_in = name in _TAKES_ARGUMENT
     if name not in PARTITIONERS or (built_in and bool(argument) != _TAKES_ARGUMENT[name]):
-        raise MeerkatError(f"partition '{spec}': must be one of {FORMS}")
+        raise MeerkatError(f"partition '{spec}': must be one of {FORMS}, or one of an extension named by --extension")
     if not 1 <= clients <= len(rows):
         raise MeerkatError(
             f"{clients} clients: must be at least 1 and at most the number of training rows, {len(rows)}"

@@ -62,7 +62,7 @@ class RunFacts:
     @property
     def first_order(self) -> bool:
         """Whether clients sent weights, not scalars."""
-        return self.config.recipe.update == "first-order"
+        return not self.config.recipe.sends_scalars
 
     @property
     def early_stop(self) -> str:

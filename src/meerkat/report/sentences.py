@@ -80,7 +80,7 @@ def _primary(summary: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _moved(summary: Mapping[str, Any]) -> str:
-    first_order = METHODS[summary["method"]].update == "first-order"
+    first_order = not METHODS[summary["method"]].sends_scalars
     work = "every client ran backpropagation" if first_order else "no client ran backpropagation"
     return f"{summary['params_masked']:,} of {summary['params_total']:,} parameters moved; {work}."
 

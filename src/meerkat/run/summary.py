@@ -81,7 +81,7 @@ class Summary:
         evaluations.sort(key=lambda metric: metric.round)
         before, after = evaluations[0], evaluations[-1]
         worked = [m for m in metrics if m["kind"] in ("round", "calibration")]
-        first_order = config.recipe.update == "first-order"
+        first_order = not config.recipe.sends_scalars
         payload = 4 * (len(mask) if first_order else config.local_steps * config.directions)
         same = {name: getattr(config, name) for name in _OF_THE_SETTINGS}
         return cls(

@@ -32,7 +32,7 @@ UPDATE_RULES: dict[str, Callable[[RunConfig], UpdateRule]] = {
 """By the name that --update-rule takes. An extension adds to it: see `meerkat.extensions`."""
 
 CLIENT_RULES: dict[str, Callable[[RunConfig], ClientRule]] = {
-    "scalars": lambda _: ZEROTH_ORDER,
+    "zeroth-order": lambda _: ZEROTH_ORDER,
     "feddyn": lambda config: FedDynClient(config.feddyn_alpha),
     "first-order": lambda _: FIRST_ORDER,
 }
@@ -59,12 +59,12 @@ def rules(config: RunConfig) -> Rules:
     Raises:
         MeerkatError: nobody here knows the update rule of that name.
     """
-    name = "feddyn" if config.recipe.update == "feddyn" else config.update_rule
+    name = config.recipe.update_rule or config.update_rule
     if name not in UPDATE_RULES:
         raise MeerkatError(
             f"update rule '{name}': not known here, only {', '.join(UPDATE_RULES)}; name its extension with --extension"
         )
-    return Rules(UPDATE_RULES[name](config), CLIENT_RULES[config.recipe.update](config))
+    return Rules(UPDATE_RULES[name](config), CLIENT_RULES[config.recipe.client](config))
 
 
 def aggregator(config: RunConfig) -> Aggregator:

@@ -32,11 +32,11 @@ def _check_method(config: "RunConfig") -> None:
         )
     if config.mask and recipe.moves != "sensitivity":
         raise ValueError(f"method {config.method}: makes its own mask, so --mask cannot be given with it")
-    if recipe.update == "first-order" and config.early_stop in ("vp", "random"):
+    if not recipe.sends_scalars and config.early_stop in ("vp", "random"):
         raise ValueError(f"early_stop {config.early_stop}: needs scalars, and {config.method} sends none; use none")
-    if recipe.update == "feddyn" and rule != "sgd":
+    if recipe.client == "feddyn" and rule != "sgd":
         raise ValueError(f"update_rule {rule}: feddyn has its own server step; use sgd")
-    if recipe.update != "feddyn" and rule == "feddyn":
+    if recipe.client != "feddyn" and rule == "feddyn":
         raise ValueError("update_rule feddyn: needs clients that correct their steps; use method feddyn")
     if rule == "sgd" and config.server_lr not in (AUTO, 1):
         raise ValueError(f"server_lr {config.server_lr:g}: sgd has none; use lr, or update_rule momentum or adam")
@@ -55,8 +55,8 @@ def _check_privacy(config: "RunConfig") -> None:
         return
     if not config.dp_epsilon and config.dp_noise_multiplier == AUTO:
         raise ValueError(f"dp {dp}: needs a budget, dp_epsilon, or a noise, dp_noise_multiplier")
-    if recipe.update == "first-order" or recipe.moves == "task":
-        what = "sends gradients" if recipe.update == "first-order" else "makes its mask from clients' rows"
+    if not recipe.sends_scalars or recipe.moves == "task":
+        what = "sends gradients" if not recipe.sends_scalars else "makes its mask from clients' rows"
         raise ValueError(f"dp {dp}: method {config.method} {what}, which no noise covers; use another method")
     if dp == "example":
         if config.dtype != "float32":
@@ -75,17 +75,17 @@ def _check_privacy(config: "RunConfig") -> None:
         raise ValueError(
             f"early_stop {config.stopping}: needs clients' scalars, which dp client does not keep; use none"
         )
-    if recipe.update == "feddyn":
+    if recipe.client == "feddyn":
         raise ValueError("method feddyn: needs clients' scalars, which dp client does not keep; use another method")
 
 
 def _check_aggregation(config: "RunConfig") -> None:
     """Which methods a rule goes with, and how many replies it needs."""
-    by, update = config.rule, config.recipe.update
+    by, client = config.rule, config.recipe.client
     asked = config.clients_per_round or config.clients
-    if update != "scalars" and (by.rule, by.clipping) != ("mean", "none"):
+    if client != "zeroth-order" and (by.rule, by.clipping) != ("mean", "none"):
         name, value = ("aggregation", by.rule) if by.rule != "mean" else ("clipping", by.clipping)
-        why = "its correction rests on the mean" if update == "feddyn" else "it sends no scalars"
+        why = "its correction rests on the mean" if client == "feddyn" else "it sends no scalars"
         allowed = "mean" if name == "aggregation" else "none"
         raise ValueError(f"{name} {value}: cannot be with method {config.method}: {why}; use {allowed}")
     if by.mixing != "none" and by.rule == "mean":
@@ -117,7 +117,7 @@ def _check_attack(config: "RunConfig") -> None:
         raise ValueError(
             f"attackers {attackers}: attack {attack} needs at least 1, and fewer than clients, {config.clients}"
         )
-    if config.recipe.update == "first-order" and attack != "label-flip":
+    if not config.recipe.sends_scalars and attack != "label-flip":
         raise ValueError(
             f"attack {attack}: changes scalars, and {config.method} sends none; use label-flip, or another method"
         )

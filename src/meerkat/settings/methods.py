@@ -26,10 +26,18 @@ class Recipe:
 
     moves: Kind = "sensitivity"
     early_stop: EarlyStop = "none"
-    update: Literal["scalars", "feddyn", "first-order"] = "scalars"
+    client: Literal["zeroth-order", "feddyn", "first-order"] = "zeroth-order"
+    """The client rule, by its name in `algorithm.CLIENT_RULES`."""
+    update_rule: str = ""
+    """The update rule that goes with it; empty where any does."""
     eps: float = 1e-3
     lr_times_moving: float = 110
     """The default learning rate times the number of moving parameters; measured in docs/log.md."""
+
+    @property
+    def sends_scalars(self) -> bool:
+        """Whether clients reply with scalars, and not with a whole delta."""
+        return self.client != "first-order"
 
 
 METHODS: dict[Method, Recipe] = {
@@ -41,6 +49,6 @@ METHODS: dict[Method, Recipe] = {
     "random-mask": Recipe("random"),
     "task-mask": Recipe("task"),
     "random-early-stop": Recipe(early_stop="random"),
-    "feddyn": Recipe(update="feddyn", lr_times_moving=28),
-    "fo-fedavg": Recipe(update="first-order", lr_times_moving=3500),
+    "feddyn": Recipe(client="feddyn", update_rule="feddyn", lr_times_moving=28),
+    "fo-fedavg": Recipe(client="first-order", lr_times_moving=3500),
 }

@@ -13,7 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
-from meerkat.federation.coordinator import FederationConfig, coordinate, read_federation
+from meerkat.federation.coordinator import coordinate
+from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.flower.messages import MessageLink, hello_in, session_end
 from meerkat.federation.flower.stream import StreamLink
 from meerkat.federation.link import Link
