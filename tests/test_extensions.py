@@ -78,7 +78,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("command", ["verify", "resume", "report"])
+@pytest.mark.parametrize("command", ["verify", "resume"])
 def test_a_folder_that_names_an_extension_imports_nothing(command: str, extended: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(extended, run)

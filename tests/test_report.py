@@ -87,9 +87,8 @@ MASK = SparseMask(
 )
 
 
-RESOLVED = {"lr": 0.1, "eps": 1e-3, "server_lr": 1.0, "threads": 1, "tokens_per_pass": 512}
-"""What a run that has begun has as numbers."""
-
+RESOLVED = {"lr": 0.1, "eps": 1e-3, "server_lr": 1.0, "threads": 1, "tokens_per_pass": 4096}
+"""Numbers in place of auto, as a run that has begun has them."""
 BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 
 
@@ -104,7 +103,7 @@ def write_run(
     **given: Any,
 ) -> Path:
     """A run of meerkat-vp with made-up numbers: the first clients fade, and are stopped."""
-    settings = {"method": "meerkat-vp", "clients": clients, "rounds": rounds, "local_steps": 2, "lr": 0.1, "eps": 1e-3}
+    settings = {"method": "meerkat-vp", "clients": clients, "rounds": rounds, "local_steps": 2}
     settings |= {"partition": f"mixed:{max(extreme, 1)}", "clients_per_round": clients, "task": "topics"}
     config = make_config(settings | RESOLVED | {"calibration_steps": 60} | given)
     folder, rng = RunFolder.create(root, config), np.random.default_rng(0)
@@ -256,7 +255,7 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp", **RESOLVED}))
+    RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp"} | RESOLVED))
     words = page_of(tmp_path / "run").words
     assert "got to round 0 of 200" in words
     for missing in ("No curves", "No bytes", "rounds.log has no calibration", "No signals", "No mask", "No digests"):
