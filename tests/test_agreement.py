@@ -109,6 +109,7 @@ def test_default_bounds_accept_a_default_run() -> None:
     ("bounds", "run", "said"),
     [
         ({"task": "rte"}, {}, "task: the run asks for sst2, the site accepts rte"),
+        ({}, {"problem": "shapes"}, "problem: the run asks for shapes, the site accepts classification"),
         ({"eps_minimum": 1e-2}, {}, "eps: the run asks for 0.001, the site accepts at least 0.01"),
         ({"eps_maximum": 1e-4}, {}, "eps: the run asks for 0.001, the site accepts at most 0.0001"),
         ({"batch_minimum": 32}, {}, "batch_size: the run asks for 16, the site accepts at least 32"),
