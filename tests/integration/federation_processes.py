@@ -172,9 +172,7 @@ def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..
 
 
 def _nursery() -> None:
-    open_problem(
-        resolve(RunConfig(threads=1, device="cpu"))
-    )  # what loading a model imports is there before anyone is forked
+    open_problem(resolve(RunConfig(threads=1, device="cpu")))  # load all imports before forking
     print("ready", flush=True)
     children: set[int] = set()
     for line in sys.stdin:
