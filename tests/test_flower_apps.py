@@ -315,7 +315,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
         ({"run": 5}, r"run 5: must be a table, \[run\]"),
         ({"federation": ["quorum"]}, r"must be a table, \[federation\]"),
         ({"run": {"model": True}}, r"\[run\] model True: must be a valid string"),
-        ({"run": {"data": "x" * 5000}, "federation": {"quorum": 0}}, "quorum 0: must be"),
+        ({"run": {"data": "x" * 5000}, "federation": {"quorum": 0}}, "quorum 0: must be at least 1"),
     ],
 )
 def test_bad_settings_are_told_in_a_line(tmp_path: Path, held: dict[str, Any], said: str) -> None:

@@ -11,7 +11,7 @@ import platform
 import shutil
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -70,7 +70,6 @@ class CheckResult:
 
 ok, warn, fail = partial(CheckResult, "ok"), partial(CheckResult, "warn"), partial(CheckResult, "FAIL")
 Results = Iterator[CheckResult]
-Check = Callable[[], Results]
 
 
 def examine(file: Path, connect: str = "") -> dict[str, Any]:
@@ -92,17 +91,12 @@ def examine(file: Path, connect: str = "") -> dict[str, Any]:
     if connect and kind == "coordinator":
         raise MeerkatError("--connect: is for a site, to reach its coordinator; leave it out with a federation.toml")
     address = host_and_port(connect, "--connect") if connect else None
-    checks: dict[str, Check] = {
-        "versions": versions,
-        "programs": programs,
-        "threads": threads,
-        "disk": lambda: disk(file.absolute().parent),
-    }
+    checks = {"versions": versions(), "programs": programs(), "disk": resources(file.absolute().parent)}
     try:
         checks |= _coordinator_checks(file) if kind == "coordinator" else _site_checks(file, address)
     except MeerkatError as error:
-        wrong = (fail("settings", str(error)), warn("the rest", "was not checked", "correct the settings first"))
-        checks["settings"] = lambda: iter(wrong)
+        wrong = fail("settings", str(error)), warn("the rest", "was not checked", "correct the settings first")
+        checks["settings"] = iter(wrong)
     results = [asdict(result) for name, check in checks.items() for result in _results(name, check)]
     return {"file": str(file), "kind": kind, "checks": results}
 
@@ -119,41 +113,38 @@ def raise_if_failed(outcome: Mapping[str, Any]) -> None:
         raise RunFailed(f"{failed} of {len(levels)} checks failed")
 
 
-def _results(name: str, check: Check) -> Results:
+def _results(name: str, check: Results) -> Results:
     try:
-        yield from check()
+        yield from check
     except MeerkatError as error:
         yield fail(name, str(error))
     except Exception as error:  # a check that breaks must not hide the others' results
         yield fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Check]:
+def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Results]:
     site = SiteConfig.load(file)
-    checks: dict[str, Check] = {
-        "settings": lambda: iter((ok("settings", f"a site's: client {site.client}"),)),
-        "model": lambda: model(site.model, site.device, site.accepts.model),
-        "data": lambda: site_rows(site),
-        "authority": lambda: site_authority(site.certificate_authority),
-        "signing_key": lambda: site_keys(site),
+    return {
+        "settings": iter([ok("settings", f"a site's: client {site.client}")]),
+        "model": model(site.model, site.device, site.accepts.model),
+        "data": site_rows(site),
+        "authority": site_authority(site.certificate_authority),
+        "signing_key": site_keys(site),
+        "connection": connection(address, site.certificate_authority) if address else iter(()),
     }
-    if address is not None:
-        checks["connection"] = lambda: connection(address, site.certificate_authority)
-    return checks
 
 
-def _coordinator_checks(file: Path) -> dict[str, Check]:
+def _coordinator_checks(file: Path) -> dict[str, Results]:
     given, federation = read_federation(file)
     config = resolve(given, rows=federation.evaluate == "coordinator")
-    checks: dict[str, Check] = {
-        "settings": lambda: coordinator_settings(config),
-        "model": lambda: model(config.model, config.device, mask=config.mask),
-        "data": lambda: coordinator_rows(config, federation),
-        "signers": lambda: coordinator_signers(federation),
+    checks = {
+        "settings": coordinator_settings(config),
+        "model": model(config.model, config.device, mask=config.mask),
+        "data": coordinator_rows(config, federation),
+        "signers": coordinator_signers(federation),
     }
     if federation.stream:
-        checks["certificate"] = lambda: coordinator_certificate(federation)
-        checks["port"] = lambda: port(federation.listen or federation.stream)
+        checks |= {"certificate": coordinator_certificate(federation), "port": port(federation)}
     return checks
 
 
@@ -184,13 +175,9 @@ def programs() -> Results:
     yield lacking if missing else ok("programs", "Flower's are on PATH")
 
 
-def threads() -> Results:
-    """The CPUs. The number of threads is the run's, so that all sites compute the same bits."""
+def resources(folder: Path) -> Results:
+    """The CPUs, and free space beside the file and in the hub's cache. The run says how many threads all sites use."""
     yield ok("threads", f"{os.cpu_count()} CPUs; the coordinator sets how many threads every machine uses")
-
-
-def disk(folder: Path) -> Results:
-    """Free space beside the file, and in the hub's cache."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for name, path in (("disk", folder), ("hub cache", cache)):
         free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
@@ -361,8 +348,9 @@ def _readable_by_others(check: str, key: str) -> Results:
 # --- the network ---
 
 
-def port(listen: str) -> Results:
+def port(federation: FederationConfig) -> Results:
     """Whether the coordinator can listen on the stream's port."""
+    listen = federation.listen or federation.stream
     host, number = host_and_port(listen, "listen")
     try:
         with socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET):

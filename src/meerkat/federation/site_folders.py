@@ -21,8 +21,7 @@ def site_folder(out: Path, client: int) -> Path:
 def write_sites(config: RunConfig, out: Path) -> list[int]:
     """Write `out`/site-0/train.jsonl, ...: the rows that each client of a simulation with these settings holds.
 
-    A client's rows are in the order of the training set, so a site that trains on its file sees the same batches as
-    that client in the simulation.
+    They are in the training set's order, so a site sees the same batches as that client in the simulation.
 
     Args:
         config: only `task`, `data`, `held_back`, `partition`, `clients` and `seed` matter.
@@ -36,9 +35,7 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     """
     check_new_folder(out)
     if config.problem != CLASSIFICATION:
-        raise MeerkatError(
-            f"problem '{config.problem}': its rows are not written to folders; only {CLASSIFICATION}'s are"
-        )
+        raise MeerkatError(f"problem '{config.problem}': only {CLASSIFICATION}'s rows can be written to folders")
     config = resolve(config)
     training, _ = training_and_evaluation_rows(config, partial(load_split, config))
     split = partition(config.partition, training, config.clients, config.seed)

@@ -18,7 +18,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
-from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
+from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import Settings, existing_path, validate
 
 
@@ -29,7 +29,6 @@ class Refused(MeerkatError):
 class Accepts(Settings):
     """The limits of the runs that a site takes part in: table [accepts] of its site.toml."""
 
-    problems: tuple[str, ...] = Field((CLASSIFICATION,), description="the problems accepted, by name")
     extensions: tuple[str, ...] = Field((), description="extensions that a run may use: modules, or .py files")
     task: str = Field("", description="the only task accepted, by name; empty for any")
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
@@ -98,23 +97,20 @@ class SiteConfig(Settings):
         accepts, eps, private = self.accepts, number(run.eps), run.dp == "example"
         steps = max(run.local_steps, run.calibration_steps if run.stopping != "none" else 0)
         _require("method", run.method, "methods that send scalars", run.recipe.sends_scalars)
-        _require("problems", run.problem, ", ".join(accepts.problems) or "none", run.problem in accepts.problems)
-        for name, asked, kind in (
-            ("estimator", run.estimator, "ESTIMATORS"),
-            ("update_rule", run.update_rule, "UPDATE_RULES"),
-        ):
-            known = extensions.BUILT_IN[kind] | extensions.defined_by(accepts.extensions, kind)
-            _require(name, asked, ", ".join(sorted(known)), asked in known)
+        for name, kind in (("estimator", "ESTIMATORS"), ("update_rule", "UPDATE_RULES"), ("problem", "PROBLEMS")):
+            known, named = extensions.BUILT_IN[kind], getattr(run, name)
+            known |= extensions.defined_by(accepts.extensions, kind)
+            _require(name, named, ", ".join(sorted(known)), named in known)
         _require("task", task, accepts.task, accepts.task in ("", task))
-        for name, number_asked, least, most in (
+        for name, asked, least, most in (
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
             ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
             ("directions", run.directions, 0, accepts.directions),
             ("rounds", run.rounds, 0, accepts.rounds),
             ("local_steps", steps, 0, accepts.local_steps),
         ):
-            _require(name, number_asked, f"at least {least}", number_asked >= least)
-            _require(name, number_asked, f"at most {most}", number_asked <= most)
+            _require(name, asked, f"at least {least}", asked >= least)
+            _require(name, asked, f"at most {most}", asked <= most)
         budget = "dp example only, as it has a budget of epsilon"
         _require("dp", f"dp {run.dp}", budget, private or not accepts.epsilon)
         charged = "them only with a ledger to charge: set 'ledger'"
