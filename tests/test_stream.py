@@ -63,7 +63,7 @@ class Caller:
         credentials = grpc.ssl_channel_credentials(to.authority)
         self.channel = grpc.secure_channel(f"127.0.0.1:{port or to.port}", credentials, options, compression)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        opened = self.channel.stream_stream(METHOD, stream._as_is, stream._as_is)
+        opened = self.channel.stream_stream(METHOD)
         self._call = opened(iter(self._outgoing.get, None), timeout=SECONDS)
 
     def say(self, data: bytes) -> "Caller":
