@@ -140,13 +140,13 @@ class Setting:
         """The run's directions."""
         return Directions(run_key(self.config.seed), len(self.mask))
 
-    def register(self, listed: Sequence[str] | None = None) -> Members:
-        """The register of a run that nobody has joined."""
-        return Members(self.opening.charter(self.config), listed)
+    def members(self, listed: Sequence[str] | None = None) -> Members:
+        """The members of a run that nobody has joined."""
+        return Members(self.opening.identity(self.config), listed)
 
-    def admission(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Admission:
+    def admission(self, nodes: dict[int, str] | None = None, members: Members | None = None) -> Admission:
         """The run's admission."""
-        return Admission(register or self.register(), self.config.clients, nodes)
+        return Admission(members or self.members(), self.config.clients, nodes)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
@@ -336,10 +336,10 @@ class Federation:
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
-    register: Members | None = None
+    members: Members | None = None
 
     def __post_init__(self) -> None:
-        self.admission = self.setting.admission(self.nodes, self.register)
+        self.admission = self.setting.admission(self.nodes, self.members)
         self.wire = Wire(self.admission)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
@@ -447,8 +447,8 @@ def counted(federation: "Federation") -> tuple[int, int]:
 def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
     """A federation's records, to be gone through from theta_0."""
     again, gradient = json.loads(json.dumps(list(records))), setting.mask.pretraining_gradient
-    register = setting.register()
-    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"), register)
+    members = setting.members()
+    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"), members)
 
 
 def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:

@@ -28,7 +28,7 @@ LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
 SCORES: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
-CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
+IDENTITY = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
 def scalars_of(client: int, round: int) -> np.ndarray:
@@ -148,7 +148,7 @@ class Coordinator:
         port: int = 0,
     ) -> None:
         self.authority = keys["authority"].read_bytes()
-        self.admission = Admission(Members(CHARTER), clients)
+        self.admission = Admission(Members(IDENTITY), clients)
         self.link = StreamLink(self.admission, f"127.0.0.1:{port}", keys["server"], keys["server key"])
         self.port = self.link.port
         self._closed = False

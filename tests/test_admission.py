@@ -22,24 +22,24 @@ from meerkat.record.signatures import RunIdentity, Signer, SigningKey, fingerpri
 RUN = "00112233445566ff"
 MODEL, MASK = "a" * 64, "b" * 64
 DIGEST = bytes(range(32))
-CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
+IDENTITY = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
 def admission(nodes: dict[int, str] | None = None) -> Admission:
-    return Admission(Members(CHARTER), 3, nodes)
+    return Admission(Members(IDENTITY), 3, nodes)
 
 
 def signing_admission(**given: Any) -> Admission:
-    return Admission(Members(replace(CHARTER, signed=True), **given), 3)
+    return Admission(Members(replace(IDENTITY, signed=True), **given), 3)
 
 
 def a_key() -> SigningKey:
     return SigningKey(Ed25519PrivateKey.generate())
 
 
-def words(key: SigningKey, client: int = 0, node: str = "n", before: SigningKey | None = None, **charter: Any) -> Any:
+def words(key: SigningKey, client: int = 0, node: str = "n", before: SigningKey | None = None, **identity: Any) -> Any:
     """What a hello says of a key, signed for a client of ten rows."""
-    return Signer(replace(CHARTER, **{"signed": True, **charter}), client, 10, node, key, before).credentials
+    return Signer(replace(IDENTITY, **{"signed": True, **identity}), client, 10, node, key, before).credentials
 
 
 def hello(secret: str | bytes, client: int = 0, run: str = RUN, round: int = 0, **said: Any) -> bytes:
@@ -248,7 +248,7 @@ def test_a_key_comes_in_with_what_it_signed() -> None:
     said = words(key, 1)
     site = at.admit(hello(at.token("n"), 1, **said))
     assert (site.member.key, site.member.signature) == (said["key"], said["signature"])
-    assert at.register.keys == {}  # it is the log that it has to stand in
+    assert at.members.keys == {}  # it is the log that it has to stand in
     with pytest.raises(Refused, match="client 1 has no key, where every reply must be signed"):
         at.admit(hello(at.token("n"), 1))
     open_to_all = admission()
@@ -290,7 +290,7 @@ def test_a_key_that_is_none_is_a_bad_frame(change: dict[str, Any]) -> None:
 def joined(at: Admission, key: SigningKey, client: int = 0, node: str = "n", **more: Any) -> AdmittedSite:
     """A site comes in, and its joining is logged."""
     site = at.admit(hello(at.token(node), client, **words(key, client, node, **more)))
-    at.register.admit(site.member)
+    at.members.admit(site.member)
     return site
 
 
@@ -303,7 +303,7 @@ def test_a_key_is_one_client_s() -> None:
 
 
 def test_who_has_signed_goes_on_signing() -> None:
-    at, key = Admission(Members(CHARTER), 3), a_key()
+    at, key = Admission(Members(IDENTITY), 3), a_key()
     joined(at, key, signed=False)
     with pytest.raises(Refused, match=r"has signed with key SHA256:.*, and now has none"):
         at.admit(hello(at.token("n")))
@@ -336,12 +336,12 @@ def test_a_revoked_key_stays_out_and_hands_over_to_nobody() -> None:
     old, new = a_key(), a_key()
     at = signing_admission()
     joined(at, old)
-    at.register.revoke(KeyRevocation(3, fingerprint(old.public)))
+    at.members.revoke(KeyRevocation(3, fingerprint(old.public)))
     with pytest.raises(Refused, match="is revoked from round 3 on"):
         joined(at, old)
     with pytest.raises(Refused, match="was revoked: its successor must be in the coordinator's 'signers'"):
         joined(at, new, before=old)
-    at.register.listed = [fingerprint(new.public)]
+    at.members.listed = [fingerprint(new.public)]
     assert joined(at, new, before=old).member.handover == ""
 
 

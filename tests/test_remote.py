@@ -664,7 +664,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         facts = {"round": 0, "theta": federation.state.theta, "pointer": 0, **about}
         plan = replace(server.open_round(federation.state, federation.settings, [1]), round=facts["round"])
         signer = Signer(
-            federation.admission.register.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
+            federation.admission.members.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
@@ -800,7 +800,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
     first = signing(setting, monkeypatch, keys)
     first.round()
     again = first.replayed()
-    second = Federation(ours, first.terms, again.nodes, again.state, again.settings, again.register)
+    second = Federation(ours, first.terms, again.nodes, again.state, again.settings, again.members)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     with pytest.raises(Refused, match="nothing hands over"):
         second.enter(1, signing_key=keys[3])

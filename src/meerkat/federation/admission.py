@@ -54,19 +54,19 @@ class AdmittedSite:
 class Admission:
     """Checks first frames. Safe to call from several threads."""
 
-    def __init__(self, register: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, members: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
         """What a site must match.
 
         Args:
-            register: who signs with which key, as logged; its identity names run, model and mask.
+            members: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
             nodes: the nodes of the client numbers that joined before.
         """
-        self.register = register
+        self.members = members
         """As given: the coordinator adds each member that it logs."""
-        self._run = bytes.fromhex(register.identity.run)
+        self._run = bytes.fromhex(members.identity.run)
         self._clients = clients
-        self._required = {"model": register.identity.model, "mask": register.identity.mask}
+        self._required = {"model": members.identity.model, "mask": members.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
@@ -149,15 +149,15 @@ class Admission:
         if not are_credentials(key, signature, handover):
             raise BadFrame("a hello with a malformed key or signature")
         member = replace(member, key=key, signature=signature)
-        before = self.register.keys.get(member.client)
-        if before is not None and self.register.needs_handover(member):
+        before = self.members.keys.get(member.client)
+        if before is not None and self.members.needs_handover(member):
             member = replace(member, handover=handover)
-        elif before not in (None, bytes.fromhex(key)) and self.register.listed is None:
+        elif before not in (None, bytes.fromhex(key)) and self.members.listed is None:
             raise Refused(
                 f"key {fingerprint(before)} was revoked: its successor must be in the coordinator's 'signers'"
             )
         try:
-            self.register.check(member)
+            self.members.check(member)
         except BadSignature as error:
             raise Refused(str(error)) from None
         return member

@@ -150,7 +150,7 @@ class RemoteEngine:
                 continue
             join = replace(guest.member, round=round)
             try:
-                self._door.register.admit(join)
+                self._door.members.admit(join)
             except BadSignature as error:  # another came in between with the same key
                 self._show_out(client, str(error))
                 continue
@@ -164,7 +164,7 @@ class RemoteEngine:
 
     def _is_logged(self, guest: AdmittedSite) -> bool:
         """Whether the log has a client as it is here: with so many rows and that key."""
-        key = self._door.register.keys.get(guest.client, b"").hex()
+        key = self._door.members.keys.get(guest.client, b"").hex()
         return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.member.key)
 
     def _idle(self) -> list[int]:
@@ -420,7 +420,7 @@ class RemoteEngine:
             raise BadFrame(str(error)) from None
         pointer = self._state.steps_made.get(client, 0)
         try:
-            self._door.register.check_reply(client, plan, self._trail.digest, pointer, scalars, signature)
+            self._door.members.check_reply(client, plan, self._trail.digest, pointer, scalars, signature)
         except BadSignature as error:
             raise BadFrame(str(error)) from None
         member.trouble = 0

@@ -93,7 +93,7 @@ class Site:
         self._z = directions(self.config, len(self.mask), self._replica.theta.device)
         self._signer: Signer | None = None
         if key is not None:
-            charter = RunIdentity(
+            identity = RunIdentity(
                 run=offer.run,
                 signed=offer.sign,
                 run_key=f"{self._z.key:032x}",
@@ -102,7 +102,7 @@ class Site:
                 theta=offer.theta,
                 settings=meaning(self.config),
             )
-            self._signer = Signer(charter, own.client, len(rows), node, key, before)
+            self._signer = Signer(identity, own.client, len(rows), node, key, before)
         self._parts = StateParts(self._rules.vectors * len(self.mask))
         self._answered: dict[str, tuple[int, bytes]] = {}
         """By what was asked: the last round that it was answered in, and theta's digest there."""

@@ -94,7 +94,7 @@ class Opening:
         """What the server opens every round from."""
         return server_config(config, theta_0, dict(enumerate(self.examples)), dict(enumerate(self.allowance)))
 
-    def charter(self, config: RunConfig) -> RunIdentity:
+    def identity(self, config: RunConfig) -> RunIdentity:
         """What a federation's signatures are about."""
         return RunIdentity(
             run=self.federation,

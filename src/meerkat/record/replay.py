@@ -44,14 +44,14 @@ class Replay:
         directions: Directions,
         gradient: Tensor | None,
         log: Path,
-        register: Members,
+        members: Members,
         revoked: Mapping[str, int] | None = None,
     ) -> None:
         """What to go through.
 
         Args:
             records: the log's from its second line on.
-            register: of a run that nobody has joined.
+            members: of a run that nobody has joined.
             revoked: fingerprint -> the round from which a key is revoked, beside those that the log says are.
         """
         self.state = ServerState(Replica(0, theta))
@@ -62,7 +62,7 @@ class Replay:
         """What rounds are opened from, with the clients that joined so far."""
         self.nodes: dict[int, str] = {}
         """The node that each client id of a federation belongs to."""
-        self.register = register
+        self.members = members
         """Who signs with which key, so far."""
         self.replies = 0
         """Replies in all, calibrations' among them."""
@@ -116,7 +116,7 @@ class Replay:
         self._what = _in_words(held)
         for name, since in self._revoked.items():
             if since <= self.state.round:
-                self.register.revoke(KeyRevocation(since, name))
+                self.members.revoke(KeyRevocation(since, name))
         try:
             return self._step(held)
         except BadSignature as error:
@@ -157,7 +157,7 @@ class Replay:
             raise RunFailed(f"{log}: client {client} joined, of {self.settings.clients} clients; restore a copy")
         agree(log, f"the round that client {client} joined before", str(join.round), str(self.state.round))
         agree(log, f"the node of client {client}", join.node, self.nodes.get(client, join.node))
-        self.register.admit(join)
+        self.members.admit(join)
         self._check_form(join.to_json(), held)
         self.settings = join.added_to(self.settings)
         self.nodes[join.client] = join.node
@@ -165,7 +165,7 @@ class Replay:
     def _revoke(self, held: dict[str, Any]) -> None:
         revocation = KeyRevocation.from_json(held)
         agree(self._log, "the round that a key is revoked before", str(revocation.round), str(self.state.round))
-        self.register.revoke(revocation)
+        self.members.revoke(revocation)
         self._check_form(revocation.to_json(), held)
 
     def _available(self, plan: RoundPlan, where: str) -> list[int] | None:
@@ -243,7 +243,7 @@ class Replay:
                 check_reply(record.plan, client, scalars)
             except ValueError as error:
                 raise RunFailed(f"{self._log}: client {client} in {where}: {error}; restore a copy") from None
-            if (key := self.register.keys.get(client)) is not None:
+            if (key := self.members.keys.get(client)) is not None:
                 signed.append((client, fingerprint(key)))
         self.replies += len(record.scalars)
         self.signed.update(signed)
@@ -259,17 +259,17 @@ class Replay:
         def check(client: int) -> None:
             pointer = self.state.steps_made.get(client, 0)
             theta = bytes.fromhex(self.state.replica.digest)
-            self.register.check_reply(client, record.plan, theta, pointer, scalars, signature)
+            self.members.check_reply(client, record.plan, theta, pointer, scalars, signature)
 
         try:
             check(client)
         except BadSignature as error:
-            for other in (k for k in record.plan.steps if signature and k != client and k in self.register.keys):
+            for other in (k for k in record.plan.steps if signature and k != client and k in self.members.keys):
                 try:
                     check(other)
                 except BadSignature:
                     continue
-                name = fingerprint(self.register.keys[other])
+                name = fingerprint(self.members.keys[other])
                 raise BadSignature(f"{error}, but what client {other}'s key {name} did") from None
             raise
 
