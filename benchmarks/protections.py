@@ -112,7 +112,7 @@ def signing() -> Callable[[], object]:
     key = SigningKey(Ed25519PrivateKey.generate())
     run, *digests = secrets.token_hex(8), *(secrets.token_hex(32) for _ in range(4))
     identity = RunIdentity(run, True, secrets.token_hex(16), *digests)
-    signer, members = Signer(identity, 0, ROWS_HELD, "node", key), Members(identity)
+    signer, members = Signer(identity, 0, ROWS_HELD, "node", key, None), Members(identity)
     members.admit(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
     plan, theta = RoundPlan(0, LR, EPS, 1, {0: 1}), secrets.token_bytes(32)
     scalars = np.ones((1, 1), np.float32)

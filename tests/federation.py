@@ -150,7 +150,7 @@ class Setting:
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
-        made = Offer.of(self.config, self.mask, path.digest(self.theta_0), self.run, "", 60.0, self.signed)
+        made = Offer.of(self.config, self.mask, self.opening, "", 60.0)
         return replace(made, token=token or bytes(32).hex())
 
     def site(self, client: int, token: str = "", node: str = "", **own: Any) -> Site:
@@ -349,7 +349,6 @@ class Federation:
             self.admission,
             self.settings,
             self.terms,
-            self.setting.run,
             self.state,
             self.z,
             Classification.scores,

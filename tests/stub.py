@@ -58,7 +58,7 @@ class StubSite:
 
     def hello(self) -> bytes:
         said = {"examples": 10 + self.client, "model": MODEL, "mask": MASK, "evaluates": False}
-        return self.frame(Kind.HELLO, frames.encode_words(said, self._secret))
+        return self.frame(Kind.HELLO, frames.encode_json(said, self._secret))
 
     def answer(self, data: bytes) -> bytes | None:
         frame = Frame.decode(data)
@@ -66,7 +66,7 @@ class StubSite:
             raise BadFrame("a frame for another client")
         match frame.kind:
             case Kind.WELCOME:
-                self._secret, _ = frames.decode_words(frame.body, 32)
+                self._secret, _ = frames.decode_json(frame.body, 32)
                 self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
@@ -75,12 +75,12 @@ class StubSite:
             case Kind.WORK | Kind.CLOSED:
                 return self._follow_and_work(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
-                _, said = frames.decode_words(frame.body)
+                _, said = frames.decode_json(frame.body)
                 self.ended, self.refused = str(said["why"]), frame.kind is Kind.REFUSAL
         return None
 
     def refusal(self, why: str) -> bytes:
-        return self.frame(Kind.REFUSAL, frames.encode_words({"why": why}))
+        return self.frame(Kind.REFUSAL, frames.encode_json({"why": why}))
 
     def frame(self, kind: Kind, body: bytes = b"") -> bytes:
         """A frame from this site, of the round and theta that it stands at."""
@@ -156,7 +156,7 @@ class Coordinator:
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
         terms = terms or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.admission, self.settings, terms, RUN, self.state, self.z, SCORES)
+        self.engine = RemoteEngine(self.link, self.admission, self.settings, terms, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

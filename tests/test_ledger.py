@@ -396,7 +396,7 @@ def test_what_a_site_does_not_agree_to(
 
 def test_nothing_exact_is_told_of_a_private_run_s_rows(setting: Setting, tmp_path: Path) -> None:
     server, site = Coordinator(setting), site_of(setting, tmp_path / "ledger", evaluate=True)
-    _, said = frames.decode_words(Frame.decode(site.hello()).body, 32)
+    _, said = frames.decode_json(Frame.decode(site.hello()).body, 32)
     assert said["evaluates"] is False
     with pytest.raises(BadFrame, match="has not agreed"):
         site.answer(server.ask(kind=Kind.EVALUATE))

@@ -53,7 +53,7 @@ def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
     )
     reply = b"meerkat replies1" + hashlib.sha256(joining).digest() + struct.pack("<BI", 0, 7) + THETA
     reply += struct.pack("<ddQIH", 0.25, 1e-3, 41, 3, 2) + struct.pack("<6f", *range(6))
-    signer = Signer(IDENTITY, 1, 300, "nö", key)
+    signer = Signer(IDENTITY, 1, 300, "nö", key, None)
     public = Ed25519PublicKey.from_public_bytes(key.public)
     public.verify(bytes.fromhex(signer.credentials["signature"]), joining)
     made = signer.sign(PLAN, THETA, 41, SCALARS)

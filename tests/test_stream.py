@@ -85,7 +85,7 @@ class Caller:
         frame = self.hear()
         assert frame is not None
         assert frame.kind is Kind.REFUSAL
-        return str(frames.decode_words(frame.body)[1]["why"])
+        return str(frames.decode_json(frame.body)[1]["why"])
 
     def close(self) -> None:
         self._outgoing.put(None)
@@ -312,7 +312,7 @@ def _wrong_replies() -> dict[str, Callable[[StubSite], bytes]]:
     return {
         "garbage": lambda _: b"\x00\xff" * 100,
         "an empty frame": lambda _: b"",
-        "a coordinator's frame": lambda site: site.frame(Kind.END, frames.encode_words({"why": "x"})),
+        "a coordinator's frame": lambda site: site.frame(Kind.END, frames.encode_json({"why": "x"})),
         "NaN": lambda site: site.reply(nan),
         "infinity": lambda site: site.reply(nan + np.inf),
         "too many scalars": lambda site: site.reply(np.zeros((7, 1), np.float32)),

@@ -124,7 +124,7 @@ class Site:
             **({} if self._signer is None else self._signer.credentials),
             "versions": {"meerkat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
-        return self._frame(Kind.HELLO, frames.encode_words(said, self._secret))
+        return self._frame(Kind.HELLO, frames.encode_json(said, self._secret))
 
     def keep(self) -> dict[str, int | bytes]:
         """All that changes in a session, for another process to take up: see `take_up`."""
@@ -180,7 +180,7 @@ class Site:
             raise BadFrame("a frame of another run, or for another client")
         match frame.kind:
             case Kind.WELCOME:
-                self._secret, _ = frames.decode_words(frame.body, 32)
+                self._secret, _ = frames.decode_json(frame.body, 32)
                 self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
@@ -188,7 +188,7 @@ class Site:
             case Kind.WORK | Kind.CLOSED | Kind.EVALUATE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
-                _, said = frames.decode_words(frame.body)
+                _, said = frames.decode_json(frame.body)
                 self.ended = one_line(said.get("why", "")) or "no reason given"
                 self.refused = frame.kind is Kind.REFUSAL
             case _:
@@ -201,7 +201,7 @@ class Site:
 
     def refusal(self, why: str) -> bytes:
         """The frame that says that the site takes no further part, and why."""
-        return self._frame(Kind.REFUSAL, frames.encode_words({"why": why}))
+        return self._frame(Kind.REFUSAL, frames.encode_json({"why": why}))
 
     def _follow_and_do(self, frame: Frame, work: Work) -> bytes | None:
         """Catch up with the rounds closed since, then do what is asked, if the theta is the one that is meant."""
@@ -219,7 +219,7 @@ class Site:
             failure = "diverged"
         except (MemoryError, torch.OutOfMemoryError):
             failure = "out of memory"
-        return self._frame(Kind.FAILED, frames.encode_words({"why": failure}))
+        return self._frame(Kind.FAILED, frames.encode_json({"why": failure}))
 
     def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:
         eps = auto.number(self.config.eps)
