@@ -376,7 +376,7 @@ class World:
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
             site = copy(live)
-            site._parts, site._answered = StateParts(site._rules.vectors * len(site.mask)), {}
+            site._parts, site._answered = StateParts(site._client.rules.vectors * len(site.mask)), {}
             refusals = []
             for data, meant in conversation:
                 try:

@@ -104,7 +104,7 @@ class StubSite:
             time.sleep(self.compute_s)
         return self.reply(scalars_of(self.client, self.round))
 
-    def look_ahead(self) -> None:
+    def prepare_next(self) -> None:
         self._z.prepare(Place("training", self.round, 0, 0))  # to follow this round when it is closed
 
     def _settle(self, theta: torch.Tensor, round: int) -> None:

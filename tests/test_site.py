@@ -265,10 +265,10 @@ def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind,
         assert site.answer(server.ask(kind=kind)) == first  # the same again is no news
     if back:
         site.answer(server.ask([server.close(None)], kind=kind))
-    kept = site.keep()
+    kept = site.snapshot()
     server.state = ServerState(Replica(0, setting.theta_0 + 1e-3))
     another = setting.site(0, evaluate=True)
-    another.take_up(kept)
+    another.restore(kept)
     for asked in (site, another):  # in another process, too
         for part in server.whole_state():
             asked.answer(part)
@@ -279,7 +279,7 @@ def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind,
 def test_a_round_of_more_steps_than_the_run_has_is_not_followed(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0)
     server.close(None)
-    with pytest.raises(BadFrame, match="a round of 3 steps, in a run of 2"):
+    with pytest.raises(BadFrame, match="a round of 3 steps of 2 directions, in a run of 2 steps"):
         site.answer(server.ask([Closed(0.1, 1.0, np.ones((3, 2), "f4"), False)]))
 
 
@@ -361,7 +361,7 @@ def test_no_memory_is_told_in_one_word(setting: Setting, monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("GPU 0 has 3 rows of 'a patient's text' in it")
 
-    monkeypatch.setattr("meerkat.federation.site.local_steps", full)
+    monkeypatch.setattr("meerkat.federation.site_client.local_steps", full)
     failed = decoded(setting.site(0).answer(Server(setting).ask()))
     assert (failed.kind, json.loads(failed.body)) == (Kind.FAILED, {"why": "out of memory"})
 
@@ -468,7 +468,7 @@ def test_a_site_that_was_kept_answers_with_the_key_it_has_now(setting: Setting, 
     first = old.answer(server.ask())
     same, renewed = (setting.site(0, node="n", signing_key=key) for key in keys)
     for site in (same, renewed):
-        site.take_up(old.keep())
+        site.restore(old.snapshot())
     assert same.answer(server.ask()) == first
     second = renewed.answer(server.ask())
     assert second != first

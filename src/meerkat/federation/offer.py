@@ -30,7 +30,7 @@ LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", 
 class Offer:
     """A run, as it is offered to a node."""
 
-    run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    run: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{16}$")]
     """The federation's id: 8 bytes, hexadecimal."""
     settings: dict[str, Any]
     """The run's settings, except `LOCAL_SETTINGS`."""
@@ -38,11 +38,11 @@ class Offer:
     """A task's name, or the name of its file."""
     task_text: str
     """The task file's text; empty for a built-in task."""
-    theta: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    theta: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
     """SHA-256 of theta_0."""
     mask: bytes
     """The mask's file, without pre-training gradient and theta_0."""
-    token: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    token: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")]
     """For the node's first frame; serves once. 32 bytes, hexadecimal; empty before `encode`."""
     stream: str
     """host:port of the session stream; empty if frames travel in the control plane's messages."""

@@ -74,10 +74,10 @@ def _begin(site: Site, offer: Offer, message: Message, context: Context) -> Reco
     """Begin a session in messages: answer with the site's first frame, and store what the next message needs."""
     record = message.content["offer"]
     if "site" in context.state and context.state["offer"]["run"] == offer.run:
-        site.take_up(context.state["site"])
+        site.restore(context.state["site"])
     say(f"client {site.client}: in federation {offer.run}, over Flower's messages")
     context.state["offer"] = ConfigRecord({"run": offer.run, "offer": record["offer"], "mask": record["mask"]})
-    context.state["site"] = ConfigRecord(site.keep())
+    context.state["site"] = ConfigRecord(site.snapshot())
     return RecordDict({"hello": ConfigRecord({"frame": site.hello()})})
 
 
@@ -89,13 +89,13 @@ def _answer_frames(message: Message, context: Context) -> RecordDict:
     with closing(Site(offer, _settings(context), str(context.node_id))) as site:
         if context.state["site"]["joined"] != site.joined:
             raise RunFailed("the site's key or rows are not those that it joined with; the next invitation begins anew")
-        site.take_up(context.state["site"])
+        site.restore(context.state["site"])
         try:
             answers = [site.answer(frame) for frame in unpack(message.content)]
         except MeerkatError as error:
             answers = [site.refusal(str(error))]
             say(f"meerkat: {error}")
-    context.state["site"] = ConfigRecord(site.keep())
+    context.state["site"] = ConfigRecord(site.snapshot())
     if site.ended:
         say(f"meerkat: {site.ended}, after round {site.round}")
     return pack([answer for answer in answers if answer is not None])
