@@ -19,7 +19,7 @@ from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
 from meerkat.record.opening import Opening
-from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.config import CLASSIFICATION, RunConfig, make_config
 from meerkat.settings.groups import MachineSettings
 
 LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
@@ -55,7 +55,7 @@ class Offer:
     @classmethod
     def of(cls, config: RunConfig, mask: SparseMask, opening: Opening, stream: str, patience_s: float) -> "Offer":
         """A run's offer, without a token yet. Raises MeerkatError if the run's task cannot be read."""
-        built_in = _is_built_in(config.task)
+        built_in = config.problem != CLASSIFICATION or _is_built_in(config.task)
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in LOCAL_SETTINGS}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mask.safetensors"

@@ -50,13 +50,13 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
     except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
         reason = " ".join(str(error).split()) or type(error).__name__
         where = "" if folder.is_dir() else "no such folder, and from the hub it "
         raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
+    if loading["missing_keys"]:
+        missing = min(loading["missing_keys"])
         raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
     try:
         model = model.to(device)
@@ -64,7 +64,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
     model.requires_grad_(False)
     if not _is_causal(model.eval()):
-        raise MeerkatError(f"model '{name}': its tokens see those after them; give a causal language model")
+        raise MeerkatError(f"model '{name}': its tokens see later ones; give a causal language model")
     return model, tokenizer
 
 
@@ -87,21 +87,21 @@ def longest_input(model: nn.Module, limit: int) -> int:
 def load_text(source: str, tokenizer: Any, sequences: int, max_length: int) -> list[Tensor]:
     """The first sequences of a text as token ids, int64 [length], each cut to max_length.
 
-    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are passed over.
+    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are skipped.
 
     Raises:
         MeerkatError: no such text, or nothing usable in it.
     """
-    found: list[Tensor] = []
+    tokens: list[Tensor] = []
     for text in read_texts(source):
         ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
         if len(ids) > 1:
-            found.append(torch.tensor(ids))
-        if len(found) == sequences:
+            tokens.append(torch.tensor(ids))
+        if len(tokens) == sequences:
             break
-    if not found:
+    if not tokens:
         raise MeerkatError(f"text '{source}': no text in it; give a .jsonl file with 'text' fields, or plain text")
-    return found
+    return tokens
 
 
 def language_modelling_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -190,13 +190,13 @@ def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], devi
     read, targets, slots = [], [], []
     for i, (row, s) in enumerate(where):
         input_ids[i, : len(inputs[i])] = inputs[i]
-        mine = [(c, held) for c, held in enumerate(examples[row].candidates) if held.sequence == s]
-        keep = np.unique(np.concatenate([held.start + np.arange(len(held.targets)) for _, held in mine]))
+        candidates = [(c, one) for c, one in enumerate(examples[row].candidates) if one.sequence == s]
+        keep = np.unique(np.concatenate([one.start + np.arange(len(one.targets)) for _, one in candidates]))
         keeps.append(keep)
-        for c, held in mine:
-            at = np.searchsorted(keep, held.start + np.arange(len(held.targets)))
+        for c, one in candidates:
+            at = np.searchsorted(keep, one.start + np.arange(len(one.targets)))
             read.append((i, at))
-            targets.append(held.targets)
+            targets.append(one.targets)
             slots.append(row * len(examples[row].candidates) + c)
     width, longest = max(map(len, keeps)), max(map(len, targets))
     positions = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])

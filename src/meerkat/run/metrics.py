@@ -29,9 +29,9 @@ class _Record:
 
     def to_json(self) -> dict[str, Any]:
         """The line; fields that are None for not known are left out, but for a round's loss."""
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("round", "facts")}
-        told = {name: value for name, value in told.items() if value is not None or name == "loss"}
-        return {"kind": self.kind, "round": self.round, **told, **getattr(self, "facts", {})}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("round", "facts")}
+        known = {name: value for name, value in values.items() if value is not None or name == "loss"}
+        return {"kind": self.kind, "round": self.round, **known, **getattr(self, "facts", {})}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
@@ -150,15 +150,15 @@ class EvaluationMetric(_Record):
         return self.scores.get("loss")
 
     @classmethod
-    def of(cls, found: Evaluation, better: Mapping[str, Better], rounds: int) -> Self:
+    def of(cls, evaluation: Evaluation, better: Mapping[str, Better], rounds: int) -> Self:
         """Of an evaluation on rows at hand."""
-        return cls(rounds, {name: found.scores[name] for name in better}, better, found.per_class)
+        return cls(rounds, {name: evaluation.scores[name] for name in better}, better, evaluation.per_class)
 
     @classmethod
-    def of_sites(cls, told: Sequence[tuple[float, int]], better: Mapping[str, Better], rounds: int) -> Self:
-        """Of what sites tell: each site's mean primary score and number of rows."""
-        rows = sum(count for _, count in told)
-        mean = sum(value * count for value, count in told) / rows if rows else None
+    def of_sites(cls, scores: Sequence[tuple[float, int]], better: Mapping[str, Better], rounds: int) -> Self:
+        """Of the mean primary score and the number of rows that each site sends."""
+        rows = sum(count for _, count in scores)
+        mean = sum(value * count for value, count in scores) / rows if rows else None
         return cls(rounds, {primary(better): mean}, better, rows=rows)
 
     def to_json(self) -> dict[str, Any]:
