@@ -117,11 +117,6 @@ class Closed(NamedTuple):
     counted: bool
     """Whether this client's own reply was among them."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of `encode`."""
-        return _CLOSED.size + self.aggregate.nbytes
-
     def encode(self) -> bytes:
         """The round's bytes."""
         return _CLOSED.pack(self.counted, self.lr, self.share, *self.aggregate.shape) + _to_bytes(self.aggregate)

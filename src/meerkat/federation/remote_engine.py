@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -53,37 +53,28 @@ class _Round:
         return client in self.plan.steps and client not in self.replies
 
 
+@dataclass(eq=False)
 class RemoteEngine:
-    """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
+    """Runs rounds over a link, from where a run's log ends. See `loop.Engine` and `loop.Attendance`."""
 
-    def __init__(
-        self,
-        link: Link,
-        admission: Admission,
-        settings: ServerConfig,
-        waiting: WaitingRules,
-        state: ServerState,
-        directions: Directions,
-        better: Mapping[str, Better],
-        keep_event: Callable[..., None] = lambda _, **__: None,
-    ) -> None:
-        """Take up a run where its log ends.
+    link: Link
+    admission: Admission
+    settings: ServerConfig
+    """What rounds are opened from, with the clients that joined so far."""
+    waiting: WaitingRules
+    state: InitVar[ServerState]
+    directions: Directions
+    """Those that rounds are closed with, prepared while clients work."""
+    better: Mapping[str, Better]
+    """The problem's scores; sites send the first."""
+    keep_event: Callable[..., None] = lambda _, **__: None
+    """Called with the name of each event, and facts about it."""
 
-        Args:
-            directions: those that its rounds are closed with, prepared while clients work.
-            better: the problem's scores; sites send the first.
-            keep_event: called with the name of each event, and facts about it.
-        """
+    def __post_init__(self, state: ServerState) -> None:
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
         """Frames that did not count, by reason."""
-        self.sessions = Sessions(link, admission, settings.rules, state)
-        self._link = link
-        self._members = admission.members
-        self._settings = settings
-        self._waiting = waiting
-        self._directions = directions
-        self._better = better
-        self._keep_event = keep_event
+        self.sessions = Sessions(self.link, self.admission, self.settings.rules, state)
+        self._members = self.admission.members
         self._arrived: dict[int, AdmittedSite] = {}
         """Sites that came since the last round opened."""
         self._begun = False
@@ -103,7 +94,7 @@ class RemoteEngine:
     def _report(self, event: str, text: str, **facts: Any) -> None:
         """Show a line; `event` and `facts` are the same for programs."""
         say(text)
-        self._keep_event(event, round=self.sessions.recent.round, **facts)
+        self.keep_event(event, round=self.sessions.recent.round, **facts)
 
     # rounds
 
@@ -113,9 +104,9 @@ class RemoteEngine:
         Raises:
             RunFailed: too few clients came in time.
         """
-        rules, began, reported = self._waiting, time.monotonic(), False
+        rules, began, reported = self.waiting, time.monotonic(), False
         least = rules.clients_minimum
-        full = max(least, min(rules.clients_wanted, self._settings.clients))
+        full = max(least, min(rules.clients_wanted, self.settings.clients))
         self._handle_pending()
         while True:
             waited, idle = time.monotonic() - began, len(self.sessions.idle())
@@ -145,7 +136,7 @@ class RemoteEngine:
             except BadSignature as error:  # another came in between with the same key
                 self._remove(client, str(error))
                 continue
-            self._settings = member.added_to(self._settings)
+            self.settings = member.added_to(self.settings)
             members.append(member)
         return members
 
@@ -156,7 +147,7 @@ class RemoteEngine:
     def _is_logged(self, site: AdmittedSite) -> bool:
         """Whether the log has a client with these rows and this key."""
         key = self._members.keys.get(site.client, b"").hex()
-        return (self._settings.examples.get(site.client), key) == (site.member.examples, site.member.key)
+        return (self.settings.examples.get(site.client), key) == (site.member.examples, site.member.key)
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
@@ -170,7 +161,7 @@ class RemoteEngine:
         self.sessions.state, self._round = state, (current := _Round(plan))
         began = time.monotonic()
         self._ask(plan, plan.steps)
-        self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
+        self.directions.prepare(plan.place(0, 0))  # closing the round begins with it
         if self._tasks and time.monotonic() - self._deferred_at >= _LEISURE_S:
             self.run_deferred()
         try:
@@ -193,8 +184,8 @@ class RemoteEngine:
 
     def _collect(self, current: _Round, began: float) -> bool:
         """Wait for replies. Returns whether a round can close; if not, it is to be opened again."""
-        plan, replies, rules = current.plan, current.replies, self._waiting
-        least = min(rules.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
+        plan, replies, rules = current.plan, current.replies, self.waiting
+        least = min(rules.quorum, len(plan.steps)) if self.settings.aggregation.keeps_replies else 0
         while True:
             sessions, waited = self.sessions.by_client, time.monotonic() - began
             overdue = waited >= rules.deadline_s
@@ -225,7 +216,7 @@ class RemoteEngine:
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """Remember what clients need to follow a round that is on the disk, and say how the federation stands."""
         self.sessions.state = state
-        closed = Closed(record.plan.lr, share_of(self._settings, record.made), record.aggregate, counted=False)
+        closed = Closed(record.plan.lr, share_of(self.settings, record.made), record.aggregate, counted=False)
         now = time.monotonic()
         digest, counted = bytes.fromhex(record.theta_digest), frozenset(record.made)
         self.sessions.recent.add(closed, counted, digest, now - self._answered_at)
@@ -239,14 +230,14 @@ class RemoteEngine:
         asked = self.available() if rounds == self.sessions.recent.round else []  # sites hold no theta of the past
         self._evaluating = {client for client in asked if self.sessions.by_client[client].site.evaluates}
         self.sessions.send(Kind.EVALUATE, dict.fromkeys(sorted(self._evaluating), NO_WORK))
-        end = time.monotonic() + self._waiting.deadline_s
+        end = time.monotonic() + self.waiting.deadline_s
         while self._evaluating and (left := end - time.monotonic()) > 0:
             self._wait(left)
             self._evaluating.intersection_update(self.sessions.present())
         self._evaluating = set()
         # by client, whatever order they answered in: the mean has the same bits
         scores = [self._evaluations[client] for client in sorted(self._evaluations)]
-        return EvaluationMetric.of_sites(scores, self._better, rounds)
+        return EvaluationMetric.of_sites(scores, self.better, rounds)
 
     def end(self, why: str) -> None:
         """Bring everyone up to date, late clients too, and say that the run is over."""
@@ -275,9 +266,9 @@ class RemoteEngine:
         present = self.sessions.present()
         late = [client for client in present if self.sessions.by_client[client].asked is not None]
         slow = f", {clients_in_words(late)} late" if late else ""
-        sent, received = self._link.bytes_sent, self._link.bytes_received
+        sent, received = self.link.bytes_sent, self.link.bytes_received
         say(
-            f"round {self.sessions.recent.round} of {self._settings.rounds}: "
+            f"round {self.sessions.recent.round} of {self.settings.rounds}: "
             f"{number_of(len(present), 'client')} here{slow}; "
             f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
         )
@@ -285,8 +276,8 @@ class RemoteEngine:
     def outcome(self) -> dict[str, Any]:
         """The network's part of the summary: frames' bytes, both ways, and what did not count."""
         return {
-            "frame_bytes_down": self._link.bytes_sent,
-            "frame_bytes_up": self._link.bytes_received,
+            "frame_bytes_down": self.link.bytes_sent,
+            "frame_bytes_up": self.link.bytes_received,
             "dropped": self.counts,
             "caught_up": self.sessions.caught_up,
         }
@@ -295,14 +286,14 @@ class RemoteEngine:
 
     def _wait(self, at_most_s: float) -> None:
         """Handle the next event, if one comes in time."""
-        event = self._link.receive(min(max(at_most_s, 0.0), _WAKE_S))
+        event = self.link.receive(min(max(at_most_s, 0.0), _WAKE_S))
         if event is not None:
             self._handle(event)
         if self._stopped:
             raise RunFailed(f"{self._stopped}; {_SAFE}")
 
     def _handle_pending(self) -> None:
-        while (event := self._link.receive(0)) is not None:
+        while (event := self.link.receive(0)) is not None:
             self._handle(event)
 
     def _handle(self, event: Event) -> None:
@@ -354,7 +345,7 @@ class RemoteEngine:
             case Kind.FAILED:
                 self._receive_failure(client, session, frame)
             case Kind.SCORE:
-                evaluation = frames.decode_score(frame.body, primary(self._better))
+                evaluation = frames.decode_score(frame.body, primary(self.better))
                 if client in self._evaluating and frame.digest == self.sessions.recent.digest:
                     self._evaluating.remove(client)
                     self._evaluations[client] = evaluation

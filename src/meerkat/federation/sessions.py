@@ -28,22 +28,23 @@ class Session:
     """How often in a row it failed, or had another theta."""
 
 
+@dataclass(eq=False)
 class Sessions:
     """One session a client, and the frames that go to it."""
 
-    def __init__(self, link: Link, admission: Admission, rules: Rules, state: ServerState) -> None:
-        """Nobody is present; `state` is where the run stands."""
+    link: Link
+    admission: Admission
+    rules: Rules
+    state: ServerState
+    """Where the run stands."""
+
+    def __post_init__(self) -> None:
         self.by_client: dict[int, Session] = {}
         self.caught_up = {"rounds": 0, "state": 0}
         """How often a client was caught up by more than one round, or by the whole state."""
-        self.state = state
-        """The present state."""
-        state_bytes = 4 * len(state.theta) * rules.vectors
-        self.recent = RecentRounds(state_bytes, state.round, bytes.fromhex(state.replica.digest))
-        self.run = bytes.fromhex(admission.members.identity.run)
-        self._link = link
-        self._admission = admission
-        self._rules = rules
+        state_bytes = 4 * len(self.state.theta) * self.rules.vectors
+        self.recent = RecentRounds(state_bytes, self.state.round, bytes.fromhex(self.state.replica.digest))
+        self.run = bytes.fromhex(self.admission.members.identity.run)
 
     def present(self) -> list[int]:
         """The clients that are present."""
@@ -60,12 +61,12 @@ class Sessions:
 
     def send(self, kind: Kind, work: dict[int, Work]) -> None:
         """Bring clients to the present theta; the last frame to each is of this kind, with its work."""
-        self._link.send({client: self._frames(client, kind, each) for client, each in work.items()})
+        self.link.send({client: self._frames(client, kind, each) for client, each in work.items()})
 
     def _frames(self, client: int, kind: Kind, work: Work) -> list[bytes]:
         session, state = self.by_client[client], []
         if session.round is None or not self.recent.shorter_than_state(session.round):
-            values = self.state.replica_of(client).pack(self._rules)
+            values = self.state.replica_of(client).pack(self.rules)
             state = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(values)]
             self.caught_up["state"] += 1
         else:
@@ -81,12 +82,12 @@ class Sessions:
         """End a client's session; it cannot come back with the same secret."""
         session = self.by_client[client]
         session.present, session.asked = False, None
-        self._admission.void_session(client)
-        self._link.drop(client, self._admission.refusal(why, client))
+        self.admission.void_session(client)
+        self.link.drop(client, self.admission.refusal(why, client))
 
     def end(self, why: str) -> None:
         """Bring everyone up to date, late clients too, and say that the run is over."""
         for client in self.present():
             self.send(Kind.CLOSED, {client: NO_WORK})
-            self._link.drop(client, self._frame(Kind.END, client, frames.encode_json({"why": why})))
+            self.link.drop(client, self._frame(Kind.END, client, frames.encode_json({"why": why})))
             self.by_client[client].present = False

@@ -85,13 +85,14 @@ class KeyRevocation:
     key: str
     """Its fingerprint."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.round, int) or not is_fingerprint(self.key):
+            raise ValueError(f"a revocation of key {self.key!r} before round {self.round!r}")
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "KeyRevocation":
         """The record that `to_json` wrote. Raises TypeError or ValueError if it is malformed."""
-        revocation = cls(**{name: value for name, value in record.items() if name != "kind"})
-        if not isinstance(revocation.round, int) or not is_fingerprint(revocation.key):
-            raise ValueError(f"a revocation of key {revocation.key!r} before round {revocation.round!r}")
-        return revocation
+        return cls(**{name: value for name, value in record.items() if name != "kind"})
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -123,11 +124,8 @@ class Members:
             if previous is not None:
                 raise BadSignature(f"client {client} has signed with key {fingerprint(previous)}, and now has none")
             if self.identity.signed or self.listed is not None:
-                unsigned = ", and the run took unsigned replies: there is nothing to check"
-                raise BadSignature(
-                    f"client {client} has no key, where every reply must be signed"
-                    f"{'' if self.identity.signed else unsigned}"
-                )
+                why = "" if self.identity.signed else ", and the run took unsigned replies: there is nothing to check"
+                raise BadSignature(f"client {client} has no key, where every reply must be signed{why}")
             return
         name = fingerprint(key)
         self._check_revoked(key, f"client {client}'s joining")

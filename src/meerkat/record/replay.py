@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _NAMED = 3
 """Signers that are named in a message about a whole record."""
 
 
+@dataclass(eq=False)
 class Replay:
     """A log's records after the opening, checked one by one from theta_0 on.
 
@@ -39,44 +40,31 @@ class Replay:
     An error names the line and who signed it.
     """
 
-    def __init__(
-        self,
-        records: Iterable[dict[str, Any]],
-        theta: Tensor,
-        settings: ServerConfig,
-        directions: Directions,
-        gradient: Tensor | None,
-        log: Path,
-        members: Members,
-        revoked: Mapping[str, int] | None = None,
-    ) -> None:
-        """What to check.
+    records: Iterable[dict[str, Any]]
+    """The log's from its second line on."""
+    theta_0: InitVar[Tensor]
+    settings: ServerConfig
+    """What rounds are opened from, with the clients that joined so far."""
+    directions: Directions
+    gradient: Tensor | None
+    log: Path
+    members: Members
+    """Who signs with which key, so far: nobody at first."""
+    revoked: Mapping[str, int] | None = None
+    """Fingerprint -> the round from which a key is revoked, beside those in the log."""
 
-        Args:
-            records: the log's from its second line on.
-            members: of a run that nobody has joined.
-            revoked: fingerprint -> the round from which a key is revoked, beside those in the log.
-        """
-        self.state = ServerState(Replica(0, theta))
+    def __post_init__(self, theta_0: Tensor) -> None:
+        self.state = ServerState(Replica(0, theta_0))
         """After the records checked so far."""
         self.closed = False
         """Whether the closing record was reached."""
-        self.settings = settings
-        """What rounds are opened from, with the clients that joined so far."""
         self.nodes: dict[int, str] = {}
         """The node that each client id of a federation belongs to."""
-        self.members = members
-        """Who signs with which key, so far."""
         self.replies = 0
         """Replies in all, calibrations' among them."""
         self.signed: Counter[tuple[int, str]] = Counter()
         """Signed replies by (client, fingerprint of its key)."""
-        self._records = records
-        self._revoked = revoked or {}
-        self._joining = not settings.examples
-        self._directions = directions
-        self._gradient = gradient
-        self._file = log
+        self._joining = not self.settings.examples
         self._line, self._what = 1, "open"
 
     def run(self) -> "Replay":
@@ -86,7 +74,7 @@ class Replay:
         return self
 
     def __iter__(self) -> Iterator[tuple[ServerState, RoundRecord | CalibrationRecord]]:
-        for values in self._records:
+        for values in self.records:
             before = self.state
             record = self._checked(values)
             if record is not None:
@@ -97,37 +85,39 @@ class Replay:
         try:
             self._checked(json.loads(text))
         except RunFailed as error:
-            return f"{self._what}: {str(error).removeprefix(f'{self._log}: ').partition('; ')[0]}"
+            return f"{self._what}: {str(error).removeprefix(f'{self._position}: ').partition('; ')[0]}"
         except (AttributeError, ValueError, RecursionError):
             return "nothing that can be read"
         return f"{self._what}: what it says agrees, its hash does not"
 
     @property
-    def _log(self) -> str:
+    def _position(self) -> str:
         """Where in the log, what stands there and who signed it: the start of every error."""
-        return f"{self._file}, line {self._line} ({self._what})"
+        return f"{self.log}, line {self._line} ({self._what})"
 
     def _agree(self, what: str, recorded: object, expected: object) -> None:
-        agree(self._log, what, recorded, expected)
+        agree(self._position, what, recorded, expected)
 
     def _checked(self, values: dict[str, Any]) -> RoundRecord | CalibrationRecord | None:
         self._line += 1
         self._what = _description(values)
-        for name, since in self._revoked.items():
+        for name, since in (self.revoked or {}).items():
             if since <= self.state.round:
                 self.members.revoke(KeyRevocation(since, name))
         try:
             return self._step(values)
         except BadSignature as error:
-            raise RunFailed(f"{self._log}: {error}; what stands before it is sound, trust nothing after it") from None
+            raise RunFailed(
+                f"{self._position}: {error}; what stands before it is sound, trust nothing after it"
+            ) from None
         except DAMAGE as error:
             reason = in_short(error)
-            raise RunFailed(f"{self._log}: a record is damaged ({reason}); restore the file from a copy") from None
+            raise RunFailed(f"{self._position}: a record is damaged ({reason}); restore the file from a copy") from None
 
     def _step(self, values: dict[str, Any]) -> RoundRecord | CalibrationRecord | None:
         state, settings, kind = self.state, self.settings, values.get("kind")
         if self.closed:
-            raise RunFailed(f"{self._log}: records follow the closing one; the run is damaged")
+            raise RunFailed(f"{self._position}: records follow the closing one; the run is damaged")
         if kind == "close":
             self.closed = True
             for rounds in (values["rounds"], settings.rounds):
@@ -141,9 +131,11 @@ class Replay:
             self.members.revoke(revocation)
             self._check_form(revocation.to_json(), values)
         elif kind not in ("round", "calibration"):
-            raise RunFailed(f"{self._log}: a record of unknown kind {kind!r}; use the version that wrote it")
+            raise RunFailed(f"{self._position}: a record of unknown kind {kind!r}; use the version that wrote it")
         elif state.round == settings.rounds:
-            raise RunFailed(f"{self._log}: holds more rounds than config.toml asks for; restore the folder from a copy")
+            raise RunFailed(
+                f"{self._position}: holds more rounds than config.toml asks for; restore the folder from a copy"
+            )
         else:
             expected = "calibration" if calibration.due(state, settings) else "round"
             self._agree(f"what stands at round {state.round}", kind, expected)
@@ -154,7 +146,7 @@ class Replay:
         member, clients = Member.from_json(values), self.settings.clients
         client = member.client
         if client >= clients:
-            raise RunFailed(f"{self._log}: client {client} joined, of {clients} clients; restore a copy")
+            raise RunFailed(f"{self._position}: client {client} joined, of {clients} clients; restore a copy")
         self._agree(f"the round that client {client} joined before", member.round, self.state.round)
         self._agree(f"the node of client {client}", member.node, self.nodes.get(client, member.node))
         self.members.admit(member)
@@ -178,7 +170,7 @@ class Replay:
         if isinstance(record, RoundRecord):
             self._agree(f"the weights of {where}", record.weights, client_weights(settings, [*record.made]))
             self._check_aggregate(record, where)
-            self.state = replay(state, record, settings, self._directions)
+            self.state = replay(state, record, settings, self.directions)
             self._agree(f"theta after {where}", record.theta_digest, self.state.replica.digest)
         else:
             self._check_decision(record, where)
@@ -194,7 +186,7 @@ class Replay:
         if not self._joining and self.settings.aggregation.keeps_replies:
             return None
         if strangers := sorted(plan.steps.keys() - self.settings.examples.keys()):
-            raise RunFailed(f"{self._log}: {where} asks client {strangers[0]}, who never joined; restore a copy")
+            raise RunFailed(f"{self._position}: {where} asks client {strangers[0]}, who never joined; restore a copy")
         return list(plan.steps)
 
     def _check_replies(self, record: RoundRecord | CalibrationRecord, where: str) -> None:
@@ -205,7 +197,7 @@ class Replay:
             try:
                 check_reply(record.plan, client, scalars)
             except ValueError as error:
-                raise RunFailed(f"{self._log}: client {client} in {where}: {error}; restore a copy") from None
+                raise RunFailed(f"{self._position}: client {client} in {where}: {error}; restore a copy") from None
             if (key := self.members.keys.get(client)) is not None:
                 signed.append((client, fingerprint(key)))
         self.replies += len(record.scalars)
@@ -253,7 +245,7 @@ class Replay:
         self._agree(f"the aggregate's form in {where}", record.aggregate.shape, form)
         length = float(plan.rate) * norm(record.aggregate) if plan.sends == "scalars" else 0.0
         if not length <= settings.step_limit * (1 + 1e-6):  # or it is not a number
-            raise RunFailed(f"{self._log}: the aggregate of {where} is longer than a step may be; restore a copy")
+            raise RunFailed(f"{self._position}: the aggregate of {where} is longer than a step may be; restore a copy")
 
     def _check_decision(self, record: CalibrationRecord, where: str) -> None:
         again = calibration.decide(self.state, record.plan, record.scalars, record.inner, self.settings)
@@ -266,15 +258,15 @@ class Replay:
                 self._agree(f"{part.name} of {where}", then, now)
 
     def _check_inner(self, plan: RoundPlan, inner: np.ndarray, where: str) -> None:
-        gradient = self._gradient if self.settings.aggregation.keeps_replies else None
+        gradient = self.gradient if self.settings.aggregation.keeps_replies else None
         steps = plan.longest if gradient is not None and plan.sends == "scalars" else 0
         # summed in an order that may depend on the device: equal but for float64's last bits
         scale = 0.0 if gradient is None else 1e-9 * gradient.double().norm().item()
         # as many as the record holds are computed, not as many as it claims
         if len(inner) != steps or not np.allclose(
-            inner, inner_products(gradient, plan, self._directions), rtol=0, atol=scale
+            inner, inner_products(gradient, plan, self.directions), rtol=0, atol=scale
         ):
-            raise RunFailed(f"{self._log}: the inner products of {where} are not its directions'; restore a copy")
+            raise RunFailed(f"{self._position}: the inner products of {where} are not its directions'; restore a copy")
 
     def _check_form(self, expected: dict[str, Any], values: dict[str, Any]) -> None:
         """Raise RunFailed unless a record is written as this version writes it, with nothing added."""

@@ -1,18 +1,8 @@
 """Who sent which scalars: Ed25519 signatures (RFC 8032) of a site's joining and of each of its replies.
 
-What is signed is a message of fixed layout, little-endian, that begins with its own tag: nothing else is signed, so a
-signature has one meaning only. A reply names its joining, which names the run, so neither is valid in another run,
-for another client or under another key:
-
-    identity  tag, run 8, every reply signed 1, run key 16, model 32, mask 32, theta_0 32, settings 32
-    joining   tag, SHA-256(identity) 32, client u32, examples u64, public key 32, node (UTF-8)
-    handover  tag, joining                                          signed with the previous key
-    reply     tag, SHA-256(joining) 32, phase u8, round u32, theta 32, lr f64, eps f64, pointer u64,
-              steps u32, directions u16, scalars f32 [steps, directions]
-
-A reply on the wire is the signature and the scalars: both sides know the rest. Keys are OpenSSH's, so
-`ssh-keygen -t ed25519` makes them and `ssh-keygen -l` shows the same fingerprint. The package `cryptography` is loaded
-on use.
+Each signed message has a fixed layout and begins with its own tag: see docs/formats.md. A reply names its joining, and
+that the run, so neither is valid in another run, for another client or under another key. A reply on the wire is the
+signature and the scalars: both sides know the rest. Keys are OpenSSH's. The package `cryptography` is loaded on use.
 """
 
 import base64
@@ -132,7 +122,7 @@ class SigningKey:
         """Read an OpenSSH file, as `meerkat keygen` or `ssh-keygen -t ed25519` writes it.
 
         Raises:
-            MeerkatError: no such file, no Ed25519 key in it, or one with a password; the message names the `setting`.
+            MeerkatError: no such file, or no Ed25519 key without a password in it; the message names the `setting`.
         """
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
