@@ -332,7 +332,7 @@ class Federation:
     """A coordinator and its wire."""
 
     setting: Setting
-    terms: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    waiting: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
@@ -348,7 +348,7 @@ class Federation:
             self.wire,
             self.admission,
             self.settings,
-            self.terms,
+            self.waiting,
             self.state,
             self.z,
             Classification.scores,
@@ -359,10 +359,10 @@ class Federation:
 
     @classmethod
     def of(
-        cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **terms: Any
+        cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **waiting: Any
     ) -> "Federation":
         """A federation whose clock the engine looks at, with all clients there, or the first few."""
-        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **terms}
+        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **waiting}
         made = cls(setting, WaitingRules(**given))
         monkeypatch.setattr(remote_engine, "time", made.wire)
         for client in range(setting.config.clients if join is None else join):
@@ -427,12 +427,12 @@ class Federation:
         made = RunFolder.create(folder, self.setting.config)
         store_mask(made, self.setting.mask, problem)
         with carry_on(made, problem, federation=opening.federation, signed=opening.signed) as run:
-            run_rounds(run, self.engine, judged_nothing, attendance=self.engine)
+            run_rounds(run, self.engine, evaluated_nothing, attendance=self.engine)
         _, *self.records = LogReader(made.log_path)
         return run.state
 
 
-def judged_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
+def evaluated_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
     """An evaluation of a run that nobody evaluates."""
     return EvaluationMetric(rounds, {"accuracy": 0.0, "loss": None}, Classification.scores)
 
@@ -519,6 +519,6 @@ class Faults:
             if site is not None:
                 self.federation.wire.connect(site)
                 return
-        except Refused:  # it was shown out, and its stream broke before it could be told
+        except Refused:  # it was removed, and its stream broke before it could be told
             pass
         self.federation.enter(client, **self.own(client))

@@ -371,8 +371,8 @@ class World:
         live = self.setting.site(0, evaluate=True)
         live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_json({}, bytes(32))).encode())
         said = [frame for client, frame in self.spoken[1] if client == 0]
-        judge = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
-        whole = [*said[:2], *judge, *said[2:]]
+        evaluate = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
+        whole = [*said[:2], *evaluate, *said[2:]]
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
             site = copy(live)
@@ -443,7 +443,7 @@ class World:
             engine.end("over")
             refused = engine.counts["malformed"] + engine.counts["foreign"]
             if refused:
-                raise MeerkatError("a client was shown out")
+                raise MeerkatError("a client was removed")
 
         one = st.tuples(
             st.integers(0, 3), st.one_of(edited_bytes([f.encode() for f in heard], 2), *map(_refilled, heard))

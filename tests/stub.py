@@ -143,7 +143,7 @@ class Coordinator:
         self,
         keys: dict[str, Path],
         clients: int,
-        terms: WaitingRules | None = None,
+        waiting: WaitingRules | None = None,
         rounds: int = 10_000,
         port: int = 0,
     ) -> None:
@@ -155,8 +155,8 @@ class Coordinator:
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
-        terms = terms or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.admission, self.settings, terms, self.state, self.z, SCORES)
+        waiting = waiting or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
+        self.engine = RemoteEngine(self.link, self.admission, self.settings, waiting, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

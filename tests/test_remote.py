@@ -368,7 +368,7 @@ def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
     first.round()
     first.round()
     again = first.replayed()
-    second = Federation(setting, first.terms, again.nodes, again.state, again.settings)
+    second = Federation(setting, first.waiting, again.nodes, again.state, again.settings)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     for client in range(3):
         second.enter(client)
@@ -635,9 +635,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_signing_key(folder / f"{client}.key").private) for client in range(4)]
 
 
-def signing(setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str], **terms: Any) -> Federation:
+def signing(setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str], **waiting: Any) -> Federation:
     """A federation whose three sites sign."""
-    federation = Federation.of(replace(setting, signed=True), monkeypatch, join=0, **terms)
+    federation = Federation.of(replace(setting, signed=True), monkeypatch, join=0, **waiting)
     for client in range(3):
         federation.enter(client, signing_key=keys[client])
     return federation
@@ -800,7 +800,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
     first = signing(setting, monkeypatch, keys)
     first.round()
     again = first.replayed()
-    second = Federation(ours, first.terms, again.nodes, again.state, again.settings, again.members)
+    second = Federation(ours, first.waiting, again.nodes, again.state, again.settings, again.members)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     with pytest.raises(Refused, match="nothing hands over"):
         second.enter(1, signing_key=keys[3])
@@ -869,7 +869,7 @@ def test_a_score_of_another_evaluation_does_not_count(setting: Setting, monkeypa
     assert correct <= total
 
 
-def test_judge_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=0)
     federation.enter(0, evaluate=True)
     federation.round()

@@ -44,8 +44,8 @@ def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
     """Makes coordinators that are closed when the test is over."""
     made = []
 
-    def make(clients: int, **terms: float) -> Coordinator:
-        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **terms})
+    def make(clients: int, **waiting: float) -> Coordinator:
+        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **waiting})
         made.append(Coordinator(keys, clients, held))
         return made[-1]
 
@@ -535,8 +535,8 @@ def proxied(coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., t
     """Makes a coordinator, and a proxy in front of it."""
     made = []
 
-    def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **terms: float) -> tuple[Coordinator, Proxy]:
-        held = coordinator(clients, **terms)
+    def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **waiting: float) -> tuple[Coordinator, Proxy]:
+        held = coordinator(clients, **waiting)
         made.append(Proxy(held.port, delay_s, jitter_s))
         return held, made[-1]
 
