@@ -29,6 +29,7 @@ from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
 from meerkat.record.signatures import BadSignature
+from meerkat.run.loop import Attendance
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words
 
@@ -53,7 +54,7 @@ class _Member:
     """How often in a row it failed, or held another theta."""
 
 
-class RemoteEngine:
+class RemoteEngine(Attendance):
     """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
 
     def __init__(
