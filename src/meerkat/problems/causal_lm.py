@@ -6,6 +6,7 @@ never looks, and logits are computed only at the positions that a label is read 
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,12 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
     except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
         reason = " ".join(str(error).split()) or type(error).__name__
         where = "" if folder.is_dir() else "no such folder, and from the hub it "
         raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
+    if missing := min(loading["missing_keys"], default=""):
         raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
     try:
         model = model.to(device)
@@ -92,16 +92,14 @@ def load_text(source: str, tokenizer: Any, sequences: int, max_length: int) -> l
     Raises:
         MeerkatError: no such text, or nothing usable in it.
     """
-    found: list[Tensor] = []
-    for text in read_texts(source):
-        ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-        if len(ids) > 1:
-            found.append(torch.tensor(ids))
-        if len(found) == sequences:
-            break
-    if not found:
+    tokenised = (
+        tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        for text in read_texts(source)
+    )
+    texts = [torch.tensor(ids) for ids in itertools.islice((ids for ids in tokenised if len(ids) > 1), sequences)]
+    if not texts:
         raise MeerkatError(f"text '{source}': no text in it; give a .jsonl file with 'text' fields, or plain text")
-    return found
+    return texts
 
 
 def language_modelling_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -163,43 +161,42 @@ def collate(
         sequences_per_pass: at most so many in a forward pass; 0 for any number.
         tokens_per_pass: at most so many padded tokens in a forward pass; 0 for any number.
     """
-    where = [(row, s) for row, example in enumerate(examples) for s in range(len(example.sequences))]
+    places = [(row, s) for row, example in enumerate(examples) for s in range(len(example.sequences))]
+    lengths = {(row, s): len(examples[row].sequences[s]) for row, s in places}
     if sort:
-        where.sort(key=lambda at: len(examples[at[0]].sequences[at[1]]))
-    passes: list[_Pass] = []
-    pending: list[tuple[int, int]] = []
+        places.sort(key=lengths.__getitem__)
+    groups: list[list[tuple[int, int]]] = [[]]
     longest = 0
-    for at in where:
-        length = max(longest, len(examples[at[0]].sequences[at[1]]))
-        full = sequences_per_pass and len(pending) == sequences_per_pass
-        long = tokens_per_pass and length * (len(pending) + 1) > tokens_per_pass
-        if pending and (full or long):
-            passes.append(_lay_out(examples, pending, device))
-            pending, length = [], len(examples[at[0]].sequences[at[1]])
-        pending.append(at)
-        longest = length
-    passes.append(_lay_out(examples, pending, device))
+    for place in places:
+        longest = max(longest, lengths[place])
+        full = sequences_per_pass and len(groups[-1]) == sequences_per_pass
+        long = tokens_per_pass and longest * (len(groups[-1]) + 1) > tokens_per_pass
+        if groups[-1] and (full or long):
+            groups.append([])
+            longest = lengths[place]
+        groups[-1].append(place)
     labels = torch.tensor([example.label for example in examples], device=device)
-    return Batch(tuple(passes), labels, len(examples[0].candidates))
+    return Batch(tuple(_lay_out(examples, group, device) for group in groups), labels, len(examples[0].candidates))
 
 
-def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
-    inputs = [examples[row].sequences[s] for row, s in where]
+def _lay_out(examples: Sequence[Example], places: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
+    """One pass over (row, sequence) places."""
+    inputs = [examples[row].sequences[s] for row, s in places]
     input_ids = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
     keeps: list[np.ndarray] = []
     read, targets, slots = [], [], []
-    for i, (row, s) in enumerate(where):
+    for i, (row, s) in enumerate(places):
         input_ids[i, : len(inputs[i])] = inputs[i]
-        mine = [(c, held) for c, held in enumerate(examples[row].candidates) if held.sequence == s]
-        keep = np.unique(np.concatenate([held.start + np.arange(len(held.targets)) for _, held in mine]))
+        candidates = [(c, each) for c, each in enumerate(examples[row].candidates) if each.sequence == s]
+        positions = [each.start + np.arange(len(each.targets)) for _, each in candidates]
+        keep = np.unique(np.concatenate(positions))
         keeps.append(keep)
-        for c, held in mine:
-            at = np.searchsorted(keep, held.start + np.arange(len(held.targets)))
-            read.append((i, at))
-            targets.append(held.targets)
+        for (c, each), at in zip(candidates, positions, strict=True):
+            read.append((i, np.searchsorted(keep, at)))
+            targets.append(each.targets)
             slots.append(row * len(examples[row].candidates) + c)
     width, longest = max(map(len, keeps)), max(map(len, targets))
-    positions = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])
+    kept = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])
     counts = np.array([len(target) for target in targets])
     inside = np.arange(longest) < counts[:, None]
     read_at = np.zeros((len(read), longest), dtype=np.int64)
@@ -207,7 +204,7 @@ def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], devi
     target_ids = np.zeros_like(read_at)
     target_ids[inside] = np.concatenate(targets)
     share = (inside / counts[:, None]).astype(np.float32)
-    arrays = (input_ids, positions, read_at, target_ids, share, np.array(slots))
+    arrays = (input_ids, kept, read_at, target_ids, share, np.array(slots))
     return _Pass(*(torch.from_numpy(array).to(device) for array in arrays))
 
 

@@ -95,7 +95,7 @@ def run_rounds(run: Run, engine: Engine, evaluate: Evaluate, attendance: Attenda
     """The rounds that are left, each on the disk before the next begins."""
     loop = _Loop(run, engine, evaluate, attendance)
     with tracking(run.config.tracker, run.folder.root, run.state.round) as tracker:
-        run.folder.on_metric(tracker)
+        run.folder.track = tracker
         try:
             loop.start()
             for _ in track(range(run.state.round, run.config.rounds), "rounds"):
