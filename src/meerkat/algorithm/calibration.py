@@ -50,13 +50,13 @@ class CalibrationRecord:
         Raises:
             KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        plan, _, scalars, inner, signatures = replies_from_json(values)
-        numbers = values["selection"]
+        replies, numbers = replies_from_json(values), values["selection"]
+        del replies["unkept"]  # a calibration keeps all
         if numbers.keys() != {each.name for each in fields(Selection)}:
-            raise ValueError(f"round {plan.round} has a selection with {', '.join(numbers)}")
+            raise ValueError(f"round {values['round']} has a selection with {', '.join(numbers)}")
         lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
         selection = Selection(**lists_as_tuples)
-        return cls(plan, scalars, inner, selection, tuple(values["early_stopped"]), signatures)
+        return cls(**replies, selection=selection, early_stopped=tuple(values["early_stopped"]))
 
 
 def due(state: ServerState, config: ServerConfig) -> bool:

@@ -147,20 +147,12 @@ class RoundRecord:
         Raises:
             KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        plan, unkept, scalars, inner, signatures = replies_from_json(values)
-        aggregate = unpack(values["aggregate"])
+        replies = replies_from_json(values)
+        plan, aggregate = replies["plan"], unpack(values["aggregate"])
         if plan.sends == "scalars":
             aggregate = aggregate.reshape(-1 if aggregate.size else plan.longest, plan.directions)
-        return cls(
-            plan=plan,
-            weights=dict(zip(unkept or scalars, values["weights"], strict=True)),
-            scalars=scalars,
-            aggregate=aggregate,
-            theta_digest=values["theta"],
-            inner=inner,
-            signatures=signatures,
-            unkept=unkept,
-        )
+        weights = dict(zip(replies["unkept"] or replies["scalars"], values["weights"], strict=True))
+        return cls(**replies, weights=weights, aggregate=aggregate, theta_digest=values["theta"])
 
 
 def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
@@ -192,6 +184,10 @@ def steps_of(scalars: Mapping[int, np.ndarray]) -> dict[int, int]:
     return {client: len(g) for client, g in scalars.items()}
 
 
+_PLAIN = ("phase", "round", "lr", "eps", "directions", "sends")
+"""The fields of a plan that are JSON values."""
+
+
 def replies_to_json(
     plan: RoundPlan,
     made: Mapping[int, int],
@@ -208,12 +204,7 @@ def replies_to_json(
     none = np.zeros((0, plan.directions), np.float32)
     replies = [none, *(scalars.get(client, none) for client in plan.steps)]
     return {
-        "phase": plan.phase,
-        "round": plan.round,
-        "lr": plan.lr,
-        "eps": plan.eps,
-        "directions": plan.directions,
-        "sends": plan.sends,
+        **{name: getattr(plan, name) for name in _PLAIN},
         "clients": list(plan.steps),
         "steps": list(plan.steps.values()),
         "made": [made.get(client, 0) for client in plan.steps],
@@ -223,10 +214,8 @@ def replies_to_json(
     }
 
 
-def replies_from_json(
-    values: Mapping[str, Any],
-) -> tuple[RoundPlan, dict[int, int], dict[int, np.ndarray], np.ndarray, dict[int, bytes]]:
-    """Plan, steps of replies that are not kept, scalars, inner products and signatures, as `replies_to_json` had them.
+def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `plan`, `scalars`, `inner`, `signatures` and `unkept` of a record, as `replies_to_json` had them.
 
     Raises:
         KeyError, TypeError, ValueError: `replies_to_json` did not write it.
@@ -246,12 +235,12 @@ def replies_from_json(
         together = unpack(values["scalars"]).reshape(int(ends[-1]), directions)
         spans = zip(made, ends[:-1], ends[1:], strict=True)
         made, scalars = {}, {client: together[first:last] for client, first, last in spans}
-    plan = RoundPlan(values["round"], values["lr"], values["eps"], directions, steps, values["phase"], values["sends"])
+    plan = RoundPlan(**{name: values[name] for name in _PLAIN}, steps=steps)
     inner = unpack(values["inner"], "<f8")
     inner = inner.reshape(plan.longest if inner.size else 0, directions)
     encoded = values["signatures"] or [""] * len(scalars)
     signatures = {k: base64.b64decode(text) for k, text in zip(scalars, encoded, strict=True) if text}
-    return plan, made, scalars, inner, signatures
+    return {"plan": plan, "scalars": scalars, "inner": inner, "signatures": signatures, "unkept": made}
 
 
 def pack(values: np.ndarray, kind: str = "<f4") -> str:

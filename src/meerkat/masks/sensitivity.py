@@ -67,7 +67,7 @@ def sensitivity_mask(
         gradient = gradient.float()
         squares[name].addcmul_(gradient, gradient)
 
-    with _streamed_gradients(model, squares, add_square):
+    with stream_gradients(model, squares, add_square):
         count = _backward(loss, track(sequences, "sensitivity"))
     # sums rank as means do: all are over the same count
     entries = largest(model, squares, density, scope)
@@ -101,7 +101,7 @@ def pretraining_gradient(
         flat, at = gradient.reshape(-1), indices[name]
         sums[name] += flat if at is None else flat[at]
 
-    with _streamed_gradients(model, sums, add):
+    with stream_gradients(model, sums, add):
         count = _backward(loss, track(sequences, "pre-training gradient"))
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 
@@ -124,7 +124,7 @@ def _backward(loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> in
 
 
 @contextmanager
-def _streamed_gradients(
+def stream_gradients(
     model: nn.Module, names: Collection[str], consume: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """While open, a backward pass hands the named parameters' gradients to `consume`, and frees each at once.

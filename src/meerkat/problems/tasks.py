@@ -169,7 +169,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model sees it. Candidates with the same input share a sequence: the prompt, if labels are a token."""
+    """A row as the model sees it. Candidates with the same input share a sequence."""
 
     sequences: tuple[np.ndarray, ...]
     """Token ids of each, int64 [length]."""
