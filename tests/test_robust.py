@@ -474,7 +474,7 @@ def test_a_round_in_which_fewer_answered_is_replayed() -> None:
     moved, record = close_round(state, plan, replies, settings, engine.directions)
     expected = np.median([reply.scalars.astype(float) for reply in replies], axis=0).astype(np.float32)
     np.testing.assert_array_equal(record.aggregate, expected)
-    held = [{"kind": "round", **record.to_json()}]
+    held = [record.to_json()]
     assert gone_through(held, state.theta, settings).state.round == moved.round == 1
 
 

@@ -7,7 +7,7 @@ data pointer that moves on. A calibration's steps and bytes count like any other
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -35,9 +35,12 @@ class CalibrationRecord:
     signatures: Mapping[int, bytes] = field(default_factory=dict)
     """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
 
+    kind: ClassVar[str] = "calibration"
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {
+            "kind": self.kind,
             **replies_to_json(self.plan, steps_of(self.scalars), self.scalars, self.inner, self.signatures),
             "selection": asdict(self.selection),
             "early_stopped": list(self.early_stopped),

@@ -4,7 +4,7 @@ import base64
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -126,6 +126,8 @@ class RoundRecord:
     unkept: Mapping[int, int] = field(default_factory=dict)
     """Steps of replies that are not kept themselves, by client id, ascending: deltas, and those of hidden clients."""
 
+    kind: ClassVar[str] = "round"
+
     @property
     def made(self) -> Mapping[int, int]:
         """Local steps that each client replied with, by client id, ascending."""
@@ -134,6 +136,7 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; arrays as base64 of their little-endian bytes."""
         return {
+            "kind": self.kind,
             **replies_to_json(self.plan, self.made, self.scalars, self.inner, self.signatures),
             "weights": list(self.weights.values()),
             "aggregate": pack(self.aggregate),

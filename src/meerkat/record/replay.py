@@ -189,7 +189,7 @@ class Replay:
         self._check_inner(record.plan, record.inner, where)
         self.state = replay(state, record, settings, self._directions)
         agree(log, f"theta after {where}", record.theta_digest, self.state.replica.digest)
-        self._check_form({"kind": "round", **record.to_json()}, held)
+        self._check_form(record.to_json(), held)
         return record
 
     def _check_aggregate(self, record: RoundRecord, where: str) -> None:
@@ -231,7 +231,7 @@ class Replay:
             if np.shape(then) != np.shape(now) or not np.allclose(then, now, rtol=1e-9, atol=0):
                 agree(log, f"{part.name} of {where}", str(then), str(now))
         self.state = calibration.replay(state, record)
-        self._check_form({"kind": "calibration", **record.to_json()}, held)
+        self._check_form(record.to_json(), held)
         return record
 
     def _check_replies(self, record: RoundRecord | CalibrationRecord, where: str) -> str:

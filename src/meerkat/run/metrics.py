@@ -47,13 +47,10 @@ class _Line:
         return cls(**{name: value for name, value in line.items() if name in names}, facts=facts)
 
 
-@dataclass(frozen=True)
-class RoundMetric(_Line):
-    """A closed round. Traces are of scalars alone, by client: first-order methods have none."""
+@dataclass(frozen=True, kw_only=True)
+class _Work(_Line):
+    """What clients did. Traces are of scalars alone, by client: first-order methods have none."""
 
-    loss: float | None
-    """Participants' mean training loss, by weight; None where it is not known."""
-    lr: float
     bytes_up: int
     """Of all clients together."""
     bytes_down: int
@@ -65,18 +62,26 @@ class RoundMetric(_Line):
     gradip: list[list[float]] | None = None
     """GradIP likewise, where there is a pre-training gradient."""
 
-    kind: ClassVar[str] = "round"
+
+@dataclass(frozen=True, kw_only=True)
+class RoundMetric(_Work):
+    """A closed round."""
+
+    loss: float | None
+    """Participants' mean training loss, by weight; None where it is not known."""
+    lr: float
+
+    kind: ClassVar[str] = RoundRecord.kind
 
     @classmethod
     def of(cls, record: RoundRecord, replies: Sequence[Reply] = (), facts: Mapping[str, Any] | None = None) -> Self:
         """Of a round's record; its training loss is known from the replies of a simulation alone."""
-        plan = record.plan
-        return cls(plan.round, _mean_loss(record, replies), plan.lr, **_work(record), facts=facts or {})
+        return cls(**_work(record), loss=_mean_loss(record, replies), lr=record.plan.lr, facts=facts or {})
 
 
-@dataclass(frozen=True)
-class CalibrationMetric(_Line):
-    """A calibration: each client's trace, the decision and the numbers that led to it."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrationMetric(_Work):
+    """A calibration: the decision, and the numbers that led to it."""
 
     rho_later: list[float]
     rho_quie: list[float]
@@ -84,21 +89,15 @@ class CalibrationMetric(_Line):
     thresholds: Mapping[str, float]
     extreme: list[int]
     early_stopped: list[int]
-    bytes_up: int
-    bytes_down: int
-    steps: int
-    clients: list[int] | None = None
-    abs_g: list[list[float]] | None = None
-    gradip: list[list[float]] | None = None
 
-    kind: ClassVar[str] = "calibration"
+    kind: ClassVar[str] = CalibrationRecord.kind
 
     @classmethod
     def of(cls, record: CalibrationRecord, facts: Mapping[str, Any] | None = None) -> Self:
         """Of a calibration's record."""
         selection = record.selection
         return cls(
-            record.plan.round,
+            **_work(record),
             rho_later=_rounded(selection.rho_later),
             rho_quie=_rounded(selection.rho_quie),
             later=_rounded(selection.later),
@@ -110,7 +109,6 @@ class CalibrationMetric(_Line):
             },
             extreme=list(selection.extreme),
             early_stopped=list(record.early_stopped),
-            **_work(record),
             facts=facts or {},
         )
 
@@ -178,11 +176,6 @@ class SplitMetric(_Line):
         return cls(0, list(labels), counts.tolist())
 
 
-def kind_of(record: RoundRecord | CalibrationRecord) -> str:
-    """The kind of a record, in the log and in the metrics."""
-    return CalibrationMetric.kind if isinstance(record, CalibrationRecord) else RoundMetric.kind
-
-
 def metric_of(
     record: RoundRecord | CalibrationRecord, facts: Mapping[str, Any], replies: Sequence[Reply] = ()
 ) -> Metric:
@@ -208,10 +201,11 @@ def _work(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
     steps, clients = sum(plan.steps.values()), len(plan.steps)
     if isinstance(record, RoundRecord) and plan.sends == "delta":
         payload = 4 * len(record.aggregate) * clients
-        return {"bytes_up": payload, "bytes_down": payload, "steps": steps}
+        return {"round": plan.round, "bytes_up": payload, "bytes_down": payload, "steps": steps}
     levels = _rounded(magnitude(np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])))
     ends = itertools.accumulate(map(len, scalars.values()), initial=0)
     return {
+        "round": plan.round,
         "bytes_up": 4 * steps * plan.directions,
         "bytes_down": 4 * plan.longest * plan.directions * clients if plan.phase == "training" else 0,
         "steps": steps,

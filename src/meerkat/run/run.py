@@ -30,7 +30,7 @@ from meerkat.record.replay import Replay
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
-from meerkat.run.metrics import kind_of, metric_of
+from meerkat.run.metrics import metric_of
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.auto import number_or
@@ -74,7 +74,7 @@ class Run:
 
     def append(self, record: RoundRecord | CalibrationRecord) -> None:
         """Put a closed round on the disk."""
-        self.log.append({"kind": kind_of(record), **record.to_json()})
+        self.log.append(record.to_json())
 
     def close(self) -> None:
         """End the log, unless it has its end."""
@@ -168,7 +168,7 @@ def carry_on(
         lost = [
             metric_of(record, {"wall_s": 0.0, "forward_s": 0.0})
             for _, record in replay
-            if (kind_of(record), record.plan.round) not in noted
+            if (record.kind, record.plan.round) not in noted
         ]
         yield Run(
             folder=folder,

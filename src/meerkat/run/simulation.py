@@ -16,8 +16,7 @@ from meerkat.progress import say
 from meerkat.record.opening import check_format
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.run.attacked_engine import AttackedEngine
-from meerkat.run.local_engine import LocalEngine, LossesOf
+from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.metrics import SplitMetric
 from meerkat.run.run import Run, begin, carry_on
