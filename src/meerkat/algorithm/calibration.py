@@ -64,12 +64,8 @@ class CalibrationRecord:
 
 def due(state: ServerState, config: ServerConfig) -> bool:
     """Whether a calibration stands before the next round. At T = 1 none does: there is nothing to stop."""
-    if (
-        config.early_stop == "none"
-        or config.local_steps == 1
-        or state.round == config.rounds
-        or state.calibrated == state.round
-    ):
+    never = config.early_stop == "none" or config.local_steps == 1
+    if never or state.round in (config.rounds, state.calibrated):
         return False
     every = config.vpcs.recalibrate_every
     return state.calibrated is None or bool(every and state.round % every == 0)

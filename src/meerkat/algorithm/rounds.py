@@ -159,10 +159,7 @@ class RoundRecord:
 
 
 def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
-    """Check what every reply of scalars must be, wherever it is read: at the wire, in a simulation, in a log.
-
-    Args:
-        scalars: g_k, float32.
+    """Check a reply's scalars (float32), wherever they are read: at the wire, in a simulation, in a log.
 
     Raises:
         ValueError: the client was not asked, the reply is not the [T_k, P] that was asked for, or a scalar is not
@@ -198,11 +195,10 @@ def replies_to_json(
     inner: np.ndarray,
     signatures: Mapping[int, bytes],
 ) -> dict[str, Any]:
-    """What was asked and what came, as JSON values.
+    """What was asked and what came, as JSON values: see docs/formats.md.
 
-    `made` has the steps of each participant's reply, 0 where none came. `scalars` is null where replies came and are
-    not kept. `signatures` has one entry a reply, base64, empty where the client does not sign; no entry where nobody
-    does.
+    `made` is 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is empty where nobody
+    signs.
     """
     none = np.zeros((0, plan.directions), np.float32)
     replies = [none, *(scalars.get(client, none) for client in plan.steps)]

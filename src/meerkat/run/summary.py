@@ -80,8 +80,7 @@ class Summary:
         evaluations.sort(key=lambda metric: metric.round)
         before, after = evaluations[0], evaluations[-1]
         worked = [m for m in metrics if m["kind"] in ("round", "calibration")]
-        first_order = not config.recipe.sends_scalars
-        payload = 4 * (len(mask) if first_order else config.local_steps * config.directions)
+        payload = 4 * (config.local_steps * config.directions if config.recipe.sends_scalars else len(mask))
         settings = {f.name: getattr(config, f.name) for f in fields(cls) if f.name in RunConfig.model_fields}
         settings["model"] = "" if config.problem != CLASSIFICATION and config.model == EMBEDDED else config.model
         settings["calibration_steps"] = sum(m["steps"] for m in worked if m["kind"] == "calibration")
