@@ -162,7 +162,7 @@ class Setting:
         """The same clients without sites, one after another."""
         problem = open_problem(self.config)
         model, z = MaskedModel(problem.model, self.mask), self.directions
-        rows = load_rows(self.config.data, "train")
+        rows = problem.rows("train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
         losses_of = client_losses(problem, problem.prepare(rows))

@@ -68,7 +68,7 @@ def test_the_embedded_model_is_no_folder_beside_the_file(tmp_path: Path) -> None
         ('client = 0\ndata = "x"\nclients = 3', "clients: unknown; must be one of client, data, model"),
         (
             'client = 0\ndata = "x"\n[accepts]\npsi = 1',
-            "accepts.psi: unknown; must be one of problems, task, model, mask",
+            "accepts.psi: unknown; must be one of extensions, task, model, mask",
         ),
         ('client = 0\ndata = "x"\n[accepts]\neps_minimum = 0', "accepts.eps_minimum 0: must be greater than 0"),
         ('client = 0\ndata = "x"\n[accepts]\nrounds = 0', "accepts.rounds 0: must be greater than or equal to 1"),
@@ -109,6 +109,7 @@ def test_default_bounds_accept_a_default_run() -> None:
     ("bounds", "run", "said"),
     [
         ({"task": "rte"}, {}, "task: the run asks for sst2, the site accepts rte"),
+        ({}, {"problem": "shapes"}, "problem: the run asks for shapes, the site accepts classification"),
         ({"eps_minimum": 1e-2}, {}, "eps: the run asks for 0.001, the site accepts at least 0.01"),
         ({"eps_maximum": 1e-4}, {}, "eps: the run asks for 0.001, the site accepts at most 0.0001"),
         ({"batch_minimum": 32}, {}, "batch_size: the run asks for 16, the site accepts at least 32"),

@@ -15,6 +15,9 @@ import pytest
 from meerkat import extensions
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
+from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.run.setup import resolve
+from meerkat.settings.config import make_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "extending"
 SMALL = ("--clients", "3", "--batch-size", "4", "--eval-every", "0", "--text-sequences", "8")
@@ -152,3 +155,16 @@ def test_names_that_nobody_defines_are_one_line(tmp_path: Path, capsys: pytest.C
         assert f"nowhere-{name}" in error
         assert "--extension" in error
         assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(("case", "setting"), [("estimator", "estimator"), ("update_rule", "update_rule")])
+def test_a_site_takes_part_only_with_the_extensions_that_it_lists(case: str, setting: str, tmp_path: Path) -> None:
+    """Loaded or not: what the process knows from elsewhere is not what the site's operator has agreed to."""
+    extensions.load([str(EXAMPLES / f"{case}.py")])
+    asked = resolve(make_config({setting: CASES[case][1]}))
+    lines = 'client = 0\ndata = "rows"\n'
+    (tmp_path / "without.toml").write_text(lines)
+    (tmp_path / "with.toml").write_text(f'{lines}[accepts]\nextensions = ["{EXAMPLES / f"{case}.py"}"]\n')
+    with pytest.raises(Refused, match=rf"^{setting}: the run asks for {CASES[case][1]}, the site accepts"):
+        SiteConfig.load(tmp_path / "without.toml").check_settings(asked, "topics")
+    SiteConfig.load(tmp_path / "with.toml").check_settings(asked, "topics")

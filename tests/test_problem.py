@@ -10,13 +10,16 @@ import numpy as np
 import problems
 import pytest
 import torch
+from federation import Federation, Setting
 from torch import nn
 
+from meerkat.algorithm import path
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.cli import main
 from meerkat.comparison import compare as compare_module
 from meerkat.errors import Diverged, MeerkatError
 from meerkat.export.model import apply_delta
+from meerkat.federation.site_settings import SiteConfig
 from meerkat.problems.module import ModuleProblem, Score, Tensors, right
 from meerkat.problems.problem import client_losses
 from meerkat.record import run_log
@@ -24,8 +27,9 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.report import write_run_report
 from meerkat.run.evaluate import evaluate, load_run
+from meerkat.run.mask import make_mask
 from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
-from meerkat.run.setup import PROBLEMS, open_problem
+from meerkat.run.setup import PROBLEMS, open_problem, resolve
 from meerkat.settings.config import make_config
 
 RUN = ["--problem", "shapes", "--threads", "1", "--device", "cpu", "--clients", "3", "--partition", "single-label"]
@@ -205,6 +209,28 @@ def test_a_problem_is_no_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "c.toml").write_text('problem = ["numbers", "shapes"]\n')
     assert main(["compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out")]) == 2
     assert "problem is no axis" in capsys.readouterr().err
+
+
+# --- in a federation ---
+
+
+def test_sites_learn_it_as_its_simulation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites that take their rows from the problem end up where the same clients in one process do."""
+    monkeypatch.setattr(SiteConfig, "check_settings", lambda *_: None)
+    given = {"problem": "shapes", "density": 0.9, "exclude": "none", "clients": 1, "partition": "iid", "rounds": 4}
+    config = resolve(make_config({**given, "lr": 0.1, "threads": 1, "device": "cpu"}))
+    setting = Setting(tmp_path, tmp_path, config, make_mask(config, open_problem(config)), [120])
+    (tmp_path / "0").mkdir()
+    federation = Federation.of(setting, monkeypatch, join=0)
+    federation.enter(0, evaluate=True)
+    for digest in setting.simulated():
+        federation.round()
+        assert path.digest(federation.state.theta) == digest
+    told = federation.engine.evaluate(federation.state.theta, federation.state.round)
+    problem = open_problem(setting.config)
+    MaskedModel(problem.model, setting.mask).write_(federation.state.theta)
+    here = problem.evaluate(problem.batch(problem.prepare(problem.rows("validation")), "evaluation"))
+    assert (told.scores, told.rows) == ({"accuracy": here.scores["accuracy"]}, here.rows)
 
 
 # --- a module as a problem ---

@@ -37,7 +37,7 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
-from meerkat.run.setup import open_problem
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import EMBEDDED, SITES, RunConfig
 
 LOOPBACK = "127.0.0.1"
@@ -172,7 +172,7 @@ def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..
 
 
 def _nursery() -> None:
-    open_problem(RunConfig(threads=1, device="cpu"))  # what loading a model imports is there before anyone is forked
+    open_problem(resolve(RunConfig(threads=1, device="cpu")))  # load all imports before forking
     print("ready", flush=True)
     children: set[int] = set()
     for line in sys.stdin:

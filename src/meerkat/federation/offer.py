@@ -15,7 +15,7 @@ from meerkat.errors import DAMAGE, MeerkatError
 from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
-from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.config import CLASSIFICATION, RunConfig, make_config
 from meerkat.settings.groups import MachineSettings
 
 LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
@@ -64,7 +64,7 @@ class Offer:
         Raises:
             MeerkatError: the run's task cannot be read.
         """
-        built_in = _is_built_in(config.task)
+        built_in = config.problem != CLASSIFICATION or _is_built_in(config.task)
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in LOCAL_SETTINGS}
         return cls(
             run=run,

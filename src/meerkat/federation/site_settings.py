@@ -17,7 +17,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
-from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
+from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import existing_path, validate
 
 
@@ -30,7 +30,6 @@ class Accepts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    problems: tuple[str, ...] = Field((CLASSIFICATION,), description="the problems accepted, by name")
     extensions: tuple[str, ...] = Field(
         (), description="extensions whose estimators, update rules and problems a run may use: modules, or .py files"
     )
@@ -110,9 +109,8 @@ class SiteConfig(BaseModel):
         bounds = self.accepts
         steps = max(asked.local_steps, asked.calibration_steps if asked.stopping != "none" else 0)
         _require("method", asked.method, "methods that send scalars", asked.recipe.sends_scalars)
-        allowed = ", ".join(bounds.problems) or "none"
-        _require("problems", asked.problem, allowed, asked.problem in bounds.problems)
-        for setting, kind in (("estimator", "ESTIMATORS"), ("update_rule", "UPDATE_RULES")):
+        kinds = {"estimator": "ESTIMATORS", "update_rule": "UPDATE_RULES", "problem": "PROBLEMS"}
+        for setting, kind in kinds.items():
             known = extensions.BUILT_IN[kind] | extensions.defined_by(bounds.extensions, kind)
             name = getattr(asked, setting)
             _require(setting, name, ", ".join(sorted(known)), name in known)

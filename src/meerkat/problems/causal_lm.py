@@ -6,7 +6,6 @@ never looks, and logits are computed only at the positions that a label is read 
 """
 
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
     model.requires_grad_(False)
     if not _is_causal(model.eval()):
-        raise MeerkatError(f"model '{name}': its tokens see those after them; give a causal language model")
+        raise MeerkatError(f"model '{name}': its tokens see later ones; give a causal language model")
     return model, tokenizer
 
 
@@ -87,19 +86,21 @@ def longest_input(model: nn.Module, limit: int) -> int:
 def load_text(source: str, tokenizer: Any, sequences: int, max_length: int) -> list[Tensor]:
     """The first sequences of a text as token ids, int64 [length], each cut to max_length.
 
-    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are passed over.
+    `source` is what `data.read_texts` reads. Texts of fewer than two tokens are skipped.
 
     Raises:
         MeerkatError: no such text, or nothing usable in it.
     """
-    tokenised = (
-        tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-        for text in read_texts(source)
-    )
-    texts = [torch.tensor(ids) for ids in itertools.islice((ids for ids in tokenised if len(ids) > 1), sequences)]
-    if not texts:
+    tokens: list[Tensor] = []
+    for text in read_texts(source):
+        ids = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        if len(ids) > 1:
+            tokens.append(torch.tensor(ids))
+        if len(tokens) == sequences:
+            break
+    if not tokens:
         raise MeerkatError(f"text '{source}': no text in it; give a .jsonl file with 'text' fields, or plain text")
-    return texts
+    return tokens
 
 
 def language_modelling_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """The run log: append-only, fsynced, hash-chained. It is checkpoint, audit trail and catch-up in one.
 
-One record a line: the SHA-256 of (the previous line's SHA-256 and this line's text), a space, the text as JSON. It is on
-the disk before anything is built on it, so a killed run loses at most the round it was in.
+One record a line: the SHA-256 of (the previous line's SHA-256 and this line's text), a space, the text as JSON. It is
+on the disk before anything is built on it, so a killed run loses at most the round it was in.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""A run's mask: made as its method says, kept in its folder, and compared with the model."""
+"""A run's mask: made as its method says, kept in its folder, and checked against the model."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -73,10 +73,10 @@ class Split:
             training = _with_flipped_labels(config, training, parts, len(problem.labels))
         examples, evaluated_examples = problem.prepare(training), problem.prepare(evaluated)
         rows = [part.tolist() for part in parts.rows]
-        contents = json.dumps([problem.digest(examples), problem.digest(evaluated_examples), rows])
+        digests = json.dumps([problem.digest(examples), problem.digest(evaluated_examples), rows])
         labels = np.array([row["label"] for row in training]) if problem.labels else None
         evaluation = problem.batch(evaluated_examples, "evaluation")
-        return cls(examples, labels, parts, evaluation, hashlib.sha256(contents.encode()).hexdigest())
+        return cls(examples, labels, parts, evaluation, hashlib.sha256(digests.encode()).hexdigest())
 
 
 def _with_flipped_labels(config: RunConfig, rows: Sequence[Row], parts: Partition, labels: int) -> list[Row]:

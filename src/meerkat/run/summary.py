@@ -145,7 +145,7 @@ def write_summary(run: Run, extreme: Sequence[int] = (), facts: Mapping[str, Any
 
 
 def without_budget(folder: RunFolder) -> list[int]:
-    """Clients whose privacy budget does not last to the end of the run: by the log, or as a federation's sites said."""
+    """Clients whose privacy budget does not last to the end of the run: as the log or a federation's sites tell."""
     opening = next(iter(LogReader(folder.log_path)), {})
     lasting = opening.get("allowance") or []
     declined = {
