@@ -17,14 +17,7 @@ import numpy as np
 from meerkat import seeds
 
 Attack = Literal[
-    "none",
-    "label-flip",
-    "sign-flip",
-    "gaussian",
-    "scaled",
-    "little-is-enough",
-    "collusion",
-    "gradip-forgery",
+    "none", "label-flip", "sign-flip", "gaussian", "scaled", "little-is-enough", "collusion", "gradip-forgery"
 ]
 
 

@@ -48,11 +48,7 @@ class CalibrationRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CalibrationRecord":
-        """The record that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: `to_json` did not write it.
-        """
+        """The record that `to_json` wrote. Raises KeyError, TypeError, ValueError: `to_json` did not write it."""
         replies, numbers = replies_from_json(values), values["selection"]
         del replies["unkept"]  # a calibration keeps all
         if numbers.keys() != {each.name for each in fields(Selection)}:
@@ -96,11 +92,7 @@ def close_calibration(
 
 
 def decide(
-    state: ServerState,
-    plan: RoundPlan,
-    scalars: Mapping[int, np.ndarray],
-    inner: np.ndarray,
-    config: ServerConfig,
+    state: ServerState, plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray, config: ServerConfig
 ) -> CalibrationRecord:
     """What follows from a calibration's scalars: which clients are extreme, and which stop early."""
     selection = select(

@@ -258,10 +258,7 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
     right = (scores.argmax(1) == batch.labels).double()
     return Evaluation(
         rows=len(scores),
-        scores={
-            "accuracy": right.mean().item(),
-            "loss": nn.functional.cross_entropy(scores, batch.labels).item(),
-        },
+        scores={"accuracy": right.mean().item(), "loss": nn.functional.cross_entropy(scores, batch.labels).item()},
         per_class={
             label: right[batch.labels == index].mean().item()
             for index, label in enumerate(labels)

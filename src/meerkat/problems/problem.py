@@ -86,11 +86,7 @@ class Problem(Protocol):
         """Each row's loss at the model's present weights, float32 [rows], in the order of its examples."""
 
     def evaluate(self, batch: Any) -> Evaluation:
-        """The scores of the model's present weights.
-
-        Raises:
-            Diverged: a score is not finite.
-        """
+        """The scores of the model's present weights. Raises Diverged: a score is not finite."""
 
     def digest(self, examples: Sequence[Any]) -> str:
         """SHA-256 of examples, hexadecimal: a run is resumed with no others."""

@@ -80,11 +80,7 @@ def load_task(name: str) -> Task:
 
 
 def read_task_file(name: str) -> str:
-    """The text of a task file.
-
-    Raises:
-        MeerkatError: there is no such file, or it is not a .toml file.
-    """
+    """The text of a task file. Raises MeerkatError: there is no such file, or it is not a .toml file."""
     path = Path(name)
     if path.suffix != ".toml":
         raise MeerkatError(f"task '{name}': must be one of {', '.join(TASKS)}, or a .toml file of your own")

@@ -71,11 +71,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
-        """The folder of a run that was started.
-
-        Raises:
-            MeerkatError: there is no run in it.
-        """
+        """The folder of a run that was started. Raises MeerkatError: there is no run in it."""
         folder = cls(root)
         if not folder.config_path.is_file():
             raise MeerkatError(
@@ -115,24 +111,16 @@ class RunFolder:
         return [event for event in events if isinstance(event, dict)]
 
     def metrics(self) -> list[Metric]:
-        """All metrics, except a torn last line.
-
-        Raises:
-            RunFailed: a line before the last is damaged.
-        """
+        """All metrics, except a torn last line. Raises RunFailed: a line before the last is damaged."""
         if not self.metrics_path.exists():
             return []
-        try:
+        with suppress(ValueError):
             text = self.metrics_path.read_text(encoding="utf-8")
             metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
             if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in metrics):
                 return metrics
-            raise ValueError
-        except ValueError:
-            raise RunFailed(
-                f"{self.metrics_path}: damaged; delete it, then 'meerkat resume {self.root}': "
-                "the run itself is in the log"
-            ) from None
+        cure = f"delete it, then 'meerkat resume {self.root}': the run itself is in the log"
+        raise RunFailed(f"{self.metrics_path}: damaged; {cure}")
 
     def rewrite_metrics(
         self, keep: Callable[[Metric], bool], order: Callable[[Metric], Any], add: Sequence[Metric] = ()
@@ -146,11 +134,7 @@ class RunFolder:
         return metrics
 
     def summary(self) -> dict[str, Any] | None:
-        """The outcome; None before the run has ended.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """The outcome; None before the run has ended. Raises ValueError: the file is damaged."""
         if not self.summary_path.exists():
             return None
         summary = json.loads(self.summary_path.read_text(encoding="utf-8"))

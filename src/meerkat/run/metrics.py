@@ -37,11 +37,7 @@ class _Line:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote.
-
-        Raises:
-            TypeError: a field is missing.
-        """
+        """The record that `to_json` wrote. Raises TypeError: a field is missing."""
         names = {f.name for f in fields(cls)}
         facts = {name: value for name, value in line.items() if name not in names | {"kind"}}
         return cls(**{name: value for name, value in line.items() if name in names}, facts=facts)
