@@ -2,7 +2,7 @@
 
     python benchmarks/round_latency.py [--json] [--rounds 1000] [--nodes 4] [--message-rounds 5] [--folder DIR]
 
-A round goes the whole way: experiment.run_rounds, RemoteEngine, session streams to every node, and its record on the
+A round goes the whole way: loop.run_rounds, RemoteEngine, session streams to every node, and its record on the
 disk. Apart are told: the log's fsync, and the metrics, which are noted once a second and so in no median. Rounds and
 echoes take turns, a fifth of them each; an echo sends as many bytes as a round's frame to every node and waits for
 all, with nothing of Meerkat's in between. Bytes are TCP payload a client and round in the larger direction, counted

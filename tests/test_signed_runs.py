@@ -236,7 +236,7 @@ def test_the_outcome_is_told_in_a_line_and_a_line_a_key(
 ) -> None:
     assert main(["verify", str(run)]) == 0
     first, *keys = capsys.readouterr().out.splitlines()
-    assert "17 of 17 replies signed, with 5 keys (as the log has them; --signers holds them against a list)" in first
+    assert "17 of 17 replies signed, with 5 keys (as the log has them; --signers checks them against a list)" in first
     assert f"  client 0  {course.name('k0')}  6 replies" in keys
     assert len(keys) == 5
     signers = course.keys / "signers"
