@@ -27,6 +27,7 @@ from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
 from meerkat.record.signatures import BadSignature
+from meerkat.run.loop import Attendance
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words
 
@@ -54,7 +55,7 @@ class _Round:
 
 
 @dataclass(eq=False)
-class RemoteEngine:
+class RemoteEngine(Attendance):
     """Runs rounds over a link, from where a run's log ends. See `loop.Engine` and `loop.Attendance`."""
 
     link: Link
