@@ -2,7 +2,7 @@
 
     python benchmarks/round_latency.py [--json] [--rounds 1000] [--nodes 4] [--message-rounds 5] [--folder DIR]
 
-A round goes the whole way: experiment.run_rounds, RemoteEngine, session streams to every node, and its record on the
+A round goes the whole way: loop.run_rounds, RemoteEngine, session streams to every node, and its record on the
 disk. Apart are told: the log's fsync, and the metrics, which are noted once a second and so in no median. Rounds and
 echoes take turns, a fifth of them each; an echo sends as many bytes as a round's frame to every node and waits for
 all, with nothing of Meerkat's in between. Bytes are TCP payload a client and round in the larger direction, counted
@@ -34,7 +34,7 @@ import grpc.aio
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # stub and proxy are the tests' own
 from proxy import Proxy
-from stub import RUN, Coordinator, StubSite
+from stub import SCORES, Coordinator, StubSite
 
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
@@ -173,7 +173,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     """The times of rounds and of echoes, in seconds."""
     held = Coordinator(keys, nodes, WaitingRules(nodes, nodes, start_s=120.0), rounds)
     engine = Engine(
-        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), RUN, held.state, held.z
+        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), held.state, held.z, SCORES
     )
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")

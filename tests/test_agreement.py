@@ -63,18 +63,18 @@ def test_the_embedded_model_is_no_folder_beside_the_file(tmp_path: Path) -> None
     [
         ('data = "x"', "client: missing"),
         ("client = 0", "data: missing"),
-        ('client = -1\ndata = "x"', "client -1: must be greater than or equal to 0"),
-        ('client = "one"\ndata = "x"', "client 'one': must be a valid integer"),
+        ('client = -1\ndata = "x"', "client -1: must be at least 0"),
+        ('client = "one"\ndata = "x"', "client one: must be a valid integer"),
         ('client = 0\ndata = "x"\nclients = 3', "clients: unknown; must be one of client, data, model"),
         (
             'client = 0\ndata = "x"\n[accepts]\npsi = 1',
             "accepts.psi: unknown; must be one of extensions, task, model, mask",
         ),
         ('client = 0\ndata = "x"\n[accepts]\neps_minimum = 0', "accepts.eps_minimum 0: must be greater than 0"),
-        ('client = 0\ndata = "x"\n[accepts]\nrounds = 0', "accepts.rounds 0: must be greater than or equal to 1"),
+        ('client = 0\ndata = "x"\n[accepts]\nrounds = 0', "accepts.rounds 0: must be at least 1"),
         (
             'client = 0\ndata = "x"\n[accepts]\nembeddings = "some"',
-            "accepts.embeddings 'some': must be a valid boolean",
+            "accepts.embeddings some: must be a valid boolean",
         ),
         ('client = 0\ndata = "x"\naccepts = 1', "accepts 1: must be a table"),
         ("client = ", "not valid TOML"),

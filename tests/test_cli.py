@@ -48,17 +48,17 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--density", "0", "--density 0: must be greater than 0"),
         ("--density", "1.5", "--density 1.5: must be at most 1"),
         ("--density", "many", "must be a valid number"),
-        ("--eps", "1e-7", "--eps 1e-7: must be at least 0.000001, or auto"),
+        ("--eps", "1e-7", "--eps 1e-7: must be at least 0.000001, or 'auto'"),
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
         ("--lr", "-1", "--lr -1"),
-        ("--lr", "0", "--lr 0: must be greater than 0, or auto"),
-        ("--eps", "0", "--eps 0: must be at least 0.000001, or auto"),
-        ("--server-lr", "0", "--server-lr 0: must be greater than 0, or auto"),
-        ("--attack-scale", "0", "--attack-scale 0: must be greater than 0, or auto"),
-        ("--dp-noise-multiplier", "0", "--dp-noise-multiplier 0: must be greater than 0, or auto"),
-        ("--threads", "0", "--threads 0: must be at least 1, or auto"),
-        ("--tokens-per-pass", "0", "--tokens-per-pass 0: must be at least 1, or auto"),
+        ("--lr", "0", "--lr 0: must be greater than 0, or 'auto'"),
+        ("--eps", "0", "--eps 0: must be at least 0.000001, or 'auto'"),
+        ("--server-lr", "0", "--server-lr 0: must be greater than 0, or 'auto'"),
+        ("--attack-scale", "0", "--attack-scale 0: must be greater than 0, or 'auto'"),
+        ("--dp-noise-multiplier", "0", "--dp-noise-multiplier 0: must be greater than 0, or 'auto'"),
+        ("--threads", "0", "--threads 0: must be at least 1, or 'auto'"),
+        ("--tokens-per-pass", "0", "--tokens-per-pass 0: must be at least 1, or 'auto'"),
         ("--update-rule", "newton", "update rule 'newton': not known here, only sgd, momentum, adam"),
         ("--estimator", "exact", "estimator 'exact': not known here"),
         ("--server-lr", "2", "server_lr 2: sgd has none; use lr, or update_rule momentum or adam"),
@@ -181,7 +181,7 @@ def test_a_config_file_gives_settings_and_flags_override_them(
     held = RunFolder(tmp_path / "run").config()
     assert (held.rounds, held.lr, held.exclude) == (1, 0.5, ("norms",))
     file.write_text("round = 2\n")
-    fails(arguments, capsys, "setting 'round': unknown; must be one of model, task")
+    fails(arguments, capsys, "--round: unknown; must be one of model, task")
     file.write_text("rounds = \n")
     fails(arguments, capsys, "not valid TOML")
     fails(["simulate", str(tmp_path / "none.toml")], capsys, "No such file")

@@ -76,7 +76,7 @@ def test_an_aggregate_that_noise_does_not_make_is_refused(base: Setting, monkeyp
     for bad in (np.nan, 1e30):
         fed = Federation.of(base.but(**HIDDEN), monkeypatch)
         with monkeypatch.context() as patched:
-            patched.setattr(server, "noisy_mean", lambda *_, bad=bad: np.full((1, 1), bad, np.float32))
+            patched.setattr(server, "aggregate", lambda *_, bad=bad: np.full((1, 1), bad, np.float32))
             hidden_round(fed)
         with pytest.raises(RunFailed, match="longer than a step may be"):
             fed.replayed()

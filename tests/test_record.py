@@ -131,6 +131,6 @@ def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting,
 def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:
     settings = replace(setting.settings, examples=dict(enumerate(setting.sizes)))
     join = Member(0, 0, 10, "n").to_json()
-    log, register = Path("rounds.log"), setting.register()
+    log, members = Path("rounds.log"), setting.members()
     with pytest.raises(RunFailed, match="unknown kind 'join'"):
-        Replay([join], setting.theta_0, settings, setting.directions, None, log, register).run()
+        Replay([join], setting.theta_0, settings, setting.directions, None, log, members).run()

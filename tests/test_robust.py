@@ -412,8 +412,8 @@ def logged(settings: ServerConfig) -> tuple[list[dict[str, Any]], torch.Tensor]:
 
 
 def gone_through(records: list[dict[str, Any]], theta: torch.Tensor, settings: ServerConfig) -> Replay:
-    register = Members(RunIdentity("", False, "", "", "", "", ""))  # nobody signs
-    return Replay(records, theta, settings, Directions(KEY, len(theta)), None, Path("rounds.log"), register).run()
+    members = Members(RunIdentity("", False, "", "", "", "", ""))  # nobody signs
+    return Replay(records, theta, settings, Directions(KEY, len(theta)), None, Path("rounds.log"), members).run()
 
 
 MANY = {"clients": 9, "clients_per_round": 9, "examples": {k: k + 1 for k in range(9)}, "lr": 0.02}

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from meerkat import __version__
 from meerkat.cli import outcomes, runs, sites
-from meerkat.cli.parser import Command, Parser
+from meerkat.cli.parser import Command, Parser, add_list
 from meerkat.errors import MeerkatError, RunFailed
 
 ENTRY_POINTS = "meerkat.extensions"
@@ -21,30 +21,32 @@ COMMANDS: tuple[Command, ...] = (*runs.COMMANDS, *outcomes.COMMANDS, *sites.COMM
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0, 1 for a run that failed, 2 for bad arguments."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     arguments = build_parser().parse_args(argv)
+    status, message = 0, ""
     try:
         if arguments.extension or (arguments.command not in WITHOUT_EXTENSIONS and entry_points(group=ENTRY_POINTS)):
             from meerkat.extensions import load
 
             load(arguments.extension)
         arguments.run(arguments)
-    except RunFailed as error:
-        print(f"meerkat: {error}", file=sys.stderr)
-        return 1
     except MeerkatError as error:
-        print(f"meerkat: {error}", file=sys.stderr)
-        return 2
+        status, message = 1 if isinstance(error, RunFailed) else 2, str(error)
     except OSError as error:
-        print(f"meerkat: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        status, message = 1, f"{error.filename or 'input or output'}: {error.strerror or error}"
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("cryptography"):
+            raise
+        cure = "pip install 'meerkat-fl[flower]'"
+        status, message = 2, f"{arguments.command}: needs the 'cryptography' package; {cure}"
     except KeyboardInterrupt:
         cure = getattr(arguments, "cure", "'meerkat resume' continues the run")
-        print(f"meerkat: interrupted; what was logged is safe: {cure}", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, f"interrupted; what was logged is safe: {cure}"
+    if message:
+        print(f"meerkat: {message}", file=sys.stderr)
+    return status
 
 
 def build_parser() -> Parser:
@@ -55,17 +57,10 @@ def build_parser() -> Parser:
     for command in COMMANDS:
         made = commands.add_parser(command.name, help=command.about, description=command.about, allow_abbrev=False)
         made.set_defaults(run=command.run, extension=[])
-        made.add_argument(
-            "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
-        )
+        about = "print one JSON object on standard output, and nothing else there"
+        made.add_argument("--json", action="store_true", help=about)
         command.add_arguments(made)
         if command.name not in WITHOUT_EXTENSIONS:
-            made.add_argument(
-                "--extension",
-                action="append",
-                default=[],
-                metavar="MODULE|FILE.py",
-                help="an extension, whose estimators, update rules, problems and partitions may then be named; may be "
-                "given again; see docs/extending.md",
-            )
+            about = "an extension, whose estimators, update rules, problems and partitions may then be named"
+            add_list(made, "--extension", "MODULE|FILE.py", f"{about}; see docs/extending.md")
     return parser

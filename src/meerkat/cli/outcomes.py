@@ -1,35 +1,25 @@
 """Commands on the folder of a run or of a comparison: verify, evaluate, report, export."""
 
 import argparse
-import json
 from pathlib import Path
 
-from meerkat.cli.parser import Command
-from meerkat.cli.runs import run_argument
+from meerkat.cli.parser import Command, add_list, run_argument, show
 from meerkat.errors import MeerkatError
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
-    parser.add_argument(
-        "--signers",
-        default="",
-        metavar="FILE",
-        help="public keys, a line each, that every reply must be signed with [default: the keys in the log]",
+    about = "public keys, a line each, that every reply must be signed with [default: the keys in the log]"
+    parser.add_argument("--signers", default="", metavar="FILE", help=about)
+    about = (
+        "a key that is revoked: its fingerprint, with or without the round from which on it is, its .pub file, or a "
     )
-    parser.add_argument(
-        "--revoked",
-        action="append",
-        default=[],
-        metavar="KEY[@ROUND]|FILE",
-        help="a key that is revoked: its fingerprint, with or without the round from which on it is, its .pub file, or "
-        "a file of such lines; may be given again",
-    )
+    add_list(parser, "--revoked", "KEY[@ROUND]|FILE", f"{about}file of such lines")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from meerkat.algorithm.path import digest
-    from meerkat.progress import say
+    from meerkat.progress import number_of, say
     from meerkat.record.signatures import read_keys, read_revoked
     from meerkat.record.verification import verify
 
@@ -42,34 +32,33 @@ def _verify(arguments: argparse.Namespace) -> None:
         for name in sorted(revoked.keys() - {key for _, key in run.signed}):
             say(f"note: --revoked {name}: no reply of this run is signed with it; is it the right one?")
 
-    theta_digest, keys = digest(run.theta), sorted(run.signed.items())
-    if arguments.json:
-        outcome = {"rounds": run.rounds, "finished": run.finished, "theta_digest": theta_digest, "replies": run.replies}
-        signers = [{"client": client, "key": key, "replies": count} for (client, key), count in keys]
-        privacy = None if run.guarantee is None else run.guarantee.to_json()
-        print(json.dumps({**outcome, "signed": sum(run.signed.values()), "signers": signers, "privacy": privacy}))
-        return
+    theta_digest, keys, signed = digest(run.theta), sorted(run.signed.items()), sum(run.signed.values())
+    outcome = {
+        "rounds": run.rounds,
+        "finished": run.finished,
+        "theta_digest": theta_digest,
+        "replies": run.replies,
+        "signed": signed,
+        "signers": [{"client": client, "key": key, "replies": count} for (client, key), count in keys],
+        "privacy": None if run.guarantee is None else run.guarantee.to_json(),
+    }
     state = "finished" if run.finished else f"not finished: {run.rounds} of {run.config.rounds} rounds"
-    signed = f"{sum(run.signed.values()):,} of {run.replies:,} replies signed"
-    if keys:
+    signatures = "a simulation: no signatures"
+    if run.opening.federation:
+        signatures = f"{signed:,} of {run.replies:,} replies signed"
+    if run.opening.federation and keys:
         known = "as listed" if listed is not None else "as the log has them; --signers checks them against a list"
-        signed += f", with {len(keys)} {'key' if len(keys) == 1 else 'keys'} ({known})"
-    signatures = signed if run.opening.federation else "a simulation: no signatures"
+        signatures += f", with {number_of(len(keys), 'key')} ({known})"
     private = "no differential privacy" if run.guarantee is None else run.guarantee.in_words()
     replayed = f"{run.rounds} rounds replayed, theta {theta_digest[:16]}"
-    print(f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}")
-    for (client, key), count in keys:
-        print(f"  client {client}  {key}  {count:,} replies")
+    lines = [f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}"]
+    show(arguments, outcome, *lines, *(f"  client {client}  {key}  {count:,} replies" for (client, key), count in keys))
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
-    parser.add_argument(
-        "--split",
-        default="validation",
-        choices=["train", "validation", "test"],
-        help="rows to judge on [default: validation]",
-    )
+    splits, about = ["train", "validation", "test"], "rows to evaluate on [default: validation]"
+    parser.add_argument("--split", default="validation", choices=splits, help=about)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -77,15 +66,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from meerkat.run.sentences import scores_in_words
 
     evaluation = evaluate(arguments.folder, arguments.split)
-    scores = evaluation.scores
-    if arguments.json:
-        usual = {name: scores[name] for name in ("accuracy", "loss") if name in scores}
-        per_class = {"per_class": evaluation.per_class}
-        print(json.dumps({"split": arguments.split, "rows": evaluation.rows, **usual, **per_class, "scores": scores}))
-        return
-    print(f"{arguments.split}, {evaluation.rows} rows: {scores_in_words(scores)}")
-    for label, score in evaluation.per_class.items():
-        print(f"  {score:.3f}  {label}")
+    scores, per_class = evaluation.scores, evaluation.per_class
+    usual = {name: scores[name] for name in ("accuracy", "loss") if name in scores}
+    outcome = {"split": arguments.split, "rows": evaluation.rows, **usual, "per_class": per_class, "scores": scores}
+    total = f"{arguments.split}, {evaluation.rows} rows: {scores_in_words(scores)}"
+    show(arguments, outcome, total, *(f"  {score:.3f}  {label}" for label, score in per_class.items()))
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,37 +90,28 @@ def _report(arguments: argparse.Namespace) -> None:
     from meerkat.report import write_comparison_report, write_run_report
 
     written = (write_comparison_report if kinds[0] == "compare.json" else write_run_report)(folder)
-    print(json.dumps({"report": str(written)}) if arguments.json else f"Report: {written}")
+    show(arguments, {"report": str(written)}, f"Report: {written}")
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     parser.add_argument("--to", required=True, metavar="DIR", type=Path, help="folder to write; new or empty")
-    parser.add_argument(
-        "--form",
-        default="merged",
-        choices=["merged", "delta"],
-        help="a whole model, or mask and values alone [default: merged]",
-    )
+    about = "a whole model, or mask and values alone [default: merged]"
+    parser.add_argument("--form", default="merged", choices=["merged", "delta"], help=about)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from meerkat.export.model import export
 
     written = export(arguments.folder, arguments.to, arguments.form)
-    print(json.dumps({"written": str(written)}) if arguments.json else f"written: {written}")
+    show(arguments, {"written": str(written)}, f"written: {written}")
 
 
 COMMANDS = (
     Command(
-        "verify",
-        "Replay a run from its folder alone; check every digest and signature.",
-        _verify_arguments,
-        _verify,
+        "verify", "Replay a run from its folder alone; check every digest and signature.", _verify_arguments, _verify
     ),
-    Command("evaluate", "Judge a run's model, overall and per class.", _evaluate_arguments, _evaluate),
-    Command(
-        "report", "Write a page with all figures of a run, or of a comparison of runs.", _report_arguments, _report
-    ),
+    Command("evaluate", "Evaluate a run's model, overall and per class.", _evaluate_arguments, _evaluate),
+    Command("report", "Write a page with all figures of a run, or of a comparison.", _report_arguments, _report),
     Command("export", "Write a run's model as a Hugging Face folder or as a sparse delta.", _export_arguments, _export),
 )

@@ -1,9 +1,11 @@
-"""What the commands' parsers share: one-line errors, and the settings of a run as flags, in their groups."""
+"""What the commands share: one-line errors, the settings of a run as flags, in their groups, and what they print."""
 
 import argparse
+import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -45,6 +47,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
 
 
+def show(arguments: argparse.Namespace, outcome: Mapping[str, Any], *lines: str) -> None:
+    """Print a command's outcome: as one JSON object with --json, otherwise as lines."""
+    print(json.dumps(outcome) if arguments.json else "\n".join(lines))
+
+
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of a run."""
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
+
+
+def add_list(parser: argparse.ArgumentParser, flag: str, value: str, about: str, required: bool = False) -> None:
+    """Add a flag that may be given several times."""
+    about = f"{about}; may be given again"
+    parser.add_argument(flag, action="append", default=[], metavar=value, help=about, required=required)
+
+
 def add_run_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> argparse._ArgumentGroup:
     """Add a flag for every setting of a run but some, in groups. Returns the first, of those that matter most."""
     first = parser.add_argument_group(FIRST_TITLE)
@@ -56,7 +74,7 @@ def add_run_settings(parser: argparse.ArgumentParser, but: Collection[str] = ())
 
 
 def add_settings(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
-    """Add a flag for each of these settings of a run; older names of theirs serve, too, and are not shown."""
+    """Add a flag for each of these settings of a run; their older names serve too, and are not shown."""
     for name in names:
         field = RunConfig.model_fields[name]
         value, about = _value_of(name, field), field.description or ""

@@ -1,10 +1,9 @@
 """Commands for those who run a federation or a site of one: partition, certify, keygen, doctor."""
 
 import argparse
-import json
 from pathlib import Path
 
-from meerkat.cli.parser import Command, add_settings, given_settings
+from meerkat.cli.parser import Command, add_list, add_settings, given_settings, show
 from meerkat.errors import MeerkatError
 from meerkat.settings.config import make_config
 
@@ -21,57 +20,34 @@ def _partition(arguments: argparse.Namespace) -> None:
     from meerkat.federation.site_folders import write_sites
 
     counts = write_sites(config, Path(arguments.out))
-    if arguments.json:
-        print(json.dumps({"written": arguments.out, "clients": len(counts), "rows": counts}))
-        return
-    print(f"{arguments.out}: {sum(counts)} rows in {len(counts)} folders")
-    for client, count in enumerate(counts):
-        print(f"  site-{client}  {count} rows")
+    total = f"{arguments.out}: {sum(counts)} rows in {len(counts)} folders"
+    each = [f"  site-{client}  {count} rows" for client, count in enumerate(counts)]
+    show(arguments, {"written": arguments.out, "clients": len(counts), "rows": counts}, total, *each)
 
 
 def _certify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the files; new or empty")
-    parser.add_argument(
-        "--host",
-        required=True,
-        action="append",
-        metavar="HOST",
-        help="name or address that sites reach the coordinator by; may be given again",
-    )
+    add_list(parser, "--host", "HOST", "name or address that sites reach the coordinator by", required=True)
     parser.add_argument("--nodes", default=0, metavar="N", type=int, help="sites to make a key for [default: 0]")
-    parser.add_argument(
-        "--days", default=365, metavar="N", type=int, help="validity of the certificates [default: 365]"
-    )
+    about = "validity of the certificates [default: 365]"
+    parser.add_argument("--days", default=365, metavar="N", type=int, help=about)
 
 
 def _certify(arguments: argparse.Namespace) -> None:
-    try:
-        from meerkat.federation.certificates import certify
-    except ImportError:
-        raise _needs_cryptography("certify") from None
+    from meerkat.federation.certificates import certify
+
     made = certify(arguments.out, arguments.host, arguments.nodes, arguments.days)
-    if arguments.json:
-        print(json.dumps({name: str(path) for name, path in made.items()}))
-        return
-    for name, path in made.items():
-        print(f"{name:>14}  {path}")
+    files = {name: str(path) for name, path in made.items()}
+    show(arguments, files, *(f"{name:>14}  {path}" for name, path in files.items()))
 
 
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE.key",
-        type=Path,
-        help="private key to write; the public one goes beside it",
-    )
+    about = "private key to write; the public one goes beside it"
+    parser.add_argument("--out", required=True, metavar="FILE.key", type=Path, help=about)
 
 
 def _keygen(arguments: argparse.Namespace) -> None:
-    try:
-        from meerkat.federation.certificates import make_signing_key
-    except ImportError:
-        raise _needs_cryptography("keygen") from None
+    from meerkat.federation.certificates import make_signing_key
     from meerkat.record.signatures import SigningKey, fingerprint
 
     if not arguments.out.name or arguments.out.is_dir():
@@ -81,12 +57,13 @@ def _keygen(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise MeerkatError(f"keygen: --out '{arguments.out}': {error.strerror}; give another file") from None
     name = fingerprint(SigningKey.load(str(made.private)).public)
-    if arguments.json:
-        print(json.dumps({"key": str(made.private), "public": str(made.public), "fingerprint": name}))
-        return
-    print(f"{made.private}  stays on the site")
-    print(f"{made.public}  goes to the coordinator, and to anyone who verifies")
-    print(name)
+    show(
+        arguments,
+        {"key": str(made.private), "public": str(made.public), "fingerprint": name},
+        f"{made.private}  stays on the site",
+        f"{made.public}  goes to the coordinator, and to anyone who verifies",
+        name,
+    )
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,29 +72,18 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    try:
-        from meerkat.federation.doctor import examine, in_lines, judge
-    except ImportError:
-        raise _needs_cryptography("doctor") from None
+    from meerkat.federation.doctor import examine, in_lines, raise_if_failed
+
     outcome = examine(arguments.file, arguments.connect)
-    print(json.dumps(outcome) if arguments.json else in_lines(outcome))
-    judge(outcome)
-
-
-def _needs_cryptography(command: str) -> MeerkatError:
-    return MeerkatError(f"{command}: needs the 'cryptography' package; pip install 'meerkat-fl[flower]'")
+    show(arguments, outcome, *in_lines(outcome))
+    raise_if_failed(outcome)
 
 
 COMMANDS = (
     Command(
-        "partition",
-        "Write each client's training rows to a folder of its own, site by site.",
-        _partition_arguments,
-        _partition,
+        "partition", "Write each client's training rows to a folder, site by site.", _partition_arguments, _partition
     ),
-    Command(
-        "certify", "Make a federation's certificate authority, certificate and node keys.", _certify_arguments, _certify
-    ),
+    Command("certify", "Make a federation's authority, certificate and node keys.", _certify_arguments, _certify),
     Command("keygen", "Make the key that a site signs its replies with.", _keygen_arguments, _keygen),
     Command("doctor", "Check a federation's site or coordinator before a run.", _doctor_arguments, _doctor),
 )

@@ -10,16 +10,16 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from meerkat.errors import MeerkatError
 from meerkat.progress import say
 from meerkat.settings.auto import AUTO
 from meerkat.settings.config import OLDER_NAMES, RunConfig, make_config, make_value, read_toml, with_names_of_today
+from meerkat.settings.validation import Settings, validate
 
-_M = TypeVar("_M", bound=BaseModel)
 _FOR_ALL = ("title", "seeds", "search")
 """What stands at the top of a file, for all studies alike."""
 
@@ -33,10 +33,8 @@ Setting = Mapping[str, Any]
 """An axis' name -> one of its values."""
 
 
-class Check(BaseModel):
+class Check(Settings):
     """A claim about a study, checked on differences between settings that agree in everything but one axis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     claim: str = Field(description="the claim in words")
     axis: str
@@ -47,10 +45,8 @@ class Check(BaseModel):
     measure: str = Field("", description="a score's name; empty for the problem's first, such as accuracy")
 
 
-class Study(BaseModel):
+class Study(Settings):
     """One grid of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[\w.-]+$")
     title: str = ""
@@ -59,7 +55,7 @@ class Study(BaseModel):
     shared: dict[str, Any]
     """Settings of all cells."""
     total_steps: int = Field(0, ge=0)
-    check: list[Check] = []
+    check: list[Check] = Field([])
 
     def settings(self) -> list[Setting]:
         """The product of the axes; the last varies fastest."""
@@ -78,7 +74,7 @@ class Study(BaseModel):
         given = {**self.shared, **setting, "seed": seed}
         if self.searches(setting):
             given["lr"] = AUTO
-        config = make_config(given, spell=f"study '{self.name}': ")
+        config = make_config(given, where=f"study '{self.name}': ")
         if not self.total_steps:
             return config
         rounds, rest = divmod(self.total_steps, config.local_steps)
@@ -91,10 +87,8 @@ class Study(BaseModel):
         return config.model_copy(update={"rounds": rounds, "eval_every": ten_points})
 
 
-class Search(BaseModel):
+class Search(Settings):
     """How each setting's learning rate is found: by the same rule for all, on held-back training rows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     held_back: float = Field(0.2, gt=0, lt=1, description="share of the training rows that rates are judged on")
     rounds: float = Field(1.0, gt=0, le=1, description="length of a trial run, as a share of the setting's rounds")
@@ -102,10 +96,8 @@ class Search(BaseModel):
     trials: int = Field(7, ge=3, description="rates tried for one setting, at most")
 
 
-class Comparison(BaseModel):
+class Comparison(Settings):
     """All studies of one file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str = "Comparison"
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
@@ -147,7 +139,7 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
         return _study(_over(_over(shared, _merged(study, quick)), overrides))
 
     studies = [_claiming(layered(study, quick, overrides), layered(study, False, {})) for study in listed]
-    found = _made(Comparison, {"studies": studies, **own}, f"config '{file}': " if file else "--")
+    found = validate(Comparison, {"studies": studies, **own}, f"config '{file}': " if file else "--")
     names = [study.name for study in found.studies]
     if len(set(names)) < len(names):
         raise MeerkatError(f"config '{file}': two studies have the same name; give each its own")
@@ -181,25 +173,6 @@ def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _made(kind: type[_M], given: Mapping[str, Any], where: str) -> _M:
-    """A part of a comparison, validated.
-
-    Raises:
-        MeerkatError: the first thing that is wrong with it, in one line.
-    """
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        said = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            raise MeerkatError(f"{where}{name}: unknown; see docs/formats.md") from None
-        if first["type"] == "missing":
-            raise MeerkatError(f"{where}{name}: missing; see docs/formats.md") from None
-        raise MeerkatError(f"{where}{name} {first['input']!r}: {said[:1].lower()}{said[1:]}") from None
-
-
 def _study(held: dict[str, Any]) -> Study:
     named = ("name", "title", "note", "check", "total_steps")
     own: dict[str, Any] = {name: held.pop(name) for name in named if name in held}
@@ -217,7 +190,7 @@ def _study(held: dict[str, Any]) -> Study:
         raise MeerkatError(f"{spell}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
     shared = {name: value for name, value in held.items() if name not in axes}
     shared |= {"lr": _value("lr", shared["lr"], spell)} if "lr" in shared else {}
-    return _made(Study, {"axes": axes, "shared": shared, **own}, spell)
+    return validate(Study, {"axes": axes, "shared": shared, **own}, spell)
 
 
 def _is_axis(name: str, value: Any) -> bool:

@@ -23,6 +23,7 @@ from meerkat.record.run_folder import RunFolder, explain_disk_errors
 from meerkat.record.verification import VerifiedRun
 from meerkat.run.evaluate import load_run
 from meerkat.run.summary import without_budget
+from meerkat.settings.validation import check_new_folder
 
 Form = Literal["merged", "delta"]
 DELTA_FILE = "delta.safetensors"
@@ -44,8 +45,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         MeerkatError: the folder is not empty.
         RunFailed: the run is damaged, or a file cannot be written.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise MeerkatError(f"'{to}': is not an empty folder; give a new or empty one as --to")
+    check_new_folder(to)
     run, problem = load_run(root)
     if form == "merged" and not isinstance(problem, Classification):
         raise MeerkatError(

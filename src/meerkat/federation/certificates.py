@@ -8,16 +8,17 @@ Each site makes its own signing key: anyone else who has held that key could sig
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -28,6 +29,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meerkat.errors import MeerkatError
+from meerkat.settings.validation import check_new_folder
+
+_T = TypeVar("_T")
 
 DAYS = 365
 """Default validity of certificates."""
@@ -58,8 +62,7 @@ def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) ->
     Raises:
         MeerkatError: the folder is not empty, or a host or a number is malformed.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MeerkatError(f"'{folder}': is not an empty folder; give a new or empty one")
+    check_new_folder(folder)
     if nodes < 0:
         raise MeerkatError(f"{nodes} nodes: must be 0 or more")
     _names(hosts)  # before anything is written
@@ -81,16 +84,9 @@ def make_authority(folder: Path, days: int = DAYS) -> Pair:
     Raises:
         MeerkatError: the folder already has an authority.
     """
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation authority")])
-    certificate = (
-        _certificate(name, name, key.public_key(), _until(days))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA384())
-    )
-    return _write_pair(folder / "ca", key, certificate)
+    key, name = ec.generate_private_key(ec.SECP384R1()), _name("authority")
+    builder = _certificate(name, name, key.public_key(), _until(days), authority=True)
+    return _write_certificate(folder / "ca", key, builder.sign(key, hashes.SHA384()))
 
 
 def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAYS) -> Pair:
@@ -103,29 +99,18 @@ def issue_server_certificate(folder: Path, hosts: Sequence[str], days: int = DAY
     Raises:
         MeerkatError: the folder has no authority, or already has a server certificate; or a host is malformed.
     """
-    names = _names(hosts)
-    try:
-        authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-        signing = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "cannot be read"
-        raise MeerkatError(f"'{folder}': no authority that can sign ({reason}); make one first") from None
+    names, authority, signing = _names(hosts), read_certificate(folder / "ca.crt"), _read_key(folder / "ca.key")
     if not isinstance(signing, ec.EllipticCurvePrivateKey):
         raise MeerkatError(f"'{folder / 'ca.key'}': not an elliptic-curve key; make the authority anew")
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Meerkat federation coordinator")])
-    until = min(_until(days), authority.not_valid_after_utc)
+    key, until = ec.generate_private_key(ec.SECP384R1()), min(_until(days), authority.not_valid_after_utc)
     certificate = (
-        _certificate(subject, authority.subject, key.public_key(), until)
+        _certificate(_name("coordinator"), authority.subject, key.public_key(), until, authority=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.public_key()), critical=False)
         .sign(signing, hashes.SHA384())
     )
-    return _write_pair(folder / "server", key, certificate)
+    return _write_certificate(folder / "server", key, certificate)
 
 
 def make_node_key(path: Path) -> Pair:
@@ -141,37 +126,17 @@ def make_node_key(path: Path) -> Pair:
 
 
 def make_signing_key(path: Path) -> Pair:
-    """Make a key that a site signs its replies with: Ed25519 in OpenSSH format, as `ssh-keygen -t ed25519` makes it.
-
-    Args:
-        path: the private key's file. The public key's is beside it, with suffix .pub in place of .key, if it has that.
-
-    Raises:
-        MeerkatError: one of the files already exists.
-    """
+    """Make a key that a site signs its replies with: Ed25519, as `ssh-keygen -t ed25519`. As `make_node_key`."""
     return _write_openssh(path, ed25519.Ed25519PrivateKey.generate())
 
 
-def _write_openssh(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> Pair:
-    public = path.with_suffix(".pub") if path.suffix == ".key" else path.with_name(path.name + ".pub")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
-    _write_new(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n", 0o644)
-    return Pair(public, path)
-
-
-def read_certificate(path: str) -> x509.Certificate:
+def read_certificate(path: Path) -> x509.Certificate:
     """Read a certificate, PEM.
 
     Raises:
         MeerkatError: no such file, or it is not a certificate.
     """
-    try:
-        return x509.load_pem_x509_certificate(Path(path).read_bytes())
-    except OSError as error:
-        raise MeerkatError(f"'{path}': {error.strerror}; see 'meerkat certify'") from None
-    except ValueError:
-        raise MeerkatError(f"'{path}': is not a PEM certificate; see 'meerkat certify'") from None
+    return _read(path, x509.load_pem_x509_certificate, "a PEM certificate")
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -191,19 +156,13 @@ def names_of(certificate: x509.Certificate) -> list[str]:
     return [str(name.value) for name in names]
 
 
-def is_pair(certificate: x509.Certificate, private_key: str) -> bool:
+def is_pair(certificate: x509.Certificate, private_key: Path) -> bool:
     """Whether a private key, a PEM file, belongs to a certificate.
 
     Raises:
         MeerkatError: no such file, or it is not a key without a password.
     """
-    try:
-        key = load_pem_private_key(Path(private_key).read_bytes(), password=None)
-    except OSError as error:
-        raise MeerkatError(f"'{private_key}': {error.strerror}; see 'meerkat certify'") from None
-    except (ValueError, TypeError):
-        raise MeerkatError(f"'{private_key}': is not a PEM key without a password; see 'meerkat certify'") from None
-    return key.public_key() == certificate.public_key()
+    return _read_key(private_key).public_key() == certificate.public_key()
 
 
 def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
@@ -213,6 +172,19 @@ def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True
+
+
+def _read_key(path: Path) -> PrivateKeyTypes:
+    return _read(path, lambda data: load_pem_private_key(data, password=None), "a PEM key without a password")
+
+
+def _read(path: Path, load: Callable[[bytes], _T], what: str) -> _T:
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise MeerkatError(f"'{path}': {error.strerror}; see 'meerkat certify'") from None
+    except (ValueError, TypeError):
+        raise MeerkatError(f"'{path}': is not {what}; see 'meerkat certify'") from None
 
 
 def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
@@ -231,6 +203,10 @@ def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
     return names
 
 
+def _name(role: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Meerkat federation {role}")])
+
+
 def _until(days: int) -> datetime:
     if days < 1:
         raise MeerkatError(f"{days} days: must be 1 or more")
@@ -238,8 +214,11 @@ def _until(days: int) -> datetime:
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime, authority: bool
 ) -> x509.CertificateBuilder:
+    """A certificate to be signed. An authority's signs certificates; another's signs TLS handshakes."""
+    unused = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    usage = {**dict.fromkeys((*unused, "encipher_only", "decipher_only"), False), "digital_signature": not authority}
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -248,36 +227,32 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(datetime.now(UTC) - _CLOCK_SKEW)
         .not_valid_after(until)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=authority, crl_sign=authority, **usage), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
-def _usage(signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _write_pair(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Pair:
+def _write_certificate(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Pair:
     pair = Pair(stem.with_suffix(".crt"), stem.with_suffix(".key"))
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    _write_new(pair.private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    _write_new(pair.public, certificate.public_bytes(Encoding.PEM), 0o644)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return _write_pair(pair, certificate.public_bytes(Encoding.PEM), private)
+
+
+def _write_openssh(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> Pair:
+    public = path.with_suffix(".pub") if path.suffix == ".key" else path.with_name(path.name + ".pub")
+    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+    return _write_pair(Pair(public, path), line, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+
+def _write_pair(pair: Pair, public: bytes, private: bytes) -> Pair:
+    """Write two new files; the private one is never readable by others, not even for a moment."""
+    pair.private.parent.mkdir(parents=True, exist_ok=True)
+    for path, content, mode in ((pair.private, private, 0o600), (pair.public, public, 0o644)):
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:
+            raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first") from None
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)
     return pair
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file; a private one is never readable by others, not even for a moment."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError:
-        raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first") from None
-    with os.fdopen(file, "wb") as stream:
-        stream.write(content)

@@ -1,27 +1,25 @@
 """A coordinator's settings: its federation.toml."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.frames import LIMIT
 from meerkat.federation.link import WaitingRules
 from meerkat.record.signatures import check_fingerprint, read_keys
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
-from meerkat.settings.validation import existing_path, validate
+from meerkat.settings.validation import Settings, existing_path, validate
 
 
-class FederationConfig(BaseModel):
+class FederationConfig(Settings):
     """Table [federation] of federation.toml: how sites reach the coordinator, and how long it waits for them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stream: str = Field(
-        "", description="host:port of the session stream, as sites reach it; empty to send frames as Flower messages"
-    )
+    stream: str = Field("", description="host:port of the session stream, as sites reach it; empty: Flower messages")
     listen: str = Field("", description="host:port to listen on [default: the stream's own]")
     certificate: str = Field("", description="the coordinator's certificate, PEM; its host is the stream's")
     private_key: str = Field("", description="the certificate's key, PEM")
@@ -31,27 +29,17 @@ class FederationConfig(BaseModel):
     quorum: int = Field(1, ge=1, description="replies with which a round may close without the others")
     deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without slower clients")
     patience_s: float = Field(600.0, gt=0, description="seconds that it waits for more where too few clients are left")
-    site_patience_s: float = Field(
-        30.0, gt=0, description="seconds for which a site tries to reconnect before it is free for another run"
-    )
+    site_patience_s: float = Field(30.0, gt=0, description="seconds for which a site tries to reconnect")
     sign: bool = Field(False, description="whether every reply must be signed; sites without a key are then refused")
     signers: str = Field("", description="file of the sites' public keys, one a line; no other key may sign")
     revoked: tuple[str, ...] = Field((), description="keys that are no longer accepted: fingerprints or .pub files")
-    evaluate: Literal["coordinator", "sites"] = Field(
-        "coordinator", description="who evaluates: the coordinator on its own rows, or the sites that agree, on theirs"
-    )
+    evaluate: Literal["coordinator", "sites"] = Field("coordinator", description="who evaluates, each on its own rows")
     extensions: tuple[str, ...] = Field((), description="extensions that the run needs: modules, or .py files")
 
     def waiting_rules(self, clients: int) -> WaitingRules:
-        """How the engine waits."""
-        return WaitingRules(
-            clients_minimum=self.clients_minimum,
-            clients_wanted=self.clients_wanted or clients,
-            start_s=self.start_s,
-            quorum=self.quorum,
-            deadline_s=self.deadline_s,
-            patience_s=self.patience_s,
-        )
+        """How the engine waits for a run's clients."""
+        rules = {field.name: getattr(self, field.name) for field in fields(WaitingRules)}
+        return WaitingRules(**rules | {"clients_wanted": self.clients_wanted or clients})
 
 
 def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
@@ -71,15 +59,18 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
     for name in ("model", "data", "text", "mask", "task"):
         run[name] = existing_path(file, run[name]) if isinstance(run.get(name), str) else run.get(name, "")
     run = {name: value for name, value in run.items() if value != ""}
-    config = make_config(run, spell=f"{file}: [run] ")
+    config = make_config(run, where=f"{file}: [run] ")
     federation = validate(FederationConfig, tables["federation"], f"{file}: [federation] ")
-    paths: dict[str, Any] = {
-        name: existing_path(file, getattr(federation, name)) for name in ("certificate", "private_key", "signers")
-    }
+    names = ("certificate", "private_key", "signers")
+    paths: dict[str, Any] = {name: existing_path(file, getattr(federation, name)) for name in names}
     paths["revoked"] = tuple(name for entry in federation.revoked for name in _revoked_in(file, entry))
     paths["extensions"] = tuple(existing_path(file, name) for name in federation.extensions)
     federation = federation.model_copy(update=paths)
-    _check(file, config, federation)
+    for message in _conflicts(config, federation):
+        raise MeerkatError(f"{file}: {message}")
+    for name in ("stream", "listen"):
+        if address := getattr(federation, name):
+            host_and_port(address, f"{file}: {name}")
     return config, federation
 
 
@@ -101,34 +92,24 @@ def _revoked_in(file: Path, entry: str) -> list[str]:
     return sorted(read_keys(path, where)) if os.path.isfile(path) else [check_fingerprint(entry, where)]
 
 
-def _check(file: Path, config: RunConfig, federation: FederationConfig) -> None:
+def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]:
+    """What cannot be together, a line each."""
     if not config.recipe.sends_scalars:
-        raise MeerkatError(f"{file}: method {config.method}: sends 4n bytes a round; a federation takes scalar methods")
+        yield f"method {config.method}: sends 4n bytes a round; a federation takes scalar methods"
     if config.recipe.moves == "task":
-        raise MeerkatError(f"{file}: method {config.method}: needs the sites' rows in one place; use meerkat")
+        yield f"method {config.method}: needs the sites' rows in one place; use meerkat"
     if config.dp != "none" and federation.evaluate == "sites":
-        raise MeerkatError(
-            f"{file}: evaluate sites: scores on sites' rows are exact, which no noise covers; with dp {config.dp} use "
-            "evaluate coordinator"
-        )
+        scores = "scores on sites' rows are exact, which no noise covers"
+        yield f"evaluate sites: {scores}; with dp {config.dp} use evaluate coordinator"
     if federation.stream and not (federation.certificate and federation.private_key):
-        raise MeerkatError(
-            f"{file}: stream {federation.stream}: needs certificate and private_key; see 'meerkat certify'"
-        )
+        yield f"stream {federation.stream}: needs certificate and private_key; see 'meerkat certify'"
     if federation.sign and config.dp == "client":
-        raise MeerkatError(
-            f"{file}: sign: dp client keeps no replies that signatures could be of; leave one of the two out"
-        )
+        yield "sign: dp client keeps no replies that signatures could be of; leave one of the two out"
     if federation.signers and not federation.sign:
-        raise MeerkatError(f"{file}: signers: says whose replies are taken where sign = true; give that too")
-    for name in ("stream", "listen"):
-        if value := getattr(federation, name):
-            host_and_port(value, f"{file}: {name}")
+        yield "signers: says whose replies are taken where sign = true; give that too"
     for name in ("clients_minimum", "clients_wanted", "quorum"):
-        if (value := getattr(federation, name)) > config.clients:
-            raise MeerkatError(f"{file}: {name} {value}: must be at most [run] clients, {config.clients}")
+        if (count := getattr(federation, name)) > config.clients:
+            yield f"{name} {count}: must be at most [run] clients, {config.clients}"
     scalars = config.directions * max(config.local_steps, config.calibration_steps)
     if 4 * scalars > LIMIT // 2:
-        raise MeerkatError(
-            f"{file}: {scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"
-        )
+        yield f"{scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"

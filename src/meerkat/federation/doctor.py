@@ -11,9 +11,10 @@ import platform
 import shutil
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class CheckResult:
     """One line of the outcome."""
 
     level: Literal["ok", "warn", "FAIL"]
+    """FAIL: a run would fail. warn: it may fail, or will later."""
     check: str
     found: str
     cure: str = ""
@@ -66,22 +68,8 @@ class CheckResult:
         return f"{self.level:<4}  {self.check:<12}  {self.found}" + (f"; {self.cure}" if self.cure else "")
 
 
+ok, warn, fail = partial(CheckResult, "ok"), partial(CheckResult, "warn"), partial(CheckResult, "FAIL")
 Results = Iterator[CheckResult]
-
-
-def ok(check: str, found: str) -> CheckResult:
-    """Nothing is wrong."""
-    return CheckResult("ok", check, found)
-
-
-def warn(check: str, found: str, cure: str) -> CheckResult:
-    """A run may fail, or will later."""
-    return CheckResult("warn", check, found, cure)
-
-
-def fail(check: str, found: str, cure: str = "") -> CheckResult:
-    """A run would fail."""
-    return CheckResult("FAIL", check, found, cure)
 
 
 def examine(file: Path, connect: str = "") -> dict[str, Any]:
@@ -103,68 +91,60 @@ def examine(file: Path, connect: str = "") -> dict[str, Any]:
     if connect and kind == "coordinator":
         raise MeerkatError("--connect: is for a site, to reach its coordinator; leave it out with a federation.toml")
     address = host_and_port(connect, "--connect") if connect else None
-    machine: dict[str, Callable[[], Results]] = {
-        "versions": versions,
-        "programs": programs,
-        "threads": threads,
-        "disk": lambda: disk(file.absolute().parent),
-    }
+    checks = {"versions": versions(), "programs": programs(), "disk": resources(file.absolute().parent)}
     try:
-        checks = _coordinator_checks(file) if kind == "coordinator" else _site_checks(file, address)
+        checks |= _coordinator_checks(file) if kind == "coordinator" else _site_checks(file, address)
     except MeerkatError as error:
-        wrong = (fail("settings", str(error)), warn("the rest", "was not checked", "correct the settings first"))
-        checks = {"settings": lambda: iter(wrong)}
-    return {"file": str(file), "kind": kind, "checks": [asdict(result) for result in _run(machine | checks)]}
+        wrong = fail("settings", str(error)), warn("the rest", "was not checked", "correct the settings first")
+        checks["settings"] = iter(wrong)
+    results = [asdict(result) for name, check in checks.items() for result in _results(name, check)]
+    return {"file": str(file), "kind": kind, "checks": results}
 
 
-def in_lines(outcome: Mapping[str, Any]) -> str:
+def in_lines(outcome: Mapping[str, Any]) -> list[str]:
     """An outcome for a person, one line a result."""
-    return "\n".join(str(CheckResult(**result)) for result in outcome["checks"])
+    return [str(CheckResult(**result)) for result in outcome["checks"]]
 
 
-def judge(outcome: Mapping[str, Any]) -> None:
+def raise_if_failed(outcome: Mapping[str, Any]) -> None:
     """Raise RunFailed if any check failed."""
     levels = [result["level"] for result in outcome["checks"]]
     if failed := levels.count("FAIL"):
         raise RunFailed(f"{failed} of {len(levels)} checks failed")
 
 
-def _run(checks: Mapping[str, Callable[[], Results]]) -> Results:
-    for name, check in checks.items():
-        try:
-            yield from check()
-        except MeerkatError as error:
-            yield fail(name, str(error))
-        except Exception as error:  # a check that breaks must not hide the others' results
-            yield fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+def _results(name: str, check: Results) -> Results:
+    try:
+        yield from check
+    except MeerkatError as error:
+        yield fail(name, str(error))
+    except Exception as error:  # a check that breaks must not hide the others' results
+        yield fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Callable[[], Results]]:
+def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Results]:
     site = SiteConfig.load(file)
-    checks: dict[str, Callable[[], Results]] = {
-        "settings": lambda: iter((ok("settings", f"a site's: client {site.client}"),)),
-        "model": lambda: model(site.model, site.device, site.accepts.model),
-        "data": lambda: site_rows(site),
-        "authority": lambda: site_authority(site.certificate_authority),
-        "signing_key": lambda: site_keys(site),
+    return {
+        "settings": iter([ok("settings", f"a site's: client {site.client}")]),
+        "model": model(site.model, site.device, site.accepts.model),
+        "data": site_rows(site),
+        "authority": site_authority(site.certificate_authority),
+        "signing_key": site_keys(site),
+        "connection": connection(address, site.certificate_authority) if address else iter(()),
     }
-    if address is not None:
-        checks["connection"] = lambda: connection(address, site.certificate_authority)
-    return checks
 
 
-def _coordinator_checks(file: Path) -> dict[str, Callable[[], Results]]:
+def _coordinator_checks(file: Path) -> dict[str, Results]:
     given, federation = read_federation(file)
     config = resolve(given, rows=federation.evaluate == "coordinator")
-    checks: dict[str, Callable[[], Results]] = {
-        "settings": lambda: coordinator_settings(config),
-        "model": lambda: model(config.model, config.device, mask=config.mask),
-        "data": lambda: coordinator_rows(config, federation),
-        "signers": lambda: coordinator_signers(federation),
+    checks = {
+        "settings": coordinator_settings(config),
+        "model": model(config.model, config.device, mask=config.mask),
+        "data": coordinator_rows(config, federation),
+        "signers": coordinator_signers(federation),
     }
     if federation.stream:
-        checks["certificate"] = lambda: coordinator_certificate(federation)
-        checks["port"] = lambda: port(federation)
+        checks |= {"certificate": coordinator_certificate(federation), "port": port(federation)}
     return checks
 
 
@@ -174,9 +154,8 @@ def _coordinator_checks(file: Path) -> dict[str, Callable[[], Results]]:
 def versions() -> Results:
     """Python and the packages that this release requires, by its own metadata."""
     about = importlib.metadata.metadata("meerkat-fl")
-    required = [Requirement(f"python{about['Requires-Python']}")]
-    required += [Requirement(line) for line in importlib.metadata.requires("meerkat-fl") or ()]
-    for name, allowed in [(requirement.name, requirement.specifier) for requirement in required]:
+    for line in (f"python{about['Requires-Python']}", *(importlib.metadata.requires("meerkat-fl") or ())):
+        name, allowed = Requirement(line).name, Requirement(line).specifier
         if name not in ("python", "torch", "transformers", "flwr"):
             continue
         try:
@@ -196,18 +175,14 @@ def programs() -> Results:
     yield lacking if missing else ok("programs", "Flower's are on PATH")
 
 
-def threads() -> Results:
-    """The CPUs here. The number of threads is the run's, so that all sites compute the same bits."""
+def resources(folder: Path) -> Results:
+    """The CPUs, and free space beside the file and in the hub's cache. The run says how many threads all sites use."""
     yield ok("threads", f"{os.cpu_count()} CPUs; the coordinator sets how many threads every machine uses")
-
-
-def disk(folder: Path) -> Results:
-    """Free space beside the file, and in the hub's cache."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    for what, path in (("disk", folder), ("hub cache", cache)):
+    for name, path in (("disk", folder), ("hub cache", cache)):
         free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
         message = f"{_size(free)} free at {path}"
-        yield ok(what, message) if free > 1e9 else warn(what, message, "free some space: a full disk ends a run")
+        yield ok(name, message) if free > 1e9 else warn(name, message, "free some space: a full disk ends a run")
 
 
 def _available() -> int:
@@ -228,8 +203,8 @@ def _size(count: int) -> str:
 
 def coordinator_settings(config: RunConfig) -> Results:
     """The coordinator's settings, and those that have no effect."""
-    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
-    yield ok("settings", f"a coordinator's: {config.method} on {config.task}, {many}; threads: {config.threads}")
+    size = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
+    yield ok("settings", f"a coordinator's: {config.method} on {config.task}, {size}; threads: {config.threads}")
     for line in config.idle().values():
         yield warn("settings", line, "a new run is refused with it")
 
@@ -248,8 +223,8 @@ def model(name: str, device: str, pinned: str = "", mask: str = "") -> Results:
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
-            message = f"'{name}': not a folder, and not in the hub's cache"
-            yield warn("model", message, "a run would download it, if the hub has it")
+            missing = f"'{name}': not a folder, and not in the hub's cache"
+            yield warn("model", missing, "a run would download it, if the hub has it")
             return
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -301,13 +276,11 @@ def _is_hub_name(name: str) -> bool:
 
 def site_keys(site: SiteConfig) -> Results:
     """The site's signing key, and the previous one."""
-    keys = dict(zip(("signing_key", "signing_key_before"), site.signing_keys(), strict=True))
-    for name, key in keys.items():
-        if key is None:
-            continue
-        yield ok(name, f"Ed25519, {fingerprint(key.public)}")
-        yield from _readable_by_others(name, getattr(site, name))
-    if keys["signing_key"] is None:
+    for name, key in zip(("signing_key", "signing_key_before"), site.signing_keys(), strict=True):
+        if key is not None:
+            yield ok(name, f"Ed25519, {fingerprint(key.public)}")
+            yield from _readable_by_others(name, getattr(site, name))
+    if not site.signing_key:
         yield ok("signing_key", "none: replies are not signed")
 
 
@@ -330,7 +303,7 @@ def site_authority(path: str) -> Results:
     if not path:
         yield warn("authority", "no certificate_authority: the site can only join runs without a stream", "give ca.crt")
         return
-    certificate = certificates.read_certificate(path)
+    certificate = certificates.read_certificate(Path(path))
     yield _validity("authority", certificate)
     if not certificates.is_authority(certificate):
         yield fail("authority", f"'{path}' is not an authority's certificate", "give ca.crt, not server.crt")
@@ -338,7 +311,7 @@ def site_authority(path: str) -> Results:
 
 def coordinator_certificate(federation: FederationConfig) -> Results:
     """The stream's certificate: validity, names, signature and private key."""
-    certificate = certificates.read_certificate(federation.certificate)
+    certificate = certificates.read_certificate(Path(federation.certificate))
     yield _validity("certificate", certificate)
     host, _ = host_and_port(federation.stream, "stream")
     message = f"{host}; the certificate is for {', '.join(names := certificates.names_of(certificate))}"
@@ -346,23 +319,20 @@ def coordinator_certificate(federation: FederationConfig) -> Results:
     authority = Path(federation.certificate).with_name("ca.crt")
     if not authority.is_file():
         yield warn("authority", f"no {authority}: the certificate's signature was not checked", "sites need it too")
-    elif certificates.is_signed_by(certificate, certificates.read_certificate(str(authority))):
+    elif certificates.is_signed_by(certificate, certificates.read_certificate(authority)):
         yield ok("authority", f"{authority} signed the certificate")
     else:
         yield fail("authority", f"{authority} did not sign the certificate", "use files of one 'meerkat certify'")
     key = federation.private_key
-    if certificates.is_pair(certificate, key):
-        yield ok("private_key", "belongs to the certificate")
-    else:
-        yield fail("private_key", f"'{key}' does not belong to the certificate", "use the certificate's own key")
+    wrong = fail("private_key", f"'{key}' does not belong to the certificate", "use the certificate's own key")
+    yield ok("private_key", "belongs to the certificate") if certificates.is_pair(certificate, Path(key)) else wrong
     yield from _readable_by_others("private_key", key)
 
 
 def _validity(check: str, certificate: x509.Certificate) -> CheckResult:
     now, begin, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    message = (
-        f"valid from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC; this machine's clock: {now:%Y-%m-%d %H:%M}"
-    )
+    first, last, clock = (f"{time:%Y-%m-%d %H:%M}" for time in (begin, end, now))
+    message = f"valid from {first} to {last} UTC; this machine's clock: {clock}"
     if not begin <= now <= end:
         return fail(check, message, "set the clock, or make new certificates with 'meerkat certify'")
     if end - now < timedelta(days=30):
@@ -381,7 +351,7 @@ def _readable_by_others(check: str, key: str) -> Results:
 def port(federation: FederationConfig) -> Results:
     """Whether the coordinator can listen on the stream's port."""
     listen = federation.listen or federation.stream
-    host, number = host_and_port(listen, "listen" if federation.listen else "stream")
+    host, number = host_and_port(listen, "listen")
     try:
         with socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             yield ok("port", f"{listen} is free")
@@ -389,8 +359,7 @@ def port(federation: FederationConfig) -> Results:
         cure = f'give an address of this machine to listen on, such as listen = "0.0.0.0:{number}"'
         if error.errno == errno.EADDRINUSE:
             cure = "end the run or program that uses it, or give another port"
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        yield fail("port", f"cannot listen on {listen}: {why}", cure)
+        yield fail("port", f"cannot listen on {listen}: {error.strerror}", cure)
 
 
 def connection(address: tuple[str, int], authority: str) -> Results:

@@ -6,21 +6,21 @@ nothing is drawn or charged twice.
 """
 
 import base64
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.federation.frames import BadFrame
-from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
 from meerkat.privacy.accounting import Charge, epsilon, steps_within
 from meerkat.privacy.mechanism import Mechanism, Relation
 from meerkat.progress import say
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.settings import budget as run_budget
 from meerkat.settings.config import RunConfig
+
+_LEDGER = "the site's ledger cannot be used"
 
 
 class Request(NamedTuple):
@@ -77,19 +77,16 @@ class Ledger:
                 self._load(record)
         except DAMAGE as error:
             self.close()
-            raise RunFailed(
-                f"ledger '{path}': a record is damaged ({in_short(error)}); restore the file from a copy"
-            ) from None
+            damage = f"a record is damaged ({in_short(error)})"
+            raise RunFailed(f"ledger '{path}': {damage}; restore the file from a copy") from None
 
     def _load(self, record: dict[str, Any]) -> None:
         request = Request(record["run"], record["client"], record["phase"], record["round"])
         charge = Charge(float(record["rate"]), float(record["noise_multiplier"]), record["steps"])
         if not all(type(number) is int for number in (request.client, request.round, charge.steps)):
-            raise TypeError(f"client {request.client!r} in round {request.round!r}: {charge.steps!r} steps")
+            raise TypeError(f"{request}, {charge}")
         if not (0 < charge.rate <= 1 and charge.noise_multiplier >= 0 and charge.steps >= 1):
-            raise ValueError(
-                f"a charge of {charge.steps:g} steps at rate {charge.rate:g} and noise {charge.noise_multiplier:g}"
-            )
+            raise ValueError(str(charge))
         if request in self._charges:
             raise ValueError(f"{request.phase} round {request.round} is charged twice")
         self._charges[request] = charge
@@ -107,12 +104,8 @@ class Ledger:
         """
         if request in self._replies:
             raise RunFailed(f"ledger '{self.path}': {request.phase} round {request.round} was answered before")
-        record = {
-            **request._asdict(),
-            "theta": theta,
-            **charge._asdict(),
-            "reply": base64.b64encode(reply).decode(),
-        }
+        encoded = base64.b64encode(reply).decode()
+        record = {**request._asdict(), "theta": theta, **charge._asdict(), "reply": encoded}
         self._log.append(record)
         self._load(record)
 
@@ -147,12 +140,8 @@ class RunAccountant:
         self, mechanism: Mechanism, ledger: Ledger, budgets: list[Budget], run: str, client: int, rows: int
     ) -> None:
         """For a site with this many rows; `run` is the federation's id, hexadecimal."""
-        self.mechanism = mechanism
-        self.ledger = ledger
-        self._run = run
-        self._client = client
-        self._rate = mechanism.rate(rows)
-        self._budgets = budgets
+        self.mechanism, self.ledger = mechanism, ledger
+        self._run, self._client, self._rate, self._budgets = run, client, mechanism.rate(rows), budgets
         self._steps_left: list[int] = []
         """Steps that each budget still allows, up to the most that `count_steps_left` was asked for."""
 
@@ -165,15 +154,13 @@ class RunAccountant:
             Refused: the budget does not allow a single step, in a run that was never answered. A run that was
                 answered may have spent its budget with the last reply, and must still hear how it ended.
         """
-        mechanism = run_budget.mechanism(config)
+        mechanism, accepts = run_budget.mechanism(config), site.accepts
         if config.dp != "example" or mechanism is None:
             return None
-        bounds, budgets = site.accepts, []
-        if config.dp_epsilon:
-            budgets.append(Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run))
-        if bounds.epsilon:
-            budgets.append(Budget(bounds.epsilon, bounds.delta, bounds.relation))
-        with _details_in_own_log():
+        of_run = Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run)
+        of_site = Budget(accepts.epsilon, accepts.delta, accepts.relation)
+        budgets = [budget for budget in (of_run, of_site) if budget.epsilon]  # 0 is no budget
+        with details_in_own_log(_LEDGER):
             ledger = Ledger(Path(site.ledger))
         accountant = cls(mechanism, ledger, budgets, run, site.client, rows)
         try:
@@ -195,10 +182,8 @@ class RunAccountant:
         for budget, left in zip(self._budgets, self._steps_left, strict=True):
             if steps > left:
                 whose = "the run's" if budget.run else "the site's"
-                raise Refused(
-                    f"epsilon: {whose} budget of {budget.epsilon:g} at delta {budget.delta:g} is spent "
-                    f"({left} steps left): the site leaves"
-                )
+                amount = f"{budget.epsilon:g} at delta {budget.delta:g}"
+                raise Refused(f"epsilon: {whose} budget of {amount} is spent ({left} steps left): the site leaves")
 
     def earlier_reply(self, phase: str, round: int, theta: bytes) -> bytes | None:
         """The reply that this or another process gave to the same request; None if it was not answered yet.
@@ -206,28 +191,15 @@ class RunAccountant:
         Raises:
             BadFrame: it was answered about another theta.
         """
-        answer = self.ledger.reply(Request(self._run, self._client, phase, round))
-        if answer is None:
-            return None
-        digest, reply = answer
+        digest, reply = self.ledger.reply(Request(self._run, self._client, phase, round)) or (theta.hex(), None)
         if digest != theta.hex():
-            raise BadFrame(
-                f"{phase} asked for in round {round}, after it was answered for another theta: not as agreed"
-            )
+            before = "after it was answered for another theta"
+            raise BadFrame(f"{phase} asked for in round {round}, {before}: not as agreed")
         return reply
 
     def charge(self, phase: str, round: int, theta: bytes, steps: int, reply: bytes) -> None:
         """Charge a reply's steps; the charge and the reply are on the disk when this returns."""
         charge = Charge(self._rate, self.mechanism.noise_multiplier, steps)
-        with _details_in_own_log():
+        with details_in_own_log(_LEDGER):
             self.ledger.charge(Request(self._run, self._client, phase, round), theta.hex(), charge, reply)
         self._steps_left = [left - steps for left in self._steps_left]
-
-
-@contextmanager
-def _details_in_own_log() -> Iterator[None]:
-    try:
-        yield
-    except RunFailed as error:
-        say(f"meerkat: {error}")
-        raise RunFailed("the site's ledger cannot be used; its own log says why") from None

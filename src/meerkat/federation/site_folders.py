@@ -1,17 +1,16 @@
 """A simulated split written as one data folder per client, for sites that train on their own."""
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from meerkat.errors import MeerkatError
-from meerkat.problems.data import Row
 from meerkat.problems.partition import partition
 from meerkat.record.run_folder import write_atomically
 from meerkat.run.setup import load_split, resolve
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
+from meerkat.settings.validation import check_new_folder
 
 
 def site_folder(out: Path, client: int) -> Path:
@@ -22,8 +21,7 @@ def site_folder(out: Path, client: int) -> Path:
 def write_sites(config: RunConfig, out: Path) -> list[int]:
     """Write `out`/site-0/train.jsonl, ...: the rows that each client of a simulation with these settings holds.
 
-    A client's rows are in the order of the training set, so a site that trains on its file sees the same batches as
-    that client in the simulation.
+    They are in the training set's order, so a site sees the same batches as that client in the simulation.
 
     Args:
         config: only `task`, `data`, `held_back`, `partition`, `clients` and `seed` matter.
@@ -35,22 +33,15 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     Raises:
         MeerkatError: the folder is not empty, or the rows cannot be loaded or split this way.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MeerkatError(f"'{out}': is not an empty folder; give a new or empty one as --out")
+    check_new_folder(out)
     if config.problem != CLASSIFICATION:
-        raise MeerkatError(
-            f"problem '{config.problem}': its rows are not written to folders; only {CLASSIFICATION}'s are"
-        )
+        raise MeerkatError(f"problem '{config.problem}': only {CLASSIFICATION}'s rows can be written to folders")
     config = resolve(config)
     training, _ = training_and_evaluation_rows(config, partial(load_split, config))
     split = partition(config.partition, training, config.clients, config.seed)
     for client, rows in enumerate(split.rows):
         folder = site_folder(out, client)
         folder.mkdir(parents=True)
-        _write_rows(folder / "train.jsonl", [training[row] for row in rows])
+        lines = "".join(json.dumps(training[row]) + "\n" for row in rows)
+        write_atomically(folder / "train.jsonl", partial(Path.write_text, data=lines, encoding="utf-8"))
     return [len(rows) for rows in split.rows]
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda part: part.write_text(lines, encoding="utf-8"))

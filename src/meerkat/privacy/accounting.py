@@ -5,6 +5,7 @@ docs/privacy.md says why this library, and compares its numbers with others'.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -42,11 +43,10 @@ def epsilon(charges: Sequence[Charge], delta: float, relation: Relation) -> floa
     Raises:
         MeerkatError: dp-accounting is not installed.
     """
-    counts: dict[tuple[float, float], int] = {}
+    counts: Counter[tuple[float, float]] = Counter()
     for charge in charges:
         if charge.steps and charge.rate:
-            key = charge.rate, charge.noise_multiplier
-            counts[key] = counts.get(key, 0) + charge.steps
+            counts[charge.rate, charge.noise_multiplier] += charge.steps
     return _epsilon(tuple(Charge(*key, steps) for key, steps in sorted(counts.items())), delta, relation)
 
 
@@ -55,13 +55,10 @@ def _epsilon(charges: tuple[Charge, ...], delta: float, relation: Relation) -> f
     if any(charge.noise_multiplier == 0 for charge in charges) or sum(c.steps for c in charges) > _LONGEST:
         return math.inf
     dp, pld, rdp = _library()
-    neighbours = dp.NeighboringRelation
-    events = [
-        dp.SelfComposedDpEvent(
-            dp.PoissonSampledDpEvent(charge.rate, dp.GaussianDpEvent(charge.noise_multiplier)), charge.steps
-        )
-        for charge in charges
-    ]
+    neighbours, events = dp.NeighboringRelation, []
+    for charge in charges:
+        step = dp.PoissonSampledDpEvent(charge.rate, dp.GaussianDpEvent(charge.noise_multiplier))
+        events.append(dp.SelfComposedDpEvent(step, charge.steps))
     coarse = rdp.RdpAccountant(_ORDERS)  # for adding or removing one; replacing one costs more still
     if charges and coarse.compose(dp.ComposedDpEvent(events)).get_epsilon(delta) > _HOPELESS:
         return math.inf

@@ -58,10 +58,8 @@ class Guarantee:
         changes = ["added or removed", "replaced"]
         this, other = changes if self.relation == "add-or-remove" else reversed(changes)
         unit = "one example of a client" if self.level == "example" else "one client"
-        promise = (
-            f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, {unit} {this}; "
-            f"{self.otherwise:.3g} where one is {other}"
-        )
+        promise = f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, {unit} {this}"
+        promise += f"; {self.otherwise:.3g} where one is {other}"
         return "; too weak to protect anybody: ".join(filter(None, [promise, self._weakness()]))
 
     def _weakness(self) -> str:

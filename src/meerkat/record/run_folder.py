@@ -88,7 +88,7 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The run's settings."""
-        config = make_config(read_toml(self.config_path), spell=f"{self.config_path}: ")
+        config = make_config(read_toml(self.config_path), where=f"{self.config_path}: ")
         config.check_resolved(f"{self.config_path}: ")
         return config
 

@@ -131,7 +131,7 @@ class StoredRun:
         agree(folder.log_path, "the estimator", opening.estimator, config.estimator)
         agree(folder.log_path, "the update rule", opening.update_rule, config.update_rule)
         z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
-        members, gradient = Members(opening.charter(config), listed), mask.pretraining_gradient
+        members, gradient = Members(opening.identity(config), listed), mask.pretraining_gradient
         replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, members, revoked)
         return cls(config, mask, z, opening, reader, replay)
 

@@ -181,7 +181,7 @@ def _replayed(
     z = directions(config, len(theta_0), theta_0.device)
     gradient = model.mask.pretraining_gradient
     gradient = None if gradient is None else gradient.to(theta_0.device)
-    members = Members(opening.charter(config))
+    members = Members(opening.identity(config))
     replay = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, members)
     noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
     lost = [

@@ -23,28 +23,22 @@ from meerkat.settings.config import RunConfig
 
 UPDATE_RULES: dict[str, Callable[[RunConfig], UpdateRule]] = {
     "sgd": lambda _: FedAvg(),
-    "momentum": lambda config: FedAvgM(number(config.server_lr), config.server_beta1),
-    "adam": lambda config: FedAdam(
-        number(config.server_lr), config.server_beta1, config.server_beta2, config.server_tau
-    ),
-    "feddyn": lambda config: FedDyn(config.feddyn_alpha),
+    "momentum": lambda c: FedAvgM(number(c.server_lr), c.server_beta1),
+    "adam": lambda c: FedAdam(number(c.server_lr), c.server_beta1, c.server_beta2, c.server_tau),
+    "feddyn": lambda c: FedDyn(c.feddyn_alpha),
 }
 """By the name that --update-rule takes. An extension adds to it: see `meerkat.extensions`."""
 
 CLIENT_RULES: dict[str, Callable[[RunConfig], ClientRule]] = {
     "zeroth-order": lambda _: ZEROTH_ORDER,
-    "feddyn": lambda config: FedDynClient(config.feddyn_alpha),
+    "feddyn": lambda c: FedDynClient(c.feddyn_alpha),
     "first-order": lambda _: FIRST_ORDER,
 }
 """By what a method's recipe says of its clients."""
 
 
 def estimator(config: RunConfig) -> Estimator:
-    """How slopes are estimated.
-
-    Raises:
-        MeerkatError: nobody here knows the estimator of that name.
-    """
+    """How slopes are estimated. Raises MeerkatError for an unknown name."""
     return estimators.estimator(config.estimator)
 
 
@@ -54,11 +48,7 @@ def directions(config: RunConfig, count: int, device: torch.device | str = "cpu"
 
 
 def rules(config: RunConfig) -> Rules:
-    """How theta moves.
-
-    Raises:
-        MeerkatError: nobody here knows the update rule of that name.
-    """
+    """How theta moves. Raises MeerkatError for an unknown update rule."""
     name = config.recipe.update_rule or config.update_rule
     if name not in UPDATE_RULES:
         raise MeerkatError(
@@ -84,6 +74,7 @@ def server_config(
         examples: rows of each client, by id.
         allowance: local steps that each client's privacy budget lasts for, by id.
     """
+    calibration = {name: getattr(config, name) for name in Vpcs.__dataclass_fields__ if name != "rule"}
     level = norm(theta_0.cpu().numpy()) / math.sqrt(len(theta_0))
     return ServerConfig(
         rounds=config.rounds,
@@ -98,16 +89,7 @@ def server_config(
         lr_schedule=config.lr_schedule,
         rules=rules(config),
         early_stop=config.stopping,
-        vpcs=Vpcs(
-            rule=config.vpcs_rule,
-            calibration_steps=config.calibration_steps,
-            initial_steps=config.initial_steps,
-            later_steps=config.later_steps,
-            rho_later=config.rho_later,
-            rho_quie=config.rho_quie,
-            sigma=config.sigma,
-            recalibrate_every=config.recalibrate_every,
-        ),
+        vpcs=Vpcs(rule=config.vpcs_rule, **calibration),
         aggregation=aggregator(config),
         step_limit=config.max_step_norm * level or math.inf,
         seed=config.seed,

@@ -28,18 +28,17 @@ def _expected(config: RunConfig) -> float:
 
 
 def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
-    """The settings with their noise multiplier, where it follows from a budget.
-
-    It is the noise with which the client of the fewest rows stays within the budget to the end of the run.
+    """The settings with their noise multiplier; `auto` is the least that keeps every client within its budget.
 
     Args:
         sizes: rows of each client; empty where they are not known, in a federation.
 
     Raises:
-        MeerkatError: no noise does, what is given lasts no client to the end, or the rows must be known.
+        MeerkatError: no noise is enough, or what is given lasts no client to the end, or the rows must be known.
     """
     if config.dp == "none":
         return config
+    asked = steps_asked(config)
     if config.dp_noise_multiplier == AUTO:
         if config.dp == "example" and not sizes:
             raise MeerkatError(
@@ -47,7 +46,7 @@ def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
                 "each site counts its own epsilon from it"
             )
         rate = max(rates(config, sizes))
-        noise = noise_for(config.dp_epsilon, config.dp_delta, rate, steps_asked(config), config.dp_relation)
+        noise = noise_for(config.dp_epsilon, config.dp_delta, rate, asked, config.dp_relation)
         config = config.model_copy(update={"dp_noise_multiplier": math.ceil(1e4 * noise) / 1e4})
     sigma = number(config.dp_noise_multiplier)
     noisy = config.dp_clip * (1 + 6 * sigma) / config.batch_size
@@ -57,11 +56,11 @@ def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
             f"to {noisy:.3g}, where {most:.3g} is allowed; use less of one, or larger batches"
         )
     lasting = allowance(config, sizes)
-    if lasting and max(lasting) < steps_asked(config):
+    if lasting and max(lasting) < asked:
         what = "local steps" if config.dp == "example" else "rounds"
         raise MeerkatError(
             f"dp_noise_multiplier {sigma:g}: dp_epsilon {config.dp_epsilon:g} lasts no client for "
-            f"more than {max(lasting)} of {steps_asked(config)} {what}; use more noise, a larger budget or fewer rounds"
+            f"more than {max(lasting)} of {asked} {what}; use more noise, a larger budget or fewer rounds"
         )
     return config
 
@@ -90,15 +89,9 @@ def allowance(config: RunConfig, sizes: Sequence[int]) -> list[int]:
     """
     if config.dp == "none" or not config.dp_epsilon:
         return []
+    target, sigma, most = config.dp_epsilon, number(config.dp_noise_multiplier), steps_asked(config)
     lasting = {
-        rate: steps_within(
-            config.dp_epsilon,
-            config.dp_delta,
-            rate,
-            number(config.dp_noise_multiplier),
-            config.dp_relation,
-            steps_asked(config),
-        )
+        rate: steps_within(target, config.dp_delta, rate, sigma, config.dp_relation, most)
         for rate in {*rates(config, sizes)}
     }
     return [lasting[rate] for rate in rates(config, sizes)]
@@ -117,37 +110,35 @@ def spent(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int, r
         made: (client, its rows at the time) -> local steps that it made of them.
         rounds: rounds closed, which are what all clients share under client-level privacy.
     """
-    found = mechanism(config)
-    if found is None:
+    noisy = mechanism(config)
+    if noisy is None:
         return []
-    noise, charges = found.noise_multiplier, dict[int, list[Charge]]()
-    if config.dp == "client":
-        charges[0] = [Charge(found.rate(config.clients), noise, rounds)]
-    else:
-        for (client, rows), steps in made.items():
-            charges.setdefault(client, []).append(Charge(found.rate(rows), noise, steps))
+    charges: dict[int, list[Charge]] = {}
+    steps_of = [((0, config.clients), rounds)] if config.dp == "client" else [*made.items()]
+    for (client, count), steps in steps_of:
+        charges.setdefault(client, []).append(Charge(noisy.rate(count), noisy.noise_multiplier, steps))
     return [epsilon(charges[client], config.dp_delta, relation) for client in sorted(charges)]
 
 
 def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int) -> Guarantee | None:
-    """What a run promises, as far as it has come, to whom it promises least; None without differential privacy.
+    """What a run promises so far, to the client that it promises least; None without differential privacy.
 
-    Arguments as in `spent`. Of a federation it is what the log tells: a site's own ledger also has replies that came
+    Arguments as in `spent`. In a federation it is what the log shows: a site's own ledger also has replies that came
     too late to count.
     """
     if config.dp == "none":
         return None
-    either: tuple[Relation, ...] = ("add-or-remove", "replace")
-    most = {relation: max(spent(config, made, rounds, relation), default=0.0) for relation in either}
-    this = config.dp_relation
+    this: Relation = config.dp_relation
+    other: Relation = "replace" if this == "add-or-remove" else "add-or-remove"
+    epsilons = [max(spent(config, made, rounds, relation), default=0.0) for relation in (this, other)]
     rows: dict[int, int] = {}
     for client, count in made:
         rows[client] = max(count, rows.get(client, 0))
     return Guarantee(
         level=config.dp,
         relation=this,
-        epsilon=most.pop(this),
-        otherwise=most.popitem()[1],
+        epsilon=epsilons[0],
+        otherwise=epsilons[1],
         delta=config.dp_delta,
         clip=config.dp_clip,
         noise_multiplier=number(config.dp_noise_multiplier),

@@ -2,11 +2,12 @@
 
 import tomllib
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import create_model, model_validator
 
 from meerkat.algorithm.attacks import attackers
 from meerkat.algorithm.robust import Aggregation
@@ -27,6 +28,7 @@ from meerkat.settings.groups import (
     RobustnessSettings,
 )
 from meerkat.settings.methods import METHODS, Recipe
+from meerkat.settings.validation import Settings, validate
 
 OLDER_NAMES = {"server_optimizer": "update_rule"}
 """Older spellings of settings, which files and flags may still use."""
@@ -42,8 +44,6 @@ class RunConfig(  # pydantic takes the fields of the last base first
     ModelAndData,
 ):
     """Settings of one run. Left out, a setting takes the default that its help names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
@@ -76,7 +76,7 @@ class RunConfig(  # pydantic takes the fields of the last base first
         return () if self.attack == "none" else attackers(self.attackers, self.clients, self.seed)
 
     def idle(self) -> dict[str, str]:
-        """Settings that are not at their defaults and do nothing beside the others, each with a line that says so."""
+        """See `compatibility.idle`."""
         return compatibility.idle(self)
 
     def check_none_idle(self) -> None:
@@ -84,18 +84,16 @@ class RunConfig(  # pydantic takes the fields of the last base first
         for line in self.idle().values():
             raise MeerkatError(line)
 
-    def check_resolved(self, spell: str, but: Collection[str] = ()) -> None:
-        """Raise MeerkatError for a setting that says auto where a run that has begun needs a number.
+    def check_resolved(self, where: str, but: Collection[str] = ()) -> None:
+        """Raise MeerkatError for a setting, except those of `but`, that says auto: a run that has begun has a number.
 
-        Args:
-            spell: what stands before a setting's name in the message.
-            but: settings that may say auto.
+        `where` stands before the setting's name in the message.
         """
         needed = ["lr", "eps", "server_lr", "threads", "tokens_per_pass"]
         needed += ["dp_noise_multiplier"] if self.dp != "none" else []
         for name in needed:
             if name not in but and getattr(self, name) == AUTO:
-                raise MeerkatError(f"{spell}{name} auto: must be a number, as this run has begun; restore it")
+                raise MeerkatError(f"{where}{name} auto: must be a number, as this run has begun; restore it")
 
     def to_toml(self) -> str:
         """The settings as TOML."""
@@ -114,60 +112,31 @@ def with_names_of_today(given: Mapping[str, Any]) -> dict[str, Any]:
     return {OLDER_NAMES.get(name, name): value for name, value in given.items()}
 
 
-def make_config(given: Mapping[str, Any], spell: str = "--") -> RunConfig:
-    """Validate settings.
-
-    Args:
-        spell: what stands before a setting's name in a message: "--" for flags.
-
-    Raises:
-        MeerkatError: an unknown setting, or a value out of range; the first one, in one line.
-    """
-    try:
-        return RunConfig(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise MeerkatError(str(first["msg"]).removeprefix("Value error, ")) from None
-        name = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise _unknown(name) from None
-        raise _refused(name, first["input"], first["msg"], spell) from None
+def make_config(given: Mapping[str, Any], where: str = "--") -> RunConfig:
+    """Validate settings. See `validate`."""
+    return validate(RunConfig, given, where)
 
 
-def make_value(name: str, value: Any, spell: str = "--") -> Any:
-    """Validate one setting by itself, without what settings ask of each other. Returns it as a run holds it.
+def make_value(name: str, value: Any, where: str = "--") -> Any:
+    """Validate one setting by itself, without what settings ask of each other. Returns it as a run has it.
 
     Raises:
         MeerkatError: an unknown setting, or a value out of range, in one line.
     """
-    field = RunConfig.model_fields.get(name)
-    if field is None:
-        raise _unknown(name)
-    alone: Any = Annotated[field.annotation, field]
-    try:
-        return TypeAdapter(alone).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _refused(name, first["input"], first["msg"], spell) from None
+    alone = _alone(name) if name in RunConfig.model_fields else RunConfig
+    return getattr(validate(alone, {name: value}, where), name)
+
+
+@cache
+def _alone(name: str) -> type[Settings]:
+    field = RunConfig.model_fields[name]
+    fields: Any = {name: (field.annotation, field)}
+    return create_model(name, __base__=Settings, **fields)
 
 
 def may_be_auto(name: str) -> bool:
     """Whether a setting is a number or the word auto."""
     return Auto in get_args(RunConfig.model_fields[name].annotation)
-
-
-def _unknown(name: str) -> MeerkatError:
-    return MeerkatError(f"setting '{name}': unknown; must be one of {', '.join(RunConfig.model_fields)}")
-
-
-def _refused(name: str, value: Any, reason: str, spell: str) -> MeerkatError:
-    flag = spell + (name.replace("_", "-") if spell == "--" else name)
-    reason = reason.removeprefix("Input should be ").removeprefix("Value error, ")
-    reason = reason.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    if may_be_auto(name):
-        reason += ", or auto, which chooses one"
-    return MeerkatError(f"{flag} {value}: must be {reason}; see 'meerkat simulate --help'")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

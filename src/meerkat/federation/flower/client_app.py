@@ -12,9 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.federation.flower.messages import pack, unpack
+from meerkat.federation.flower.messages import offer_in, pack, unpack
 from meerkat.federation.flower.stream import attend
-from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.progress import say
@@ -59,43 +58,35 @@ def _session_end(why: str, again: bool) -> RecordDict:
 
 
 def _take_part(message: Message, context: Context) -> RecordDict:
-    record = message.content["offer"]
-    offer, settings = Offer.decode(str(record["offer"]), bytes(record["mask"])), _settings(context)
+    offer, settings = offer_in(message.content), _settings(context)
     authority = _authority(settings) if offer.stream else b""
     with closing(Site(offer, settings, str(context.node_id))) as site:
         if offer.stream:
             say(f"client {site.client}: in federation {offer.run}, at {offer.stream}")
             attend(site, offer.stream, authority, offer.patience_s)
             return _session_end(f"{site.ended}, after round {site.round}", again=True)
-        return _begin(site, offer, message, context)
-
-
-def _begin(site: Site, offer: Offer, message: Message, context: Context) -> RecordDict:
-    """Begin a session in messages: answer with the site's first frame, and store what the next message needs."""
-    record = message.content["offer"]
-    if "site" in context.state and context.state["offer"]["run"] == offer.run:
-        site.take_up(context.state["site"])
-    say(f"client {site.client}: in federation {offer.run}, over Flower's messages")
-    context.state["offer"] = ConfigRecord({"run": offer.run, "offer": record["offer"], "mask": record["mask"]})
-    context.state["site"] = ConfigRecord(site.keep())
-    return RecordDict({"hello": ConfigRecord({"frame": site.hello()})})
+        # without a stream: answer with the site's first frame, and store what the next message needs
+        if "site" in context.state and context.state["offer"]["run"] == offer.run:
+            site.restore(context.state["site"])
+        say(f"client {site.client}: in federation {offer.run}, over Flower's messages")
+        context.state["offer"] = ConfigRecord({**message.content["offer"], "run": offer.run})
+        context.state["site"] = ConfigRecord(site.snapshot())
+        return RecordDict({"hello": ConfigRecord({"frame": site.hello()})})
 
 
 def _answer_frames(message: Message, context: Context) -> RecordDict:
     if "site" not in context.state:
         raise RunFailed("the site's state is gone; the next invitation begins anew")
-    record = context.state["offer"]
-    offer = Offer.decode(str(record["offer"]), bytes(record["mask"]))
-    with closing(Site(offer, _settings(context), str(context.node_id))) as site:
+    with closing(Site(offer_in(context.state), _settings(context), str(context.node_id))) as site:
         if context.state["site"]["joined"] != site.joined:
             raise RunFailed("the site's key or rows are not those that it joined with; the next invitation begins anew")
-        site.take_up(context.state["site"])
+        site.restore(context.state["site"])
         try:
             answers = [site.answer(frame) for frame in unpack(message.content)]
         except MeerkatError as error:
             answers = [site.refusal(str(error))]
             say(f"meerkat: {error}")
-    context.state["site"] = ConfigRecord(site.keep())
+    context.state["site"] = ConfigRecord(site.snapshot())
     if site.ended:
         say(f"meerkat: {site.ended}, after round {site.round}")
     return pack([answer for answer in answers if answer is not None])

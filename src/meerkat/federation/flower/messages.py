@@ -4,10 +4,10 @@ Flower handles every message in a new process on the site, so the site is kept i
 messages. A round takes seconds where the stream takes milliseconds; the scalars, and so theta, are the same.
 """
 
-import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from meerkat.federation.admission import Admission
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.link import Event
+from meerkat.federation.offer import Offer
 from meerkat.federation.site_settings import Refused
 from meerkat.progress import one_line, say
 
@@ -39,7 +40,7 @@ class MessageLink:
         """Nodes that are not to be invited again."""
         self._unanswered: dict[str, int] = {}
         """The client of each message that was not answered yet."""
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: deque[Event] = deque()
         self._lock = threading.Lock()
 
     def admit(self, node: int, hello: bytes) -> str:
@@ -50,7 +51,7 @@ class MessageLink:
             return str(error)
         with self._lock:
             self._nodes[site.client] = node
-        self._events.put(Event("arrived", site.client, site=site))
+        self._events.append(Event("arrived", site.client, site=site))
         return ""
 
     def nodes(self) -> set[int]:
@@ -60,12 +61,12 @@ class MessageLink:
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         """Send each client its frames in one message; those of a client that has left are lost."""
-        present = [(client, each) for client, each in frames.items() if client in self._nodes and each]
+        present = [client for client, each in frames.items() if client in self._nodes and each]
         if not present:
             return
-        self.bytes_sent += sum(len(frame) for _, each in present for frame in each)
-        ids = self._grid.push_messages([self._message(client, each) for client, each in present])
-        for (client, _), message_id in zip(present, ids, strict=True):
+        self.bytes_sent += sum(len(frame) for client in present for frame in frames[client])
+        ids = self._grid.push_messages([self._message(client, frames[client]) for client in present])
+        for client, message_id in zip(present, ids, strict=True):
             if message_id is None:
                 self._remove(client)
             else:
@@ -74,16 +75,13 @@ class MessageLink:
     def receive(self, timeout_s: float) -> Event | None:
         """The next event, or None if none came in time."""
         end = time.monotonic() + timeout_s
-        while self._events.empty():
+        while not self._events:
             self._pull()
             left = end - time.monotonic()
-            if not self._events.empty() or left <= 0:
+            if self._events or left <= 0:
                 break
             time.sleep(min(_POLL_S, left))
-        try:
-            return self._events.get_nowait()
-        except queue.Empty:
-            return None
+        return self._events.popleft() if self._events else None
 
     def drop(self, client: int, last: bytes) -> None:
         """Send a client a last frame, then dismiss it; its answer is not waited for."""
@@ -100,12 +98,7 @@ class MessageLink:
         return Message(pack(frames), dst_node_id=self._nodes[client], message_type=FRAMES)
 
     def _pull(self) -> None:
-        if not self._unanswered:
-            return
-        for answer in self._grid.pull_messages(list(self._unanswered)):
-            client = self._unanswered.pop(answer.metadata.reply_to_message_id, None)
-            if client is None:
-                continue
+        for answer, client in answered(self._grid, self._unanswered):
             if (end := session_end(answer)) is not None:
                 why, again = end
                 say(f"client {client}: {why}")
@@ -113,7 +106,7 @@ class MessageLink:
                 continue
             for frame in unpack(answer.content)[:_MOST_FRAMES]:
                 self.bytes_received += len(frame)
-                self._events.put(Event("frame", client, frame))
+                self._events.append(Event("frame", client, frame))
 
     def _remove(self, client: int, dismiss: bool = False) -> None:
         with self._lock:
@@ -121,7 +114,22 @@ class MessageLink:
             if node is not None and dismiss:
                 self._dismissed.add(node)
         if node is not None:
-            self._events.put(Event("left", client))
+            self._events.append(Event("left", client))
+
+
+def offer_record(offer: Offer, token: str) -> ConfigRecord:
+    """An offer as an invitation carries it, with the token for the node's first frame."""
+    text, mask = offer.encode(token)
+    return ConfigRecord({"offer": text, "mask": mask})
+
+
+def offer_in(content: Mapping[str, Any]) -> Offer:
+    """The offer in an invitation's content, or in a site's state.
+
+    Raises:
+        MeerkatError: it is malformed, or of another version.
+    """
+    return Offer.decode(str(content["offer"]["offer"]), bytes(content["offer"]["mask"]))
 
 
 def pack(frames: Sequence[bytes]) -> RecordDict:
@@ -133,6 +141,14 @@ def unpack(content: Any) -> list[bytes]:
     """The frames in a message's content; anything else becomes an empty frame, which is refused as malformed."""
     values = _value(content, "frames", "frames")
     return [frame if isinstance(frame, bytes) else b"" for frame in values] if isinstance(values, list) else [b""]
+
+
+def answered(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[Message, int]]:
+    """The messages of `waiting`, id -> whom it went to, that were answered by now; they wait no longer."""
+    for answer in grid.pull_messages(list(waiting)) if waiting else ():
+        to = waiting.pop(answer.metadata.reply_to_message_id, None)
+        if to is not None:
+            yield answer, to
 
 
 def hello_in(answer: Message) -> bytes | None:

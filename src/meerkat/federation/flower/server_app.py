@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
 from meerkat.federation.coordinator import coordinate
 from meerkat.federation.coordinator_settings import FederationConfig, read_federation
-from meerkat.federation.flower.messages import MessageLink, hello_in, session_end
+from meerkat.federation.flower.messages import MessageLink, answered, hello_in, offer_record, session_end
 from meerkat.federation.flower.stream import StreamLink
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
@@ -52,8 +52,8 @@ class FlowerControl:
         """The session stream or, without one, Flower's messages."""
         settings = self._federation
         if settings.stream:
-            listen, pair = settings.listen or settings.stream, (settings.certificate, settings.private_key)
-            return StreamLink(admission, listen, *map(Path, pair))
+            listen = settings.listen or settings.stream
+            return StreamLink(admission, listen, Path(settings.certificate), Path(settings.private_key))
         self._messages = MessageLink(self._grid, admission)
         return self._messages
 
@@ -92,19 +92,15 @@ class FlowerControl:
         free = [n for n in self._grid.get_node_ids() if n not in busy and self._not_before.get(n, 0.0) <= now]
         if not free:
             return
-        messages = [_invitation(offer, admission.token(str(node)), node) for node in free]
-        for node, message_id in zip(free, self._grid.push_messages(messages), strict=True):
+        offers = [RecordDict({"offer": offer_record(offer, admission.token(str(node)))}) for node in free]
+        invitations = [Message(content, node, SESSION) for node, content in zip(free, offers, strict=True)]
+        for node, message_id in zip(free, self._grid.push_messages(invitations), strict=True):
             if message_id is not None:
                 self._invited[message_id] = node
 
     def _collect(self) -> None:
         """Collect the answers to invitations: of sessions that ended, or that continue in messages."""
-        if not self._invited:
-            return
-        for answer in self._grid.pull_messages(list(self._invited)):
-            node = self._invited.pop(answer.metadata.reply_to_message_id, None)
-            if node is None:
-                continue
+        for answer, node in answered(self._grid, self._invited):
             self._not_before[node] = time.monotonic() + _INVITE_AGAIN_S
             if (end := session_end(answer)) is not None:
                 self._session_ended(node, *end)
@@ -122,12 +118,6 @@ class FlowerControl:
             say(f"node {node}: takes no part: {why}")
         elif not self._closing.is_set():
             say(f"node {node}: its session ended: {why}")
-
-
-def _invitation(offer: Offer, token: str, node: int) -> Message:
-    text, mask = offer.encode(token)
-    content = RecordDict({"offer": ConfigRecord({"offer": text, "mask": mask})})
-    return Message(content, dst_node_id=node, message_type=SESSION)
 
 
 @app.main()

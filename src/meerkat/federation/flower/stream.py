@@ -62,10 +62,6 @@ _OPTIONS = (
 )
 
 
-def _as_is(data: bytes) -> bytes:
-    return data
-
-
 @dataclass(eq=False)
 class _Session:
     """A site's stream, at the coordinator's end."""
@@ -90,7 +86,6 @@ class StreamLink:
             MeerkatError: the files cannot be read, or the address cannot be listened on.
         """
         self.bytes_sent = self.bytes_received = 0
-        """Frames' bytes, over all sites."""
         self.refused = 0
         """Streams that were refused."""
         self._admission = admission
@@ -111,10 +106,8 @@ class StreamLink:
             self.port = self._call(self._listen(listen, grpc.ssl_server_credentials([pair])))
         except RuntimeError:
             self._stop_loop()
-            raise MeerkatError(
-                f"stream {listen}: cannot listen there; is the port free, the host this machine's (if not, give "
-                "'listen'), the key the certificate's? 'meerkat doctor' tells"
-            ) from None
+            causes = "is the port free, the host this machine's (if not, give 'listen'), the key the certificate's?"
+            raise MeerkatError(f"stream {listen}: cannot listen there; {causes} 'meerkat doctor' tells") from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         """Send each client its frames, in order; those of a client that has left are lost."""
@@ -150,7 +143,7 @@ class StreamLink:
 
     async def _listen(self, listen: str, credentials: grpc.ServerCredentials) -> int:
         self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_STREAMS)
-        handler = grpc.stream_stream_rpc_method_handler(self._attend, _as_is, _as_is)
+        handler = grpc.stream_stream_rpc_method_handler(self._attend)  # bytes, as they are
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
         port: int = self._server.add_secure_port(listen, credentials)
         await self._server.start()
@@ -160,15 +153,12 @@ class StreamLink:
         for session in self._sessions.values():
             session.outgoing.put_nowait(None)
         await self._server.stop(grace=_GRACE_S)
-        # gRPC waits for its calls, but not for the tasks that attend to them, nor for what these still wait for: a loop
-        # that closed before would leave them pending, and gRPC would call back into it
+        # gRPC waits for its calls, but not for the tasks that attend to them: it would call back into a closed loop
         me = asyncio.current_task()
-        if others := asyncio.all_tasks() - {me}:
-            await asyncio.wait(others, timeout=_CLEAR_S)
         while others := asyncio.all_tasks() - {me}:
+            await asyncio.wait(others, timeout=_CLEAR_S)
             for task in others:
                 task.cancel()
-            await asyncio.wait(others)
 
     def _put(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         for client, each in frames.items():
@@ -262,7 +252,7 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                     frames_read += 1
                     if (answer := _answer(site, call, data)) is not None:
                         call.send(answer)
-                        site.look_ahead()
+                        site.prepare_next()
                     if site.ended:
                         break
             except grpc.RpcError as error:
@@ -276,9 +266,8 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         if frames_read > 1 or (frames_read and time.monotonic() - called_at > _STABLE_S):
             connected_at, pause = time.monotonic(), 0.1
         if time.monotonic() - connected_at > patience_s:
-            raise RunFailed(
-                f"coordinator {address}: no stream for {patience_s:g} s ({reason}); the site ends its session"
-            )
+            waited = f"no stream for {patience_s:g} s ({reason})"
+            raise RunFailed(f"coordinator {address}: {waited}; the site ends its session")
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
     if site.refused and not site.welcomed and calls > 1:
@@ -299,7 +288,7 @@ class _Call:
         self._idle_s, self._answer_s = idle_s, answer_s
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outgoing.put(hello)
-        self._call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", _as_is, _as_is)(iter(self._outgoing.get, None))
+        self._call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(iter(self._outgoing.get, None))
         self._last_frame_at = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
