@@ -20,7 +20,7 @@ from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, ch
 from meerkat.algorithm.selection import Vpcs
 from meerkat.algorithm.server import ServerState, aggregate, client_weights, close_round, open_round
 from meerkat.cli import main
-from meerkat.comparison import compare
+from meerkat.comparison import processes
 from meerkat.errors import MeerkatError
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.record import run_log
@@ -338,7 +338,7 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
 def test_a_comparison_has_attacks_and_rules_as_axes_and_runs_what_says_nothing_once(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     text = f"""
 model = {json.dumps(str(federation / "model"))}
 data = {json.dumps(str(federation / "data"))}

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from meerkat.cli import main
-from meerkat.comparison import compare
+from meerkat.comparison import compare, processes
 from meerkat.comparison.compare import search_lowest
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
@@ -75,7 +75,7 @@ class InThisProcess:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
 
 
 def settings(federation: Path, **more: Any) -> str:
@@ -405,7 +405,7 @@ def test_a_damaged_run_ends_it_with_a_cure_that_works(
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    with compare._Pool(1, tmp_path) as pool, pytest.raises(compare.RunFailed, match=r"was killed.*--out.*--jobs"):
+    with processes.Pool(1, tmp_path) as pool, pytest.raises(processes.RunFailed, match=r"was killed.*--out.*--jobs"):
         pool.map_unique("runs", {0: (os._exit, 3)}, lambda *_: "")
 
 

@@ -5,7 +5,7 @@ They are for people: the log alone is the record, and nothing of the run is comp
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
@@ -154,6 +154,11 @@ class EvaluationMetric(_Line):
     def from_json(cls, line: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote."""
         return super().from_json({name: value for name, value in line.items() if name not in ("accuracy", "loss")})
+
+    @classmethod
+    def all_of(cls, metrics: Iterable[Metric]) -> list[Self]:
+        """The evaluations among a run's metrics, in order of rounds."""
+        return sorted((cls.from_json(m) for m in metrics if m["kind"] == cls.kind), key=lambda m: m.round)
 
 
 @dataclass(frozen=True)
