@@ -8,6 +8,7 @@ never looks, and logits are computed only at the positions that a label is read 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +212,23 @@ def _lay_out(examples: Sequence[Example], places: Sequence[tuple[int, int]], dev
 
 def _kept_logits(model: nn.Module, batch: _Pass) -> Tensor:
     """Logits at the kept positions, float32 [sequences * W, V]."""
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: Tensor = model(**arguments, logits_to_keep=batch.keep).logits
+    forward = partial(model, input_ids=batch.input_ids, use_cache=False)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        logits: Tensor = forward().logits.take_along_dim(batch.keep[..., None], dim=1)
+    elif _keeps_by_sequence():
+        logits = forward(logits_to_keep=batch.keep).logits
     else:
-        logits = model(**arguments).logits.take_along_dim(batch.keep[..., None], dim=1)
+        positions, at = batch.keep.unique(return_inverse=True)
+        logits = forward(logits_to_keep=positions).logits.take_along_dim(at[..., None], dim=1)
     # half-precision logits would quantise the loss to steps that 1 / (2 eps) magnifies
     return logits.float().flatten(0, 1)
+
+
+def _keeps_by_sequence() -> bool:
+    """Whether `logits_to_keep` may differ between sequences: from transformers 5.21 on."""
+    from transformers import modeling_utils
+
+    return hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
