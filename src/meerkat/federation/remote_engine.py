@@ -324,7 +324,7 @@ class RemoteEngine(Attendance):
             self._round.failures.pop(client, None)
         if not site.evaluates:
             self._evaluating.discard(client)
-        if self._is_logged(site):
+        if client in self._evaluating or self._is_logged(site):
             self._send_awaited(client)
 
     def _send_awaited(self, client: int) -> None:
