@@ -19,8 +19,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
 
+from meerkat.algorithm.replies import Scalars, check_reply
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import RoundPlan, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation.ledger import Ledger, Request

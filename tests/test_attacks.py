@@ -14,10 +14,11 @@ from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
 from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
+from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.replies import LARGEST_LOSS, Reply, Scalars, check_reply
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, check_reply
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState, aggregate, client_weights, close_round, open_round
 from meerkat.cli import main
 from meerkat.comparison import processes

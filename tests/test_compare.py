@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from meerkat.cli import main
-from meerkat.comparison import compare, processes
-from meerkat.comparison.compare import search_lowest
+from meerkat.comparison import learning_rates, processes
+from meerkat.comparison.learning_rates import search_lowest
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
 from meerkat.run.simulation import simulate
@@ -247,8 +247,8 @@ def test_a_rate_that_is_given_is_not_searched_and_one_that_diverges_is_told(
 def test_a_setting_that_diverges_at_every_rate_ends_it_with_a_way_out(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = compare._run
-    monkeypatch.setattr(compare, "_run", lambda *arguments: run(*arguments) and None)
+    run = learning_rates.run_cell
+    monkeypatch.setattr(learning_rates, "run_cell", lambda *arguments: run(*arguments) and None)
     assert main(command(tmp_path, settings(federation) + "search = { trials = 3 }")) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "meerkat: diverged at every learning rate tried" in said

@@ -12,8 +12,8 @@ from federation import Federation, Setting, replay
 
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm.extreme_clients import Vpcs, select
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.record.members import Member

@@ -12,6 +12,7 @@ import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
 from meerkat.algorithm import path, server
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
@@ -119,7 +120,7 @@ def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.Mo
 
 
 def everyone_but_first(magnitude: Any, *_: Any) -> Any:
-    from meerkat.algorithm.selection import Selection
+    from meerkat.algorithm.extreme_clients import Selection
 
     clients = tuple(magnitude)
     return Selection(clients, clients[1:], (), (), (), 0.0, 0.0, 0.0, 0.0)
@@ -173,7 +174,7 @@ def test_a_round_whose_clients_are_gone_opens_again_with_those_who_are_here(
 ) -> None:
     federation = Federation.of(setting.but(clients_per_round=1), monkeypatch, clients_minimum=1)
     federation.round()
-    asked = server.participants(federation.settings, 1)[0]
+    asked = seeded_sample(range(3), 1, federation.settings.seed, 1)[0]
 
     def cut(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]] | None:
         return None if client == asked and not up else [(0.0, data)]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars
-from meerkat.algorithm.selection import Vpcs, select
+from meerkat.algorithm.extreme_clients import Vpcs, select
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask

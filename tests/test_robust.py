@@ -19,10 +19,11 @@ from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.replies import LARGEST_LOSS, Delta, Reply, Scalars, check_reply
 from meerkat.algorithm.robust import MEAN, RULES, Aggregation, capped, clipped, mixed, norm, robust
-from meerkat.algorithm.rounds import LARGEST_LOSS, Delta, Reply, RoundPlan, Scalars, check_reply, pack, unpack
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.rounds import RoundPlan, pack, unpack
 from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
@@ -546,7 +547,7 @@ def test_a_robust_run_is_resumed_to_the_same_bits_and_verified(
 def test_a_loss_beyond_all_measure_ends_a_simulation_with_one_line(
     simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("meerkat.algorithm.rounds.LARGEST_LOSS", 1e-12)
+    monkeypatch.setattr("meerkat.algorithm.replies.LARGEST_LOSS", 1e-12)
     assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "round 0: client 0: a reply with a scalar of" in last

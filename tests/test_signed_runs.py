@@ -21,7 +21,8 @@ pytest.importorskip("cryptography")
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import Reply, RoundRecord, Scalars
+from meerkat.algorithm.replies import Reply, Scalars
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed

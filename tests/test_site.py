@@ -14,7 +14,8 @@ from federation import RUN, Federation, Setting, counted, frame, write_rows
 from meerkat import demo
 from meerkat.algorithm import path
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, Update
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.server import ServerState, close_round, open_round, share_of
 from meerkat.errors import MeerkatError
 from meerkat.federation import frames

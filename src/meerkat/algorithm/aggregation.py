@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from meerkat.algorithm.client_sampling import poisson_sample
 from meerkat.privacy.mechanism import Mechanism
 
 
@@ -60,8 +61,7 @@ class Hidden:
 
     def invited(self, clients: int, available: Collection[int] | None) -> Collection[int]:
         """A Poisson sample of all clients, as far as it is available. Nobody can foretell it."""
-        sample = self.mechanism.sample(range(clients)).tolist()
-        return [k for k in sample if available is None or k in available]
+        return poisson_sample(self.mechanism, clients, available)
 
     def combine(self, replies: Mapping[int, np.ndarray], *_: object) -> np.ndarray:
         """The noisy mean: float64 [T, P], whoever was sampled; all count equally."""

@@ -3,7 +3,7 @@
 The attackers, f of the round's K clients, make the steps that honest clients make and then change the result; flipped
 labels change it before. docs/robustness.md has each attack with its source and its usual s. Everyone knows z, theta and
 the plan; little-is-enough, collusion and gradip-forgery see the round's honest replies as well, or their own where no
-honest client was asked. All stay within what `rounds.check_reply` lets through. In a calibration attackers are honest,
+honest client was asked. All stay within what `replies.check_reply` lets through. In a calibration attackers are honest,
 except that gradip-forgery lies.
 """
 

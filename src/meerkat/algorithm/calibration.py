@@ -14,9 +14,10 @@ from torch import Tensor
 
 from meerkat import seeds
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import Selection, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
-from meerkat.algorithm.rounds import Reply, RoundPlan, Scalars, replies_from_json, replies_to_json, steps_of
-from meerkat.algorithm.selection import Selection, select
+from meerkat.algorithm.replies import Reply, Scalars
+from meerkat.algorithm.rounds import RoundPlan, replies_from_json, replies_to_json, steps_of
 from meerkat.algorithm.server import ServerConfig, ServerState, counted, within_allowance
 
 

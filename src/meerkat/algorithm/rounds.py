@@ -1,7 +1,6 @@
-"""What one round is: the plan that the server opens it with, a client's reply, the record that stays."""
+"""What one round is: the plan that the server opens it with, and the record that stays."""
 
 import base64
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,9 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from meerkat.algorithm.directions import Directions, Phase, Place
-
-LARGEST_LOSS = 50.0
-"""Nats. Two losses differ by less, so no honest |g| is above this over eps: twice what a two-sided slope can be."""
 
 Sends = Literal["scalars", "delta"]
 """What clients reply with: four bytes a local step, or theta's whole change."""
@@ -59,40 +55,6 @@ class RoundPlan:
     def rate(self) -> np.float32:
         """float32(eta / P): what every update is multiplied by."""
         return np.float32(self.lr / self.directions)
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """A client's reply of zeroth-order steps: its projected gradients, four bytes each."""
-
-    client: int
-    scalars: np.ndarray
-    """g_k^{r,t,p}: float32 [T_k, P]"""
-    loss: float = float("nan")
-    """Mean training loss. Only a simulation knows it: it is never sent."""
-    signature: bytes = b""
-    """The client's signature of its scalars, 64 bytes; empty where it does not sign. See `record.signatures`."""
-
-    @property
-    def steps(self) -> int:
-        """Local steps made."""
-        return len(self.scalars)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A client's reply of first-order steps: how far they took it, 4n bytes."""
-
-    client: int
-    delta: np.ndarray
-    """theta_k - theta_r: float32 [n]"""
-    steps: int
-    """Local steps made."""
-    loss: float = float("nan")
-    """Mean training loss, as in `Scalars`."""
-
-
-Reply = Scalars | Delta
 
 
 @dataclass(frozen=True)
@@ -156,27 +118,6 @@ class RoundRecord:
             aggregate = aggregate.reshape(-1 if aggregate.size else plan.longest, plan.directions)
         weights = dict(zip(replies["unkept"] or replies["scalars"], values["weights"], strict=True))
         return cls(**replies, weights=weights, aggregate=aggregate, theta_digest=values["theta"])
-
-
-def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
-    """Check a reply's scalars (float32), wherever they are read: at the wire, in a simulation, in a log.
-
-    Raises:
-        ValueError: the client was not asked, the reply is not the [T_k, P] that was asked for, or a scalar is not
-            finite or larger than any loss can make it.
-    """
-    if client not in plan.steps:
-        raise ValueError(f"a reply of client {client}, which was not asked")
-    if scalars.shape != (plan.steps[client], plan.directions):
-        raise ValueError(
-            f"a reply of {scalars.shape[0]} steps in {scalars.shape[1]} directions, where {plan.steps[client]} "
-            f"in {plan.directions} were asked for"
-        )
-    values = scalars.ravel().tolist()
-    if not all(map(math.isfinite, values)):
-        raise ValueError("a reply with a scalar that is not finite")
-    if (largest := max(map(abs, values), default=0.0)) > (most := LARGEST_LOSS / plan.eps):
-        raise ValueError(f"a reply with a scalar of {largest:.3g}: no loss makes one above {most:.3g}")
 
 
 def steps_of(scalars: Mapping[int, np.ndarray]) -> dict[int, int]:

@@ -14,15 +14,16 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from meerkat import seeds
 from meerkat.algorithm.aggregation import Aggregator
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import EarlyStop, Vpcs
 from meerkat.algorithm.gradip import inner_products
 from meerkat.algorithm.replica import PAPER, Replica, Rules, carried
+from meerkat.algorithm.replies import Delta, Reply, Scalars
 from meerkat.algorithm.robust import MEAN, capped, norm
-from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars, Update
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.schedules import SCHEDULES, Schedule
-from meerkat.algorithm.selection import EarlyStop, Vpcs
 from meerkat.errors import Diverged
 
 
@@ -83,19 +84,6 @@ class ServerState:
         return replace(self.replica, h=self.carried.get(client))
 
 
-def participants(config: ServerConfig, round: int, available: Collection[int] | None = None) -> list[int]:
-    """The clients asked in a round, ascending: a fresh sample each time, a function of (seed, round, available).
-
-    Args:
-        available: the clients to draw from; None for all. Where clients are hidden, `invited` has drawn them before.
-    """
-    among = sorted(range(config.clients) if available is None else available)
-    if config.clients_per_round >= len(among) or not config.aggregation.keeps_replies:
-        return among
-    order = seeds.permutation(len(among), config.seed, "participants", round)
-    return sorted(among[i] for i in order[: config.clients_per_round])
-
-
 def open_round(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
     """Who takes part in the next round, how many steps each makes, and at what rate.
 
@@ -104,6 +92,8 @@ def open_round(state: ServerState, config: ServerConfig, available: Collection[i
     """
     share = SCHEDULES[config.lr_schedule](state.round / config.rounds)
     among = range(config.clients) if available is None else available
+    # hidden clients were drawn before, and all of them are asked
+    count = config.clients_per_round if config.aggregation.keeps_replies else len(among)
     wanted = {client: 1 if client in state.early_stopped else config.local_steps for client in among}
     lasting = within_allowance(state, config, wanted)
     return RoundPlan(
@@ -111,7 +101,7 @@ def open_round(state: ServerState, config: ServerConfig, available: Collection[i
         lr=config.lr * share,
         eps=config.eps,
         directions=config.directions,
-        steps={client: lasting[client] for client in participants(config, state.round, lasting)},
+        steps={client: lasting[client] for client in seeded_sample(lasting, count, config.seed, state.round)},
         sends=config.rules.client.sends,
     )
 

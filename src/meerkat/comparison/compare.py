@@ -5,32 +5,28 @@ continues where it stopped, and one that was extended makes only the new runs.
 """
 
 import fcntl
-import hashlib
-import json
-import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from meerkat.comparison.cells import cell_name, rate_of, run_cell, settings_hash
+from meerkat.comparison.learning_rates import best_rate, rate_in_words, search_rates
 from meerkat.comparison.processes import Pool
 from meerkat.comparison.results import Line, write_results
 from meerkat.comparison.studies import Comparison, Search, Setting, Study, axis_words
-from meerkat.errors import Diverged, MeerkatError, RunFailed
+from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.partition import partition
 from meerkat.problems.problem import Better, Problem
 from meerkat.progress import say
-from meerkat.record.run_folder import RunFolder, write_atomically
+from meerkat.record.run_folder import write_atomically
 from meerkat.run.mask import make_mask
 from meerkat.run.sentences import scores_in_words
 from meerkat.run.setup import open_problem, resolve
-from meerkat.run.simulation import resume, simulate
 from meerkat.run.split import training_and_evaluation_rows
-from meerkat.settings.auto import AUTO, Auto, number, number_or
+from meerkat.settings.auto import number_or
 from meerkat.settings.config import RunConfig
 
 
@@ -66,15 +62,15 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         with Pool(jobs, root) as pool:
             searches = pool.map_unique(
                 "learning-rate searches",
-                {i: (_search, firsts[i], search, root / "search") for i in searched},
-                lambda i, rates: f"{words[i]}: {_rate_in_words(rates, firsts[i])}",
+                {i: (search_rates, firsts[i], search, root / "search") for i in searched},
+                lambda i, rates: f"{words[i]}: {rate_in_words(rates, firsts[i])}",
             )
-            best = {i: _best(rates, firsts[i]) for i, rates in searches.items()}
+            best = {i: best_rate(rates, firsts[i]) for i, rates in searches.items()}
             cells = {(i, s): c.model_copy(update={"lr": best.get(i, c.lr)}) for (i, s), c in cells.items()}
-            folders = {key: root / "cells" / _name(config) for key, config in cells.items()}
+            folders = {key: root / "cells" / cell_name(config) for key, config in cells.items()}
             summaries = pool.map_unique(
                 "runs",
-                {key: (_run, config, folders[key]) for key, config in cells.items()},
+                {key: (run_cell, config, folders[key]) for key, config in cells.items()},
                 lambda key, summary: f"{words[key[0]]}, seed {key[1]}: {_outcome(summary)}",
             )
         outcomes = [
@@ -82,7 +78,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
                 study=study,
                 setting=setting,
                 rates=tuple(searches.get(i, ())),
-                lr=number_or(cells[i, seeds[0]].lr, None) or _rate_of(folders[i, seeds[0]]),
+                lr=number_or(cells[i, seeds[0]].lr, None) or rate_of(folders[i, seeds[0]]),
                 better=better[firsts[i].problem],
                 runs=tuple(folders[i, seed] for seed in seeds),
                 summaries=tuple(summaries[i, seed] for seed in seeds),
@@ -209,109 +205,9 @@ def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
     if config.mask or config.recipe.moves != "sensitivity":
         return config
     names = {"problem", "model", "density", "mask_scope", "exclude", "dtype", *_OF_ITS_TEXT}
-    path = folder / f"{_hash(config.model_dump(mode='json', include=names))}.safetensors"
+    path = folder / f"{settings_hash(config.model_dump(mode='json', include=names))}.safetensors"
     if not path.exists():
         resolved = resolve(config)
         say(f"mask of density {config.density:g}: {path}")
         write_atomically(path, make_mask(resolved, open_problem(resolved)).save)
     return config.model_copy(update={"mask": str(path.resolve())})
-
-
-# --- one run --------------------------------------------------------------------------------------
-
-
-def _name(config: RunConfig) -> str:
-    """A folder's name, a function of the settings: readable, and unique by their hash."""
-    # where and how fast a run is made does not make it another run, nor does where its mask is stored
-    settings = config.model_dump(mode="json", exclude={"device", "threads"})
-    settings["mask"] = _mask_digest(config.mask) if config.mask else ""
-    split = re.sub(r"[^\w.-]", "", config.partition)
-    return f"{config.method}-{split}-T{config.local_steps}-s{config.seed}-{_hash(settings)}"
-
-
-def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-
-
-@lru_cache
-def _mask_digest(path: str) -> str:
-    return SparseMask.load(Path(path)).digest()
-
-
-def _run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """A run's summary, once it is begun, resumed or found finished. None where it diverged."""
-    diverged = folder.with_name(folder.name + ".diverged")
-    if diverged.exists():
-        return None
-    begun = folder.exists()
-    try:
-        return resume(folder) if (folder / "config.toml").exists() else simulate(config, folder)
-    except Diverged as error:
-        reason = f"{error}\n"
-        write_atomically(diverged, lambda part: part.write_text(reason, encoding="utf-8"))
-        return None
-    except MeerkatError as error:
-        if begun:
-            raise RunFailed(f"{error}; or delete '{folder}', and the same command makes that run anew") from None
-        raise
-
-
-def _rate_of(folder: Path) -> float:
-    """The learning rate that a run began with."""
-    return number(RunFolder.open(folder).config().lr)
-
-
-# --- learning rates -------------------------------------------------------------------------------
-
-
-def _search(config: RunConfig, search: Search, folder: Path) -> list[tuple[float, float]]:
-    """Held-back loss by learning rate, ascending; nan where it diverged. The rule is the same for every setting."""
-    rounds = max(1, round(search.rounds * config.rounds))
-    trial = config.model_copy(update={"held_back": search.held_back, "rounds": rounds, "eval_every": 0})
-
-    def loss_with(lr: float | Auto) -> float:
-        tried = trial.model_copy(update={"lr": lr})
-        summary = _run(tried, folder / _name(tried))
-        return math.inf if summary is None else float(summary["loss"])
-
-    default = loss_with(AUTO)  # the method's default rate, which the run's folder then tells
-    start = _rate_of(folder / _name(trial))
-
-    def rate(place: int) -> float:
-        return float(f"{start * search.factor**place:.3g}")
-
-    losses = search_lowest(lambda place: loss_with(rate(place)) if place else default, search.trials)
-    return [(rate(place), loss if math.isfinite(loss) else math.nan) for place, loss in sorted(losses.items())]
-
-
-def search_lowest(loss_at: Callable[[int], float], trials: int) -> dict[int, float]:
-    """Losses at neighbouring places, from 0 on, until both neighbours of the best are known, or trials run out.
-
-    The lower neighbour is tried first, and of equally good places the lower is the best: where all have diverged
-    (an infinite loss), the search goes down.
-    """
-    losses = {0: loss_at(0)}
-    while len(losses) < trials:
-        best = min(losses, key=lambda place: (losses[place], place))
-        unknown = [place for place in (best - 1, best + 1) if place not in losses]
-        if not unknown:
-            break
-        losses[unknown[0]] = loss_at(unknown[0])
-    return losses
-
-
-def _best(rates: Sequence[tuple[float, float]], config: RunConfig) -> float:
-    converged = [(loss, rate) for rate, loss in rates if not math.isnan(loss)]
-    if not converged:
-        raise RunFailed(
-            f"{config.method}: diverged at every learning rate tried, {rates[0][0]:g} to {rates[-1][0]:g}; "
-            "give lr, or let the search try more (search.trials)"
-        )
-    return min(converged)[1]
-
-
-def _rate_in_words(rates: Sequence[tuple[float, float]], config: RunConfig) -> str:
-    best = _best(rates, config)
-    end = {rates[0][0]: "lowest", rates[-1][0]: "highest"}.get(best)
-    edge = f", the {end} of {len(rates)} tried: a search with more trials may find a better one" if end else ""
-    return f"learning rate {best:g}{edge}"

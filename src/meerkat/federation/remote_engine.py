@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
+from meerkat.algorithm.replies import Reply, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames

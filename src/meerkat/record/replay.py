@@ -19,8 +19,9 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.gradip import inner_products
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.replies import Scalars, check_reply
 from meerkat.algorithm.robust import norm
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, aggregate, client_weights, open_round, replay
 from meerkat.errors import DAMAGE, RunFailed, in_short
 from meerkat.progress import one_line

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from meerkat.algorithm.alignment import Alignment
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.selection import Selection
+from meerkat.algorithm.extreme_clients import Selection
 from meerkat.report.drawing import HEAT, drawing, heat_key, legend_above, plain_log, short, whole_numbers
 from meerkat.report.style import BLUE, CYCLE, GREY, INK, MUTED, PAPER, PURPLE, RED
 

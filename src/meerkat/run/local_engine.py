@@ -16,7 +16,8 @@ from meerkat.algorithm.client_rules import ZEROTH_ORDER, ClientRule
 from meerkat.algorithm.directions import PHASES, Directions
 from meerkat.algorithm.estimators import PLAIN, Estimator
 from meerkat.algorithm.first_order import gradient_steps
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars
+from meerkat.algorithm.replies import LARGEST_LOSS, Reply, Scalars
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.mechanism import Mechanism

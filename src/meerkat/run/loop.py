@@ -11,7 +11,8 @@ from torch import Tensor
 from meerkat.algorithm import calibration, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
+from meerkat.algorithm.replies import Reply, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import Diverged, RunFailed

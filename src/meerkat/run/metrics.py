@@ -13,7 +13,8 @@ import numpy as np
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.gradip import gradip, magnitude
-from meerkat.algorithm.rounds import Reply, RoundRecord
+from meerkat.algorithm.replies import Reply
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
 from meerkat.record.run_folder import Metric
 
