@@ -46,18 +46,15 @@ class Group:
 def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
     """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
     early, one = set(stopped), set(extreme or ())
+    known = "several labels, " if extreme is not None else ""
+    groups = [
+        Group(f"{known}continues", tuple(k for k in clients if k not in one | early), GREY),
+        Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
+        Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
+        Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
+    ]
     if extreme is None:
-        groups = [
-            Group("continues", tuple(k for k in clients if k not in early), GREY),
-            Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X"),
-        ]
-    else:
-        groups = [
-            Group("several labels, continues", tuple(k for k in clients if k not in one | early), GREY),
-            Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
-            Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
-            Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
-        ]
+        groups[1:] = [Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X")]
     return [group for group in groups if group.clients]
 
 
