@@ -274,7 +274,7 @@ def _search(config: RunConfig, search: Search, folder: Path) -> list[tuple[float
         summary = _run(tried, folder / _name(tried))
         return math.inf if summary is None else float(summary["loss"])
 
-    default = loss_with(AUTO)  # the method's default rate, which the run's folder then tells
+    default = loss_with(AUTO)  # the method's default, which the run's folder then holds
     start = _rate_of(folder / _name(trial))
 
     def rate(place: int) -> float:
