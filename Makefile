@@ -1,13 +1,14 @@
 # Each target first sets up what it needs in .venv: a fresh clone needs git, Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := flower,hub,lora,privacy,tensorboard,dev
 
 FUZZ_SECONDS ?= 600
 
 # a file's tests stay together, for what they share; the longest file comes first
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo federation check test test-all fuzz clean
+.PHONY: demo federation check test test-all test-lowest fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -28,14 +29,23 @@ test: .venv/ready
 test-all: .venv/ready
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow or not slow"
 
+# The lowest versions that pyproject.toml allows, except torch's: in .venv-lowest, made anew each time.
+# uv chooses the versions and pip installs them, as it does in .venv.
+test-lowest: .venv/ready
+	$(PYTHON) -m venv --clear .venv-lowest
+	grep '^torch==' constraints.txt > .venv-lowest/torch.txt
+	$(BIN)/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --all-extras --no-annotate -c .venv-lowest/torch.txt -o .venv-lowest/lowest.txt pyproject.toml
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[$(EXTRAS)]'
+	.venv-lowest/bin/python -m pytest $(TWO_AT_A_TIME)
+
 fuzz: .venv/ready
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/test_fuzz.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: meerkat needs 3.11 or newer; make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[flower,hub,lora,privacy,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

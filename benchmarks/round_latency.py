@@ -204,7 +204,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     run = Run(
         folder=folder,
         log=log,
-        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS),
+        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS, tracker="none"),
         model=SimpleNamespace(mask=SimpleNamespace(theta_0=None)),
         opening=absent,
         members=absent,

@@ -401,14 +401,14 @@ class Federation:
             self.state, found = calibration.close_calibration(
                 self.state, plan, replies, self.settings, self.z, gradient
             )
-            self.records.append({"kind": "calibration", **found.to_json()})
+            self.records.append(found.to_json())
             self.gather()
         plan = server.open_round(self.state, self.settings, self.engine.available())
         while not (replies := self.engine.run(self.state, plan)):
             self.gather()
             plan = server.open_round(self.state, self.settings, self.engine.available())
         self.state, record = server.close_round(self.state, plan, replies, self.settings, self.z, gradient)
-        self.records.append({"kind": "round", **record.to_json()})
+        self.records.append(record.to_json())
         self.engine.closed(self.state, record)
         return record
 

@@ -25,7 +25,7 @@ from meerkat.errors import MeerkatError
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
-from meerkat.run.attacked_engine import AttackedEngine
+from meerkat.run.local_engine import AttackedEngine
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import Split
 from meerkat.settings.config import RunConfig, make_config

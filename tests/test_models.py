@@ -14,7 +14,7 @@ from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, modeling_utils
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.problems.causal_lm import (
@@ -107,6 +107,14 @@ def test_scores_are_those_of_unpadded_single_passes(
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     assert expected.std(0).min() > 0.01  # rows and candidates do differ
     assert expected.std(1).min() > 0.01
+
+
+def test_scores_are_the_same_where_all_sequences_keep_the_same_positions(
+    scored: tuple[nn.Module, Tensor], examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(modeling_utils, "slice_logits_to_keep", raising=False)  # so it is before transformers 5.21
+    model, expected = scored
+    torch.testing.assert_close(candidate_scores(model, collate(examples)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_losses_of_classification_are_the_slow_twins(
@@ -280,15 +288,23 @@ def test_candidates_of_one_token_share_one_short_sequence(tokenizer: Any) -> Non
     assert [tuple(shape) for shape in passes_through(tiny_model(), batch)] == [(1, prompt)]
 
 
+@pytest.mark.parametrize("by_sequence", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_only_the_positions_that_are_read_reach_the_head(architecture: str) -> None:
+def test_only_the_positions_that_are_read_reach_the_head(
+    architecture: str, by_sequence: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_sequence and not hasattr(modeling_utils, "slice_logits_to_keep"):
+        pytest.skip("needs transformers 5.21")
+    if not by_sequence:
+        monkeypatch.delattr(modeling_utils, "slice_logits_to_keep", raising=False)
     model = tiny_model(architecture)
     shapes: list[torch.Size] = []
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     rows = [token_row(30, [7, 8, 9]), token_row(20, [7]), token_row(25, [7, 8])]
     candidate_scores(model, collate(rows))
-    assert [tuple(shape) for shape in shapes] == [(3, 3, 32)]  # sequences, most label tokens, hidden size
+    # sequences, the most label tokens of one or those of all, hidden size
+    assert [tuple(shape) for shape in shapes] == [(3, 3 if by_sequence else 6, 32)]
 
 
 # --- evaluation, by hand ---

@@ -402,7 +402,7 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
                 replies = lie(record.plan.round, replies)
                 plan = server.open_round(state, settings, list(record.plan.steps))
                 state, record = server.close_round(state, plan, replies, settings, z, gradient)
-                held = {"kind": "round", **record.to_json()}
+                held = record.to_json()
             case "close":
                 held = {**held, "theta": path.digest(state.theta)}
         made.append(held)

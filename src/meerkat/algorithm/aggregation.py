@@ -63,13 +63,8 @@ class Hidden:
         sample = self.mechanism.sample(range(clients)).tolist()
         return [k for k in sample if available is None or k in available]
 
-    def combine(
-        self,
-        replies: Mapping[int, np.ndarray],
-        weights: Mapping[int, float],  # noqa: ARG002 (all count equally)
-        shape: tuple[int, int],  # noqa: ARG002 (a sample may be empty)
-    ) -> np.ndarray:
-        """The noisy mean: float64 [T, P], whoever was sampled."""
+    def combine(self, replies: Mapping[int, np.ndarray], *_: object) -> np.ndarray:
+        """The noisy mean: float64 [T, P], whoever was sampled; all count equally."""
         form = self.steps, self.directions
         vectors = [g.astype(np.float64).reshape(-1) for g in replies.values() if g.shape == form]
         return self.mechanism.release(np.stack(vectors) if vectors else np.zeros((0, math.prod(form)))).reshape(form)

@@ -170,8 +170,7 @@ def mean_delta(replies: Sequence[Delta], weights: Mapping[int, float]) -> np.nda
 def check_rate(plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig) -> None:
     """Tell a rate that is far too high from a few replies that are: the cap on a round's step is for the latter.
 
-    Nothing is told of so few replies that attackers may be most of them, nor of hidden clients, whose replies decide
-    nothing by themselves.
+    Not checked where attackers may be most of so few replies, nor of hidden clients.
 
     Raises:
         Diverged: most clients' own scalars make a step that is longer than the cap.
@@ -225,21 +224,16 @@ def close_round(
 def replay(state: ServerState, record: RoundRecord, config: ServerConfig, directions: Directions) -> ServerState:
     """The state after a closed round: what closing it, resuming, auditing and joining late all do."""
     update = Update(record.plan, record.aggregate, share_of(config, record.made))
+    client, replied = config.rules.client, record.scalars if config.rules.client.carries else {}
+    after = {k: carried(client, state.carried.get(k), record.plan, g, directions) for k, g in replied.items()}
     return replace(
         state,
         replica=state.replica.follow(update, config.rules, directions),
         steps_made=counted(state, record.made),
-        carried=_carried(state, record, config.rules, directions),
+        carried={**state.carried, **after},
     )
 
 
 def counted(state: ServerState, made: Mapping[int, int]) -> dict[int, int]:
     """The data pointers after replies: each client's moves on by the steps it made."""
     return {**state.steps_made, **{k: state.steps_made.get(k, 0) + steps for k, steps in made.items()}}
-
-
-def _carried(state: ServerState, record: RoundRecord, rules: Rules, directions: Directions) -> dict[int, Tensor]:
-    """What clients carry after a round; those that took no part carry what they did."""
-    replied = record.scalars if rules.client.carries else {}
-    after = {k: carried(rules.client, state.carried.get(k), record.plan, g, directions) for k, g in replied.items()}
-    return {**state.carried, **after}

@@ -27,7 +27,6 @@ from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import defence_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.summary import write_summary
-from meerkat.run.trackers import tracking
 from meerkat.settings.auto import AUTO
 from meerkat.settings.config import RunConfig
 
@@ -73,7 +72,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         run.members.listed = listed
         _revoke(run, federation.revoked)
         facts = _coordinate(run, problem, federation, control)
-        return write_summary(folder, run.config, run.mask, run.state, facts=facts)
+        return write_summary(run, facts=facts)
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
@@ -125,12 +124,7 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
             if federation.evaluate == "coordinator":
                 rows = problem.prepare(problem.rows("validation"))
                 evaluate = evaluation_of(problem, run.model, problem.batch(rows, "evaluation"))
-            with tracking(config.tracker, run.folder.root, run.state.round) as tracker:
-                run.folder.on_metric(tracker)
-                try:
-                    run_rounds(run, engine, evaluate, attendance=engine)
-                finally:
-                    engine.run_deferred()
+            run_rounds(run, engine, evaluate, attendance=engine)
             outcome = "the run is finished"
         finally:
             control.stop_inviting()

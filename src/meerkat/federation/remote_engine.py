@@ -27,6 +27,7 @@ from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
 from meerkat.record.signatures import BadSignature
+from meerkat.run.loop import Attendance
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words
 
@@ -54,7 +55,7 @@ class _Round:
 
 
 @dataclass(eq=False)
-class RemoteEngine:
+class RemoteEngine(Attendance):
     """Runs rounds over a link, from where a run's log ends. See `loop.Engine` and `loop.Attendance`."""
 
     link: Link
@@ -323,7 +324,7 @@ class RemoteEngine:
             self._round.failures.pop(client, None)
         if not site.evaluates:
             self._evaluating.discard(client)
-        if self._is_logged(site):
+        if client in self._evaluating or self._is_logged(site):
             self._send_awaited(client)
 
     def _send_awaited(self, client: int) -> None:

@@ -175,7 +175,7 @@ class Replay:
         else:
             self._check_decision(record, where)
             self.state = calibration.replay(state, record)
-        self._check_form({"kind": kind, **record.to_json()}, values)
+        self._check_form(record.to_json(), values)
         return record
 
     def _available(self, plan: RoundPlan, where: str) -> list[int] | None:
