@@ -46,18 +46,15 @@ class Group:
 def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
     """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
     early, one = set(stopped), set(extreme or ())
+    known = "several labels, " if extreme is not None else ""
+    groups = [
+        Group(f"{known}continues", tuple(k for k in clients if k not in one | early), GREY),
+        Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
+        Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
+        Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
+    ]
     if extreme is None:
-        groups = [
-            Group("continues", tuple(k for k in clients if k not in early), GREY),
-            Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X"),
-        ]
-    else:
-        groups = [
-            Group("several labels, continues", tuple(k for k in clients if k not in one | early), GREY),
-            Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
-            Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
-            Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
-        ]
+        groups[1:] = [Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X")]
     return [group for group in groups if group.clients]
 
 
@@ -153,13 +150,20 @@ Signals = Mapping[int, np.ndarray]
 
 
 def signal(
-    x: np.ndarray, values: Signals, groups: Sequence[Group], x_name: str, y_name: str, *, cosine: bool = False
+    x: np.ndarray,
+    values: Signals,
+    groups: Sequence[Group],
+    x_name: str,
+    y_name: str,
+    *,
+    cosine: bool = False,
+    margin: float = 0.01,
 ) -> Figure:
-    """A signal of every client, a cosine or a positive one on a log scale: x [points]."""
+    """A signal of every client, a cosine or a positive one on a log scale: x [points]; margin is a share of x."""
     with drawing() as (figure, axes):
         ends = _draw_lines(axes, x, values, groups, log=not cosine)
         axes.set(xlabel=x_name, ylabel=y_name)
-        axes.margins(x=0.01)
+        axes.margins(x=margin)
         if cosine:
             axes.axhline(0, color=MUTED, lw=0.9)
             axes.set_ylim(-1.05, 1.05)
@@ -301,7 +305,7 @@ def alignment(
     values = [[getattr(updates[k], measure) if k in updates else np.nan for _, updates in rounds] for k in clients]
     x, means = thinned(np.array([number + 1 for number, _ in rounds]), np.array(values, np.float64), POINTS)
     by_client = dict(zip(clients, means, strict=True))
-    return signal(x, by_client, groups, "round", y_name, cosine=measure == "cosine")
+    return signal(x, by_client, groups, "round", y_name, cosine=measure == "cosine", margin=0.05)
 
 
 def agreement(rounds: np.ndarray, shares: np.ndarray) -> Figure:

@@ -1,7 +1,7 @@
 """The sections of a run's page on its clients: their data, calibration, signals and directions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ _NO_GRADIP = "No GradIP: this run's mask has no pre-training gradient; |g| shows
 _LENGTH_OF_G = "Size of each client's projected gradient, on a log scale"
 
 
-def data_section(page: Page, run: RunFacts) -> None:
+def _data(page: Page, run: RunFacts) -> None:
     """Which labels each client holds."""
     page.section("Data", "data")
     if run.split is None:
@@ -47,7 +47,7 @@ def data_section(page: Page, run: RunFacts) -> None:
     page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))
 
 
-def calibration_section(page: Page, run: RunFacts) -> None:
+def _calibrations(page: Page, run: RunFacts) -> None:
     """What the first and the last calibration measured, and which clients they stopped."""
     calibrations = run.records.calibrations
     if run.config.stopping == "none" and not calibrations:
@@ -62,39 +62,34 @@ def calibration_section(page: Page, run: RunFacts) -> None:
 
 
 def _calibration(page: Page, run: RunFacts, record: CalibrationRecord) -> None:
-    clients = list(record.scalars)
-    page.add(paragraph(calibration_outcome(record.early_stopped, len(clients), run.extreme, record.plan.round)))
-    if not clients:
+    scalars, name = record.scalars, f"calibration-{record.plan.round}"
+    page.add(paragraph(calibration_outcome(record.early_stopped, len(scalars), run.extreme, record.plan.round)))
+    if not scalars:
         page.add(absent("No client answered in full."))
         return
-    if not len(record.inner):
-        page.add(absent(_NO_GRADIP))
-    page.figures(*_calibration_signals(run, record), _decision(run, record))
-
-
-def _calibration_signals(run: RunFacts, record: CalibrationRecord) -> list[CaptionedFigure]:
-    """|GradIP|, where the mask has a pre-training gradient, and |g| over the steps of a calibration."""
-    scalars, name = record.scalars, f"calibration-{record.plan.round}"
     groups = grouped(list(scalars), record.early_stopped, run.extreme)
-    steps = record.plan.longest
-    width = max(1, steps // 10)
+    steps, width = record.plan.longest, max(1, record.plan.longest // 10)
     how = f"means over {width} steps around each; {lines_or_bands(groups)}"
 
-    def figure(signal: str, values: Mapping[int, np.ndarray]) -> Figure:
-        smooth = {client: running_mean(of_client, width) for client, of_client in values.items()}
-        return draw.signal(np.arange(1, steps + 1), smooth, groups, "local step of calibration", signal)
+    def drawn(signal: str, values: Iterable[np.ndarray]) -> Figure:
+        means = running_mean(np.stack(list(values)), width)
+        by_client = dict(zip(scalars, means, strict=True))
+        return draw.signal(np.arange(1, steps + 1), by_client, groups, "local step of calibration", signal)
 
     figures = []
     if len(record.inner):
-        drawn = figure("|GradIP|", {k: np.abs(gradip(g, record.inner)) for k, g in scalars.items()})
+        figure = drawn("|GradIP|", (np.abs(gradip(g, record.inner)) for g in scalars.values()))
         caption = (
             f"How far each step points along the pre-training gradient, on a log scale; {how}. A client that falls far "
             "below the others has little left to learn."
         )
-        figures.append(CaptionedFigure(f"{name}-gradip", drawn, "GradIP while calibrating", caption))
-    drawn = figure("|g|", {k: magnitude(g) for k, g in scalars.items()})
+        figures.append(CaptionedFigure(f"{name}-gradip", figure, "GradIP while calibrating", caption))
+    else:
+        page.add(absent(_NO_GRADIP))
     caption = f"{_LENGTH_OF_G}: GradIP's signal without its noise; {how}."
-    return [*figures, CaptionedFigure(f"{name}-g", drawn, "|g| while calibrating", caption)]
+    figure = drawn("|g|", map(magnitude, scalars.values()))
+    figures.append(CaptionedFigure(f"{name}-g", figure, "|g| while calibrating", caption))
+    page.figures(*figures, _decision(run, record))
 
 
 def _decision(run: RunFacts, record: CalibrationRecord) -> CaptionedFigure:
@@ -112,7 +107,7 @@ def _decision(run: RunFacts, record: CalibrationRecord) -> CaptionedFigure:
     return CaptionedFigure(f"calibration-{record.plan.round}-rho", figure, "The decision", caption)
 
 
-def signal_section(page: Page, run: RunFacts) -> None:
+def _training(page: Page, run: RunFacts) -> None:
     """GradIP and |g| over training."""
     page.section("Signals in training", "signals")
     trajectories = run.records.trajectories()
@@ -149,7 +144,7 @@ def _signals(page: Page, run: RunFacts, trajectories: Mapping[int, Trajectory]) 
     page.figures(*figures, CaptionedFigure("training-g", drawn, "|g| in training", caption))
 
 
-def alignment_section(page: Page, run: RunFacts) -> None:
+def _agreements(page: Page, run: RunFacts) -> None:
     """Where clients' updates point, compared with the federation's."""
     page.section("Do clients agree?", "alignment")
     if reason := _no_alignment(run):
@@ -200,9 +195,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], which: str) -> None:
     shares = np.array(
         [np.mean([np.sign(g[0, 0]) == np.sign(r.aggregate[0, 0]) for g in r.scalars.values()]) for r in rounds]
     )
-    bins = min(len(shares), POINTS)
-    numbers = np.array([record.plan.round + 1 for record in rounds])
-    x, y = (np.array([part.mean() for part in np.array_split(values, bins)]) for values in (numbers, shares))
+    x, (y,) = draw.thinned(np.array([record.plan.round + 1 for record in rounds]), shares[None], POINTS)
     text = (
         "With one step and one direction a round all updates lie on one line, so a client pushes either the same "
         f"way as the federation or the other way: on average {shares.mean():.0%} push the same way."
@@ -228,3 +221,7 @@ def _alignment(page: Page, run: RunFacts, rounds: Sequence[tuple[int, Mapping[in
         CaptionedFigure("alignment-cosine", cosine, "Direction of each client's update", caption),
         CaptionedFigure("alignment-norm", norm, "Length of each client's update", moved),
     )
+
+
+CLIENT_SECTIONS = (_data, _calibrations, _training, _agreements)
+"""In the order of the page."""

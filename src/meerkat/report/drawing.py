@@ -30,8 +30,6 @@ HEAT = LinearSegmentedColormap.from_list("heat", [(0.05, 0.47, 0.79, 0.0), (0.05
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.labelsize": 8.5,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
@@ -142,11 +140,10 @@ def plain_log(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def whole_numbers(axes: Axes, which: str = "x") -> None:
-    """Ticks at whole numbers, few enough to read."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+def whole_numbers(axes: Axes) -> None:
+    """Ticks along x at whole numbers, few enough to read."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def short(text: str, most: int = 30) -> str:

@@ -24,21 +24,18 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
     """Draw score and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    both = figure.subplots(1, 2)
-    shown: tuple[str, ...] = ()
+    both, score = figure.subplots(1, 2), "loss"
     for folder in folders:
         run = RunFolder.open(folder)
-        config = run.config()
-        evaluations = EvaluationMetric.all_of(run.metrics())
-        rounds = [m.round for m in evaluations]
-        shown = (evaluations[-1].score if evaluations else "loss", "loss")
-        for axes, score in zip(both, shown, strict=True):
-            values = [m.scores.get(score) for m in evaluations]
-            axes.plot(rounds, [np.nan if v is None else v for v in values], marker=".", label=config.method)
-            axes.set(xlabel="round", ylabel=f"{'held-back' if config.held_back else 'validation'} {score}")
+        config, evaluations = run.config(), EvaluationMetric.all_of(run.metrics())
+        score = evaluations[-1].score if evaluations else "loss"
+        for axes, name in zip(both, (score, "loss"), strict=True):
+            values = np.array([m.scores.get(name) for m in evaluations], np.float64)
+            axes.plot([m.round for m in evaluations], values, marker=".", label=config.method)
+            axes.set(xlabel="round", ylabel=f"{'held-back' if config.held_back else 'validation'} {name}")
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if shown[:1] == ("accuracy",):
+    if score == "accuracy":
         both[0].set_ylim(0, 1)
     both[0].legend(loc="lower right")
     paths = [to / "curves.png", to / "curves.svg"]

@@ -13,7 +13,7 @@ from meerkat.progress import number_of
 from meerkat.report import run_figures as draw
 from meerkat.report import sentences
 from meerkat.report.client_figures import running_mean
-from meerkat.report.clients import alignment_section, calibration_section, data_section, signal_section
+from meerkat.report.clients import CLIENT_SECTIONS
 from meerkat.report.facts import RunFacts
 from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, key_numbers, paragraph, table
 from meerkat.report.sentences import as_sentence, data_size, duration, percent, three_decimals
@@ -46,10 +46,7 @@ def run_page(run: RunFacts) -> Page:
         f"seed {config.seed}",
     ]
     page = Page(f"{config.method} on {Path(config.task).stem or config.problem}", " · ".join(parts))
-    for section in (
-        *(_outcome, _learning, _bytes, data_section, calibration_section, signal_section, alignment_section),
-        *(_mask, _settings),
-    ):
+    for section in (_outcome, _learning, _bytes, *CLIENT_SECTIONS, _mask, _settings):
         section(page, run)
     return page
 
@@ -261,19 +258,19 @@ def _settings(page: Page, run: RunFacts) -> None:
     if not (digests := _digests(run)):
         page.add(absent("No digests: rounds.log has no round."))
         return
-    lines = [(escape(name), f"<code>{escape(digest)}</code>") for name, digest in digests]
+    lines = [(escape(name), f"<code>{escape(digest)}</code>") for name, digest in digests.items()]
     page.add(folded("Digests", table(["SHA-256 of", ""], lines, text_columns=2)))
     page.add(paragraph("'meerkat verify' replays the run from its folder and compares every digest.", "note"))
 
 
-def _digests(run: RunFacts) -> list[tuple[str, str]]:
-    digests = []
+def _digests(run: RunFacts) -> dict[str, str]:
+    digests = {}
     if run.mask is not None:
-        digests += [("pre-trained model", run.mask.fingerprint), ("mask", run.mask.digest())]
+        digests = {"pre-trained model": run.mask.fingerprint, "mask": run.mask.digest()}
     if run.summary is not None:
-        digests.append(("theta after the run", str(run.summary["theta_digest"])))
+        digests["theta after the run"] = str(run.summary["theta_digest"])
     elif run.records.rounds:
-        digests.append((f"theta after round {run.rounds}", run.records.rounds[-1].theta_digest))
+        digests[f"theta after round {run.rounds}"] = run.records.rounds[-1].theta_digest
     return digests
 
 
