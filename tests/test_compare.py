@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from meerkat.cli import main
-from meerkat.comparison import learning_rates, processes
+from meerkat.comparison import compare, learning_rates, processes
 from meerkat.comparison.learning_rates import search_lowest
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
