@@ -19,8 +19,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
 
+from meerkat.algorithm.replies import Scalars, check_reply
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import RoundPlan, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation.ledger import Ledger, Request
@@ -111,14 +112,14 @@ def signing() -> Callable[[], object]:
     """A site signs a reply, and the server checks the signature."""
     key = SigningKey(Ed25519PrivateKey.generate())
     run, *digests = secrets.token_hex(8), *(secrets.token_hex(32) for _ in range(4))
-    charter = RunIdentity(run, True, secrets.token_hex(16), *digests)
-    signer, register = Signer(charter, 0, ROWS_HELD, "node", key), Members(charter)
-    register.admit(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
+    identity = RunIdentity(run, True, secrets.token_hex(16), *digests)
+    signer, members = Signer(identity, 0, ROWS_HELD, "node", key, None), Members(identity)
+    members.admit(Member(0, 0, ROWS_HELD, "node", signer.credentials["key"], signer.credentials["signature"]))
     plan, theta = RoundPlan(0, LR, EPS, 1, {0: 1}), secrets.token_bytes(32)
     scalars = np.ones((1, 1), np.float32)
 
     def signed() -> None:
-        register.check_reply(0, plan, theta, 0, scalars, signer.sign(plan, theta, 0, scalars))
+        members.check_reply(0, plan, theta, 0, scalars, signer.sign(plan, theta, 0, scalars))
 
     return signed
 

@@ -34,7 +34,7 @@ import grpc.aio
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # stub and proxy are the tests' own
 from proxy import Proxy
-from stub import RUN, Coordinator, StubSite
+from stub import SCORES, Coordinator, StubSite
 
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
@@ -173,7 +173,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     """The times of rounds and of echoes, in seconds."""
     held = Coordinator(keys, nodes, WaitingRules(nodes, nodes, start_s=120.0), rounds)
     engine = Engine(
-        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), RUN, held.state, held.z
+        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), held.state, held.z, SCORES
     )
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
@@ -204,7 +204,7 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     run = Run(
         folder=folder,
         log=log,
-        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS),
+        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS, tracker="none"),
         model=SimpleNamespace(mask=SimpleNamespace(theta_0=None)),
         opening=absent,
         members=absent,

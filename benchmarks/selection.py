@@ -16,9 +16,9 @@ import numpy as np
 
 from meerkat.algorithm.calibration import open_calibration
 from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.extreme_clients import Vpcs, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.problems.partition import ClientRows, partition

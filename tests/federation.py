@@ -140,17 +140,17 @@ class Setting:
         """The run's directions."""
         return Directions(run_key(self.config.seed), len(self.mask))
 
-    def register(self, listed: Sequence[str] | None = None) -> Members:
-        """The register of a run that nobody has joined."""
-        return Members(self.opening.charter(self.config), listed)
+    def members(self, listed: Sequence[str] | None = None) -> Members:
+        """The members of a run that nobody has joined."""
+        return Members(self.opening.identity(self.config), listed)
 
-    def admission(self, nodes: dict[int, str] | None = None, register: Members | None = None) -> Admission:
+    def admission(self, nodes: dict[int, str] | None = None, members: Members | None = None) -> Admission:
         """The run's admission."""
-        return Admission(register or self.register(), self.config.clients, nodes)
+        return Admission(members or self.members(), self.config.clients, nodes)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
-        made = Offer.of(self.config, self.mask, path.digest(self.theta_0), self.run, "", 60.0, self.signed)
+        made = Offer.of(self.config, self.mask, self.opening, "", 60.0)
         return replace(made, token=token or bytes(32).hex())
 
     def site(self, client: int, token: str = "", node: str = "", **own: Any) -> Site:
@@ -332,14 +332,14 @@ class Federation:
     """A coordinator and its wire."""
 
     setting: Setting
-    terms: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    waiting: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
     nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
-    register: Members | None = None
+    members: Members | None = None
 
     def __post_init__(self) -> None:
-        self.admission = self.setting.admission(self.nodes, self.register)
+        self.admission = self.setting.admission(self.nodes, self.members)
         self.wire = Wire(self.admission)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings
@@ -348,8 +348,7 @@ class Federation:
             self.wire,
             self.admission,
             self.settings,
-            self.terms,
-            self.setting.run,
+            self.waiting,
             self.state,
             self.z,
             Classification.scores,
@@ -360,10 +359,10 @@ class Federation:
 
     @classmethod
     def of(
-        cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **terms: Any
+        cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **waiting: Any
     ) -> "Federation":
         """A federation whose clock the engine looks at, with all clients there, or the first few."""
-        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **terms}
+        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **waiting}
         made = cls(setting, WaitingRules(**given))
         monkeypatch.setattr(remote_engine, "time", made.wire)
         for client in range(setting.config.clients if join is None else join):
@@ -402,14 +401,14 @@ class Federation:
             self.state, found = calibration.close_calibration(
                 self.state, plan, replies, self.settings, self.z, gradient
             )
-            self.records.append({"kind": "calibration", **found.to_json()})
+            self.records.append(found.to_json())
             self.gather()
         plan = server.open_round(self.state, self.settings, self.engine.available())
         while not (replies := self.engine.run(self.state, plan)):
             self.gather()
             plan = server.open_round(self.state, self.settings, self.engine.available())
         self.state, record = server.close_round(self.state, plan, replies, self.settings, self.z, gradient)
-        self.records.append({"kind": "round", **record.to_json()})
+        self.records.append(record.to_json())
         self.engine.closed(self.state, record)
         return record
 
@@ -428,12 +427,12 @@ class Federation:
         made = RunFolder.create(folder, self.setting.config)
         store_mask(made, self.setting.mask, problem)
         with carry_on(made, problem, federation=opening.federation, signed=opening.signed) as run:
-            run_rounds(run, self.engine, judged_nothing, attendance=self.engine)
+            run_rounds(run, self.engine, evaluated_nothing, attendance=self.engine)
         _, *self.records = LogReader(made.log_path)
         return run.state
 
 
-def judged_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
+def evaluated_nothing(_: Tensor, rounds: int) -> EvaluationMetric:
     """An evaluation of a run that nobody evaluates."""
     return EvaluationMetric(rounds, {"accuracy": 0.0, "loss": None}, Classification.scores)
 
@@ -447,8 +446,8 @@ def counted(federation: "Federation") -> tuple[int, int]:
 def opened(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
     """A federation's records, to be gone through from theta_0."""
     again, gradient = json.loads(json.dumps(list(records))), setting.mask.pretraining_gradient
-    register = setting.register()
-    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"), register)
+    members = setting.members()
+    return Replay(again, setting.theta_0, setting.settings, setting.directions, gradient, Path("rounds.log"), members)
 
 
 def replay(setting: Setting, records: Sequence[dict[str, Any]]) -> Replay:
@@ -520,6 +519,6 @@ class Faults:
             if site is not None:
                 self.federation.wire.connect(site)
                 return
-        except Refused:  # it was shown out, and its stream broke before it could be told
+        except Refused:  # it was removed, and its stream broke before it could be told
             pass
         self.federation.enter(client, **self.own(client))

@@ -342,9 +342,9 @@ class World:
                 Work.decode,
                 frames.decode_scalars,
                 lambda body: frames.decode_score(body, "accuracy"),
-                frames.decode_words,
+                frames.decode_json,
             ]
-            for read in (*readers, lambda body: frames.decode_words(body, 32), StateParts(len(self.setting.mask)).add):
+            for read in (*readers, lambda body: frames.decode_json(body, 32), StateParts(len(self.setting.mask)).add):
                 with suppress(MeerkatError):
                     read(body)
 
@@ -369,14 +369,14 @@ class World:
     def a_conversation(self) -> Reader:
         """What a coordinator says, heard by a live site."""
         live = self.setting.site(0, evaluate=True)
-        live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_words({}, bytes(32))).encode())
+        live.answer(Frame(Kind.WELCOME, bytes.fromhex(RUN), 0, 0, body=frames.encode_json({}, bytes(32))).encode())
         said = [frame for client, frame in self.spoken[1] if client == 0]
-        judge = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
-        whole = [*said[:2], *judge, *said[2:]]
+        evaluate = [frame._replace(kind=Kind.EVALUATE) for frame in said if frame.kind is Kind.WORK][:1]
+        whole = [*said[:2], *evaluate, *said[2:]]
 
         def check(conversation: list[tuple[bytes, bool]]) -> None:
             site = copy(live)
-            site._parts, site._answered = StateParts(site._rules.vectors * len(site.mask)), {}
+            site._parts, site._answered = StateParts(site._client.rules.vectors * len(site.mask)), {}
             refusals = []
             for data, meant in conversation:
                 try:
@@ -386,7 +386,7 @@ class World:
                     refusals.append(error)
                     continue
                 if answer is not None and (frame := Frame.decode(answer)).kind is Kind.FAILED:
-                    assert frames.decode_words(frame.body)[1] != {"why": "out of memory"}
+                    assert frames.decode_json(frame.body)[1] != {"why": "out of memory"}
             if refusals:
                 raise refusals[0]
 
@@ -402,7 +402,7 @@ class World:
         """What sites say, heard by a coordinator in the middle of a round."""
         heard = [frame for frame in self.spoken[0] if frame.kind in (Kind.REPLY, Kind.BEHIND)][:12]
         heard += [heard[0]._replace(kind=Kind.SCORE, body=frames.encode_score("accuracy", 0.75, 4))]
-        heard += [heard[0]._replace(kind=kind, body=frames.encode_words({"why": "error"})) for kind in (10, 11)]
+        heard += [heard[0]._replace(kind=kind, body=frames.encode_json({"why": "error"})) for kind in (10, 11)]
         setting = self.setting.but(early_stop="none", update_rule="sgd")
         config, z = replace(setting.settings, examples=dict(enumerate(setting.sizes))), setting.directions
         theta = setting.theta_0
@@ -413,7 +413,7 @@ class World:
             self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(Replica(0, theta))
             engine = RemoteEngine(
-                wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), RUN, state, z, Classification.scores
+                wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), state, z, Classification.scores
             )
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, admission.token(f"node {client}"), setting)))
@@ -443,7 +443,7 @@ class World:
             engine.end("over")
             refused = engine.counts["malformed"] + engine.counts["foreign"]
             if refused:
-                raise MeerkatError("a client was shown out")
+                raise MeerkatError("a client was removed")
 
         one = st.tuples(
             st.integers(0, 3), st.one_of(edited_bytes([f.encode() for f in heard], 2), *map(_refilled, heard))
@@ -526,7 +526,7 @@ class Mute:
     def __init__(self, client: int, token: str, setting: Setting) -> None:
         self.client = client
         said = {"examples": setting.sizes[client], "model": setting.mask.fingerprint, "mask": setting.mask.digest()}
-        body = frames.encode_words({**said, "evaluates": True}, bytes.fromhex(token))
+        body = frames.encode_json({**said, "evaluates": True}, bytes.fromhex(token))
         digest = bytes.fromhex(path.digest(setting.theta_0))
         self._hello = Frame(Kind.HELLO, bytes.fromhex(RUN), client, 0, digest, body).encode()
 
@@ -571,7 +571,7 @@ def _safetensors(file: Path) -> SearchStrategy[bytes]:
 def _refilled(frame: Frame) -> SearchStrategy[bytes]:
     """A frame whose fields or body changed, each to what it could be."""
     words = [
-        frames.encode_words({"why": "x"}),
+        frames.encode_json({"why": "x"}),
         *(b'{"why":' + as_json(odd) + b"}" for odd in (None, [[1]], "@deep@", {})),
     ]
     deep = b'{"why":' + b"[" * 900 + b"]" * 900 + b"}"

@@ -28,7 +28,7 @@ LENGTH, EPS = 1000, 1e-3
 MODEL, MASK = (hashlib.sha256(text).hexdigest() for text in (b"model", b"mask"))
 RUN = "00112233445566ff"
 SCORES: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
-CHARTER = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
+IDENTITY = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, path.digest(torch.zeros(LENGTH)), "00" * 32)
 
 
 def scalars_of(client: int, round: int) -> np.ndarray:
@@ -58,7 +58,7 @@ class StubSite:
 
     def hello(self) -> bytes:
         said = {"examples": 10 + self.client, "model": MODEL, "mask": MASK, "evaluates": False}
-        return self.frame(Kind.HELLO, frames.encode_words(said, self._secret))
+        return self.frame(Kind.HELLO, frames.encode_json(said, self._secret))
 
     def answer(self, data: bytes) -> bytes | None:
         frame = Frame.decode(data)
@@ -66,7 +66,7 @@ class StubSite:
             raise BadFrame("a frame for another client")
         match frame.kind:
             case Kind.WELCOME:
-                self._secret, _ = frames.decode_words(frame.body, 32)
+                self._secret, _ = frames.decode_json(frame.body, 32)
                 self.welcomed = True
             case Kind.STATE:
                 if (values := self._parts.add(frame.body)) is not None:
@@ -75,12 +75,12 @@ class StubSite:
             case Kind.WORK | Kind.CLOSED:
                 return self._follow_and_work(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
-                _, said = frames.decode_words(frame.body)
+                _, said = frames.decode_json(frame.body)
                 self.ended, self.refused = str(said["why"]), frame.kind is Kind.REFUSAL
         return None
 
     def refusal(self, why: str) -> bytes:
-        return self.frame(Kind.REFUSAL, frames.encode_words({"why": why}))
+        return self.frame(Kind.REFUSAL, frames.encode_json({"why": why}))
 
     def frame(self, kind: Kind, body: bytes = b"") -> bytes:
         """A frame from this site, of the round and theta that it stands at."""
@@ -104,7 +104,7 @@ class StubSite:
             time.sleep(self.compute_s)
         return self.reply(scalars_of(self.client, self.round))
 
-    def look_ahead(self) -> None:
+    def prepare_next(self) -> None:
         self._z.prepare(Place("training", self.round, 0, 0))  # to follow this round when it is closed
 
     def _settle(self, theta: torch.Tensor, round: int) -> None:
@@ -143,20 +143,20 @@ class Coordinator:
         self,
         keys: dict[str, Path],
         clients: int,
-        terms: WaitingRules | None = None,
+        waiting: WaitingRules | None = None,
         rounds: int = 10_000,
         port: int = 0,
     ) -> None:
         self.authority = keys["authority"].read_bytes()
-        self.admission = Admission(Members(CHARTER), clients)
+        self.admission = Admission(Members(IDENTITY), clients)
         self.link = StreamLink(self.admission, f"127.0.0.1:{port}", keys["server"], keys["server key"])
         self.port = self.link.port
         self._closed = False
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
-        terms = terms or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
-        self.engine = RemoteEngine(self.link, self.admission, self.settings, terms, RUN, self.state, self.z, SCORES)
+        waiting = waiting or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
+        self.engine = RemoteEngine(self.link, self.admission, self.settings, waiting, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:
         """A stub with a token of this coordinator's."""

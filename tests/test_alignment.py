@@ -14,7 +14,8 @@ from torch import Tensor
 from meerkat.algorithm import alignment
 from meerkat.algorithm.alignment import alignments, direction_products
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import aggregate
 
 KEY = 12345

@@ -14,18 +14,19 @@ from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration
 from meerkat.algorithm.attacks import IN_CALIBRATIONS, IN_ROUNDS, Attack, flipped, z_max
+from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.replies import LARGEST_LOSS, Reply, Scalars, check_reply
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.rounds import LARGEST_LOSS, Reply, RoundPlan, Scalars, check_reply
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState, aggregate, client_weights, close_round, open_round
 from meerkat.cli import main
-from meerkat.comparison import compare
+from meerkat.comparison import processes
 from meerkat.errors import MeerkatError
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.record import run_log
 from meerkat.record.run_folder import RunFolder
-from meerkat.run.attacked_engine import AttackedEngine
+from meerkat.run.local_engine import AttackedEngine
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import Split
 from meerkat.settings.config import RunConfig, make_config
@@ -338,7 +339,7 @@ def test_an_attacked_run_is_resumed_to_the_same_bits_and_verified(
 def test_a_comparison_has_attacks_and_rules_as_axes_and_runs_what_says_nothing_once(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     text = f"""
 model = {json.dumps(str(federation / "model"))}
 data = {json.dumps(str(federation / "data"))}

@@ -13,10 +13,10 @@ from test_server import bowl_engine, config
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.calibration import CalibrationRecord, close_calibration, decide, due, open_calibration
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import EarlyStop, Vpcs, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import Scalars
-from meerkat.algorithm.selection import EarlyStop, Vpcs, select
+from meerkat.algorithm.replies import Scalars
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.update_rules import FedDyn
 from meerkat.problems.partition import ClientRows

@@ -138,7 +138,7 @@ def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
-    text = model_card(replace(replayed, config=config), SST2, [], "delta")
+    text = model_card(RunFolder(run), replace(replayed, config=config), SST2, "delta")
     held = ModelCard(text).data.to_dict()
     assert held["base_model"] == "meta-llama/Llama-3.2-1B"
     assert held["datasets"] == ["aps/super_glue"]
@@ -249,7 +249,7 @@ def test_a_federation_s_card_tells_who_joined_and_that_rows_stayed(
 
 def test_many_clients_are_counted_not_listed(run: Path) -> None:
     many = replace(verification.verify(run), examples={k: 10 + k for k in range(50)})
-    assert facts(model_card(many, SST2, [], "model"), "Data")["training rows"] == (
+    assert facts(model_card(RunFolder(run), many, SST2, "model"), "Data")["training rows"] == (
         "1,725: 10 to 59 at each of 50 clients"
     )
 
@@ -257,7 +257,7 @@ def test_many_clients_are_counted_not_listed(run: Path) -> None:
 def test_a_guarantee_is_told_with_all_it_rests_on(run: Path) -> None:
     told = {"epsilon": 3.5, "otherwise": 7.25, "delta": 1e-5, "clip": 2.0, "noise_multiplier": 0.7}
     promised = replace(verification.verify(run), guarantee=Guarantee("client", "add-or-remove", **told))
-    text = model_card(promised, SST2, [], "model")
+    text = model_card(RunFolder(run), promised, SST2, "model")
     assert "No differential privacy" not in text
     assert facts(text, "Privacy") == {
         "differential privacy": "epsilon 3.5 at delta 1e-05, one client added or removed; 7.25 where one is replaced",
@@ -272,12 +272,12 @@ def test_of_a_federation_with_noisy_replies_the_log_s_hash_is_told(run: Path) ->
     private = replace(plain, guarantee=Guarantee("example", "add-or-remove", **told))
     apart = replace(private, opening=replace(plain.opening, data="", federation="0" * 16))
     for each, is_told in ((plain, True), (private, False), (apart, True)):
-        assert (plain.log_hash in model_card(each, SST2, [], "model")) == is_told
+        assert (plain.log_hash in model_card(RunFolder(run), each, SST2, "model")) == is_told
 
 
 def test_words_of_files_stay_in_their_place(run: Path) -> None:
     task = Task("a|b`c\n## Privacy", "{x}\n```\n# no\n{label}", ("`", "```\n"))
-    text = model_card(verification.verify(run), task, [], "model")
+    text = model_card(RunFolder(run), verification.verify(run), task, "model")
     assert text.count("\n## Privacy") == 1
     assert facts(text, "Data")["task"] == r"`a\|b'c ## Privacy`"
     assert text.count("\n```") == 2, "the code's own fence alone"

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from meerkat.cli import main
-from meerkat.comparison import compare
-from meerkat.comparison.compare import search_lowest
+from meerkat.comparison import compare, learning_rates, processes
+from meerkat.comparison.learning_rates import search_lowest
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
 from meerkat.run.simulation import simulate
@@ -75,7 +75,7 @@ class InThisProcess:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
 
 
 def settings(federation: Path, **more: Any) -> str:
@@ -247,8 +247,8 @@ def test_a_rate_that_is_given_is_not_searched_and_one_that_diverges_is_told(
 def test_a_setting_that_diverges_at_every_rate_ends_it_with_a_way_out(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = compare._run
-    monkeypatch.setattr(compare, "_run", lambda *arguments: run(*arguments) and None)
+    run = learning_rates.run_cell
+    monkeypatch.setattr(learning_rates, "run_cell", lambda *arguments: run(*arguments) and None)
     assert main(command(tmp_path, settings(federation) + "search = { trials = 3 }")) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "meerkat: diverged at every learning rate tried" in said
@@ -405,7 +405,7 @@ def test_a_damaged_run_ends_it_with_a_cure_that_works(
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    with compare._Pool(1, tmp_path) as pool, pytest.raises(compare.RunFailed, match=r"was killed.*--out.*--jobs"):
+    with processes.Pool(1, tmp_path) as pool, pytest.raises(processes.RunFailed, match=r"was killed.*--out.*--jobs"):
         pool.map_unique("runs", {0: (os._exit, 3)}, lambda *_: "")
 
 

@@ -15,7 +15,8 @@ import torch
 from conftest import full_disk, tiny_model
 
 from meerkat.algorithm import path
-from meerkat.algorithm.rounds import RoundRecord, Scalars
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import aggregate
 from meerkat.cli import main
 from meerkat.errors import RunFailed

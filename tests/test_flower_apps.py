@@ -146,15 +146,15 @@ def test_frames_in_messages_end_at_the_simulations_bits(
 
 
 @pytest.mark.usefixtures("_identity")
-def test_sites_that_agree_judge_on_their_own_rows(tmp_path: Path, sites: list[Path]) -> None:
+def test_sites_that_agree_evaluate_on_their_own_rows(tmp_path: Path, sites: list[Path]) -> None:
     for client, file in enumerate(sites):
         data = site_folder(tmp_path / "data", client)
         rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
         (data / "validation.jsonl").write_text("".join(rows[: 5 + client]))
         file.write_text(file.read_text() + "evaluate = true\n")
     summary = run(federation_file(tmp_path, {"evaluate": "sites"}, rounds=1), tmp_path / "run", Grid(sites))
-    judged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [metric for metric in judged if metric["kind"] == "evaluation"]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [metric for metric in metrics if metric["kind"] == "evaluation"]
     assert [metric["round"] for metric in evaluations] == [0, 1]
     assert all(metric["rows"] == 11 and metric["loss"] is None for metric in evaluations)
     assert summary["accuracy"] == evaluations[-1]["accuracy"]
@@ -226,8 +226,8 @@ def test_what_a_node_answers_ends_nobody_s_run(
     tmp_path: Path, sites: list[Path], kind: str, content: dict[str, Any]
 ) -> None:
     grid = Meddling(sites, kind, RecordDict(content))
-    terms = {"clients_minimum": 1, "start_s": 5.0 if kind == "train.frames" else 0.0, "deadline_s": 0.5}
-    assert run(federation_file(tmp_path, terms), tmp_path / "run", grid)["rounds"] == 2
+    waiting = {"clients_minimum": 1, "start_s": 5.0 if kind == "train.frames" else 0.0, "deadline_s": 0.5}
+    assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["rounds"] == 2
     assert grid.meddled
 
 

@@ -110,7 +110,7 @@ def test_a_score_is_taken_under_the_run_s_name_alone() -> None:
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.sampled_from([0, 32]))
 def test_words_come_out_as_they_went_in(said: dict[str, Any], secret: int) -> None:
     hidden = bytes(range(secret))
-    assert frames.decode_words(frames.encode_words(said, hidden), secret) == (hidden, said)
+    assert frames.decode_json(frames.encode_json(said, hidden), secret) == (hidden, said)
 
 
 def decode_accuracy(body: bytes) -> tuple[float, int]:
@@ -122,8 +122,8 @@ _DECODERS: list[Callable[[bytes], Any]] = [
     Work.decode,
     frames.decode_scalars,
     decode_accuracy,
-    frames.decode_words,
-    lambda body: frames.decode_words(body, 32),
+    frames.decode_json,
+    lambda body: frames.decode_json(body, 32),
     StateParts(3).add,
 ]
 
@@ -261,8 +261,8 @@ def test_a_state_that_was_cut_off_begins_again(monkeypatch: pytest.MonkeyPatch) 
 
 
 GOLDEN = {
-    Kind.HELLO: (frames.encode_words({"examples": 3}, bytes(32)), "00" * 32 + b'{"examples":3}'.hex()),
-    Kind.WELCOME: (frames.encode_words({}, bytes([7]) * 32), "07" * 32 + "7b7d"),
+    Kind.HELLO: (frames.encode_json({"examples": 3}, bytes(32)), "00" * 32 + b'{"examples":3}'.hex()),
+    Kind.WELCOME: (frames.encode_json({}, bytes([7]) * 32), "07" * 32 + "7b7d"),
     Kind.WORK: (
         Work("calibration", 0.5, 2, 258, (Closed(1.0, 0.25, np.array([[1.0], [-2.0]], "f4"), True),)).encode(),
         "01000000000000e03f020000000201000000000000010001000000000000f03f000000000000d03f0200000001000000803f000000c0",
@@ -276,9 +276,9 @@ GOLDEN = {
     Kind.BEHIND: (b"", ""),
     Kind.EVALUATE: (Work("training", 0.0, 0, 1).encode(), "00" * 13 + "01" + "00" * 9),
     Kind.SCORE: (frames.encode_score("loss", 2.0, 4), "00" * 7 + "40" + "04" + "00" * 7 + "6c6f7373"),
-    Kind.FAILED: (frames.encode_words({"why": "diverged"}), b'{"why":"diverged"}'.hex()),
-    Kind.REFUSAL: (frames.encode_words({"why": "no"}), b'{"why":"no"}'.hex()),
-    Kind.END: (frames.encode_words({"why": "done"}), b'{"why":"done"}'.hex()),
+    Kind.FAILED: (frames.encode_json({"why": "diverged"}), b'{"why":"diverged"}'.hex()),
+    Kind.REFUSAL: (frames.encode_json({"why": "no"}), b'{"why":"no"}'.hex()),
+    Kind.END: (frames.encode_json({"why": "done"}), b'{"why":"done"}'.hex()),
     Kind.SIGNED: (
         bytes([9]) * 64 + frames.encode_scalars("training", np.array([[1.0]], "f4")),
         "09" * 64 + "0001000000" + "0100" + "0000803f",
@@ -297,7 +297,7 @@ def test_the_format_is_what_version_3_wrote(kind: Kind) -> None:
 
 
 def test_a_body_of_words_is_json_that_any_reader_takes() -> None:
-    body = frames.encode_words({"why": "naïve"})
+    body = frames.encode_json({"why": "naïve"})
     assert json.loads(body) == {"why": "naïve"}
     with pytest.raises(ValueError, match="JSON"):
-        frames.encode_words({"loss": float("nan")})
+        frames.encode_json({"loss": float("nan")})

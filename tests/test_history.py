@@ -15,7 +15,8 @@ from torch import Tensor
 from meerkat.algorithm import path
 from meerkat.algorithm.alignment import alignments
 from meerkat.algorithm.directions import Directions, run_key
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.replies import Reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed

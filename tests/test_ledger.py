@@ -235,7 +235,7 @@ def test_a_disk_that_refuses_lets_nothing_leave(
     assert str(told.value) == "the site's ledger cannot be used; its own log says why"  # the coordinator hears this
     assert "ledger of my own: No space left on device" in capsys.readouterr().err
     assert charged(ledger) == []
-    assert site.keep()["last"] == b""
+    assert site.snapshot()["last"] == b""
     assert decoded(site.answer(server.ask())).kind is Kind.REPLY
     assert len(charged(ledger)) == 1
     site.close()
@@ -282,14 +282,14 @@ def test_a_round_is_answered_for_one_theta_alone_in_any_process(setting: Setting
     ledger = tmp_path / "ledger"
     server, site = Coordinator(setting), site_of(setting, ledger)
     first = site.answer(server.ask())
-    kept = site.keep()
+    kept = site.snapshot()
     site.close()
     honest = server.state
     server.state = ServerState(Replica(0, setting.theta_0 + 1e-3))
     for taken in ({}, kept):
         another = site_of(setting, ledger)
         if taken:
-            another.take_up(taken)
+            another.restore(taken)
         for part in server.whole_state():
             another.answer(part)
         with pytest.raises(BadFrame, match="training asked for in round 0, after it was answered for another theta"):
@@ -311,10 +311,10 @@ def test_messages_meet_a_fresh_process_each_time(setting: Setting, tmp_path: Pat
         for lost in (True, False):  # the process dies before it could keep anything, and the message comes again
             site = site_of(setting, ledger)
             if kept:
-                site.take_up(kept)
+                site.restore(kept)
             answers.append(site.answer(server.ask(trail)))
             if not lost:
-                kept = site.keep()
+                kept = site.snapshot()
             site.close()
         assert answers[0] == answers[1]
         assert len(charged(ledger)) == done + 1
@@ -396,7 +396,7 @@ def test_what_a_site_does_not_agree_to(
 
 def test_nothing_exact_is_told_of_a_private_run_s_rows(setting: Setting, tmp_path: Path) -> None:
     server, site = Coordinator(setting), site_of(setting, tmp_path / "ledger", evaluate=True)
-    _, said = frames.decode_words(Frame.decode(site.hello()).body, 32)
+    _, said = frames.decode_json(Frame.decode(site.hello()).body, 32)
     assert said["evaluates"] is False
     with pytest.raises(BadFrame, match="has not agreed"):
         site.answer(server.ask(kind=Kind.EVALUATE))

@@ -16,10 +16,11 @@ from torch import Tensor
 from meerkat.algorithm import path, server
 from meerkat.algorithm.client import correction, local_steps
 from meerkat.algorithm.client_rules import ZEROTH_ORDER, FedDynClient
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
-from meerkat.algorithm.server import ServerState, client_weights, close_round, open_round, participants, replay
+from meerkat.algorithm.server import ServerState, client_weights, close_round, open_round, replay
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, Moments, UpdateRule
 
 WIDTH = 60
@@ -189,7 +190,7 @@ def test_a_feddyn_federation_is_the_literal_one(steps: int, per_round: int, toge
     lived, twin = live(settings, together), Literal(settings)
 
     def asked(round: int) -> list[int]:
-        return participants(settings, round)
+        return seeded_sample(range(settings.clients), per_round, settings.seed, round)
 
     made = twin.pointer(asked)
     ends, corrected = reference.feddyn(

@@ -24,8 +24,9 @@ from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.client_rules import ZEROTH_ORDER, FedDynClient
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.replies import Scalars
 from meerkat.algorithm.robust import MEAN
-from meerkat.algorithm.rounds import RoundPlan, Scalars
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.algorithm.update_rules import FedAvg, FedDyn
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel

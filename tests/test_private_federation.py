@@ -35,7 +35,7 @@ def hidden_round(fed: Federation) -> RoundRecord:
     )
     replies = fed.engine.run(fed.state, plan) if plan.steps else []
     fed.state, record = server.close_round(fed.state, plan, replies, fed.settings, fed.z, None)
-    fed.records.append({"kind": "round", **record.to_json()})
+    fed.records.append(record.to_json())
     fed.engine.closed(fed.state, record)
     return record
 

@@ -134,7 +134,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize("dp", ["example", "client"])
-def test_sites_do_not_judge_a_private_federation(tmp_path: Path, dp: str) -> None:
+def test_sites_do_not_evaluate_a_private_federation(tmp_path: Path, dp: str) -> None:
     file = tmp_path / "federation.toml"
     run = f'[run]\ndp = "{dp}"\ndp_noise_multiplier = 2.0\nweights = "equal"\n'
     file.write_text(run + '[federation]\nevaluate = "sites"\n')

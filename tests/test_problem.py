@@ -170,7 +170,7 @@ class Inline:
 def test_a_comparison_by_a_score_of_which_less_is_better(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "_Pool", Inline)
+    monkeypatch.setattr(compare_module, "Pool", Inline)
     file, out = tmp_path / "compare.toml", tmp_path / "comparison"
     claims = ""
     for measure in ("", "loss"):

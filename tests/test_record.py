@@ -12,8 +12,8 @@ from federation import Federation, Setting, replay
 
 from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
+from meerkat.algorithm.extreme_clients import Vpcs, select
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.selection import Vpcs, select
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.record.members import Member
@@ -131,6 +131,6 @@ def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting,
 def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:
     settings = replace(setting.settings, examples=dict(enumerate(setting.sizes)))
     join = Member(0, 0, 10, "n").to_json()
-    log, register = Path("rounds.log"), setting.register()
+    log, members = Path("rounds.log"), setting.members()
     with pytest.raises(RunFailed, match="unknown kind 'join'"):
-        Replay([join], setting.theta_0, settings, setting.directions, None, log, register).run()
+        Replay([join], setting.theta_0, settings, setting.directions, None, log, members).run()

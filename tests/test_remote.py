@@ -12,6 +12,7 @@ import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
 from meerkat.algorithm import path, server
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
@@ -119,7 +120,7 @@ def test_who_stops_early_makes_one_step(setting: Setting, monkeypatch: pytest.Mo
 
 
 def everyone_but_first(magnitude: Any, *_: Any) -> Any:
-    from meerkat.algorithm.selection import Selection
+    from meerkat.algorithm.extreme_clients import Selection
 
     clients = tuple(magnitude)
     return Selection(clients, clients[1:], (), (), (), 0.0, 0.0, 0.0, 0.0)
@@ -147,7 +148,7 @@ def test_who_is_slow_is_not_waited_for_beyond_the_deadline(setting: Setting, mon
     third = federation.round()
     assert federation.engine.counts["late"] == 1
     assert answered(third) == [0, 1, 2]
-    assert federation.engine.caught_up == {"rounds": 1, "state": 0}
+    assert federation.engine.sessions.caught_up == {"rounds": 1, "state": 0}
     federation.end()
     assert same_theta(federation, [0, 1, 2])
     assert federation.replayed().state.round == 3
@@ -173,7 +174,7 @@ def test_a_round_whose_clients_are_gone_opens_again_with_those_who_are_here(
 ) -> None:
     federation = Federation.of(setting.but(clients_per_round=1), monkeypatch, clients_minimum=1)
     federation.round()
-    asked = server.participants(federation.settings, 1)[0]
+    asked = seeded_sample(range(3), 1, federation.settings.seed, 1)[0]
 
     def cut(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]] | None:
         return None if client == asked and not up else [(0.0, data)]
@@ -190,7 +191,7 @@ def test_a_round_that_one_failure_leaves_short_of_its_quorum_opens_again(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation, failures = Federation.of(setting, monkeypatch, quorum=3), iter([True])
-    said = frames.encode_words({"why": "out of memory"})
+    said = frames.encode_json({"why": "out of memory"})
 
     def once(client: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
         fails = up and client == 1 and next(failures, False)
@@ -368,7 +369,7 @@ def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
     first.round()
     first.round()
     again = first.replayed()
-    second = Federation(setting, first.terms, again.nodes, again.state, again.settings)
+    second = Federation(setting, first.waiting, again.nodes, again.state, again.settings)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     for client in range(3):
         second.enter(client)
@@ -379,7 +380,7 @@ def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
         second.round()
     assert [r["kind"] for r in second.records] == ["round", "round"]  # nobody joins again
     assert path.digest(second.state.theta) == whole[-1]
-    assert second.engine.caught_up["state"] == 3
+    assert second.engine.sessions.caught_up["state"] == 3
     assert replay(setting, [*records, *second.records]).state.round == 4
     second.end()
     assert same_theta(second, [0, 1, 2])
@@ -394,13 +395,13 @@ def test_few_rounds_are_told_as_rounds_and_many_as_the_state(setting: Setting, m
     federation.round()
     federation.enter(1)
     federation.round()
-    assert federation.engine.caught_up == {"rounds": 1, "state": 0}
+    assert federation.engine.sessions.caught_up == {"rounds": 1, "state": 0}
     many = 4 * len(setting.mask) // 27 + 1
     while federation.state.round < many:
         federation.round()
     federation.enter(2)
     assert answered(federation.round()) == [0, 1, 2]
-    assert federation.engine.caught_up == {"rounds": 1, "state": 1}
+    assert federation.engine.sessions.caught_up == {"rounds": 1, "state": 1}
     federation.end()
     assert same_theta(federation, [0, 1, 2])
 
@@ -555,7 +556,7 @@ def test_a_reply_from_another_theta_is_asked_for_again(setting: Setting, monkeyp
     federation.wire.meddle = meddle
     assert answered(federation.round()) == [0, 1, 2]
     assert federation.engine.counts["behind"] == 1
-    assert federation.engine.caught_up["state"] == 1
+    assert federation.engine.sessions.caught_up["state"] == 1
     assert path.digest(federation.state.theta) == setting.simulated()[0]
 
 
@@ -570,7 +571,7 @@ def test_who_never_comes_to_the_right_theta_is_shown_out(setting: Setting, monke
 
 
 def failing(federation: Federation, client: int, why: str = "diverged") -> Any:
-    said = frames.encode_words({"why": why})
+    said = frames.encode_json({"why": why})
     return lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up and k == client else data)]
 
 
@@ -592,7 +593,7 @@ def test_who_fails_three_times_in_a_row_is_shown_out(setting: Setting, monkeypat
 
 def test_where_everyone_fails_the_run_ends_at_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch)
-    said = frames.encode_words({"why": "diverged"})
+    said = frames.encode_json({"why": "diverged"})
     federation.wire.meddle = lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up else data)]
     with pytest.raises(RunFailed, match=r"round 0: nobody could make their steps \(diverged\)"):
         federation.round()
@@ -616,7 +617,7 @@ def test_a_site_s_words_are_not_said_again(
     federation.wire.meddle = failing(federation, 1, "\x1b[31mrow 3: a patient's text")
     federation.round()
     assert "client 1 could not make its steps: error" in capsys.readouterr().err
-    why = frames.encode_words({"why": "no\n\x1b[31m more" + "x" * 1000})
+    why = frames.encode_json({"why": "no\n\x1b[31m more" + "x" * 1000})
     federation.wire.meddle = lambda k, d, up: [(0, frame(Kind.REFUSAL, k, federation.state, why) if up and k else d)]
     federation.round()
     said = capsys.readouterr().err
@@ -635,9 +636,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_signing_key(folder / f"{client}.key").private) for client in range(4)]
 
 
-def signing(setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str], **terms: Any) -> Federation:
+def signing(setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str], **waiting: Any) -> Federation:
     """A federation whose three sites sign."""
-    federation = Federation.of(replace(setting, signed=True), monkeypatch, join=0, **terms)
+    federation = Federation.of(replace(setting, signed=True), monkeypatch, join=0, **waiting)
     for client in range(3):
         federation.enter(client, signing_key=keys[client])
     return federation
@@ -664,7 +665,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         facts = {"round": 0, "theta": federation.state.theta, "pointer": 0, **about}
         plan = replace(server.open_round(federation.state, federation.settings, [1]), round=facts["round"])
         signer = Signer(
-            federation.admission.register.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key)
+            federation.admission.members.identity, 1, federation.setting.sizes[1], "node 1", SigningKey.load(key), None
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
@@ -800,7 +801,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
     first = signing(setting, monkeypatch, keys)
     first.round()
     again = first.replayed()
-    second = Federation(ours, first.terms, again.nodes, again.state, again.settings, again.register)
+    second = Federation(ours, first.waiting, again.nodes, again.state, again.settings, again.members)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     with pytest.raises(Refused, match="nothing hands over"):
         second.enter(1, signing_key=keys[3])
@@ -869,7 +870,7 @@ def test_a_score_of_another_evaluation_does_not_count(setting: Setting, monkeypa
     assert correct <= total
 
 
-def test_judge_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_gives_the_state_to_who_is_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting, monkeypatch, join=0)
     federation.enter(0, evaluate=True)
     federation.round()

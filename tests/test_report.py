@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars
-from meerkat.algorithm.selection import Vpcs, select
+from meerkat.algorithm.extreme_clients import Vpcs, select
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
@@ -127,7 +128,7 @@ def write_run(
     inner = rng.normal(size=(60, 1)) if gradient else np.zeros((0, 1))
     found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
     calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
-    log.append({"kind": "calibration", **calibration.to_json()})
+    log.append(calibration.to_json())
     folder.append_metric(CalibrationMetric.of(calibration, {"forward_s": 0.1}).to_json())
 
     for number in range(rounds if done else rounds - 1):
@@ -140,7 +141,7 @@ def write_run(
             total[: len(held)] += held / clients
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
-        log.append({"kind": "round", **record.to_json()})
+        log.append(record.to_json())
         replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
         folder.append_metric(RoundMetric.of(record, replies, {"forward_s": 0.1}).to_json())
         folder.append_metric(evaluated(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))

@@ -19,10 +19,11 @@ from test_server import bowl_engine, config
 
 from meerkat.algorithm import calibration, path
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.robust import MEAN, RULES, Aggregation, capped, clipped, combine, mixed, norm, robust
-from meerkat.algorithm.rounds import LARGEST_LOSS, Delta, Reply, RoundPlan, Scalars, check_reply, pack, unpack
-from meerkat.algorithm.selection import Vpcs
+from meerkat.algorithm.replies import LARGEST_LOSS, Delta, Reply, Scalars, check_reply
+from meerkat.algorithm.robust import MEAN, RULES, Aggregation, capped, clipped, mixed, norm, robust
+from meerkat.algorithm.rounds import RoundPlan, pack, unpack
 from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
@@ -251,7 +252,7 @@ def test_a_step_is_aggregated_over_those_who_made_it_and_counts_by_their_share(r
     by = Aggregation(rule=rule, byzantine=1)
     steps = {0: 1, 1: 4, 2: 4, 3: 1, 4: 4, 5: 4, 6: 4, 7: 2}
     g = {k: rows_of(t, 2, k).astype(np.float32) for k, t in steps.items()}
-    found = combine(g, {}, (4, 2), by)
+    found = by.combine(g, {}, (4, 2))
     for first, last in ((0, 1), (1, 2), (2, 4)):
         made = [k for k, t in steps.items() if t >= last]
         expected = robust(np.stack([g[k][first:last].ravel().astype(float) for k in made]), by)
@@ -261,7 +262,7 @@ def test_a_step_is_aggregated_over_those_who_made_it_and_counts_by_their_share(r
 @pytest.mark.parametrize("rule", RULES)
 def test_for_equal_replies_every_rule_is_the_mean_missing_steps_included(rule: str) -> None:
     g = {k: np.ones((1 if k < 3 else 3, 1), np.float32) for k in range(8)}
-    found = combine(g, dict.fromkeys(g, 1 / 8), (3, 1), Aggregation(rule=rule, byzantine=1))
+    found = Aggregation(rule=rule, byzantine=1).combine(g, dict.fromkeys(g, 1 / 8), (3, 1))
     np.testing.assert_allclose(found.ravel(), [1, 5 / 8, 5 / 8], rtol=1e-15)
 
 
@@ -287,7 +288,7 @@ def test_all_count_equally_but_under_the_mean() -> None:
 
 def test_nobody_is_no_step() -> None:
     for rule in RULES:
-        assert not combine({}, {}, (2, 1), Aggregation(rule, 1, clipping="median")).any()
+        assert not Aggregation(rule, 1, clipping="median").combine({}, {}, (2, 1)).any()
 
 
 # --- clipping --------------------------------------------------------------------------------------
@@ -412,8 +413,8 @@ def logged(settings: ServerConfig) -> tuple[list[dict[str, Any]], torch.Tensor]:
 
 
 def gone_through(records: list[dict[str, Any]], theta: torch.Tensor, settings: ServerConfig) -> Replay:
-    register = Members(RunIdentity("", False, "", "", "", "", ""))  # nobody signs
-    return Replay(records, theta, settings, Directions(KEY, len(theta)), None, Path("rounds.log"), register).run()
+    members = Members(RunIdentity("", False, "", "", "", "", ""))  # nobody signs
+    return Replay(records, theta, settings, Directions(KEY, len(theta)), None, Path("rounds.log"), members).run()
 
 
 MANY = {"clients": 9, "clients_per_round": 9, "examples": {k: k + 1 for k in range(9)}, "lr": 0.02}
@@ -474,7 +475,7 @@ def test_a_round_in_which_fewer_answered_is_replayed() -> None:
     moved, record = close_round(state, plan, replies, settings, engine.directions)
     expected = np.median([reply.scalars.astype(float) for reply in replies], axis=0).astype(np.float32)
     np.testing.assert_array_equal(record.aggregate, expected)
-    held = [{"kind": "round", **record.to_json()}]
+    held = [record.to_json()]
     assert gone_through(held, state.theta, settings).state.round == moved.round == 1
 
 
@@ -546,7 +547,7 @@ def test_a_robust_run_is_resumed_to_the_same_bits_and_verified(
 def test_a_loss_beyond_all_measure_ends_a_simulation_with_one_line(
     simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("meerkat.algorithm.rounds.LARGEST_LOSS", 1e-12)
+    monkeypatch.setattr("meerkat.algorithm.replies.LARGEST_LOSS", 1e-12)
     assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "round 0: client 0: a reply with a scalar of" in last

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, Update
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.server import (
     ServerConfig,
     ServerState,
@@ -24,7 +26,6 @@ from meerkat.algorithm.server import (
     client_weights,
     close_round,
     open_round,
-    participants,
     replay,
 )
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
@@ -273,14 +274,13 @@ def test_who_does_not_answer_or_stops_early_is_in_the_record_as_such() -> None:
 
 
 def test_a_fresh_sample_of_clients_each_round() -> None:
-    settings = config(clients=50, clients_per_round=5)
-    drawn = [participants(settings, r) for r in range(200)]
+    drawn = [seeded_sample(range(50), 5, 0, r) for r in range(200)]
     assert all(len(set(ids)) == 5 and ids == sorted(ids) for ids in drawn)
-    assert drawn == [participants(settings, r) for r in range(200)]
+    assert drawn == [seeded_sample(range(50), 5, 0, r) for r in range(200)]
     counts = np.bincount(np.concatenate(drawn), minlength=50)
     assert counts.min() > 5  # mean 20, standard deviation 4.2
     assert counts.max() < 40
-    assert participants(dataclasses.replace(settings, seed=1), 0) != drawn[0]
+    assert seeded_sample(range(50), 5, 1, 0) != drawn[0]
 
 
 def test_only_participants_data_pointers_move() -> None:

@@ -34,7 +34,7 @@ from meerkat.record.signatures import (
 )
 from meerkat.settings.config import make_config
 
-CHARTER = RunIdentity("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
+IDENTITY = RunIdentity("00112233445566ff", True, "01" * 16, "02" * 32, "03" * 32, "04" * 32, "05" * 32)
 PLAN = RoundPlan(7, 0.25, 1e-3, 2, {1: 3, 4: 1})
 THETA, SCALARS = bytes(range(32)), np.arange(6, dtype="f4").reshape(3, 2)
 
@@ -46,14 +46,14 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> SigningKey:
 
 def test_what_is_signed_is_what_the_format_says(key: SigningKey) -> None:
     """By hand, from docs/formats.md; whoever changes a byte here changes what old signatures mean."""
-    charter = b"meerkat charter1" + bytes.fromhex(CHARTER.run) + b"\1" + b"\1" * 16
-    charter += b"".join(bytes([n]) * 32 for n in (2, 3, 4, 5))
+    identity = b"meerkat charter1" + bytes.fromhex(IDENTITY.run) + b"\1" + b"\1" * 16
+    identity += b"".join(bytes([n]) * 32 for n in (2, 3, 4, 5))
     joining = (
-        b"meerkat joining1" + hashlib.sha256(charter).digest() + struct.pack("<IQ", 1, 300) + key.public + b"n\xc3\xb6"
+        b"meerkat joining1" + hashlib.sha256(identity).digest() + struct.pack("<IQ", 1, 300) + key.public + b"n\xc3\xb6"
     )
     reply = b"meerkat replies1" + hashlib.sha256(joining).digest() + struct.pack("<BI", 0, 7) + THETA
     reply += struct.pack("<ddQIH", 0.25, 1e-3, 41, 3, 2) + struct.pack("<6f", *range(6))
-    signer = Signer(CHARTER, 1, 300, "nö", key)
+    signer = Signer(IDENTITY, 1, 300, "nö", key, None)
     public = Ed25519PublicKey.from_public_bytes(key.public)
     public.verify(bytes.fromhex(signer.credentials["signature"]), joining)
     made = signer.sign(PLAN, THETA, 41, SCALARS)
@@ -90,20 +90,20 @@ def test_every_fact_of_a_reply_is_in_its_signature() -> None:
         message(client=4)
 
 
-def test_every_fact_of_a_run_is_in_its_charter() -> None:
-    others = [replace(CHARTER, run="00" * 8), replace(CHARTER, signed=False), replace(CHARTER, run_key="00" * 16)]
-    others += [replace(CHARTER, **{name: "00" * 32}) for name in ("model", "mask", "theta", "settings")]
-    assert len({charter.digest() for charter in (CHARTER, *others)}) == 8
+def test_every_fact_of_a_run_is_in_its_identity() -> None:
+    others = [replace(IDENTITY, run="00" * 8), replace(IDENTITY, signed=False), replace(IDENTITY, run_key="00" * 16)]
+    others += [replace(IDENTITY, **{name: "00" * 32}) for name in ("model", "mask", "theta", "settings")]
+    assert len({identity.digest() for identity in (IDENTITY, *others)}) == 8
     for name in ("run", "run_key", "model", "mask", "theta", "settings"):
         with pytest.raises(ValueError, match="of the wrong length"):
-            replace(CHARTER, **{name: getattr(CHARTER, name) + "00"}).digest()
+            replace(IDENTITY, **{name: getattr(IDENTITY, name) + "00"}).digest()
 
 
 def test_a_joining_is_one_client_s_on_one_node_with_so_many_rows() -> None:
     made = [
-        CHARTER.joining(*each, key=bytes(32)) for each in ((1, 300, "n"), (2, 300, "n"), (1, 301, "n"), (1, 300, "m"))
+        IDENTITY.joining(*each, key=bytes(32)) for each in ((1, 300, "n"), (2, 300, "n"), (1, 301, "n"), (1, 300, "m"))
     ]
-    assert len({*made, CHARTER.joining(1, 300, "n", b"k" * 32)}) == 5
+    assert len({*made, IDENTITY.joining(1, 300, "n", b"k" * 32)}) == 5
 
 
 def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:

@@ -21,7 +21,8 @@ pytest.importorskip("cryptography")
 from meerkat.algorithm import calibration, path, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import Reply, RoundRecord, Scalars
+from meerkat.algorithm.replies import Reply, Scalars
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
@@ -402,7 +403,7 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
                 replies = lie(record.plan.round, replies)
                 plan = server.open_round(state, settings, list(record.plan.steps))
                 state, record = server.close_round(state, plan, replies, settings, z, gradient)
-                held = {"kind": "round", **record.to_json()}
+                held = record.to_json()
             case "close":
                 held = {**held, "theta": path.digest(state.theta)}
         made.append(held)
@@ -528,8 +529,8 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
     held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, charter = Member.from_json(held[1]), StoredRun.open(run).replay.register.identity
-    joining = charter.joining(0, joined.examples, joined.node, key.public)
+    joined, identity = Member.from_json(held[1]), StoredRun.open(run).replay.members.identity
+    joining = identity.joining(0, joined.examples, joined.node, key.public)
     held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
     invented = signed_again(run, held, client=0, key=key)
     assert verify(forged(run, tmp_path / "forged", invented)).finished
@@ -545,7 +546,7 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
     for record in made:
         if record["kind"] == "join" and record["client"] == client:
             join = Member.from_json(record)
-            joined = replay.register.identity.joining(client, join.examples, join.node, bytes.fromhex(join.key))
+            joined = replay.members.identity.joining(client, join.examples, join.node, bytes.fromhex(join.key))
         if record["kind"] in ("round", "calibration") and client in record["clients"]:
             before = states[record["phase"], record["round"]]
             read = RoundRecord if record["kind"] == "round" else CalibrationRecord
@@ -625,7 +626,7 @@ def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tm
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
     fails(forged(run, tmp_path / "forged", held), *said)
     join = Member.from_json(held[at])
-    joining = StoredRun.open(run).replay.register.identity.joining(1, join.examples, join.node, bytes.fromhex(join.key))
+    joining = StoredRun.open(run).replay.members.identity.joining(1, join.examples, join.node, bytes.fromhex(join.key))
     held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
     fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")
 

@@ -14,7 +14,8 @@ from federation import RUN, Federation, Setting, counted, frame, write_rows
 from meerkat import demo
 from meerkat.algorithm import path
 from meerkat.algorithm.replica import Replica
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Scalars, Update
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.server import ServerState, close_round, open_round, share_of
 from meerkat.errors import MeerkatError
 from meerkat.federation import frames
@@ -100,16 +101,16 @@ def stands_at(site: Site, state: ServerState) -> bool:
 def test_hello_says_who_it_is_and_welcome_gives_it_its_secret(setting: Setting) -> None:
     site = setting.site(1, token="ab" * 32)
     first = Frame.decode(site.hello())
-    token, said = frames.decode_words(first.body, 32)
+    token, said = frames.decode_json(first.body, 32)
     assert (first.kind, first.run.hex(), first.client, first.round) == (Kind.HELLO, RUN, 1, 0)
     assert token == b"\xab" * 32
     assert said.keys() == {"examples", "model", "mask", "evaluates", "versions"}
     assert (said["examples"], said["evaluates"]) == (setting.sizes[1], False)
     assert first.digest.hex() == path.digest(setting.theta_0)
     secret = bytes(range(32))
-    welcome = Frame(Kind.WELCOME, first.run, 1, 0, body=frames.encode_words({}, secret)).encode()
+    welcome = Frame(Kind.WELCOME, first.run, 1, 0, body=frames.encode_json({}, secret)).encode()
     assert site.answer(welcome) is None
-    assert frames.decode_words(Frame.decode(site.hello()).body, 32)[0] == secret
+    assert frames.decode_json(Frame.decode(site.hello()).body, 32)[0] == secret
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -265,10 +266,10 @@ def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind,
         assert site.answer(server.ask(kind=kind)) == first  # the same again is no news
     if back:
         site.answer(server.ask([server.close(None)], kind=kind))
-    kept = site.keep()
+    kept = site.snapshot()
     server.state = ServerState(Replica(0, setting.theta_0 + 1e-3))
     another = setting.site(0, evaluate=True)
-    another.take_up(kept)
+    another.restore(kept)
     for asked in (site, another):  # in another process, too
         for part in server.whole_state():
             asked.answer(part)
@@ -279,7 +280,7 @@ def test_a_round_is_answered_about_one_theta_alone(setting: Setting, kind: Kind,
 def test_a_round_of_more_steps_than_the_run_has_is_not_followed(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0)
     server.close(None)
-    with pytest.raises(BadFrame, match="a round of 3 steps, in a run of 2"):
+    with pytest.raises(BadFrame, match="a round of 3 steps of 2 directions, in a run of 2 steps"):
         site.answer(server.ask([Closed(0.1, 1.0, np.ones((3, 2), "f4"), False)]))
 
 
@@ -324,10 +325,10 @@ def a_closed() -> Closed:
 def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind: Kind, refused: bool) -> None:
     server, site = Server(setting), setting.site(0)
     assert site.ended == ""
-    assert site.answer(server.frame(kind, frames.encode_words({"why": "all done"}))) is None
+    assert site.answer(server.frame(kind, frames.encode_json({"why": "all done"}))) is None
     assert (site.ended, site.refused) == ("all done", refused)
     silent = setting.site(0)
-    silent.answer(server.frame(kind, frames.encode_words({})))
+    silent.answer(server.frame(kind, frames.encode_json({})))
     assert silent.ended
 
 
@@ -361,7 +362,7 @@ def test_no_memory_is_told_in_one_word(setting: Setting, monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("GPU 0 has 3 rows of 'a patient's text' in it")
 
-    monkeypatch.setattr("meerkat.federation.site.local_steps", full)
+    monkeypatch.setattr("meerkat.federation.site_client.local_steps", full)
     failed = decoded(setting.site(0).answer(Server(setting).ask()))
     assert (failed.kind, json.loads(failed.body)) == (Kind.FAILED, {"why": "out of memory"})
 
@@ -432,7 +433,7 @@ def test_no_frame_has_room_for_a_loss_a_label_or_a_text(setting: Setting, monkey
         else:
             assert one.body[16:] == b"accuracy"
     for hello in hellos:
-        _, words = frames.decode_words(Frame.decode(hello).body, 32)
+        _, words = frames.decode_json(Frame.decode(hello).body, 32)
         assert words.keys() == {"examples", "model", "mask", "evaluates", "versions"}
         assert set(words["versions"]) == {"meerkat", "torch", "transformers"}
 
@@ -448,7 +449,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_a_site_with_a_key_says_so_and_signs_its_replies(setting: Setting, keys: list[str]) -> None:
     server, site = Server(setting), setting.site(0, node="n", signing_key=keys[1], signing_key_before=keys[0])
-    _, said = frames.decode_words(Frame.decode(site.hello()).body, 32)
+    _, said = frames.decode_json(Frame.decode(site.hello()).body, 32)
     assert {"key", "signature", "handover"} <= said.keys()
     assert said["key"] == SigningKey.load(keys[1]).public.hex()
     first = site.answer(server.ask())
@@ -468,7 +469,7 @@ def test_a_site_that_was_kept_answers_with_the_key_it_has_now(setting: Setting, 
     first = old.answer(server.ask())
     same, renewed = (setting.site(0, node="n", signing_key=key) for key in keys)
     for site in (same, renewed):
-        site.take_up(old.keep())
+        site.restore(old.snapshot())
     assert same.answer(server.ask()) == first
     second = renewed.answer(server.ask())
     assert second != first

@@ -44,8 +44,8 @@ def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
     """Makes coordinators that are closed when the test is over."""
     made = []
 
-    def make(clients: int, **terms: float) -> Coordinator:
-        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **terms})
+    def make(clients: int, **waiting: float) -> Coordinator:
+        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **waiting})
         made.append(Coordinator(keys, clients, held))
         return made[-1]
 
@@ -85,7 +85,7 @@ class Caller:
         frame = self.hear()
         assert frame is not None
         assert frame.kind is Kind.REFUSAL
-        return str(frames.decode_words(frame.body)[1]["why"])
+        return str(frames.decode_json(frame.body)[1]["why"])
 
     def close(self) -> None:
         self._outgoing.put(None)
@@ -312,7 +312,7 @@ def _wrong_replies() -> dict[str, Callable[[StubSite], bytes]]:
     return {
         "garbage": lambda _: b"\x00\xff" * 100,
         "an empty frame": lambda _: b"",
-        "a coordinator's frame": lambda site: site.frame(Kind.END, frames.encode_words({"why": "x"})),
+        "a coordinator's frame": lambda site: site.frame(Kind.END, frames.encode_json({"why": "x"})),
         "NaN": lambda site: site.reply(nan),
         "infinity": lambda site: site.reply(nan + np.inf),
         "too many scalars": lambda site: site.reply(np.zeros((7, 1), np.float32)),
@@ -535,8 +535,8 @@ def proxied(coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., t
     """Makes a coordinator, and a proxy in front of it."""
     made = []
 
-    def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **terms: float) -> tuple[Coordinator, Proxy]:
-        held = coordinator(clients, **terms)
+    def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **waiting: float) -> tuple[Coordinator, Proxy]:
+        held = coordinator(clients, **waiting)
         made.append(Proxy(held.port, delay_s, jitter_s))
         return held, made[-1]
 

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from meerkat.algorithm.calibration import close_calibration, open_calibration
     from meerkat.algorithm.client import local_steps
     from meerkat.algorithm.directions import Directions
+    from meerkat.algorithm.extreme_clients import Selection, Vpcs, select
     from meerkat.algorithm.replica import Replica
-    from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars
-    from meerkat.algorithm.selection import Selection, Vpcs, select
+    from meerkat.algorithm.replies import Delta, Reply, Scalars
+    from meerkat.algorithm.rounds import RoundPlan, RoundRecord
     from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
     from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
     from meerkat.errors import Diverged, MeerkatError, RunFailed
@@ -30,8 +31,9 @@ _HOMES = {
     "algorithm.client": ("local_steps",),
     "algorithm.directions": ("Directions",),
     "algorithm.replica": ("Replica",),
-    "algorithm.rounds": ("Delta", "Reply", "RoundPlan", "RoundRecord", "Scalars"),
-    "algorithm.selection": ("Selection", "Vpcs", "select"),
+    "algorithm.replies": ("Delta", "Reply", "Scalars"),
+    "algorithm.rounds": ("RoundPlan", "RoundRecord"),
+    "algorithm.extreme_clients": ("Selection", "Vpcs", "select"),
     "algorithm.server": ("ServerConfig", "ServerState", "close_round", "open_round"),
     "algorithm.zeroth_order": ("MaskedModel", "projected_gradient"),
     "errors": ("Diverged", "MeerkatError", "RunFailed"),

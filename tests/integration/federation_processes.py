@@ -340,7 +340,7 @@ class Federation:
         sites: Path,
         keys: dict[str, Path],
         settings: dict[str, Any],
-        terms: dict[str, Any],
+        waiting: dict[str, Any],
     ) -> None:
         """Nothing is started yet. `root`: a new folder for all of it; `sites`: data, and each site's rows."""
         self.nursery, self.root = nursery, root
@@ -349,7 +349,7 @@ class Federation:
         self.control_port, self.stream_port = free_port(), free_port()
         self.proxy = Proxy(self.stream_port)
         self.settings = {**run_settings(sites / "data", settings), "partition": SITES}
-        self.terms = {
+        self.waiting = {
             "stream": f"{LOOPBACK}:{self.proxy.port}",
             "listen": f"{LOOPBACK}:{self.stream_port}",
             "certificate": str(keys["server"]),
@@ -359,7 +359,7 @@ class Federation:
             "deadline_s": DEADLINE_S,
             "patience_s": 60.0,
             "site_patience_s": 4.0,
-            **terms,
+            **waiting,
         }
         self._sites = [
             {
@@ -378,7 +378,7 @@ class Federation:
         """Start the coordinator, -1, or a node."""
         assert who not in self.pids
         if who < 0:
-            given = {"run": self.settings, "federation": self.terms, "out": str(self.out), "room": room}
+            given = {"run": self.settings, "federation": self.waiting, "out": str(self.out), "room": room}
         else:
             given = {"site": self._sites[who], "notes": str(self.root / f"notes-{who}")}
             with (self.root / f"notes-{who}").open("a") as notes:

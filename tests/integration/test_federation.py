@@ -85,8 +85,8 @@ def federation(nursery: Nursery, sites: Path, keys: dict[str, Path], tmp_path: P
     """Makes a federation; nothing of it is left after the `with`."""
 
     @contextmanager
-    def make(settings: dict[str, Any] | None = None, **terms: Any) -> Iterator[Federation]:
-        made = Federation(nursery, tmp_path / "federation", sites, keys, settings or {}, terms)
+    def make(settings: dict[str, Any] | None = None, **waiting: Any) -> Iterator[Federation]:
+        made = Federation(nursery, tmp_path / "federation", sites, keys, settings or {}, waiting)
         try:
             yield made
         finally:
@@ -107,8 +107,8 @@ def check_outcome(federation: Federation) -> str:
 
 def go_through(make: Make, schedule: Schedule, simulated: Callable[[dict[str, Any]], str]) -> Course:
     """Go through a schedule, and check all that must be so after any."""
-    terms = WHOLE if schedule.whole else {}
-    with make(schedule.settings, **terms) as federation:
+    waiting = WHOLE if schedule.whole else {}
+    with make(schedule.settings, **waiting) as federation:
         course = Course(federation, schedule)
         try:
             course.run(limit_s=90)

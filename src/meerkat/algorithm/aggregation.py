@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from meerkat.algorithm.client_sampling import poisson_sample
 from meerkat.privacy.mechanism import Mechanism
 
 
@@ -60,16 +61,10 @@ class Hidden:
 
     def invited(self, clients: int, available: Collection[int] | None) -> Collection[int]:
         """A Poisson sample of all clients, as far as it is available. Nobody can foretell it."""
-        sample = self.mechanism.sample(range(clients)).tolist()
-        return [k for k in sample if available is None or k in available]
+        return poisson_sample(self.mechanism, clients, available)
 
-    def combine(
-        self,
-        replies: Mapping[int, np.ndarray],
-        weights: Mapping[int, float],  # noqa: ARG002 (all count equally)
-        shape: tuple[int, int],  # noqa: ARG002 (a sample may be empty)
-    ) -> np.ndarray:
-        """The noisy mean: float64 [T, P], whoever was sampled."""
+    def combine(self, replies: Mapping[int, np.ndarray], *_: object) -> np.ndarray:
+        """The noisy mean: float64 [T, P], whoever was sampled; all count equally."""
         form = self.steps, self.directions
         vectors = [g.astype(np.float64).reshape(-1) for g in replies.values() if g.shape == form]
         return self.mechanism.release(np.stack(vectors) if vectors else np.zeros((0, math.prod(form)))).reshape(form)

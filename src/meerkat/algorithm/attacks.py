@@ -1,30 +1,10 @@
 """Attacks on a simulated federation: what malicious clients send in place of their scalars.
 
-The attackers, f of K clients drawn by the seed, make the steps that honest clients make, and then change the result:
-
-    label-flip        their rows' labels, l -> C - 1 - l (Fang et al. 2020); their scalars are honest ones of those rows
-    sign-flip         -s g, s = 1 (Li et al. 2019, Karimireddy et al. 2021)
-    gaussian          N(0, s^2) in each entry, s = 200 (Blanchard et al. 2017)
-    scaled            s g on flipped labels, s = K / f: model replacement, which puts the attackers' mean in the place
-                      of everyone's (Bagdasaryan et al. 2020)
-    little-is-enough  mu - s sigma of the honest replies, entry by entry; s = z_max = Phi^-1((K - f - h) / (K - f)),
-                      h = floor(K / 2 + 1) - f (Baruch et al. 2019). With few attackers z_max is zero
-    collusion         -s mu from every attacker: inner-product manipulation (Xie et al. 2020). s = 2 (K - f) / f turns
-                      the equally weighted mean to -(K - f) / K mu; from (K - f) / f on, its sign is wrong
-    gradip-forgery    in a calibration, noise as loud at every step as honest clients are on average, times s = 1; in
-                      rounds, sign-flip. A small s forges a quiet client, which is stopped early
-
-K and f are those of the round. In a calibration all attackers are honest, except that gradip-forgery lies and flipped
-labels stay flipped.
-
-**What attackers know.** Everyone knows z, theta, the plan and, if not its text, the model that GradIP's pre-training
-gradient comes from. little-is-enough, collusion and gradip-forgery are omniscient, as in the literature: they see the
-round's honest replies before they send theirs, or their own where no honest client was asked. All stay within what
-`rounds.check_reply` lets through: a client that does not is removed from a federation, and gains nothing.
-
-**GradIP is a signal of heterogeneity, not a defence.** GradIP_k = g_k c, and g_k is whatever client k sends. So some
-random numbers make its trace look like any client's: a forger passes Meerkat-vp's calibration as an ordinary client,
-and poisons all T steps of every round.
+The attackers, f of the round's K clients, make the steps that honest clients make and then change the result; flipped
+labels change it before. docs/robustness.md has each attack with its source and its usual s. Everyone knows z, theta and
+the plan; little-is-enough, collusion and gradip-forgery see the round's honest replies as well, or their own where no
+honest client was asked. All stay within what `replies.check_reply` lets through. In a calibration attackers are honest,
+except that gradip-forgery lies.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,14 +17,7 @@ import numpy as np
 from meerkat import seeds
 
 Attack = Literal[
-    "none",
-    "label-flip",
-    "sign-flip",
-    "gaussian",
-    "scaled",
-    "little-is-enough",
-    "collusion",
-    "gradip-forgery",
+    "none", "label-flip", "sign-flip", "gaussian", "scaled", "little-is-enough", "collusion", "gradip-forgery"
 ]
 
 
@@ -55,7 +28,7 @@ def attackers(count: int, clients: int, seed: int) -> tuple[int, ...]:
 
 
 def flipped(label: int, classes: int) -> int:
-    """A row's label as an attacker has it."""
+    """A row's label as an attacker has it (Fang et al. 2020)."""
     return classes - 1 - label
 
 
@@ -82,23 +55,23 @@ Craft = Callable[[np.ndarray, Seen], np.ndarray]
 
 
 def sign_flip(honest: np.ndarray, seen: Seen) -> np.ndarray:
-    """-s g"""
+    """-s g (Li et al. 2019, Karimireddy et al. 2021)"""
     return -(seen.scale or 1.0) * honest
 
 
 def gaussian(honest: np.ndarray, seen: Seen) -> np.ndarray:
-    """N(0, s^2)"""
+    """N(0, s^2) in each entry (Blanchard et al. 2017)"""
     sent: np.ndarray = (seen.scale or 200.0) * seen.noise.standard_normal(honest.shape)
     return sent
 
 
 def scaled(honest: np.ndarray, seen: Seen) -> np.ndarray:
-    """s g"""
+    """s g, of flipped labels: model replacement (Bagdasaryan et al. 2020)"""
     return (seen.scale or seen.clients / seen.attackers) * honest
 
 
 def little_is_enough(honest: np.ndarray, seen: Seen) -> np.ndarray:
-    """mu - s sigma"""
+    """mu - s sigma, entry by entry (Baruch et al. 2019)"""
     s = seen.scale or z_max(seen.clients, seen.attackers)
     return (seen.mean - s * seen.deviation)[: len(honest)]
 
@@ -115,7 +88,7 @@ def z_max(clients: int, attackers: int) -> float:
 
 
 def collusion(honest: np.ndarray, seen: Seen) -> np.ndarray:
-    """-s mu"""
+    """-s mu: inner-product manipulation (Xie et al. 2020); the usual s turns the equally weighted mean around"""
     others = max(seen.clients - seen.attackers, 1)
     return -(seen.scale or 2 * others / seen.attackers) * seen.mean[: len(honest)]
 

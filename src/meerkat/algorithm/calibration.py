@@ -7,16 +7,17 @@ data pointer that moves on. A calibration's steps and bytes count like any other
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from meerkat import seeds
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import Selection, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
-from meerkat.algorithm.rounds import Reply, RoundPlan, Scalars, replies_from_json, replies_to_json, steps_of
-from meerkat.algorithm.selection import Selection, select
+from meerkat.algorithm.replies import Reply, Scalars
+from meerkat.algorithm.rounds import RoundPlan, replies_from_json, replies_to_json, steps_of
 from meerkat.algorithm.server import ServerConfig, ServerState, counted, within_allowance
 
 
@@ -35,9 +36,12 @@ class CalibrationRecord:
     signatures: Mapping[int, bytes] = field(default_factory=dict)
     """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
 
+    kind: ClassVar[str] = "calibration"
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {
+            "kind": self.kind,
             **replies_to_json(self.plan, steps_of(self.scalars), self.scalars, self.inner, self.signatures),
             "selection": asdict(self.selection),
             "early_stopped": list(self.early_stopped),
@@ -45,28 +49,20 @@ class CalibrationRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CalibrationRecord":
-        """The record that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: `to_json` did not write it.
-        """
-        plan, _, scalars, inner, signatures = replies_from_json(values)
-        numbers = values["selection"]
+        """The record that `to_json` wrote. Raises KeyError, TypeError, ValueError: `to_json` did not write it."""
+        replies, numbers = replies_from_json(values), values["selection"]
+        del replies["unkept"]  # a calibration keeps all
         if numbers.keys() != {each.name for each in fields(Selection)}:
-            raise ValueError(f"round {plan.round} has a selection with {', '.join(numbers)}")
+            raise ValueError(f"round {values['round']} has a selection with {', '.join(numbers)}")
         lists_as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
         selection = Selection(**lists_as_tuples)
-        return cls(plan, scalars, inner, selection, tuple(values["early_stopped"]), signatures)
+        return cls(**replies, selection=selection, early_stopped=tuple(values["early_stopped"]))
 
 
 def due(state: ServerState, config: ServerConfig) -> bool:
     """Whether a calibration stands before the next round. At T = 1 none does: there is nothing to stop."""
-    if (
-        config.early_stop == "none"
-        or config.local_steps == 1
-        or state.round == config.rounds
-        or state.calibrated == state.round
-    ):
+    never = config.early_stop == "none" or config.local_steps == 1
+    if never or state.round in (config.rounds, state.calibrated):
         return False
     every = config.vpcs.recalibrate_every
     return state.calibrated is None or bool(every and state.round % every == 0)
@@ -97,11 +93,7 @@ def close_calibration(
 
 
 def decide(
-    state: ServerState,
-    plan: RoundPlan,
-    scalars: Mapping[int, np.ndarray],
-    inner: np.ndarray,
-    config: ServerConfig,
+    state: ServerState, plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray, config: ServerConfig
 ) -> CalibrationRecord:
     """What follows from a calibration's scalars: which clients are extreme, and which stop early."""
     selection = select(

@@ -14,7 +14,8 @@ from meerkat.algorithm.client_rules import ZEROTH_ORDER, ClientRule
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.estimators import PLAIN, Estimator
 from meerkat.algorithm.path import descend
-from meerkat.algorithm.rounds import RoundPlan, Scalars
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.mechanism import Mechanism
 

@@ -1,7 +1,6 @@
-"""Estimators: how a step's slopes along its directions follow from losses, forward passes alone (method, section 3).
+"""Estimators: how a step's slopes along its directions follow from losses near theta (method, section 3).
 
-An estimator is a value. It says of which law the directions are, how many forward passes a step takes, and how slopes
-follow from losses near theta. The paper's is `PLAIN`; a run's log names the one that it used.
+An estimator is a value. The paper's is `PLAIN`; a run's log names the one that it used.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -72,11 +71,7 @@ ESTIMATORS: dict[str, Estimator] = {PLAIN.name: PLAIN}
 
 
 def estimator(name: str) -> Estimator:
-    """An estimator by its name.
-
-    Raises:
-        MeerkatError: nobody here knows it.
-    """
+    """An estimator by its name. Raises MeerkatError: nobody here knows it."""
     if name not in ESTIMATORS:
         raise MeerkatError(
             f"estimator '{name}': not known here, only {', '.join(ESTIMATORS)}; name its extension with --extension"

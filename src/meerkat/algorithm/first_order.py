@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meerkat.algorithm.rounds import Delta, RoundPlan
+from meerkat.algorithm.replies import Delta
+from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged
 

@@ -1,25 +1,10 @@
 """Robust aggregation: a round's G from its replies, where up to f of them may be anything.
 
-All clients share z, so an update is its scalars: the rules below, made for vectors of parameters, work on the joint
-matrix, clients x (T P), and everyone replays them as they replay the mean.
+All clients share z, so an update is its scalars: rules made for vectors of parameters work here on the joint matrix,
+clients x (T P). docs/robustness.md says what each needs and withstands. The rules but the mean count clients equally.
 
-    mean          sum_k p_k g_k: as good as its worst client
-    median        coordinate by coordinate (Yin et al. 2018)
-    trimmed-mean  of each coordinate without its f lowest and f highest values (Yin et al. 2018); K > 2f
-    krum          the row with the least sum of squared distances to its K - f - 2 nearest (Blanchard et al. 2017)
-    multi-krum    the mean of the K - f rows that Krum ranks first; both K >= 2f + 3
-
-Nearest-neighbour mixing (Allouah et al. 2023) first replaces each row with the mean of the K - f rows nearest to it,
-itself among them, so that honest rows that differ are drawn together; K > 2f. Clipping scales long rows down, before
-all else.
-
-The rules but the mean count clients equally: a weight by rows is one more number that a client could lie about.
-
-**Steps that a client did not make** (early stopping) are not votes for zero, which could outnumber those that made
-them. Each run of steps that the same m of K clients made is aggregated over those m, and counts m / K: for equal
-replies every rule is then the equally weighted mean, in which missing steps are zero. **Where too few made them** for
-the rule and f, they are aggregated by the plain median, which needs no f. So a round goes on when clients stay away,
-and which rule it went by follows from its replies alone. Of m <= 2f replies no rule can promise anything.
+**Steps that a client did not make** are not votes for zero. Each run of steps that the same m of K clients made is
+aggregated over those m, and counts m / K; by the plain median where m is too few for the rule and f.
 
 Float64 throughout, in order of client id, by operations of a fixed order (elementwise, sorting, running sums): the same
 bits on every machine.
@@ -78,35 +63,22 @@ class Aggregation:
     def combine(
         self, replies: Mapping[int, np.ndarray], weights: Mapping[int, float], shape: tuple[int, int]
     ) -> np.ndarray:
-        """See `combine` below."""
-        return combine(replies, weights, shape, self)
+        """See `Aggregator`. The mean alone looks at weights."""
+        total = np.zeros(shape)
+        rows = clipped({client: replies[client].astype(np.float64) for client in sorted(replies)}, self)
+        if self.rule == "mean":
+            for client, row in rows.items():
+                total[: len(row)] += weights[client] * row
+            return total
+        first = 0
+        for last in sorted({len(row) for row in rows.values()}):
+            among = np.stack([row[first:last].ravel() for row in rows.values() if len(row) >= last])
+            total[first:last] = len(among) / len(rows) * robust(among, self).reshape(last - first, shape[1])
+            first = last
+        return total
 
 
 MEAN = Aggregation()
-
-
-def combine(
-    replies: Mapping[int, np.ndarray], weights: Mapping[int, float], shape: tuple[int, int], by: Aggregation
-) -> np.ndarray:
-    """G before it is rounded: float64 [T, P].
-
-    Args:
-        replies: g_k by client id, float32 [T_k, P] with T_k <= T.
-        weights: p_k, which the mean alone looks at.
-        shape: T and P.
-    """
-    total = np.zeros(shape)
-    rows = clipped({client: replies[client].astype(np.float64) for client in sorted(replies)}, by)
-    if by.rule == "mean":
-        for client, row in rows.items():
-            total[: len(row)] += weights[client] * row
-        return total
-    first = 0
-    for last in sorted({len(row) for row in rows.values()}):
-        among = np.stack([row[first:last].ravel() for row in rows.values() if len(row) >= last])
-        total[first:last] = len(among) / len(rows) * robust(among, by).reshape(last - first, shape[1])
-        first = last
-    return total
 
 
 def robust(rows: np.ndarray, by: Aggregation) -> np.ndarray:
@@ -119,19 +91,19 @@ def robust(rows: np.ndarray, by: Aggregation) -> np.ndarray:
 
 
 def median(rows: np.ndarray, _: int = 0) -> np.ndarray:
-    """The middle value of each coordinate, or the mean of the middle two."""
+    """The middle value of each coordinate, or the mean of the middle two (Yin et al. 2018)."""
     ordered, middle = np.sort(rows, axis=0), len(rows) // 2
     values: np.ndarray = ordered[middle] if len(rows) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     return values
 
 
 def trimmed_mean(rows: np.ndarray, f: int) -> np.ndarray:
-    """The mean of each coordinate's values but the f lowest and the f highest."""
+    """The mean of each coordinate's values but the f lowest and the f highest (Yin et al. 2018)."""
     return _mean(np.sort(rows, axis=0)[f : len(rows) - f])
 
 
 def krum(rows: np.ndarray, f: int) -> np.ndarray:
-    """The row that Krum ranks first; of equals, that of the lowest client id."""
+    """The row that Krum ranks first; of equals, that of the lowest client id (Blanchard et al. 2017)."""
     row: np.ndarray = rows[_ranked(rows, f)[0]]
     return row
 
@@ -152,7 +124,10 @@ RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def mixed(rows: np.ndarray, f: int) -> np.ndarray:
-    """Nearest-neighbour mixing: each row the mean of the K - f nearest to it. float64 [K, D]."""
+    """Nearest-neighbour mixing (Allouah et al. 2023): each row the mean of the K - f nearest to it, itself among them.
+
+    Honest rows that differ are drawn together. float64 [K, D].
+    """
     near = np.argsort(_distances(rows), axis=1, kind="stable")[:, : len(rows) - f]
     return np.stack([_mean(rows[np.sort(chosen)]) for chosen in near])
 
@@ -210,6 +185,6 @@ def _distances(rows: np.ndarray) -> np.ndarray:
 
 
 def _ranked(rows: np.ndarray, f: int) -> np.ndarray:
-    """Rows by Krum's score, the best first: int64 [K]."""
+    """Rows by Krum's score, the sum of squared distances to the K - f - 2 nearest, best first: int64 [K]."""
     nearest = np.sort(_distances(rows), axis=1)[:, 1 : len(rows) - f - 1]  # the first is a row's own, zero
     return np.argsort(np.cumsum(nearest, axis=1)[:, -1], kind="stable")

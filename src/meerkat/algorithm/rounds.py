@@ -1,18 +1,14 @@
-"""What one round is: the plan that the server opens it with, a client's reply, the record that stays."""
+"""What one round is: the plan that the server opens it with, and the record that stays."""
 
 import base64
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
 from meerkat.algorithm.directions import Directions, Phase, Place
-
-LARGEST_LOSS = 50.0
-"""Nats. Two losses differ by less, so no honest |g| is above this over eps: twice what a two-sided slope can be."""
 
 Sends = Literal["scalars", "delta"]
 """What clients reply with: four bytes a local step, or theta's whole change."""
@@ -62,40 +58,6 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
-class Scalars:
-    """A client's reply of zeroth-order steps: its projected gradients, four bytes each."""
-
-    client: int
-    scalars: np.ndarray
-    """g_k^{r,t,p}: float32 [T_k, P]"""
-    loss: float = float("nan")
-    """Mean training loss. Only a simulation knows it: it is never sent."""
-    signature: bytes = b""
-    """The client's signature of its scalars, 64 bytes; empty where it does not sign. See `record.signatures`."""
-
-    @property
-    def steps(self) -> int:
-        """Local steps made."""
-        return len(self.scalars)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A client's reply of first-order steps: how far they took it, 4n bytes."""
-
-    client: int
-    delta: np.ndarray
-    """theta_k - theta_r: float32 [n]"""
-    steps: int
-    """Local steps made."""
-    loss: float = float("nan")
-    """Mean training loss, as in `Scalars`."""
-
-
-Reply = Scalars | Delta
-
-
-@dataclass(frozen=True)
 class Update:
     """What everyone needs of a closed round to follow it."""
 
@@ -126,6 +88,8 @@ class RoundRecord:
     unkept: Mapping[int, int] = field(default_factory=dict)
     """Steps of replies that are not kept themselves, by client id, ascending: deltas, and those of hidden clients."""
 
+    kind: ClassVar[str] = "round"
+
     @property
     def made(self) -> Mapping[int, int]:
         """Local steps that each client replied with, by client id, ascending."""
@@ -134,6 +98,7 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; arrays as base64 of their little-endian bytes."""
         return {
+            "kind": self.kind,
             **replies_to_json(self.plan, self.made, self.scalars, self.inner, self.signatures),
             "weights": list(self.weights.values()),
             "aggregate": pack(self.aggregate),
@@ -147,49 +112,21 @@ class RoundRecord:
         Raises:
             KeyError, TypeError, ValueError: `to_json` did not write it.
         """
-        plan, unkept, scalars, inner, signatures = replies_from_json(values)
-        aggregate = unpack(values["aggregate"])
+        replies = replies_from_json(values)
+        plan, aggregate = replies["plan"], unpack(values["aggregate"])
         if plan.sends == "scalars":
             aggregate = aggregate.reshape(-1 if aggregate.size else plan.longest, plan.directions)
-        return cls(
-            plan=plan,
-            weights=dict(zip(unkept or scalars, values["weights"], strict=True)),
-            scalars=scalars,
-            aggregate=aggregate,
-            theta_digest=values["theta"],
-            inner=inner,
-            signatures=signatures,
-            unkept=unkept,
-        )
-
-
-def check_reply(plan: RoundPlan, client: int, scalars: np.ndarray) -> None:
-    """Check what every reply of scalars must be, wherever it is read: at the wire, in a simulation, in a log.
-
-    Args:
-        scalars: g_k, float32.
-
-    Raises:
-        ValueError: the client was not asked, the reply is not the [T_k, P] that was asked for, or a scalar is not
-            finite or larger than any loss can make it.
-    """
-    if client not in plan.steps:
-        raise ValueError(f"a reply of client {client}, which was not asked")
-    if scalars.shape != (plan.steps[client], plan.directions):
-        raise ValueError(
-            f"a reply of {scalars.shape[0]} steps in {scalars.shape[1]} directions, where {plan.steps[client]} "
-            f"in {plan.directions} were asked for"
-        )
-    values = scalars.ravel().tolist()
-    if not all(map(math.isfinite, values)):
-        raise ValueError("a reply with a scalar that is not finite")
-    if (largest := max(map(abs, values), default=0.0)) > (most := LARGEST_LOSS / plan.eps):
-        raise ValueError(f"a reply with a scalar of {largest:.3g}: no loss makes one above {most:.3g}")
+        weights = dict(zip(replies["unkept"] or replies["scalars"], values["weights"], strict=True))
+        return cls(**replies, weights=weights, aggregate=aggregate, theta_digest=values["theta"])
 
 
 def steps_of(scalars: Mapping[int, np.ndarray]) -> dict[int, int]:
     """How many local steps each client's scalars, float32 [T_k, P], are of."""
     return {client: len(g) for client, g in scalars.items()}
+
+
+_PLAIN = ("phase", "round", "lr", "eps", "directions", "sends")
+"""The fields of a plan that are JSON values."""
 
 
 def replies_to_json(
@@ -199,21 +136,15 @@ def replies_to_json(
     inner: np.ndarray,
     signatures: Mapping[int, bytes],
 ) -> dict[str, Any]:
-    """What was asked and what came, as JSON values.
+    """What was asked and what came, as JSON values: see docs/formats.md.
 
-    `made` has the steps of each participant's reply, 0 where none came. `scalars` is null where replies came and are
-    not kept. `signatures` has one entry a reply, base64, empty where the client does not sign; no entry where nobody
-    does.
+    `made` is 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is empty where nobody
+    signs.
     """
     none = np.zeros((0, plan.directions), np.float32)
     replies = [none, *(scalars.get(client, none) for client in plan.steps)]
     return {
-        "phase": plan.phase,
-        "round": plan.round,
-        "lr": plan.lr,
-        "eps": plan.eps,
-        "directions": plan.directions,
-        "sends": plan.sends,
+        **{name: getattr(plan, name) for name in _PLAIN},
         "clients": list(plan.steps),
         "steps": list(plan.steps.values()),
         "made": [made.get(client, 0) for client in plan.steps],
@@ -223,10 +154,8 @@ def replies_to_json(
     }
 
 
-def replies_from_json(
-    values: Mapping[str, Any],
-) -> tuple[RoundPlan, dict[int, int], dict[int, np.ndarray], np.ndarray, dict[int, bytes]]:
-    """Plan, steps of replies that are not kept, scalars, inner products and signatures, as `replies_to_json` had them.
+def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `plan`, `scalars`, `inner`, `signatures` and `unkept` of a record, as `replies_to_json` had them.
 
     Raises:
         KeyError, TypeError, ValueError: `replies_to_json` did not write it.
@@ -246,12 +175,12 @@ def replies_from_json(
         together = unpack(values["scalars"]).reshape(int(ends[-1]), directions)
         spans = zip(made, ends[:-1], ends[1:], strict=True)
         made, scalars = {}, {client: together[first:last] for client, first, last in spans}
-    plan = RoundPlan(values["round"], values["lr"], values["eps"], directions, steps, values["phase"], values["sends"])
+    plan = RoundPlan(**{name: values[name] for name in _PLAIN}, steps=steps)
     inner = unpack(values["inner"], "<f8")
     inner = inner.reshape(plan.longest if inner.size else 0, directions)
     encoded = values["signatures"] or [""] * len(scalars)
     signatures = {k: base64.b64decode(text) for k, text in zip(scalars, encoded, strict=True) if text}
-    return plan, made, scalars, inner, signatures
+    return {"plan": plan, "scalars": scalars, "inner": inner, "signatures": signatures, "unkept": made}
 
 
 def pack(values: np.ndarray, kind: str = "<f4") -> str:

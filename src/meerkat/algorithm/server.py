@@ -14,15 +14,16 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from meerkat import seeds
 from meerkat.algorithm.aggregation import Aggregator
+from meerkat.algorithm.client_sampling import seeded_sample
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.extreme_clients import EarlyStop, Vpcs
 from meerkat.algorithm.gradip import inner_products
 from meerkat.algorithm.replica import PAPER, Replica, Rules, carried
+from meerkat.algorithm.replies import Delta, Reply, Scalars
 from meerkat.algorithm.robust import MEAN, capped, norm
-from meerkat.algorithm.rounds import Delta, Reply, RoundPlan, RoundRecord, Scalars, Update
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
 from meerkat.algorithm.schedules import SCHEDULES, Schedule
-from meerkat.algorithm.selection import EarlyStop, Vpcs
 from meerkat.errors import Diverged
 
 
@@ -83,19 +84,6 @@ class ServerState:
         return replace(self.replica, h=self.carried.get(client))
 
 
-def participants(config: ServerConfig, round: int, available: Collection[int] | None = None) -> list[int]:
-    """The clients asked in a round, ascending: a fresh sample each time, a function of (seed, round, available).
-
-    Args:
-        available: the clients to draw from; None for all. Where clients are hidden, `invited` has drawn them before.
-    """
-    among = sorted(range(config.clients) if available is None else available)
-    if config.clients_per_round >= len(among) or not config.aggregation.keeps_replies:
-        return among
-    order = seeds.permutation(len(among), config.seed, "participants", round)
-    return sorted(among[i] for i in order[: config.clients_per_round])
-
-
 def open_round(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
     """Who takes part in the next round, how many steps each makes, and at what rate.
 
@@ -104,6 +92,8 @@ def open_round(state: ServerState, config: ServerConfig, available: Collection[i
     """
     share = SCHEDULES[config.lr_schedule](state.round / config.rounds)
     among = range(config.clients) if available is None else available
+    # hidden clients were drawn before, and all of them are asked
+    count = config.clients_per_round if config.aggregation.keeps_replies else len(among)
     wanted = {client: 1 if client in state.early_stopped else config.local_steps for client in among}
     lasting = within_allowance(state, config, wanted)
     return RoundPlan(
@@ -111,7 +101,7 @@ def open_round(state: ServerState, config: ServerConfig, available: Collection[i
         lr=config.lr * share,
         eps=config.eps,
         directions=config.directions,
-        steps={client: lasting[client] for client in participants(config, state.round, lasting)},
+        steps={client: lasting[client] for client in seeded_sample(lasting, count, config.seed, state.round)},
         sends=config.rules.client.sends,
     )
 
@@ -170,8 +160,7 @@ def mean_delta(replies: Sequence[Delta], weights: Mapping[int, float]) -> np.nda
 def check_rate(plan: RoundPlan, replies: Sequence[Reply], config: ServerConfig) -> None:
     """Tell a rate that is far too high from a few replies that are: the cap on a round's step is for the latter.
 
-    Nothing is told of so few replies that attackers may be most of them, nor of hidden clients, whose replies decide
-    nothing by themselves.
+    Not checked where attackers may be most of so few replies, nor of hidden clients.
 
     Raises:
         Diverged: most clients' own scalars make a step that is longer than the cap.
@@ -225,21 +214,16 @@ def close_round(
 def replay(state: ServerState, record: RoundRecord, config: ServerConfig, directions: Directions) -> ServerState:
     """The state after a closed round: what closing it, resuming, auditing and joining late all do."""
     update = Update(record.plan, record.aggregate, share_of(config, record.made))
+    client, replied = config.rules.client, record.scalars if config.rules.client.carries else {}
+    after = {k: carried(client, state.carried.get(k), record.plan, g, directions) for k, g in replied.items()}
     return replace(
         state,
         replica=state.replica.follow(update, config.rules, directions),
         steps_made=counted(state, record.made),
-        carried=_carried(state, record, config.rules, directions),
+        carried={**state.carried, **after},
     )
 
 
 def counted(state: ServerState, made: Mapping[int, int]) -> dict[int, int]:
     """The data pointers after replies: each client's moves on by the steps it made."""
     return {**state.steps_made, **{k: state.steps_made.get(k, 0) + steps for k, steps in made.items()}}
-
-
-def _carried(state: ServerState, record: RoundRecord, rules: Rules, directions: Directions) -> dict[int, Tensor]:
-    """What clients carry after a round; those that took no part carry what they did."""
-    replied = record.scalars if rules.client.carries else {}
-    after = {k: carried(rules.client, state.carried.get(k), record.plan, g, directions) for k, g in replied.items()}
-    return {**state.carried, **after}

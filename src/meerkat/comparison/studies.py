@@ -1,11 +1,9 @@
-"""What a comparison compares: studies, each a grid of settings, from one TOML file.
+"""What a comparison compares: studies, each a grid of settings, from one TOML file. See docs/formats.md.
 
-Any setting of a run may be given as a list: it is then an axis, and a study's settings are the product of
-its axes; `exclude`, a list itself, is one as a list of lists. `lr` is `search` where it is not given. `seeds` repeats
-each setting. `total_steps`, in place of `rounds`, gives every setting the same number of local steps, as
-total_steps / local_steps rounds.
+Any setting of a run may be given as a list: it is then an axis, and a study's settings are the product of its axes.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -22,10 +20,8 @@ from meerkat.settings.validation import Settings, validate
 
 _FOR_ALL = ("title", "seeds", "search")
 """What stands at the top of a file, for all studies alike."""
-
 _MOST_SETTINGS = 10_000
 """Of one study: each is at least one run."""
-
 SEARCH = "search"
 """What `lr` is in a comparison, unless it is `auto` or a number: the best rate is searched for."""
 
@@ -124,73 +120,76 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
     Raises:
         MeerkatError: no such file, or it describes no comparison.
     """
-    held = read_toml(file) if file else {}
-    listed = held.pop("study", [{"name": "comparison"}])
-    if not isinstance(listed, list) or not all(isinstance(study, dict) for study in listed):
+    content = read_toml(file) if file else {}
+    tables = content.pop("study", [{"name": "comparison"}])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise MeerkatError(f"config '{file}': studies are written [[study]], with two brackets")
-    if quick and not any("quick" in settings for settings in (held, *listed)):
+    if quick and not any("quick" in settings for settings in (content, *tables)):
         raise MeerkatError("--quick: needs a file with a [quick] table, which says what the short form is")
-    own = {name: value for name, value in _merged(held, quick).items() if name in _FOR_ALL}
-    own |= {name: value for name, value in given.items() if name in _FOR_ALL}
-    overrides = {name: value for name, value in given.items() if name not in _FOR_ALL}
 
-    def layered(study: Mapping[str, Any], quick: bool, overrides: Mapping[str, Any]) -> Study:
-        shared = {name: value for name, value in _merged(held, quick).items() if name not in _FOR_ALL}
-        return _study(_over(_over(shared, _merged(study, quick)), overrides))
+    def study_of(table: Mapping[str, Any], quick: bool, given: Mapping[str, Any]) -> Study:
+        layers = _of_studies(_with_quick(content, quick)), _with_quick(table, quick), _of_studies(given)
+        return _study(functools.reduce(_override, layers))
 
-    studies = [_claiming(layered(study, quick, overrides), layered(study, False, {})) for study in listed]
-    found = validate(Comparison, {"studies": studies, **own}, f"config '{file}': " if file else "--")
-    names = [study.name for study in found.studies]
-    if len(set(names)) < len(names):
+    studies = [_with_claims(study_of(table, quick, given), full=study_of(table, False, {})) for table in tables]
+    top = {**_with_quick(content, quick), **given}
+    for_all = {name: top[name] for name in _FOR_ALL if name in top}
+    comparison = validate(Comparison, {"studies": studies, **for_all}, f"config '{file}': " if file else "--")
+    if len({study.name for study in studies}) < len(studies):
         raise MeerkatError(f"config '{file}': two studies have the same name; give each its own")
-    for study in found.studies:
+    for study in studies:
         for setting in study.settings():
-            config = study.config(setting, found.seeds[0])
+            config = study.config(setting, comparison.seeds[0])
             if study.searches(setting) and config.held_back:
                 raise MeerkatError(
                     f"study '{study.name}': held_back {config.held_back:g}: learning rates are chosen on held-back "
                     "rows, which runs must not be judged on as well; leave it out ('search' says how many), or give lr"
                 )
-    return found
+    return comparison
 
 
-def _merged(held: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+def _with_quick(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     """Settings with their `quick` table merged in, or dropped."""
-    shorter = held.get("quick", {})
+    shorter = settings.get("quick", {})
     if not isinstance(shorter, dict):
         raise MeerkatError(f"quick {shorter!r}: must be a table of settings, such as [quick] with lines below it")
-    plain = {name: value for name, value in held.items() if name != "quick"}
-    return _over(plain, shorter) if quick else plain
+    plain = {name: value for name, value in settings.items() if name != "quick"}
+    return _override(plain, shorter) if quick else plain
 
 
-def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _of_studies(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _FOR_ALL}
+
+
+def _override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Settings overridden by others; `rounds` and `total_steps` say the same thing, so that each overrides both."""
     lower, upper = with_names_of_today(lower), with_names_of_today(upper)
-    gone = {"rounds"} if upper.get("total_steps") else {"total_steps"} if "rounds" in upper else set()
-    merged = {**{name: value for name, value in lower.items() if name not in gone}, **upper}
+    dropped = "rounds" if upper.get("total_steps") else "total_steps" if "rounds" in upper else None
+    merged = {name: value for name, value in lower.items() if name != dropped} | upper
     if isinstance(lower.get("search"), dict) and isinstance(upper.get("search"), dict):
         merged["search"] = {**lower["search"], **upper["search"]}
     return merged
 
 
-def _study(held: dict[str, Any]) -> Study:
-    named = ("name", "title", "note", "check", "total_steps")
-    own: dict[str, Any] = {name: held.pop(name) for name in named if name in held}
-    spell = f"study '{own.get('name', '')}': "
-    if "seed" in held:
-        raise MeerkatError(f"{spell}takes 'seeds', a list at the top of the file, in place of 'seed'")
-    if misplaced := held.keys() & {*_FOR_ALL}:
-        raise MeerkatError(f"{spell}'{misplaced.pop()}' is for all studies alike; give it at the top of the file")
-    if own.get("total_steps") and "rounds" in held:
-        raise MeerkatError(f"{spell}rounds and total_steps are given, and one follows from the other; give one")
-    axes = {name: _axis(name, value, spell) for name, value in held.items() if _is_axis(name, value)}
+def _study(settings: Mapping[str, Any]) -> Study:
+    named = {name: settings[name] for name in ("name", "title", "note", "check", "total_steps") if name in settings}
+    of_runs = {name: value for name, value in settings.items() if name not in named}
+    where = f"study '{named.get('name', '')}': "
+    if misplaced := of_runs.keys() & {*_FOR_ALL}:
+        raise MeerkatError(f"{where}'{misplaced.pop()}' is for all studies alike; give it at the top of the file")
+    if "seed" in of_runs:
+        raise MeerkatError(f"{where}takes 'seeds', a list at the top of the file, in place of 'seed'")
+    if named.get("total_steps") and "rounds" in of_runs:
+        raise MeerkatError(f"{where}rounds and total_steps are given, and one follows from the other; give one")
+    axes = {name: _axis(name, value, where) for name, value in of_runs.items() if _is_axis(name, value)}
     if "problem" in axes:
-        raise MeerkatError(f"{spell}problem is no axis: problems have scores of their own; give each a study")
+        raise MeerkatError(f"{where}problem is no axis: problems have scores of their own; give each a study")
     if (count := math.prod(map(len, axes.values()))) > _MOST_SETTINGS:
-        raise MeerkatError(f"{spell}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
-    shared = {name: value for name, value in held.items() if name not in axes}
-    shared |= {"lr": _value("lr", shared["lr"], spell)} if "lr" in shared else {}
-    return validate(Study, {"axes": axes, "shared": shared, **own}, spell)
+        raise MeerkatError(f"{where}its axes make {count:,} settings: at most {_MOST_SETTINGS:,}; give fewer values")
+    shared = {name: value for name, value in of_runs.items() if name not in axes}
+    if "lr" in shared:
+        shared["lr"] = _value("lr", shared["lr"], where)
+    return validate(Study, {**named, "axes": axes, "shared": shared}, where)
 
 
 def _is_axis(name: str, value: Any) -> bool:
@@ -198,89 +197,70 @@ def _is_axis(name: str, value: Any) -> bool:
     return isinstance(value, list) and (name != "exclude" or any(isinstance(part, list) for part in value))
 
 
-def _value(name: str, value: Any, spell: str) -> Any:
-    """A setting's value as a run or, of a learning rate, as a study holds it."""
+def _value(name: str, value: Any, where: str) -> Any:
+    """A setting's value as a run or, of a learning rate, as a study has it."""
     if name != "lr":
-        return make_value(name, value, spell)
+        return make_value(name, value, where)
     try:
         return SEARCH if value == SEARCH else make_value(name, value)
     except MeerkatError:
-        raise MeerkatError(f"{spell}lr {value}: must be search, auto or a number above 0") from None
+        raise MeerkatError(f"{where}lr {value}: must be search, auto or a number above 0") from None
 
 
-def _axis(name: str, values: list[Any], spell: str) -> list[Any]:
-    """An axis' values as runs hold them, so that 10 and "10" are the same."""
-    found = [_value(name, value, spell) for value in values]
-    if not found:
-        raise MeerkatError(f"{spell}{name} []: needs at least one value")
-    if twice := [value for i, value in enumerate(found) if value in found[:i]]:
-        raise MeerkatError(f"{spell}{name}: {twice[0]} stands there twice; give each value once")
-    return found
+def _axis(name: str, given: list[Any], where: str) -> list[Any]:
+    """An axis' values as runs have them, so that 10 and "10" are the same."""
+    values = [_value(name, value, where) for value in given]
+    if not values:
+        raise MeerkatError(f"{where}{name} []: needs at least one value")
+    if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise MeerkatError(f"{where}{name}: {repeated[0]} stands there twice; give each value once")
+    return values
 
 
-def _claiming(study: Study, full: Study) -> Study:
-    """A study with its claims about those values that it has, of those that it has in `full`, its long form.
+def _with_claims(study: Study, full: Study) -> Study:
+    """A study with its claims reduced to the values that it has; they may also name values of `full`, its long form.
 
     Raises:
         MeerkatError: a claim is about nothing that the study ever has.
     """
-    known = {name: list(values) for name, values in full.axes.items()}
-    for name, values in study.axes.items():
-        known.setdefault(name, []).extend(value for value in values if value not in full.axes.get(name, []))
-    kept = []
-    for check in study.check:
-        still = _still_checked(study, _settled(check, known, f"study '{study.name}': check '{check.claim}'"))
-        if still is None:
-            say(f"note: study '{study.name}': not checked, as its settings are left out: {check.claim}")
+    known = {axis: list(values) for axis, values in full.axes.items()}
+    for axis, values in study.axes.items():
+        known.setdefault(axis, []).extend(value for value in values if value not in full.axes.get(axis, []))
+    checks = []
+    for given in study.check:
+        check = _checked(given, known, f"study '{study.name}': check '{given.claim}': ")
+        than = [value for value in check.than if value in study.axes.get(check.axis, [])]
+        needed = [*((check.axis, value) for value in check.equal or [check.better]), *check.where.items()]
+        if (check.equal or than) and all(value in study.axes.get(axis, []) for axis, value in needed):
+            checks.append(check.model_copy(update={"than": than}))
         else:
-            kept.append(still)
-    return study.model_copy(update={"check": kept})
+            say(f"note: study '{study.name}': not checked, as its settings are left out: {check.claim}")
+    return study.model_copy(update={"check": checks})
 
 
-def _settled(check: Check, known: Mapping[str, list[Any]], spell: str) -> Check:
-    """A claim with its values as the axes hold them."""
+def _checked(given: Check, known: Mapping[str, list[Any]], where: str) -> Check:
+    """A claim with its values as the axes have them."""
 
     def value_of(axis: str, value: Any) -> Any:
         if axis not in known:
-            raise MeerkatError(f"{spell}: {axis} is no axis of the study, which has {', '.join(known) or 'none'}")
-        found = _value(axis, value, f"{spell}: ")
-        if found not in known[axis]:
-            raise MeerkatError(
-                f"{spell}: {axis} {value!r} is not among the study's: {', '.join(map(str, known[axis]))}"
-            )
-        return found
+            raise MeerkatError(f"{where}{axis} is no axis of the study, which has {', '.join(known) or 'none'}")
+        if (valid := _value(axis, value, where)) not in known[axis]:
+            raise MeerkatError(f"{where}{axis} {value!r} is not among the study's: {', '.join(map(str, known[axis]))}")
+        return valid
 
-    axis, where = OLDER_NAMES.get(check.axis, check.axis), with_names_of_today(check.where)
-    check = check.model_copy(update={"axis": axis, "where": where})
-    if (check.better is None) == (not check.equal) or (check.better is None) != (not check.than):
-        raise MeerkatError(f"{spell}: needs either better and than, or equal")
-    if check.equal and len(check.equal) != 2:
-        raise MeerkatError(f"{spell}: equal takes two values")
-    if check.axis in check.where:
-        raise MeerkatError(f"{spell}: where speaks of {check.axis}, which is the axis; give other axes")
-    found = check.model_copy(
-        update={
-            "better": None if check.better is None else value_of(check.axis, check.better),
-            "than": [value_of(check.axis, value) for value in check.than],
-            "equal": [value_of(check.axis, value) for value in check.equal],
-            "where": {axis: value_of(axis, value) for axis, value in check.where.items()},
-        }
-    )
-    if found.better in found.than or (found.equal and found.equal[0] == found.equal[1]):
-        raise MeerkatError(f"{spell}: compares a value with itself")
-    return found
-
-
-def _still_checked(study: Study, check: Check) -> Check | None:
-    """A claim about those values that a study has; None where nothing is left of it."""
-    have = study.axes.get(check.axis, [])
-    than = [value for value in check.than if value in have]
-    whole = all(value in have for value in check.equal) and all(
-        value in study.axes.get(axis, []) for axis, value in check.where.items()
-    )
-    return (
-        check.model_copy(update={"than": than}) if whole and (check.equal or (check.better in have and than)) else None
-    )
+    axis, others = OLDER_NAMES.get(given.axis, given.axis), with_names_of_today(given.where)
+    if (given.better is None) == (not given.equal) or (given.better is None) != (not given.than):
+        raise MeerkatError(f"{where}needs either better and than, or equal")
+    if given.equal and len(given.equal) != 2:
+        raise MeerkatError(f"{where}equal takes two values")
+    if axis in others:
+        raise MeerkatError(f"{where}where speaks of {axis}, which is the axis; give other axes")
+    better = None if given.better is None else value_of(axis, given.better)
+    than, equal = ([value_of(axis, value) for value in values] for values in (given.than, given.equal))
+    others = {name: value_of(name, value) for name, value in others.items()}
+    if better in than or (equal and equal[0] == equal[1]):
+        raise MeerkatError(f"{where}compares a value with itself")
+    return given.model_copy(update={"axis": axis, "better": better, "than": than, "equal": equal, "where": others})
 
 
 def axis_words(setting: Setting) -> str:
@@ -290,10 +270,9 @@ def axis_words(setting: Setting) -> str:
 
 def spelled(setting: Setting) -> dict[str, Any]:
     """A setting's values as a table shows them."""
-    return {name: _word(name, value) for name, value in setting.items()}
-
-
-def _word(axis: str, value: Any) -> Any:
-    if axis == "exclude":
-        return ",".join(value) or "none"
-    return Path(value).name if axis == "mask" else value
+    values = dict(setting)
+    if "exclude" in values:
+        values["exclude"] = ",".join(values["exclude"]) or "none"
+    if "mask" in values:
+        values["mask"] = Path(values["mask"]).name
+    return values

@@ -18,11 +18,8 @@ from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems.classification import Classification
-from meerkat.problems.problem import Problem
 from meerkat.record.run_folder import RunFolder, explain_disk_errors
-from meerkat.record.verification import VerifiedRun
 from meerkat.run.evaluate import load_run
-from meerkat.run.summary import without_budget
 from meerkat.settings.validation import check_new_folder
 
 Form = Literal["merged", "delta"]
@@ -70,7 +67,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             tuned_fingerprint = "" if content == "adapters" else fingerprint(model)
-            card = _card(RunFolder(root), run, problem, content, tuned_fingerprint)
+            card = model_card(RunFolder(root), run, problem, content, tuned_fingerprint)
             (part / CARD_FILE).write_text(card, encoding="utf-8")
             if to.exists():
                 to.rmdir()
@@ -78,12 +75,6 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return to / DELTA_FILE if content == "delta" else to
-
-
-def _card(folder: RunFolder, run: VerifiedRun, problem: Problem, content: Content, tuned_fingerprint: str) -> str:
-    removals = [event for event in folder.events() if event.get("event") == "shown out" and "client" in event]
-    removed = sorted({event["client"] for event in removals})
-    return model_card(run, problem, folder.metrics(), content, tuned_fingerprint, removed, without_budget(folder))
 
 
 def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:
@@ -109,10 +100,8 @@ def apply_delta(model: nn.Module, path: Path) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "meerkat-delta" or metadata["format_version"] != str(DELTA_VERSION):
-                raise MeerkatError(
-                    f"'{path}': not a delta of this version; make one with 'meerkat export --form delta'"
-                )
+            if (metadata.get("format"), metadata.get("format_version")) != ("meerkat-delta", str(DELTA_VERSION)):
+                raise ValueError("it is not a delta of this version")
             delta = _delta(metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, *DAMAGE) as error:
         raise MeerkatError(

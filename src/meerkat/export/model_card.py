@@ -13,14 +13,14 @@ from huggingface_hub import ModelCardData
 
 from meerkat.algorithm import path
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.classification import Classification
 from meerkat.problems.problem import Problem
 from meerkat.progress import number_of, one_line
-from meerkat.record.run_folder import Metric
+from meerkat.record.run_folder import RunFolder
 from meerkat.record.verification import VerifiedRun
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words
+from meerkat.run.summary import without_budget
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 Content = Literal["model", "delta", "adapters"]
@@ -28,65 +28,51 @@ Content = Literal["model", "delta", "adapters"]
 
 CARD_FILE = "README.md"
 _LIBRARIES: dict[Content, str] = {"model": "transformers", "delta": "meerkat", "adapters": "peft"}
+_CONTENT_IN_WORDS: dict[Content, str] = {
+    "model": "a whole model",
+    "delta": "the entries that moved and their values, to be written into the base model",
+    "adapters": "LoRA adapters, to be loaded on the base model",
+}
 _MOST_LISTED = 20
 """At most so many clients have their numbers of rows listed."""
-_EVALUATED_ON = {
-    "coordinator": "the coordinator's own validation rows",
-    "sites": "the sites' own validation rows",
-    "held-back": "held-back training rows",
-    "validation": "the validation rows",
-}
 
 
 def model_card(
-    run: VerifiedRun,
-    problem: Problem,
-    metrics: Sequence[Metric],
-    content: Content,
-    tuned_fingerprint: str = "",
-    removed: Sequence[int] = (),
-    without_budget: Sequence[int] = (),
+    folder: RunFolder, run: VerifiedRun, problem: Problem, content: Content, tuned_fingerprint: str = ""
 ) -> str:
     """The text of a card, YAML front matter and Markdown.
 
     Args:
-        metrics: the run's, of which the card uses evaluations.
+        folder: the run's, for its evaluations and events.
         tuned_fingerprint: of the tuned model, by `meerkat.masks.fingerprint`; empty to leave it out.
-        removed: clients that the coordinator of a federation removed.
-        without_budget: clients whose privacy budget does not last to the end of the run.
     """
-    config, task_name = run.config, _code(problem.name)
+    evaluations = [one for one in EvaluationMetric.all_of(folder.metrics()) if one.round <= run.rounds]
+    base, task_name = _base(run.config), _code(problem.name)
     kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
-    base, method = _base(config), one_line(config.method)
-    held = {
-        "model": "a whole model",
-        "delta": "the entries that moved and their values, to be written into the base model",
-        "adapters": "LoRA adapters, to be loaded on the base model",
-    }[content]
     opening = (
         f"# {base}, tuned for {task_name}\n\n"
-        f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated "
-        f"fine-tuning with [Meerkat](https://arxiv.org/abs/2506.03337), method `{method}`. This folder holds {held}. "
+        f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated fine-tuning with "
+        f"[Meerkat](https://arxiv.org/abs/2506.03337), method `{one_line(run.config.method)}`. "
+        f"This folder holds {_CONTENT_IN_WORDS[content]}. "
         f"Licence and languages are those of the base model and of the data; the run's record does not state them."
     )
     sections = {
-        "Load it": _loading(config, problem, content),
+        "Load it": _loading(run.config, problem, content),
         "How it was tuned": _tuning(run),
         "The mask": _mask(run.mask),
         "Data": _data(run, problem),
-        "Privacy": _privacy(run.guarantee, without_budget),
-        "Clients": _clients(run, removed),
-        "Evaluation": _evaluation(run, metrics),
+        "Privacy": _privacy(folder, run),
+        "Clients": _clients(folder, run),
+        "Evaluation": _evaluation(run, evaluations),
         "Digests, and how to verify them": _digests(run, tuned_fingerprint),
     }
     body = "\n\n".join([opening, *(f"## {title}\n\n{text}" for title, text in sections.items())])
-    return f"---\n{_front_matter(run, metrics, content)}\n---\n\n{body}\n"
+    return f"---\n{_front_matter(run, evaluations, content)}\n---\n\n{body}\n"
 
 
-def _front_matter(run: VerifiedRun, metrics: Sequence[Metric], content: Content) -> str:
+def _front_matter(run: VerifiedRun, evaluations: Sequence[EvaluationMetric], content: Content) -> str:
     config = run.config
     hub_data = config.data and not run.opening.federation and not _is_local(config.data)
-    evaluations = _evaluations(run, metrics)
     hub_model = config.problem == CLASSIFICATION and config.model != EMBEDDED and not _is_local(config.model)
     front_matter = ModelCardData(
         base_model=config.model if hub_model else None,
@@ -117,63 +103,59 @@ def _base(config: RunConfig) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    """Rows of name and value; those without a value are left out."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)])
 
 
 def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
+    code = "\n".join(_loading_code(config, problem, content))
     if not isinstance(problem, Classification):
-        return (
-            "```python\nfrom pathlib import Path\n\nfrom meerkat.export.model import apply_delta\n\n"
-            f"model = ...  # the base model, as problem {json.dumps(config.problem)} builds it\n"
-            'apply_delta(model, Path("delta.safetensors"))\n```'
-        )
-    task = problem.task
-    labels = ", ".join(f"{index} {json.dumps(label)}" for index, label in enumerate(task.labels))
+        return f"```python\n{code}\n```"
+    labels = ", ".join(f"{index} {json.dumps(label)}" for index, label in enumerate(problem.task.labels))
     return (
-        "```python\n" + "\n".join(_loading_code(config, content)) + "\n```\n\n"
-        f"The model reads a row as\n\n    {json.dumps(task.template)}\n\n"
+        f"```python\n{code}\n```\n\n"
+        f"The model reads a row as\n\n    {json.dumps(problem.task.template)}\n\n"
         f"with one of the labels ({labels}); the one whose tokens have the highest mean log-probability is the answer."
     )
 
 
-def _loading_code(config: RunConfig, content: Content) -> list[str]:
+def _loading_code(config: RunConfig, problem: Problem, content: Content) -> list[str]:
+    with_delta = ["from pathlib import Path", "", "from meerkat.export.model import apply_delta"]
+    if not isinstance(problem, Classification):
+        model = f"model = ...  # the base model, as problem {json.dumps(config.problem)} builds it"
+        return [*with_delta, "", model, 'apply_delta(model, Path("delta.safetensors"))']
     auto = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     folder = 'folder = "."  # where this card is'
     if content == "model":
         model = "model = AutoModelForCausalLM.from_pretrained(folder)"
         return [auto, "", folder, model, "tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    imports, base = [], f"base = {json.dumps(config.model)}"
-    if config.model == EMBEDDED:
-        imports, base = ["from meerkat import demo"], "base = demo.MODEL"
-    elif _is_local(config.model):
-        base += "  # its path on the run's machine"
     if content == "delta":
-        imports = ["from pathlib import Path", "", *imports, "from meerkat.export.model import apply_delta"]
-        tuned = 'apply_delta(model, Path(folder) / "delta.safetensors")'
+        imports, tuned = with_delta, 'apply_delta(model, Path(folder) / "delta.safetensors")'
     else:
-        imports = [*imports, "from peft import PeftModel"]
-        tuned = "model = PeftModel.from_pretrained(model, folder)"
+        imports, tuned = ["from peft import PeftModel"], "model = PeftModel.from_pretrained(model, folder)"
+    base = f"base = {json.dumps(config.model)}" + "  # its path on the run's machine" * _is_local(config.model)
+    if config.model == EMBEDDED:
+        imports, base = [*imports[:-1], "from meerkat import demo", imports[-1]], "base = demo.MODEL"
     model = f'model = AutoModelForCausalLM.from_pretrained(base, dtype="{config.dtype}")'
     return [*imports, auto, "", folder, base, model, tuned, "tokenizer = AutoTokenizer.from_pretrained(base)"]
 
 
 def _tuning(run: VerifiedRun) -> str:
-    config, recipe = run.config, run.config.recipe
-    first_order = not recipe.sends_scalars
-    steps = "by backpropagation" if first_order else f"P = {number_of(config.directions, 'direction')} a step"
+    config, zeroth_order = run.config, run.config.recipe.sends_scalars
+    steps = f"P = {number_of(config.directions, 'direction')} a step" if zeroth_order else "by backpropagation"
+    adapters = ", with fresh adapters" if config.recipe.moves == "lora" else ""
     source = "Philox4x64-10, counting by (run key, phase, round, step, direction); see `meerkat.algorithm.directions`"
     return _table(
         {
-            "base model": f"{_base(config)}, fingerprint `{run.mask.fingerprint}`"
-            + (", with fresh adapters" if recipe.moves == "lora" else ""),
+            "base model": f"{_base(config)}, fingerprint `{run.mask.fingerprint}`{adapters}",
             "rounds": f"{run.rounds:,}" + ("" if run.finished else f" of {config.rounds:,}: the run is not finished"),
             "local steps": f"T = {config.local_steps}, {steps}, batches of {config.batch_size}",
             "learning rate": f"{config.lr:g}, {config.lr_schedule}; perturbation {config.eps:g}",
             "weights' type": config.dtype,
             "clients": f"{config.clients}, {config.clients_per_round or config.clients} asked each round",
             "aggregation": _aggregation(run),
-            **({"attack": f"{config.attackers} clients, {config.attack}"} if config.attack != "none" else {}),
-            "directions": "none" if first_order else f"{source}. The run key stays in the run's folder",
+            "attack": f"{config.attackers} clients, {config.attack}" if config.attack != "none" else "",
+            "directions": f"{source}. The run key stays in the run's folder" if zeroth_order else "none",
         }
     )
 
@@ -182,14 +164,14 @@ def _aggregation(run: VerifiedRun) -> str:
     config = run.config
     server = f"feddyn, alpha {config.feddyn_alpha:g}" if config.recipe.client == "feddyn" else config.update_rule
     by_rows = config.weights == "examples" and config.aggregation == "mean"
-    parts = [f"{run.opening.rule} of the replies", f"clients weighted {'by their rows' if by_rows else 'equally'}"]
-    if config.rule.needs_f:
-        parts.append(f"made to withstand {config.byzantine} arbitrary replies")
-    if config.mixing != "none":
-        parts.append(f"{config.mixing} mixing")
-    if config.clipping != "none":
-        parts.append("clipped")
-    return f"{', '.join(parts)}; server optimiser {server}"
+    parts = [
+        f"{run.opening.rule} of the replies",
+        f"clients weighted {'by their rows' if by_rows else 'equally'}",
+        f"made to withstand {config.byzantine} arbitrary replies" if config.rule.needs_f else "",
+        f"{config.mixing} mixing" if config.mixing != "none" else "",
+        "clipped" if config.clipping != "none" else "",
+    ]
+    return f"{', '.join(filter(None, parts))}; server optimiser {server}"
 
 
 def _mask(mask: SparseMask) -> str:
@@ -209,25 +191,32 @@ def _mask(mask: SparseMask) -> str:
 
 def _data(run: VerifiedRun, problem: Problem) -> str:
     config = run.config
+    split = f"{_code(config.partition)}, clients simulated on one machine"
     if run.opening.federation:
         source = "each site's own, which never left the sites; their origin is not known; the sites gave the numbers"
         split = f"each site of federation `{run.opening.federation}` holds its own"
+    elif config.problem != CLASSIFICATION:
+        source = f"as problem {_code(config.problem)} makes or reads them"
+    elif not config.data:
+        source = f"Meerkat's embedded data `{config.task}`"
+    elif _is_local(config.data):
+        source = f"{_code(Path(config.data).name)}, a local folder; its origin is not known"
     else:
-        split = f"{_code(config.partition)}, clients simulated on one machine"
-        if config.problem != CLASSIFICATION:
-            source = f"as problem {_code(config.problem)} makes or reads them"
-        elif not config.data:
-            source = f"Meerkat's embedded data `{config.task}`"
-        elif _is_local(config.data):
-            source = f"{_code(Path(config.data).name)}, a local folder; its origin is not known"
-        else:
-            source = f"{_code(config.data)}, a hub data set"
-        if config.held_back:
-            source += f"; {config.held_back:g} of the training rows held back"
+        source = f"{_code(config.data)}, a hub data set"
+    if config.held_back and not run.opening.federation:
+        source += f"; {config.held_back:g} of the training rows held back"
     digest = f"`{run.opening.data}`" if run.opening.data else "not known"
-    digest = "not given: it is a function of private rows" if run.guarantee else digest
-    facts = {"task": _code(problem.name), "training rows": _numbers_of_rows(run), "source": source, "split": split}
-    return _table(facts | {"SHA-256 of the rows and their split": digest})
+    return _table(
+        {
+            "task": _code(problem.name),
+            "training rows": _numbers_of_rows(run),
+            "source": source,
+            "split": split,
+            "SHA-256 of the rows and their split": "not given: it is a function of private rows"
+            if run.guarantee
+            else digest,
+        }
+    )
 
 
 def _numbers_of_rows(run: VerifiedRun) -> str:
@@ -242,25 +231,28 @@ def _numbers_of_rows(run: VerifiedRun) -> str:
     return f"{total}: {min(counts.values()):,} to {max(counts.values()):,} at each of {len(counts)} clients"
 
 
-def _privacy(guarantee: Guarantee | None, without_budget: Sequence[int]) -> str:
-    if guarantee is None:
+def _privacy(folder: RunFolder, run: VerifiedRun) -> str:
+    if (guarantee := run.guarantee) is None:
         return "No differential privacy: nothing bounds what the weights, or the clients' scalars, reveal about a row."
+    spent = without_budget(folder)
     return _table(
         {
             "differential privacy": guarantee.in_words(),
             "mechanism": f"clip {guarantee.clip:g}, noise multiplier {guarantee.noise_multiplier:g}",
-            **({"budget does not last to the end": _listed(without_budget)} if without_budget else {}),
+            "budget does not last to the end": clients_in_words(spent) if spent else "",
         }
     )
 
 
-def _clients(run: VerifiedRun, removed: Sequence[int]) -> str:
+def _clients(folder: RunFolder, run: VerifiedRun) -> str:
     calibration = run.calibration
-    extreme = _listed(calibration.selection.extreme) if calibration else "not known: there was no calibration"
+    removed = {event["client"] for event in folder.events() if event.get("event") == "shown out" and "client" in event}
     facts = {
-        "flagged as extremely skewed": extreme,
+        "flagged as extremely skewed": _listed(calibration.selection.extreme)
+        if calibration
+        else "not known: there was no calibration",
         "stopped early": _listed(calibration.early_stopped if calibration else ()),
-        "removed by the coordinator": _listed(removed),
+        "removed by the coordinator": _listed(sorted(removed)),
     }
     if run.config.dp != "client":
         facts["in no round"] = _listed(sorted(run.examples.keys() - run.answered.keys()))
@@ -272,32 +264,26 @@ def _listed(clients: Sequence[int]) -> str:
     return clients_in_words(clients) if clients else "none"
 
 
-def _evaluation(run: VerifiedRun, metrics: Sequence[Metric]) -> str:
-    evaluations = _evaluations(run, metrics)
+def _evaluation(run: VerifiedRun, evaluations: Sequence[EvaluationMetric]) -> str:
     if not evaluations:
         return "Not known: the run's folder has no evaluation."
-    first, last = evaluations[0], evaluations[-1]
+    last = evaluations[-1]
     lines = [f"| after round | {' | '.join(last.better)} |", "| --- " * (1 + len(last.better)) + "|"]
-    for metric in (first, last)[: len(evaluations)]:
+    for metric in [*evaluations[:1], *evaluations[1:][-1:]]:
         values = [metric.scores.get(name) for name in last.better]
         scores = ["not known" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"| {metric.round:,} | {' | '.join(scores)} |")
-    rows = "coordinator" if run.opening.federation else "validation"
-    rows = "sites" if last.rows is not None else "held-back" if run.config.held_back else rows
+    rows = "the coordinator's own validation rows" if run.opening.federation else "the validation rows"
+    rows = "held-back training rows" if run.config.held_back else rows
+    rows = "the sites' own validation rows" if last.rows is not None else rows
     exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
-    return f"On {_EVALUATED_ON[rows]}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
-
-
-def _evaluations(run: VerifiedRun, metrics: Sequence[Metric]) -> list[EvaluationMetric]:
-    """Those of the rounds that were replayed, in order."""
-    evaluations = [EvaluationMetric.from_json(metric) for metric in metrics if metric["kind"] == EvaluationMetric.kind]
-    return sorted((one for one in evaluations if one.round <= run.rounds), key=lambda one: one.round)
+    return f"On {rows}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
 
 
 def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
-    # A simulation's log holds the hash of its rows, and a log of hidden clients which of them were drawn. Whoever can
-    # work out the rest of it, from theta and the seed, could check a guess at these against the chain's hash, which no
-    # noise covers. A federation with noisy replies logs only what is noisy or public.
+    # A simulation's log holds the hash of its rows, and a log of hidden clients which of them were drawn. Anyone who
+    # can work out the rest of it, from theta and the seed, could check a guess at these against the chain's hash, which
+    # no noise covers. A federation with noisy replies logs only what is noisy or public.
     covered = run.guarantee is None or (run.guarantee.level == "example" and not run.opening.data)
     table = _table(
         {
@@ -308,7 +294,7 @@ def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
             "rounds.log, last hash of its chain": f"`{run.log_hash}`"
             if covered
             else "not given: no noise covers all that the log holds",
-            **({"fingerprint of the tuned model": f"`{tuned_fingerprint}`"} if tuned_fingerprint else {}),
+            "fingerprint of the tuned model": f"`{tuned_fingerprint}`" if tuned_fingerprint else "",
             "versions": f"torch {one_line(run.opening.torch)}, transformers {one_line(run.opening.transformers)}",
         }
     )

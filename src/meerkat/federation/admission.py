@@ -13,7 +13,7 @@ from typing import Any
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
-from meerkat.record.members import Member, Members, are_credentials
+from meerkat.record.members import Member, Members
 from meerkat.record.signatures import BadSignature, fingerprint
 
 _SECRET = 32
@@ -40,33 +40,22 @@ class AdmittedSite:
         """Its client number."""
         return self.member.client
 
-    @property
-    def node(self) -> str:
-        """The node that the client number belongs to."""
-        return self.member.node
-
-    @property
-    def examples(self) -> int:
-        """How many rows it has."""
-        return self.member.examples
-
 
 class Admission:
     """Checks first frames. Safe to call from several threads."""
 
-    def __init__(self, register: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, members: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
         """What a site must match.
 
         Args:
-            register: who signs with which key, as logged; its identity names run, model and mask.
+            members: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
             nodes: the nodes of the client numbers that joined before.
         """
-        self.register = register
+        self.members = members
         """As given: the coordinator adds each member that it logs."""
-        self._run = bytes.fromhex(register.identity.run)
+        self._run = bytes.fromhex(members.identity.run)
         self._clients = clients
-        self._required = {"model": register.identity.model, "mask": register.identity.mask}
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
@@ -103,65 +92,62 @@ class Admission:
         frame = Frame.decode(data)
         if frame.kind is not Kind.HELLO:
             raise BadFrame("a stream that does not begin with a hello")
-        secret, hello = frames.decode_words(frame.body, _SECRET)
+        secret, hello = frames.decode_json(frame.body, _SECRET)
         with self._lock:
             return self._admit(frame, secret, hello)
 
     def _admit(self, frame: Frame, secret: bytes, hello: dict[str, Any]) -> AdmittedSite:
         if frame.run != self._run:
             raise Refused("a frame of another run: wait for this run's own message")
-        session = self._sessions.get(secret)
+        session, client = self._sessions.get(secret), frame.client
         node = session[1] if session else self._tokens.get(secret)
         if node is None:
             used = secret in self._spent
             raise Refused("the token was used before" if used else "no token of this session: join through Flower")
-        # a token serves once, even if the site is refused
-        if not session:
-            del self._tokens[secret]
-            self._spent.add(secret)
-        client, examples = frame.client, hello.get("examples")
         if session and session[0] != client:
             raise Refused(f"the session is client {session[0]}'s")
+        if not session:  # a token serves once, even if the site is refused
+            del self._tokens[secret]
+            self._spent.add(secret)
+        self._check_place(client, node)
+        for name in ("model", "mask"):
+            value = getattr(self.members.identity, name)
+            if hello.get(name) != value:
+                raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
+        member = self._member(client, node, hello)
+        self._nodes[client] = node
+        if not session:
+            secret = secrets.token_bytes(_SECRET)
+            self._forget_sessions(client)
+            self._sessions[secret] = (client, node)
+        welcome = Frame(Kind.WELCOME, self._run, client, frame.round, frame.digest, frames.encode_json({}, secret))
+        return AdmittedSite(member, hello.get("evaluates") is True, frame.round, frame.digest, welcome.encode())
+
+    def _check_place(self, client: int, node: str) -> None:
+        """Raise Refused unless a node may be a client."""
         if client >= self._clients:
             raise Refused(f"client {client}: must be 0 to {self._clients - 1}; set 'client' in site.toml")
         if self._nodes.get(client, node) != node:
             raise Refused(f"client {client} is another node's; set another 'client' in site.toml")
         if other := [k for k, owner in self._nodes.items() if owner == node and k != client]:
             raise Refused(f"client {client}: this node is client {other[0]} already; set 'client' in site.toml back")
-        for name, value in self._required.items():
-            if hello.get(name) != value:
-                raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
-        if isinstance(examples, bool) or not isinstance(examples, int) or not 0 < examples < 2**40:
-            raise Refused("a site without a number of rows")
-        member = self._with_key(Member(0, client, examples, node), hello)
-        self._nodes[client] = node
-        if not session:
-            secret = secrets.token_bytes(_SECRET)
-            self._forget_sessions(client)
-            self._sessions[secret] = (client, node)
-        welcome = Frame(Kind.WELCOME, self._run, client, frame.round, frame.digest, frames.encode_words({}, secret))
-        evaluates = hello.get("evaluates") is True
-        return AdmittedSite(member, evaluates, frame.round, frame.digest, welcome.encode())
 
-    def _with_key(self, member: Member, hello: dict[str, Any]) -> Member:
-        """A member completed with the key in the site's hello, if that key may sign for the client."""
-        key, signature, handover = (hello.get(name, "") for name in ("key", "signature", "handover"))
-        if not are_credentials(key, signature, handover):
-            raise BadFrame("a hello with a malformed key or signature")
-        member = replace(member, key=key, signature=signature)
-        before = self.register.keys.get(member.client)
-        if before is not None and self.register.needs_handover(member):
-            member = replace(member, handover=handover)
-        elif before not in (None, bytes.fromhex(key)) and self.register.listed is None:
-            raise Refused(
-                f"key {fingerprint(before)} was revoked: its successor must be in the coordinator's 'signers'"
-            )
+    def _member(self, client: int, node: str, hello: dict[str, Any]) -> Member:
+        """The member that a hello describes, if its key may sign for the client."""
+        credentials = [hello.get(name, "") for name in ("key", "signature", "handover")]
         try:
-            self.register.check(member)
-        except BadSignature as error:
+            member = Member(0, client, hello.get("examples", 0), node, *credentials)
+            if not self.members.needs_handover(member):
+                former = self.members.keys.get(client)
+                if former and former.hex() != member.key and self.members.listed is None:
+                    name = fingerprint(former)
+                    raise Refused(f"key {name} was revoked: its successor must be in the coordinator's 'signers'")
+                member = replace(member, handover="")
+            self.members.check(member)
+        except (ValueError, BadSignature) as error:
             raise Refused(str(error)) from None
         return member
 
     def refusal(self, why: str, client: int = 0) -> bytes:
         """The frame that refuses a site."""
-        return Frame(Kind.REFUSAL, self._run, client, 0, body=frames.encode_words({"why": why})).encode()
+        return Frame(Kind.REFUSAL, self._run, client, 0, body=frames.encode_json({"why": why})).encode()

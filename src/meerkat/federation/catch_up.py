@@ -36,22 +36,21 @@ class RecentRounds:
         """Add a round, after which theta has this digest; it took `made_s` seconds to close."""
         self._round_s += _SMOOTHING * (made_s - self._round_s)
         self._rounds.append((self.digest, closed, counted))
-        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + closed.size
+        self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + len(closed.encode())
         while self._bytes > self._most_bytes:
-            self._bytes -= self._rounds.popleft()[1].size
+            self._bytes -= len(self._rounds.popleft()[1].encode())
 
     def recognises(self, round: int, digest: bytes) -> bool:
         """Whether theta had this digest at the start of a round, if that round is still kept."""
-        if round == self.round:
+        behind = self.round - round
+        if behind == 0:
             return digest == self.digest
-        back = self.round - round
-        return 0 < back <= len(self._rounds) and self._rounds[-back][0] == digest
+        return 0 < behind <= len(self._rounds) and self._rounds[-behind][0] == digest
 
     def missed_since(self, round: int, client: int) -> list[Closed]:
         """The rounds from one on, in the form that a client needs."""
-        back = self.round - round
-        rounds = [self._rounds[i] for i in range(len(self._rounds) - back, len(self._rounds))]
-        return [Closed(c.lr, c.share, c.aggregate, client in counted) for _, c, counted in rounds]
+        missed = [self._rounds[-behind] for behind in range(self.round - round, 0, -1)]
+        return [closed._replace(counted=client in counted) for _, closed, counted in missed]
 
     def shorter_than_state(self, round: int) -> bool:
         """Whether the rounds from one on are all kept, and are followed sooner than the state would arrive."""

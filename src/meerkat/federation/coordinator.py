@@ -5,22 +5,19 @@ It has the model, the mask and the run folder, and none of the sites' rows. Reac
 """
 
 import secrets
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from meerkat.algorithm.rounds import RoundRecord
-from meerkat.algorithm.server import ServerState
 from meerkat.errors import MeerkatError
 from meerkat.extensions import load
 from meerkat.federation.admission import Admission
 from meerkat.federation.coordinator_settings import FederationConfig
-from meerkat.federation.link import Link, WaitingRules
+from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
-from meerkat.problems.problem import Better, Problem
+from meerkat.problems.problem import Problem
 from meerkat.progress import number_of, say
 from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
@@ -30,12 +27,8 @@ from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import defence_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.summary import write_summary
-from meerkat.run.trackers import tracking
 from meerkat.settings.auto import AUTO
 from meerkat.settings.config import RunConfig
-
-_STATUS_S = 10.0
-"""Seconds between lines on how the federation stands."""
 
 
 class Control(Protocol):
@@ -64,21 +57,22 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     load(federation.extensions)
     config = resolve(config, rows=federation.evaluate == "coordinator")
     listed = read_keys(federation.signers, "signers") if federation.signers else None
-    resumed = (out / "config.toml").is_file()
-    if not resumed:
+    if (out / "config.toml").is_file():
+        folder, problem = RunFolder.open(out), open_problem(config)
+        _check_same(config, folder)
+    else:
         RunFolder.check_free(out)
         config.check_none_idle()
-    problem = open_problem(config)
-    folder = RunFolder.open(out) if resumed else begin(config, out, problem)
-    if resumed:
-        _check_same(config, folder)
-    fresh, cure = secrets.token_hex(8), "start the coordinator again"
-    with carry_on(folder, problem, federation=fresh, signed=federation.sign, cure=cure) as run:
-        _check_signing(run, federation)
+        problem = open_problem(config)
+        folder = begin(config, out, problem)
+    new_id, cure = secrets.token_hex(8), "start the coordinator again"
+    with carry_on(folder, problem, federation=new_id, signed=federation.sign, cure=cure) as run:
+        if run.opening.signed != federation.sign:
+            _refuse_change(folder, f"sign = {str(run.opening.signed).lower()}, which sites have signed")
         run.members.listed = listed
         _revoke(run, federation.revoked)
         facts = _coordinate(run, problem, federation, control)
-        return write_summary(folder, run.config, run.mask, run.state, facts=facts)
+        return write_summary(run, facts=facts)
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
@@ -87,22 +81,17 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
     left_open = {"density", *(name for name in ("lr", "dp_noise_multiplier") if getattr(config, name) == AUTO)}
     for name, value in config.model_dump().items():
         if name not in left_open and value != (then := getattr(began, name)):
-            raise MeerkatError(
-                f"run folder '{folder.root}': the run in it began with {name} {then!r}, not {value!r}; "
-                "restore the setting, or give another run folder"
-            )
+            _refuse_change(folder, f"{name} {then!r}, not {value!r}")
 
 
-def _check_signing(run: Run, federation: FederationConfig) -> None:
-    if run.opening.signed != federation.sign:
-        raise MeerkatError(
-            f"run folder '{run.folder.root}': the run in it began with sign = {str(run.opening.signed).lower()}, "
-            "which sites have signed; restore the setting, or give another run folder"
-        )
+def _refuse_change(folder: RunFolder, began: str) -> NoReturn:
+    raise MeerkatError(
+        f"run folder '{folder.root}': the run in it began with {began}; restore the setting, or give another run folder"
+    )
 
 
 def _revoke(run: Run, names: Iterable[str]) -> None:
-    """Log that keys are revoked from now on, unless the log says so or has its end."""
+    """Log that keys are revoked from now on, unless the log says so already or is closed."""
     signing = {fingerprint(key) for key in run.members.keys.values()}
     for name in () if run.closed else names:
         if name not in run.members.revoked:
@@ -113,21 +102,21 @@ def _revoke(run: Run, names: Iterable[str]) -> None:
 
 
 def _coordinate(run: Run, problem: Problem, federation: FederationConfig, control: Control) -> dict[str, Any]:
-    """Run the rounds that are left. Returns what the summary tells of the network."""
-    config, opening = run.config, run.opening
+    """Run the rounds that are left. Returns the network's part of the summary."""
+    config, outcome = run.config, "the coordinator stopped"
     admission = Admission(run.members, config.clients, run.nodes)
-    offer = Offer.of(
-        config,
-        run.mask,
-        opening.theta,
-        opening.federation,
-        federation.stream,
-        federation.site_patience_s,
-        federation.sign,
-    )
-    why = "the coordinator stopped"
+    offer = Offer.of(config, run.mask, run.opening, federation.stream, federation.site_patience_s)
     with closing(control), closing(control.link(admission)) as link:
-        engine = _Watched(run, link, admission, federation.waiting_rules(config.clients), problem.scores)
+        engine = RemoteEngine(
+            link,
+            admission,
+            run.settings,
+            federation.waiting_rules(config.clients),
+            run.state,
+            run.directions,
+            problem.scores,
+            run.folder.append_event,
+        )
         control.open(admission, offer, engine.stop)
         _announce(run)
         try:
@@ -135,51 +124,21 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
             if federation.evaluate == "coordinator":
                 rows = problem.prepare(problem.rows("validation"))
                 evaluate = evaluation_of(problem, run.model, problem.batch(rows, "evaluation"))
-            with tracking(config.tracker, run.folder.root, run.state.round) as tracker:
-                run.folder.on_metric(tracker)
-                try:
-                    run_rounds(run, engine, evaluate, attendance=engine)
-                finally:
-                    engine.run_deferred()
-            why = "the run is finished"
+            run_rounds(run, engine, evaluate, attendance=engine)
+            outcome = "the run is finished"
         finally:
             control.stop_inviting()
-            engine.end(why)
+            engine.end(outcome)
     return engine.outcome()
 
 
 def _announce(run: Run) -> None:
     """Say what is about to run."""
-    config = run.config
-    many = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
+    config, mask = run.config, run.mask
     say(
-        f"{run.folder.root}: federation {run.opening.federation}: {config.method}, {len(run.mask):,} of "
-        f"{run.mask.total:,} parameters move, learning rate {config.lr:g}; up to {many}"
+        f"{run.folder.root}: federation {run.opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
+        f"parameters move, learning rate {config.lr:g}; up to {number_of(config.clients, 'client')}, "
+        f"{number_of(config.rounds, 'round')}"
     )
     if defence := defence_in_words(config):
         say(defence)
-
-
-class _Watched(RemoteEngine):
-    """A remote engine that says every few seconds how the federation stands, and keeps its events."""
-
-    def __init__(
-        self, run: Run, link: Link, admission: Admission, rules: WaitingRules, better: Mapping[str, Better]
-    ) -> None:
-        super().__init__(
-            link, admission, run.settings, rules, run.opening.federation, run.state, run.directions, better
-        )
-        self._folder = run.folder
-        self._said = 0.0
-
-    def tell(self, event: str, text: str, **facts: Any) -> None:
-        """See `RemoteEngine`."""
-        super().tell(event, text, **facts)
-        self._folder.append_event(event, round=self._trail.round, **facts)
-
-    def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """See `loop.Attendance`."""
-        super().closed(state, record)
-        if (now := time.monotonic()) - self._said >= _STATUS_S:
-            self._said = now
-            say(self.status())

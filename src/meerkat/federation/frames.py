@@ -1,9 +1,9 @@
-"""Frames: what coordinator and site say to each other in a round, as bytes.
+"""Frames: the messages of coordinator and site in a round, as bytes.
 
 Every frame begins with the same 52 bytes: magic and version, kind, the run, the client, the round it belongs
-to and the SHA-256 of theta as that round finds it. What follows depends on the kind, little-endian throughout.
-A site's frames can hold scalars, the run's score on its rows, their number, and words from a fixed list: no loss of
-a step, label or text of its data has a place in them. A signed reply does without the SHA-256: its signature covers it.
+to and the SHA-256 of theta at the start of that round. What follows depends on the kind, little-endian throughout.
+A site's frames hold scalars, the run's score on its rows, their number, and words from a fixed list: they have no
+field for a step's loss, a label or a text. A signed reply has no SHA-256: its signature covers it.
 """
 
 import json
@@ -34,7 +34,7 @@ ROOM = LIMIT - _HEADER_SIZE
 _REPLY = struct.Struct("<BIH")
 _SCORE = struct.Struct("<dQ")
 _MOST = 1e30
-"""Of a score without bounds of its own: a mean over all sites stays finite."""
+"""Largest magnitude of a score without bounds of its own: a mean over all sites stays finite."""
 _PART = struct.Struct("<IIQ")
 _F4 = np.dtype("<f4")
 _PHASES: tuple[Phase, ...] = ("training", "calibration")
@@ -42,11 +42,11 @@ _PHASES: tuple[Phase, ...] = ("training", "calibration")
 
 
 class BadFrame(MeerkatError):
-    """Bytes that are no frame of this version, or not one that may come now; the message says how."""
+    """A frame that is malformed, of another version, or not allowed now; the message says which."""
 
 
 class Kind(IntEnum):
-    """What a frame says; who says it stands beside."""
+    """A frame's kind, and which side sends it."""
 
     HELLO = 1  # site: who I am and what I hold; a token or session secret in front
     WELCOME = 2  # coordinator: you are in, and your session secret
@@ -63,10 +63,8 @@ class Kind(IntEnum):
     SIGNED = 13  # site: the scalars, with its signature in front
 
 
-_KINDS = {int(kind): kind for kind in Kind}
-
 FAILURES = ("diverged", "out of memory", "error")
-"""Why a site could not make its steps: all that it says of it."""
+"""The reasons that a site may give for not making its steps."""
 
 
 class Frame(NamedTuple):
@@ -77,16 +75,12 @@ class Frame(NamedTuple):
     """The federation's id, 8 bytes."""
     client: int
     round: int
-    digest: bytes = bytes(32)
-    """SHA-256 of theta at the start of the round, as the sender has it; none in a SIGNED frame."""
+    digest: bytes = bytes(_DIGEST)
+    """SHA-256 of the sender's theta at the start of the round; zeros in a SIGNED frame."""
     body: bytes = b""
 
     def encode(self) -> bytes:
-        """The frame's bytes.
-
-        Raises:
-            BadFrame: it would be longer than LIMIT.
-        """
+        """The frame's bytes. Raises BadFrame if there are more than LIMIT."""
         data = _ADDRESS.pack(_MAGIC, VERSION, self.kind, self.run, self.client, self.round)
         data += self.body if self.kind is Kind.SIGNED else self.digest + self.body
         if len(data) > LIMIT:
@@ -95,22 +89,21 @@ class Frame(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> "Frame":
-        """The frame that `encode` wrote.
-
-        Raises:
-            BadFrame: it is none, is too long, or is of another version.
-        """
+        """The frame that `encode` wrote. Raises BadFrame if it is malformed, too long, or of another version."""
         if not _HEADER_SIZE <= len(data) <= LIMIT:
             raise BadFrame(f"a frame of {len(data):,} bytes: must be {_HEADER_SIZE} to {LIMIT:,}")
-        magic, version, kind, run, client, at = _ADDRESS.unpack_from(data)
+        magic, version, number, run, client, at = _ADDRESS.unpack_from(data)
         if magic != _MAGIC:
             raise BadFrame("not a frame of this protocol")
         if version != VERSION:
             raise BadFrame(f"frame format {version}, this side speaks {VERSION}: use the same version of meerkat")
-        if (known := _KINDS.get(kind)) is None:
-            raise BadFrame(f"a frame of unknown kind {kind}")
-        head = _ADDRESS.size if known is Kind.SIGNED else _HEADER_SIZE
-        return cls(known, run, client, at, data[_ADDRESS.size : head] or bytes(_DIGEST), data[head:])
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise BadFrame(f"a frame of unknown kind {number}") from None
+        if kind is Kind.SIGNED:
+            return cls(kind, run, client, at, body=data[_ADDRESS.size :])
+        return cls(kind, run, client, at, data[_ADDRESS.size : _HEADER_SIZE], data[_HEADER_SIZE:])
 
 
 class Closed(NamedTuple):
@@ -124,15 +117,9 @@ class Closed(NamedTuple):
     counted: bool
     """Whether this client's own reply was among them."""
 
-    @property
-    def size(self) -> int:
-        """How many bytes it is."""
-        return _CLOSED.size + self.aggregate.nbytes
-
     def encode(self) -> bytes:
         """The round's bytes."""
-        head = _CLOSED.pack(self.counted, self.lr, self.share, *self.aggregate.shape)
-        return head + self.aggregate.astype(_F4, copy=False).tobytes()
+        return _CLOSED.pack(self.counted, self.lr, self.share, *self.aggregate.shape) + _to_bytes(self.aggregate)
 
 
 class Work(NamedTuple):
@@ -154,23 +141,17 @@ class Work(NamedTuple):
 
     @classmethod
     def decode(cls, body: bytes) -> "Work":
-        """The body that `encode` wrote.
-
-        Raises:
-            BadFrame: it is none.
-        """
+        """The body that `encode` wrote. Raises BadFrame if it is malformed."""
         phase, lr, steps, pointer, count = _unpack(_WORK, body)
         at, closed = _WORK.size, []
         for _ in range(count):
             counted, rate, share, made, directions = _unpack(_CLOSED, body, at)
-            end = at + _CLOSED.size + 4 * made * directions
-            if end > len(body):
+            start, at = at + _CLOSED.size, at + _CLOSED.size + 4 * made * directions
+            if at > len(body):
                 raise BadFrame("a body that is cut short")
             if not made:
                 raise BadFrame("a closed round without a step")
-            aggregate = np.frombuffer(body[at + _CLOSED.size : end], dtype=_F4).astype(np.float32)
-            closed.append(Closed(rate, share, aggregate.reshape(made, directions), bool(counted)))
-            at = end
+            closed.append(Closed(rate, share, _to_floats(body[start:at]).reshape(made, directions), bool(counted)))
         if at != len(body) or phase >= len(_PHASES):
             raise BadFrame("a body that does not end where it should")
         return cls(_PHASES[phase], lr, steps, pointer, tuple(closed))
@@ -178,27 +159,22 @@ class Work(NamedTuple):
 
 def encode_scalars(phase: Phase, scalars: np.ndarray) -> bytes:
     """The body of a REPLY; scalars float32 [T_k, P]."""
-    return _REPLY.pack(PHASES[phase], *scalars.shape) + scalars.astype(_F4, copy=False).tobytes()
+    return _REPLY.pack(PHASES[phase], *scalars.shape) + _to_bytes(scalars)
 
 
 def decode_scalars(body: bytes) -> tuple[Phase, np.ndarray]:
-    """The phase and scalars, float32 [T_k, P], of a REPLY.
-
-    Raises:
-        BadFrame: it is none.
-    """
+    """The phase and scalars, float32 [T_k, P], of a REPLY. Raises BadFrame if it is malformed."""
     phase, steps, directions = _unpack(_REPLY, body)
     if phase >= len(_PHASES) or len(body) != _REPLY.size + 4 * steps * directions:
         raise BadFrame(f"a reply of {len(body)} bytes for {steps} steps of {directions} directions")
-    scalars = np.frombuffer(body, dtype=_F4, offset=_REPLY.size).astype(np.float32)
-    return _PHASES[phase], scalars.reshape(steps, directions)
+    return _PHASES[phase], _to_floats(body[_REPLY.size :]).reshape(steps, directions)
 
 
 def decode_reply(frame: Frame) -> tuple[Phase, np.ndarray, bytes]:
-    """Phase, scalars, float32 [T_k, P], and signature of a REPLY, which has none, or a SIGNED.
+    """Phase, scalars, float32 [T_k, P], and signature, empty in a REPLY, of a REPLY or SIGNED frame.
 
     Raises:
-        BadFrame: it is neither.
+        BadFrame: it is malformed.
     """
     signed = SIGNATURE if frame.kind is Kind.SIGNED else 0
     return *decode_scalars(frame.body[signed:]), frame.body[:signed]
@@ -210,10 +186,10 @@ def encode_score(name: str, value: float, rows: int) -> bytes:
 
 
 def decode_score(body: bytes, name: str) -> tuple[float, int]:
-    """The value of the score that is called so, and the rows that it is a mean over.
+    """The value of the score of that name, and the number of rows that it is a mean over.
 
     Raises:
-        BadFrame: it is no such body, another score, or no value or number of rows that there can be.
+        BadFrame: it is malformed or another score, or its value or number of rows is impossible.
     """
     value, rows = _unpack(_SCORE, body)
     if body[_SCORE.size :] != name.encode():
@@ -225,9 +201,8 @@ def decode_score(body: bytes, name: str) -> tuple[float, int]:
 
 
 def encode_state(values: np.ndarray) -> list[bytes]:
-    """The bodies of the STATE frames that hold float32 values: a part each, as long as a frame can be."""
-    data = values.astype(_F4, copy=False).tobytes()
-    room = LIMIT - _HEADER_SIZE - _PART.size
+    """The bodies of the STATE frames that hold float32 values, as few as possible."""
+    data, room = _to_bytes(values), LIMIT - _HEADER_SIZE - _PART.size
     parts = [data[at : at + room] for at in range(0, len(data), room)]
     return [_PART.pack(number, len(parts), len(data)) + part for number, part in enumerate(parts)]
 
@@ -237,50 +212,54 @@ class StateParts:
 
     def __init__(self, count: int) -> None:
         """`count`: the float32 values that there must be."""
-        self._bytes = 4 * count
-        self._held = bytearray()
+        self._size = 4 * count
+        self._data = bytearray()
         self._next = 0
 
     def add(self, body: bytes) -> np.ndarray | None:
         """Take the next part; the values, float32 [count], once it was the last. The first begins anew.
 
         Raises:
-            BadFrame: it is not the next part of as many values.
+            BadFrame: it is not the next part of that many values.
         """
         number, parts, size = _unpack(_PART, body)
-        if number == 0:  # a stream that broke may have left some of an earlier state
-            self._held, self._next = bytearray(), 0
-        if size != self._bytes or number != self._next or number >= parts:
-            raise BadFrame(f"part {number} of a state of {size:,} bytes, where {self._bytes:,} are expected")
-        self._held += body[_PART.size :]
+        if number == 0:  # a broken stream may have left parts of an earlier state
+            self._data, self._next = bytearray(), 0
+        if size != self._size or number != self._next or number >= parts:
+            raise BadFrame(f"part {number} of a state of {size:,} bytes, where {self._size:,} are expected")
+        self._data += body[_PART.size :]
         self._next += 1
-        held, last = len(self._held), number + 1 == parts
-        if len(body) == _PART.size or held > size or (last and held < size):
-            raise BadFrame(f"a state of {held:,} bytes, where {size:,} were announced")
+        received, last = len(self._data), self._next == parts
+        if len(body) == _PART.size or received > size or (last and received < size):
+            raise BadFrame(f"a state of {received:,} bytes, where {size:,} were announced")
         if not last:
             return None
-        data, self._held, self._next = self._held, bytearray(), 0
-        return np.frombuffer(data, dtype=_F4).astype(np.float32)
+        data, self._data = self._data, bytearray()
+        return _to_floats(data)
 
 
-def encode_words(said: Any, secret: bytes = b"") -> bytes:
-    """The body of HELLO and WELCOME (32 secret bytes and JSON), of REFUSAL and END (JSON)."""
-    return secret + json.dumps(said, separators=(",", ":"), allow_nan=False).encode()
+def encode_json(values: Any, secret: bytes = b"") -> bytes:
+    """The body of HELLO and WELCOME (32 secret bytes and JSON), of FAILED, REFUSAL and END (JSON)."""
+    return secret + json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
 
 
-def decode_words(body: bytes, secret: int = 0) -> tuple[bytes, dict[str, Any]]:
-    """The secret bytes in front, `secret` of them, and the JSON object.
-
-    Raises:
-        BadFrame: it is no such body.
-    """
+def decode_json(body: bytes, secret: int = 0) -> tuple[bytes, dict[str, Any]]:
+    """The secret in front, of `secret` bytes, and the JSON object. Raises BadFrame if it is malformed."""
     try:
-        held = json.loads(body[secret:])
+        values = json.loads(body[secret:])
     except (ValueError, RecursionError):
-        held = None
-    if not isinstance(held, dict):
+        values = None
+    if not isinstance(values, dict):
         raise BadFrame("a frame whose words are no JSON object")
-    return body[:secret], held
+    return body[:secret], values
+
+
+def _to_bytes(values: np.ndarray) -> bytes:
+    return values.astype(_F4, copy=False).tobytes()
+
+
+def _to_floats(data: bytes | bytearray) -> np.ndarray:
+    return np.frombuffer(data, dtype=_F4).astype(np.float32)
 
 
 def _unpack(form: struct.Struct, data: bytes, at: int = 0) -> tuple[Any, ...]:

@@ -6,21 +6,21 @@ nothing is drawn or charged twice.
 """
 
 import base64
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.federation.frames import BadFrame
-from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
 from meerkat.privacy.accounting import Charge, epsilon, steps_within
 from meerkat.privacy.mechanism import Mechanism, Relation
 from meerkat.progress import say
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.settings import budget as run_budget
 from meerkat.settings.config import RunConfig
+
+_LEDGER = "the site's ledger cannot be used"
 
 
 class Request(NamedTuple):
@@ -160,7 +160,7 @@ class RunAccountant:
         of_run = Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run)
         of_site = Budget(accepts.epsilon, accepts.delta, accepts.relation)
         budgets = [budget for budget in (of_run, of_site) if budget.epsilon]  # 0 is no budget
-        with _details_in_own_log():
+        with details_in_own_log(_LEDGER):
             ledger = Ledger(Path(site.ledger))
         accountant = cls(mechanism, ledger, budgets, run, site.client, rows)
         try:
@@ -200,15 +200,6 @@ class RunAccountant:
     def charge(self, phase: str, round: int, theta: bytes, steps: int, reply: bytes) -> None:
         """Charge a reply's steps; the charge and the reply are on the disk when this returns."""
         charge = Charge(self._rate, self.mechanism.noise_multiplier, steps)
-        with _details_in_own_log():
+        with details_in_own_log(_LEDGER):
             self.ledger.charge(Request(self._run, self._client, phase, round), theta.hex(), charge, reply)
         self._steps_left = [left - steps for left in self._steps_left]
-
-
-@contextmanager
-def _details_in_own_log() -> Iterator[None]:
-    try:
-        yield
-    except RunFailed as error:
-        say(f"meerkat: {error}")
-        raise RunFailed("the site's ledger cannot be used; its own log says why") from None

@@ -6,15 +6,19 @@ paths of the run's files and the pre-training gradient stay on the coordinator.
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from meerkat import demo
 from meerkat.errors import DAMAGE, MeerkatError
 from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
+from meerkat.record.opening import Opening
 from meerkat.settings.config import CLASSIFICATION, RunConfig, make_config
 from meerkat.settings.groups import MachineSettings
 
@@ -22,11 +26,11 @@ LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", 
 """Settings of a run that each side chooses for itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"strict": True, "extra": "forbid"})
 class Offer:
     """A run, as it is offered to a node."""
 
-    run: str
+    run: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{16}$")]
     """The federation's id: 8 bytes, hexadecimal."""
     settings: dict[str, Any]
     """The run's settings, except `LOCAL_SETTINGS`."""
@@ -34,88 +38,60 @@ class Offer:
     """A task's name, or the name of its file."""
     task_text: str
     """The task file's text; empty for a built-in task."""
-    theta: str
+    theta: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
     """SHA-256 of theta_0."""
     mask: bytes
     """The mask's file, without pre-training gradient and theta_0."""
-    token: str
-    """For the node's first frame; serves once. 32 bytes, hexadecimal."""
+    token: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")]
+    """For the node's first frame; serves once. 32 bytes, hexadecimal; empty before `encode`."""
     stream: str
     """host:port of the session stream; empty if frames travel in the control plane's messages."""
-    patience_s: float
-    """Seconds that a site tries to come back after the stream broke, before it is free for another run."""
+    patience_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Seconds for which a site tries to reconnect, before it is free for another run."""
     sign: bool = False
     """Whether replies without a signature are refused."""
     version: int = VERSION
 
     @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        mask: SparseMask,
-        theta: str,
-        run: str,
-        stream: str,
-        patience_s: float,
-        sign: bool = False,
-    ) -> "Offer":
-        """A run's offer, still without a token.
-
-        Raises:
-            MeerkatError: the run's task cannot be read.
-        """
+    def of(cls, config: RunConfig, mask: SparseMask, opening: Opening, stream: str, patience_s: float) -> "Offer":
+        """A run's offer, without a token yet. Raises MeerkatError if the run's task cannot be read."""
         built_in = config.problem != CLASSIFICATION or _is_built_in(config.task)
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in LOCAL_SETTINGS}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "mask.safetensors"
+            replace(mask, pretraining_gradient=None, theta_0=None).save(path)
+            mask_bytes = path.read_bytes()
         return cls(
-            run=run,
+            run=opening.federation,
             settings={**settings, "task": ""},
             task=config.task if built_in else Path(config.task).name,
             task_text="" if built_in else read_task_file(config.task),
-            theta=theta,
-            mask=_file_bytes(replace(mask, pretraining_gradient=None, theta_0=None)),
+            theta=opening.theta,
+            mask=mask_bytes,
             token="",
             stream=stream,
             patience_s=patience_s,
-            sign=sign,
+            sign=opening.signed,
         )
 
     def encode(self, token: str) -> tuple[str, bytes]:
         """The offer as JSON, with a token; and, separately, the mask's bytes."""
         fields = {**asdict(self), "token": token}
-        mask = fields.pop("mask")
-        return json.dumps(fields), mask
+        return json.dumps({name: value for name, value in fields.items() if name != "mask"}), self.mask
 
     @classmethod
     def decode(cls, text: str, mask: bytes) -> "Offer":
-        """The offer that `encode` wrote.
-
-        Raises:
-            MeerkatError: it is malformed, or of another version.
-        """
+        """The offer that `encode` wrote. Raises MeerkatError if it is malformed, or of another version."""
         try:
             fields = json.loads(text)
-            if fields["version"] != VERSION:
-                raise MeerkatError(
-                    f"the coordinator speaks frame format {fields['version']}, this site {VERSION}: "
-                    "use the same version of meerkat on both"
-                )
-            offer = cls(mask=mask, **fields)
-            offer._check()
-            return offer
+            if fields["version"] == VERSION:
+                return cls(mask=mask, **fields)
+            raise MeerkatError(
+                f"the coordinator speaks frame format {fields['version']}, this site {VERSION}: "
+                "use the same version of meerkat on both"
+            )
         except DAMAGE:
             raise MeerkatError("the coordinator's offer cannot be read: use the same version of meerkat") from None
-
-    def _check(self) -> None:
-        """Raise TypeError or ValueError if a part is malformed."""
-        for text, size in ((self.run, 8), (self.token, 32), (self.theta, 32)):
-            if len(bytes.fromhex(text)) != size:
-                raise ValueError(f"{text!r}: not {size} bytes")
-        if not isinstance(self.settings, dict) or not all(
-            isinstance(text, str) for text in (self.task, self.task_text, self.stream)
-        ):
-            raise TypeError("settings, task or stream of the wrong type")
-        if not 0 <= float(self.patience_s) < float("inf"):
-            raise ValueError(f"{self.patience_s} seconds")
 
     def config(self, local: dict[str, Any]) -> RunConfig:
         """The run's settings, with a site's `LOCAL_SETTINGS`.
@@ -129,11 +105,7 @@ class Offer:
         return config
 
     def load_task(self) -> Task:
-        """The run's task.
-
-        Raises:
-            MeerkatError: it is unknown here, or its text is malformed.
-        """
+        """The run's task. Raises MeerkatError if it is unknown here, or its text is malformed."""
         if self.task_text:
             task = parse_task(self.task_text, self.task)
             if _is_built_in(task.name):  # a site that accepts this name means the built-in task
@@ -146,11 +118,7 @@ class Offer:
         raise MeerkatError(f"task '{self.task}': unknown here; use the same version of meerkat as the coordinator")
 
     def load_mask(self) -> SparseMask:
-        """The run's mask.
-
-        Raises:
-            MeerkatError: the bytes are not a mask.
-        """
+        """The run's mask. Raises MeerkatError if it is damaged."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mask.safetensors"
             path.write_bytes(self.mask)
@@ -162,10 +130,3 @@ class Offer:
 
 def _is_built_in(task: str) -> bool:
     return task in TASKS or task in demo.TASKS
-
-
-def _file_bytes(mask: SparseMask) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mask.safetensors"
-        mask.save(path)
-        return path.read_bytes()

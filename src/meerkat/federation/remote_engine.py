@@ -1,117 +1,104 @@
-"""Clients at the other end of a network: who is there, what each has to be told, whose replies count.
+"""Rounds over a network: who is asked, whose replies count, when a round closes.
 
-A round asks clients that are here and idle, and closes when all of them have answered, or at its deadline with
-a quorum. Who is slower is not asked again before it has answered, and then catches up: with the rounds closed
-since, or with theta itself where that is shorter. Frames go through a `Link`: a stream of one's own, or the
-control plane's messages.
+A round asks the clients that are present and idle, and closes when all have answered, or at its deadline with a
+quorum. A slower client is not asked again before it has answered; then it catches up, with the rounds closed since or
+with theta itself where that is shorter. Frames go through a `Link`: a stream, or the control plane's messages.
 """
 
-import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from meerkat.algorithm.directions import Directions, Phase
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.replies import Reply, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
 from meerkat.federation.admission import Admission, AdmittedSite
-from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
 from meerkat.federation.link import Event, Link, WaitingRules
+from meerkat.federation.sessions import NO_WORK, Session, Sessions
 from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
 from meerkat.record.members import Member
 from meerkat.record.signatures import BadSignature
+from meerkat.run.loop import Attendance
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words
 
-_LOG = logging.getLogger("meerkat.federation")
 _WAKE_S = 0.5
-"""Seconds that a wait lasts at most before it looks up."""
+"""Longest wait for an event, in seconds."""
 _LEISURE_S = 1.0
-"""Seconds between times at which is done what nobody waits for."""
+"""Seconds between runs of deferred tasks."""
+_STATUS_S = 10.0
+"""Seconds between lines on how the federation stands."""
 _PATIENT = 3
-"""How often in a row a client may fail, or hold another theta, before it is shown out."""
+"""How often in a row a client may fail, or have another theta, before it is removed."""
+_SAFE = "what was logged is safe: start again with the same run folder to go on"
 
 
-@dataclass
-class _Member:
-    guest: AdmittedSite
-    round: int | None
-    """The round that its theta stands at, as far as is known; None where it needs the whole state."""
-    here: bool = True
-    busy: tuple[int, Phase] | None = None
-    """What it was asked and has not answered."""
-    trouble: int = 0
-    """How often in a row it failed, or held another theta."""
+@dataclass(frozen=True)
+class _Round:
+    """A round that is open: what was asked, and what came."""
+
+    plan: RoundPlan
+    replies: dict[int, Scalars] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def awaits(self, client: int) -> bool:
+        return client in self.plan.steps and client not in self.replies
 
 
-class RemoteEngine:
-    """Runs rounds over a link. See `loop.Engine` and `loop.Attendance`."""
+@dataclass(eq=False)
+class RemoteEngine(Attendance):
+    """Runs rounds over a link, from where a run's log ends. See `loop.Engine` and `loop.Attendance`."""
 
-    def __init__(
-        self,
-        link: Link,
-        door: Admission,
-        settings: ServerConfig,
-        terms: WaitingRules,
-        run: str,
-        state: ServerState,
-        directions: Directions,
-        better: Mapping[str, Better],
-    ) -> None:
-        """Take up a run where its log ends.
+    link: Link
+    admission: Admission
+    settings: ServerConfig
+    """What rounds are opened from, with the clients that joined so far."""
+    waiting: WaitingRules
+    state: InitVar[ServerState]
+    directions: Directions
+    """Those that rounds are closed with, prepared while clients work."""
+    better: Mapping[str, Better]
+    """The problem's scores; sites send the first."""
+    keep_event: Callable[..., None] = lambda _, **__: None
+    """Called with the name of each event, and facts about it."""
 
-        Args:
-            run: the federation's id, hexadecimal.
-            directions: those that its rounds are closed with, to be made ready while clients are at work.
-            better: the problem's scores, of which sites tell the first.
-        """
+    def __post_init__(self, state: ServerState) -> None:
         self.counts = dict.fromkeys(("late", "duplicate", "foreign", "malformed", "failed", "behind"), 0)
-        """Frames that did not count, by why."""
-        self.caught_up = {"rounds": 0, "state": 0}
-        """How often a client was caught up by more than one round, or by the whole state."""
-        self._link = link
-        self._door = door
-        self._settings = settings
-        self._terms = terms
-        self._run = bytes.fromhex(run)
-        self._state = state
-        self._directions = directions
-        state_bytes = 4 * len(state.theta) * settings.rules.vectors
-        self._trail = RecentRounds(state_bytes, state.round, bytes.fromhex(state.replica.digest))
-        self._answered_at = 0.0
-        self._members: dict[int, _Member] = {}
-        self._joined: dict[int, AdmittedSite] = {}
+        """Frames that did not count, by reason."""
+        self.sessions = Sessions(self.link, self.admission, self.settings.rules, state)
+        self._members = self.admission.members
+        self._arrived: dict[int, AdmittedSite] = {}
+        """Sites that came since the last round opened."""
         self._begun = False
-        self._plan: RoundPlan | None = None
-        self._replied: dict[int, Scalars] = {}
-        self._failed: dict[int, str] = {}
+        self._round: _Round | None = None
         self._evaluating: set[int] = set()
-        """Whose evaluation is waited for."""
-        self._evaluated: dict[int, tuple[float, int]] = {}
+        """The clients whose evaluation is awaited."""
+        self._evaluations: dict[int, tuple[float, int]] = {}
         """Each client's score and the rows that it is a mean over."""
-        self._better = better
-        self._round_s = 0.0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
-        self._deferred_done = -math.inf
+        self._round_s, self._answered_at, self._deferred_at, self._status_at = 0.0, 0.0, -math.inf, 0.0
 
     def stop(self, why: str) -> None:
-        """Let the run end at once, from any thread: whoever waits for clients raises RunFailed."""
+        """End the run at once, from any thread: waiting for clients then raises RunFailed."""
         self._stopped = why
 
-    def tell(self, event: str, text: str, **facts: Any) -> None:
-        """Say what happened, in a line; `event` and `facts` are the same for a machine."""
+    def _report(self, event: str, text: str, **facts: Any) -> None:
+        """Show a line; `event` and `facts` are the same for programs."""
         say(text)
-        _LOG.debug(event, extra={"facts": facts})
+        self.keep_event(event, round=self.sessions.recent.round, **facts)
+
+    # rounds
 
     def arrivals(self, round: int) -> list[Member]:
         """Wait until a round can open; the clients that are to be logged before it.
@@ -119,327 +106,311 @@ class RemoteEngine:
         Raises:
             RunFailed: too few clients came in time.
         """
-        least, began, told = self._terms.clients_minimum, time.monotonic(), False
-        full = max(least, min(self._terms.clients_wanted, self._settings.clients))
-        while (event := self._link.receive(0)) is not None:
-            self._handle(event)
+        rules, began, reported = self.waiting, time.monotonic(), False
+        least = rules.clients_minimum
+        full = max(least, min(rules.clients_wanted, self.settings.clients))
+        self._handle_pending()
         while True:
-            waited, here = time.monotonic() - began, len(self._idle())
-            wanted = full if not self._begun and waited < self._terms.start_s else least
-            if here >= wanted:
+            waited, idle = time.monotonic() - began, len(self.sessions.idle())
+            wanted = least if self._begun or waited >= rules.start_s else full
+            if idle >= wanted:
                 break
-            if here < least and waited > self._terms.patience_s:
-                raise RunFailed(
-                    f"round {round}: {number_of(here, 'client')} here and idle, {least} are needed, and no more came "
-                    f"for {waited:.0f} s; what was logged is safe: start again with the same run folder to go on"
-                )
-            if not told and waited > 2:
-                self.tell(
-                    "waiting",
-                    f"round {round}: {number_of(here, 'client')} here and idle, waiting for {wanted}",
-                    here=here,
-                )
-                told = True
+            here = f"round {round}: {number_of(idle, 'client')} here and idle"
+            if idle < least and waited > rules.patience_s:
+                raise RunFailed(f"{here}, {least} are needed, and no more came for {waited:.0f} s; {_SAFE}")
+            if not reported and waited > 2:
+                self._report("waiting", f"{here}, waiting for {wanted}", here=idle)
+                reported = True
             self.run_deferred()
             self._wait(_WAKE_S)
         self._begun = True
-        arrived, joined = sorted(self._joined.items()), []
-        self._joined.clear()
-        for client, guest in arrived:
-            if self._is_logged(guest):
+        return self._new_members(round)
+
+    def _new_members(self, round: int) -> list[Member]:
+        arrived, members = sorted(self._arrived.items()), []
+        self._arrived.clear()
+        for client, site in arrived:
+            member = replace(site.member, round=round)
+            if self._is_logged(site):
                 continue
-            join = replace(guest.member, round=round)
             try:
-                self._door.register.admit(join)
+                self._members.admit(member)
             except BadSignature as error:  # another came in between with the same key
-                self._show_out(client, str(error))
+                self._remove(client, str(error))
                 continue
-            self._settings = join.added_to(self._settings)
-            joined.append(join)
-        return joined
+            self.settings = member.added_to(self.settings)
+            members.append(member)
+        return members
 
     def available(self) -> list[int]:
-        """The clients that are here and idle, ascending. Those that are not logged yet wait for the next round."""
-        return [client for client in self._idle() if self._is_logged(self._members[client].guest)]
+        """The clients that are present and idle, ascending. Those not logged yet wait for the next round."""
+        return [client for client in self.sessions.idle() if self._is_logged(self.sessions.by_client[client].site)]
 
-    def _is_logged(self, guest: AdmittedSite) -> bool:
-        """Whether the log has a client as it is here: with so many rows and that key."""
-        key = self._door.register.keys.get(guest.client, b"").hex()
-        return (self._settings.examples.get(guest.client), key) == (guest.examples, guest.member.key)
-
-    def _idle(self) -> list[int]:
-        return [client for client, member in sorted(self._members.items()) if member.here and member.busy is None]
+    def _is_logged(self, site: AdmittedSite) -> bool:
+        """Whether the log has a client with these rows and this key."""
+        key = self._members.keys.get(site.client, b"").hex()
+        return (self.settings.examples.get(site.client), key) == (site.member.examples, site.member.key)
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
 
-        None where those who are left are fewer than the quorum: the round is to be opened again, with who is here.
-        Under client-level differential privacy a sample is drawn once: the round closes with who answered, if anybody.
+        None where fewer than the quorum are left: the round is to be opened again, with who is present then.
+        Under client-level differential privacy a sample is drawn once: the round closes with whoever answered.
 
         Raises:
             RunFailed: fewer than the quorum answered for too long, or nobody could make a step.
         """
-        self._state, self._plan, self._replied, self._failed = state, plan, {}, {}
+        self.sessions.state, self._round = state, (current := _Round(plan))
         began = time.monotonic()
-        self._link.send({client: self._asking(client, plan) for client in plan.steps})
-        self._directions.prepare(plan.place(0, 0))  # closing the round begins with it
-        if self._tasks and time.monotonic() - self._deferred_done >= _LEISURE_S:
+        self._ask(plan, plan.steps)
+        self.directions.prepare(plan.place(0, 0))  # closing the round begins with it
+        if self._tasks and time.monotonic() - self._deferred_at >= _LEISURE_S:
             self.run_deferred()
-        least = min(self._terms.quorum, len(plan.steps)) if self._settings.aggregation.keeps_replies else 0
+        try:
+            complete = self._collect(current, began)
+        finally:
+            self._round = None
+        if not complete:
+            return None
+        self._answered_at = time.monotonic()
+        self._round_s = self._answered_at - began
+        return [current.replies[client] for client in sorted(current.replies)]
+
+    def _ask(self, plan: RoundPlan, clients: Iterable[int]) -> None:
+        """Ask clients for a plan's steps."""
+        work, pointers = {}, self.sessions.state.steps_made
+        for client in clients:
+            self.sessions.by_client[client].asked = (plan.round, plan.phase)
+            work[client] = Work(plan.phase, plan.lr, plan.steps[client], pointers.get(client, 0))
+        self.sessions.send(Kind.WORK, work)
+
+    def _collect(self, current: _Round, began: float) -> bool:
+        """Wait for replies. Returns whether a round can close; if not, it is to be opened again."""
+        plan, replies, rules = current.plan, current.replies, self.waiting
+        least = min(rules.quorum, len(plan.steps)) if self.settings.aggregation.keeps_replies else 0
         while True:
-            waited = time.monotonic() - began
-            owing = [k for k in plan.steps if self._members[k].busy == (plan.round, plan.phase)]
-            if len(self._replied) >= least and (not owing or waited >= self._terms.deadline_s):
+            sessions, waited = self.sessions.by_client, time.monotonic() - began
+            overdue = waited >= rules.deadline_s
+            owing = [client for client in plan.steps if sessions[client].asked == (plan.round, plan.phase)]
+            if len(replies) >= least and (not owing or overdue):
                 break
-            if plan.steps.keys() == self._failed.keys():
-                why = ", ".join(sorted({*self._failed.values()}))
+            if plan.steps.keys() == current.failures.keys():
+                why = ", ".join(sorted({*current.failures.values()}))
                 raise RunFailed(
                     f"round {plan.round}: nobody could make their steps ({why}); "
                     "where losses diverged, start a new run with a lower lr"
                 )
-            gone = any(not self._members[k].here for k in plan.steps if k not in self._replied)
-            if not owing and (not gone or waited >= self._terms.deadline_s):
-                here = len(self._replied)
-                self.tell(
-                    "void", f"round {plan.round}: {here} replies of {least} that it needs: it opens again", here=here
-                )
-                self._plan = None
-                return None
-            if waited > self._terms.deadline_s + self._terms.patience_s:
+            gone = any(not sessions[client].present for client in plan.steps if current.awaits(client))
+            if not owing and (overdue or not gone):
+                text = f"round {plan.round}: {len(replies)} replies of {least} that it needs: it opens again"
+                self._report("void", text, here=len(replies))
+                return False
+            if waited > rules.deadline_s + rules.patience_s:
                 raise RunFailed(
-                    f"round {plan.round}: {len(self._replied)} replies came in {waited:.0f} s, {least} are needed; "
-                    "what was logged is safe: start again with the same run folder to go on"
+                    f"round {plan.round}: {len(replies)} replies came in {waited:.0f} s, {least} are needed; {_SAFE}"
                 )
-            self._wait(left if (left := self._terms.deadline_s - waited) > 0 else _WAKE_S)
+            self._wait(_WAKE_S if overdue else rules.deadline_s - waited)
         if owing:
-            self.tell(
-                "deadline",
-                f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}",
-                clients=owing,
-            )
-        self._answered_at = time.monotonic()
-        self._round_s, self._plan = self._answered_at - began, None
-        return [self._replied[client] for client in sorted(self._replied)]
+            text = f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}"
+            self._report("deadline", text, clients=owing)
+        return True
 
-    def facts(self) -> dict[str, Any]:
-        """Of the last round, seconds until it had its replies; who is here; what did not count so far."""
-        here = sum(member.here for member in self._members.values())
-        dropped = {name: count for name, count in self.counts.items() if count}
-        return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
+    def closed(self, state: ServerState, record: RoundRecord) -> None:
+        """Remember what clients need to follow a round that is on the disk, and say how the federation stands."""
+        self.sessions.state = state
+        closed = Closed(record.plan.lr, share_of(self.settings, record.made), record.aggregate, counted=False)
+        now = time.monotonic()
+        digest, counted = bytes.fromhex(record.theta_digest), frozenset(record.made)
+        self.sessions.recent.add(closed, counted, digest, now - self._answered_at)
+        if now - self._status_at >= _STATUS_S:
+            self._status_at = now
+            self._say_status()
+
+    def evaluate(self, _: Tensor, rounds: int) -> EvaluationMetric:
+        """An evaluation on sites' own rows, over the sites that agreed to it and answer before the deadline."""
+        self._evaluations = {}
+        asked = self.available() if rounds == self.sessions.recent.round else []  # sites hold no theta of the past
+        self._evaluating = {client for client in asked if self.sessions.by_client[client].site.evaluates}
+        self.sessions.send(Kind.EVALUATE, dict.fromkeys(sorted(self._evaluating), NO_WORK))
+        end = time.monotonic() + self.waiting.deadline_s
+        while self._evaluating and (left := end - time.monotonic()) > 0:
+            self._wait(left)
+            self._evaluating.intersection_update(self.sessions.present())
+        self._evaluating = set()
+        # by client, whatever order they answered in: the mean has the same bits
+        scores = [self._evaluations[client] for client in sorted(self._evaluations)]
+        return EvaluationMetric.of_sites(scores, self.better, rounds)
+
+    def end(self, why: str) -> None:
+        """Bring everyone up to date, late clients too, and say that the run is over."""
+        self._handle_pending()
+        self.sessions.end(why)
+
+    # notes
 
     def defer(self, task: Callable[[], None]) -> None:
-        """Do something while clients are at work; what came in a second together, which costs much less."""
+        """Do something while clients work, together with other tasks, which costs much less."""
         self._tasks.append(task)
 
     def run_deferred(self) -> None:
         """Do it now."""
         while self._tasks:
             self._tasks.popleft()()
-        self._deferred_done = time.monotonic()
+        self._deferred_at = time.monotonic()
 
-    def status(self) -> str:
-        """How the federation stands, in a line."""
-        here = [k for k, member in self._members.items() if member.here]
-        late = [k for k in here if self._members[k].busy is not None]
+    def facts(self) -> dict[str, Any]:
+        """Of the last round, seconds until it had its replies; who is present; what did not count so far."""
+        dropped = {name: count for name, count in self.counts.items() if count}
+        here = len(self.sessions.present())
+        return {"round_s": self._round_s, "here": here, **({"dropped": dropped} if dropped else {})}
+
+    def _say_status(self) -> None:
+        present = self.sessions.present()
+        late = [client for client in present if self.sessions.by_client[client].asked is not None]
         slow = f", {clients_in_words(late)} late" if late else ""
-        sent, received = self._link.bytes_sent, self._link.bytes_received
-        return (
-            f"round {self._trail.round} of {self._settings.rounds}: {number_of(len(here), 'client')} here{slow}; "
+        sent, received = self.link.bytes_sent, self.link.bytes_received
+        say(
+            f"round {self.sessions.recent.round} of {self.settings.rounds}: "
+            f"{number_of(len(present), 'client')} here{slow}; "
             f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
         )
 
     def outcome(self) -> dict[str, Any]:
-        """What the summary tells of the network: frames' bytes, both ways, and what did not count."""
+        """The network's part of the summary: frames' bytes, both ways, and what did not count."""
         return {
-            "frame_bytes_down": self._link.bytes_sent,
-            "frame_bytes_up": self._link.bytes_received,
+            "frame_bytes_down": self.link.bytes_sent,
+            "frame_bytes_up": self.link.bytes_received,
             "dropped": self.counts,
-            "caught_up": self.caught_up,
+            "caught_up": self.sessions.caught_up,
         }
 
-    def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """Remember what clients need to follow a round that is on the disk."""
-        self._state = state
-        share = share_of(self._settings, record.made)
-        closed = Closed(record.plan.lr, share, record.aggregate, counted=False)
-        made_s = time.monotonic() - self._answered_at
-        self._trail.add(closed, frozenset(record.made), bytes.fromhex(record.theta_digest), made_s)
-
-    def evaluate(self, _: Tensor, rounds: int) -> EvaluationMetric:
-        """An evaluation on sites' own rows, over the sites that agreed to it and answer before the deadline."""
-        self._evaluated = {}
-        present = self.available() if rounds == self._trail.round else []  # sites hold no theta of the past
-        self._evaluating = {k for k in present if self._members[k].guest.evaluates}
-        self._link.send({client: self._telling(client, Kind.EVALUATE) for client in sorted(self._evaluating)})
-        end = time.monotonic() + self._terms.deadline_s
-        while self._evaluating and (left := end - time.monotonic()) > 0:
-            self._wait(left)
-            self._evaluating = {client for client in self._evaluating if self._members[client].here}
-        self._evaluating = set()
-        # by client, whatever order they answered in: the mean has the same bits
-        told = [self._evaluated[client] for client in sorted(self._evaluated)]
-        return EvaluationMetric.of_sites(told, self._better, rounds)
-
-    def end(self, why: str) -> None:
-        """Bring everyone up to date, who is late as well, and say that the run is over."""
-        words = frames.encode_words({"why": why})
-        while (event := self._link.receive(0)) is not None:
-            self._handle(event)  # who came just now is told as well
-        for client in [k for k, member in self._members.items() if member.here]:
-            told = self._telling(client, Kind.CLOSED)
-            last = self._frame(Kind.END, client, words)
-            self._link.send({client: told})
-            self._link.drop(client, last)
-            self._members[client].here = False
-
-    # what is said to clients
-
-    def _frame(self, kind: Kind, client: int, body: bytes) -> bytes:
-        return Frame(kind, self._run, client, self._trail.round, self._trail.digest, body).encode()
-
-    def _asking(self, client: int, plan: RoundPlan) -> list[bytes]:
-        """The frames that ask for a plan's steps."""
-        self._members[client].busy = (plan.round, plan.phase)
-        pointer = self._state.steps_made.get(client, 0)
-        return self._telling(client, Kind.WORK, plan.phase, plan.lr, plan.steps[client], pointer)
-
-    def _telling(
-        self, client: int, kind: Kind, phase: Phase = "training", lr: float = 0.0, steps: int = 0, pointer: int = 0
-    ) -> list[bytes]:
-        """The frames that bring a client to the present theta, the last of them of a kind, with what it asks for."""
-        member, first = self._members[client], []
-        closed: list[Closed] = []
-        if member.round is None or not self._trail.shorter_than_state(member.round):
-            values = self._state.replica_of(client).pack(self._settings.rules)
-            first = [self._frame(Kind.STATE, client, part) for part in frames.encode_state(values)]
-            self.caught_up["state"] += 1
-        else:
-            closed = self._trail.missed_since(member.round, client)
-            self.caught_up["rounds"] += len(closed) > 1
-        member.round = self._trail.round
-        return [*first, self._frame(kind, client, Work(phase, lr, steps, pointer, closed).encode())]
-
-    # what clients say
+    # what clients send
 
     def _wait(self, at_most_s: float) -> None:
         """Handle the next event, if one comes in time."""
-        event = self._link.receive(min(max(at_most_s, 0.0), _WAKE_S))
+        event = self.link.receive(min(max(at_most_s, 0.0), _WAKE_S))
         if event is not None:
             self._handle(event)
         if self._stopped:
-            raise RunFailed(f"{self._stopped}; what was logged is safe: start again with the same run folder to go on")
+            raise RunFailed(f"{self._stopped}; {_SAFE}")
+
+    def _handle_pending(self) -> None:
+        while (event := self.link.receive(0)) is not None:
+            self._handle(event)
 
     def _handle(self, event: Event) -> None:
+        client, session = event.client, self.sessions.by_client.get(event.client)
         if event.what == "arrived" and event.site is not None:
             self._welcome(event.site)
-        elif (member := self._members.get(event.client)) is None or not member.here:
+        elif session is None or not session.present:
             self.counts["foreign"] += event.what == "frame"
         elif event.what == "left":
-            member.here, member.busy = False, None
-            self.tell("left", f"client {event.client} left", client=event.client)
+            session.present, session.asked = False, None
+            self._report("left", f"client {client} left", client=client)
         else:
             try:
-                self._hear(event.client, member, Frame.decode(event.data))
+                self._receive(client, session, Frame.decode(event.data))
             except BadFrame as error:
                 self.counts["malformed"] += 1
-                self._show_out(event.client, str(error))
+                self._remove(client, str(error))
 
-    def _welcome(self, guest: AdmittedSite) -> None:
-        client = guest.client
-        back = "back" if client in self._members else "here"
-        self.tell("arrived", f"client {client} is {back}, with {guest.examples} rows", client=client, node=guest.node)
-        at = guest.round if self._trail.recognises(guest.round, guest.digest) else None
-        self._members[client] = _Member(guest, at)
-        self._joined[client] = guest
-        plan = self._plan
-        self._failed.pop(client, None)
-        if client in self._evaluating and guest.evaluates:
-            self._link.send({client: self._telling(client, Kind.EVALUATE)})
-        owes = plan is not None and client in plan.steps and client not in self._replied
-        if plan is not None and owes and self._is_logged(guest):
-            self._link.send({client: self._asking(client, plan)})
+    def _welcome(self, site: AdmittedSite) -> None:
+        client, member = site.client, site.member
+        back = "back" if client in self.sessions.by_client else "here"
+        text = f"client {client} is {back}, with {member.examples} rows"
+        self._report("arrived", text, client=client, node=member.node)
+        self.sessions.begin(site)
+        self._arrived[client] = site
+        if self._round is not None:
+            self._round.failures.pop(client, None)
+        if not site.evaluates:
+            self._evaluating.discard(client)
+        if client in self._evaluating or self._is_logged(site):
+            self._send_awaited(client)
 
-    def _hear(self, client: int, member: _Member, frame: Frame) -> None:
-        if (frame.run, frame.client) != (self._run, client):
+    def _send_awaited(self, client: int) -> None:
+        """Ask a client for what is still awaited of it, if anything."""
+        if client in self._evaluating:
+            self.sessions.send(Kind.EVALUATE, {client: NO_WORK})
+        elif self._round is not None and self._round.awaits(client):
+            self._ask(self._round.plan, [client])
+
+    def _receive(self, client: int, session: Session, frame: Frame) -> None:
+        if (frame.run, frame.client) != (self.sessions.run, client):
             self.counts["foreign"] += 1
             raise BadFrame("a frame of another run or client")
         match frame.kind:
             case Kind.REPLY | Kind.SIGNED:
-                self._take(client, member, frame)
+                self._receive_reply(client, session, frame)
             case Kind.BEHIND:
-                self.counts["behind"] += 1
-                member.round = None
-                self._once_more(client, member, "its theta does not come out as everyone's")
+                self._ask_again(client, session, "its theta does not come out as everyone's")
             case Kind.FAILED:
-                _, said = frames.decode_words(frame.body)
-                if client in self._evaluating:
-                    self._evaluating.remove(client)
-                elif member.busy is None or member.busy[0] != frame.round:
-                    self.counts["duplicate"] += 1
-                    return
-                self.counts["failed"] += 1
-                why = said.get("why") if said.get("why") in frames.FAILURES else "error"
-                self.tell("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
-                self._failed[client] = str(why)
-                member.busy, member.trouble = None, member.trouble + 1
-                if member.trouble == _PATIENT:
-                    self._show_out(client, f"it could not make its steps {_PATIENT} times in a row ({why})")
+                self._receive_failure(client, session, frame)
             case Kind.SCORE:
-                evaluation = frames.decode_score(frame.body, primary(self._better))
-                if client not in self._evaluating or frame.digest != self._trail.digest:
+                evaluation = frames.decode_score(frame.body, primary(self.better))
+                if client in self._evaluating and frame.digest == self.sessions.recent.digest:
+                    self._evaluating.remove(client)
+                    self._evaluations[client] = evaluation
+                else:
                     self.counts["late"] += 1
-                    return
-                self._evaluating.remove(client)
-                self._evaluated[client] = evaluation
             case Kind.REFUSAL:
-                _, said = frames.decode_words(frame.body)
-                why = one_line(said.get("why"))
-                self.tell("declined", f"client {client} takes no part: {why}", client=client, why=why)
-                self._show_out(client, "as it wished")
+                why = one_line(frames.decode_json(frame.body)[1].get("why"))
+                self._report("declined", f"client {client} takes no part: {why}", client=client, why=why)
+                self._remove(client, "as it wished")
             case _:
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a site does not send")
 
-    def _take(self, client: int, member: _Member, frame: Frame) -> None:
+    def _receive_reply(self, client: int, session: Session, frame: Frame) -> None:
         phase, scalars, signature = frames.decode_reply(frame)
-        if member.busy != (frame.round, phase):
+        key, current, theta = (frame.round, phase), self._round, self.sessions.recent.digest
+        if session.asked != key:
             self.counts["duplicate"] += 1
             return
-        member.busy = None
-        plan = self._plan
-        if plan is None or (plan.round, plan.phase) != (frame.round, phase) or client not in plan.steps:
+        session.asked = None
+        if current is None or (current.plan.round, current.plan.phase) != key or client not in current.plan.steps:
             self.counts["late"] += 1
             return
-        if not signature and frame.digest != self._trail.digest:
-            self.counts["behind"] += 1
-            member.round = None
-            self._once_more(client, member, "it replies from another theta")
+        if not signature and frame.digest != theta:
+            self._ask_again(client, session, "it replies from another theta")
             return
+        pointer = self.sessions.state.steps_made.get(client, 0)
         try:
-            check_reply(plan, client, scalars)
-        except ValueError as error:
+            check_reply(current.plan, client, scalars)
+            self._members.check_reply(client, current.plan, theta, pointer, scalars, signature)
+        except (ValueError, BadSignature) as error:
             raise BadFrame(str(error)) from None
-        pointer = self._state.steps_made.get(client, 0)
-        try:
-            self._door.register.check_reply(client, plan, self._trail.digest, pointer, scalars, signature)
-        except BadSignature as error:
-            raise BadFrame(str(error)) from None
-        member.trouble = 0
-        self._replied[client] = Scalars(client, scalars, signature=signature)
+        session.failures = 0
+        current.replies[client] = Scalars(client, scalars, signature=signature)
 
-    def _once_more(self, client: int, member: _Member, why: str) -> None:
-        """Ask again with the whole state, where the round still waits for it."""
-        member.busy, member.trouble = None, member.trouble + 1
-        if member.trouble == _PATIENT:
-            self._show_out(client, why)
-        elif client in self._evaluating:
-            self._link.send({client: self._telling(client, Kind.EVALUATE)})
-        elif self._plan is not None and client in self._plan.steps and client not in self._replied:
-            self._link.send({client: self._asking(client, self._plan)})
+    def _receive_failure(self, client: int, session: Session, frame: Frame) -> None:
+        why = frames.decode_json(frame.body)[1].get("why")
+        if client in self._evaluating:
+            self._evaluating.remove(client)
+        elif session.asked is None or session.asked[0] != frame.round:
+            self.counts["duplicate"] += 1
+            return
+        self.counts["failed"] += 1
+        why = why if why in frames.FAILURES else "error"
+        self._report("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
+        if self._round is not None:
+            self._round.failures[client] = why
+        self._fail(client, session, f"it could not make its steps {_PATIENT} times in a row ({why})")
 
-    def _show_out(self, client: int, why: str) -> None:
+    def _ask_again(self, client: int, session: Session, why: str) -> None:
+        """Send the whole state to a client with another theta, and ask again for what is awaited of it."""
+        self.counts["behind"] += 1
+        session.round = None
+        self._fail(client, session, why)
+        if session.present:
+            self._send_awaited(client)
+
+    def _fail(self, client: int, session: Session, why: str) -> None:
+        """Count one more failure in a row, and remove a client that has too many."""
+        session.asked, session.failures = None, session.failures + 1
+        if session.failures == _PATIENT:
+            self._remove(client, why)
+
+    def _remove(self, client: int, why: str) -> None:
         """End a client's session; the round goes on without it."""
-        self.tell("shown out", f"client {client} is shown out: {why}", client=client, why=why)
-        member = self._members[client]
-        member.here, member.busy = False, None
-        self._door.void_session(client)
-        self._link.drop(client, self._door.refusal(why, client))
+        self._report("shown out", f"client {client} is removed: {why}", client=client, why=why)
+        self.sessions.remove(client, why)

@@ -5,6 +5,8 @@ data is read, in one line that both sides see.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from pydantic import Field
 from torch import nn
 
 from meerkat import extensions
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
+from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
 from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
@@ -134,3 +137,14 @@ def _local_path(file: Path, value: str) -> str:
 def _require(name: str, asked: Any, allowed: Any, agreed: bool) -> None:
     if not agreed:
         raise Refused(f"{name}: the run asks for {asked}, the site accepts {allowed} (its site.toml, [accepts])")
+
+
+@contextmanager
+def details_in_own_log(problem: str) -> Iterator[None]:
+    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`."""
+    try:
+        yield
+    except MeerkatError as error:
+        say(f"meerkat: {error}")
+        kind = RunFailed if isinstance(error, RunFailed) else MeerkatError
+        raise kind(f"{problem}; its own log says why") from None

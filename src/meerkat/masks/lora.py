@@ -2,9 +2,8 @@
 
     y = W x + (alpha / r) B A x    A: [r, in], random    B: [out, r], zero at first
 
-All of A and B move, by the same zeroth-order steps, and nothing else. PEFT makes, merges and saves the
-adapters, and chooses the layers by its default for the architecture, mostly the attention's queries and
-values. Only this module needs PEFT, and imports it on use.
+All of A and B move, and nothing else. PEFT makes, merges and saves the adapters, and chooses the layers by its default
+for the architecture, mostly the attention's queries and values. It is imported on use.
 """
 
 import copy
@@ -60,11 +59,8 @@ def add_lora(model: nn.Module, seed: int) -> None:
     """Give a transformers causal LM LoRA adapters, in place: r = 8, alpha = 16, no dropout.
 
     The model keeps its class, its forward signature and, since B is zero, its outputs. Adapters are float32
-    whatever the weights' type, on their layers' devices. The base model is frozen, as PEFT does; so are the
-    adapters, since no gradient is taken of them.
-
-    A's start depends on the seed and the layer's place among the adapted ones alone; no global random state is
-    read or changed.
+    whatever the weights' type, on their layers' devices. No parameter requires a gradient. A's start depends on the
+    seed and the layer's place among the adapted ones alone; no global random state is read or changed.
 
     Raises:
         MeerkatError: PEFT is missing, it has no default layers for the architecture, or the model already has
@@ -102,8 +98,7 @@ def add_lora(model: nn.Module, seed: int) -> None:
 def lora_mask(model: nn.Module) -> SparseMask:
     """The mask that moves all of `add_lora`'s adapters, and nothing else.
 
-    It is a mask of the model with its adapters: d and the fingerprint include them, so it fits only this model
-    with adapters from the same seed.
+    d and the fingerprint include the adapters, so it fits only this model with adapters from the same seed.
 
     Raises:
         MeerkatError: PEFT is missing, or the model has no adapters.
@@ -120,8 +115,7 @@ def lora_mask(model: nn.Module) -> SparseMask:
 def merge_lora_(model: nn.Module) -> nn.Module:
     """Add (alpha / r) B A to the weights and remove the adapters, in place; returns the same model.
 
-    It is an ordinary model again, as before `add_lora`, and can be saved with `save_pretrained`.
-    Half-precision weights round the sum.
+    It is an ordinary model again. Half-precision weights round the sum.
 
     Raises:
         MeerkatError: PEFT is missing, or the model has no adapters.

@@ -5,7 +5,8 @@ n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpr
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError
 from meerkat.masks.eligible import check_density, eligible_parameters, largest
-from meerkat.masks.gradients import stream_gradients
 from meerkat.masks.kinds import Exclusion, Kind, Scope
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
@@ -121,3 +121,47 @@ def _backward(loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> in
     if count == 0:
         raise MeerkatError("no pre-training sequence was given; a sensitivity mask needs at least one")
     return count
+
+
+@contextmanager
+def stream_gradients(
+    model: nn.Module, names: Collection[str], consume: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While open, a backward pass hands the named parameters' gradients to `consume`, and frees each at once.
+
+    No other parameter gets a gradient. On leaving, the model's gradients and `requires_grad` are what they were.
+    """
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad, None
+            consume(name, gradient.to_dense() if gradient.is_sparse else gradient)
+
+        return hook
+
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    # an embedding's gradient is a few rows: kept sparse, a tied embedding needs one dense gradient, not two
+    embeddings = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and not module.sparse and not module.scale_grad_by_freq
+    ]
+    handles = []
+    try:
+        for module in embeddings:
+            module.sparse = True
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+            if name in names:
+                handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in embeddings:
+            module.sparse = False
+        for parameter, (required, gradient) in before.items():
+            parameter.requires_grad_(required)
+            parameter.grad = gradient

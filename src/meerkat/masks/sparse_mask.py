@@ -75,15 +75,13 @@ class SparseMask:
 
     def overlap(self, other: "SparseMask") -> float:
         """The share of this mask's entries that the other moves too, in [0, 1]."""
-        common = 0
+        common, counts = 0, dict(other.counts())
         for name, count in self.counts():
-            if name in other.entries:
-                mine, theirs = self.entries[name], other.entries[name]
-                if mine is None or theirs is None:
-                    whole = mine if theirs is None else theirs
-                    common += count if whole is None else len(whole)
-                else:
-                    common += int(torch.isin(mine, theirs, assume_unique=True).sum())
+            mine, theirs = self.entries[name], other.entries.get(name)
+            if mine is None or theirs is None:
+                common += min(count, counts.get(name, 0))
+            else:
+                common += int(torch.isin(mine, theirs, assume_unique=True).sum())
         return common / len(self)
 
     def digest(self) -> str:
@@ -198,12 +196,10 @@ class SparseMask:
                 + (f" and differs at '{differing[0]}'" if differing else "")
                 + "; make a mask for this model with 'meerkat mask'"
             )
-        for name, indices in self.entries.items():
-            if indices is not None and not _ascend(indices, math.prod(self.shapes[name])):
-                raise MeerkatError(
-                    f"the mask's entries of '{name}' are not ascending indices, each once; make it again with "
-                    "'meerkat mask'"
-                )
+        for name, at in self.entries.items():
+            if at is not None and not _ascend(at, math.prod(self.shapes[name])):
+                trouble = f"the mask's entries of '{name}' are not ascending indices, each once"
+                raise MeerkatError(f"{trouble}; make it again with 'meerkat mask'")
         if (of_model := fingerprint(model)) != self.fingerprint:
             raise MeerkatError(
                 f"the mask is of the same architecture with other weights (fingerprint {self.fingerprint[:12]}, "

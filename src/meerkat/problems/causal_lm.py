@@ -56,8 +56,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
         reason = " ".join(str(error).split()) or type(error).__name__
         where = "" if folder.is_dir() else "no such folder, and from the hub it "
         raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
-    if loading["missing_keys"]:
-        missing = min(loading["missing_keys"])
+    if missing := min(loading["missing_keys"], default=""):
         raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
     try:
         model = model.to(device)
@@ -164,43 +163,42 @@ def collate(
         sequences_per_pass: at most so many in a forward pass; 0 for any number.
         tokens_per_pass: at most so many padded tokens in a forward pass; 0 for any number.
     """
-    where = [(row, s) for row, example in enumerate(examples) for s in range(len(example.sequences))]
+    places = [(row, s) for row, example in enumerate(examples) for s in range(len(example.sequences))]
+    lengths = {(row, s): len(examples[row].sequences[s]) for row, s in places}
     if sort:
-        where.sort(key=lambda at: len(examples[at[0]].sequences[at[1]]))
-    passes: list[_Pass] = []
-    pending: list[tuple[int, int]] = []
+        places.sort(key=lengths.__getitem__)
+    groups: list[list[tuple[int, int]]] = [[]]
     longest = 0
-    for at in where:
-        length = max(longest, len(examples[at[0]].sequences[at[1]]))
-        full = sequences_per_pass and len(pending) == sequences_per_pass
-        long = tokens_per_pass and length * (len(pending) + 1) > tokens_per_pass
-        if pending and (full or long):
-            passes.append(_lay_out(examples, pending, device))
-            pending, length = [], len(examples[at[0]].sequences[at[1]])
-        pending.append(at)
-        longest = length
-    passes.append(_lay_out(examples, pending, device))
+    for place in places:
+        longest = max(longest, lengths[place])
+        full = sequences_per_pass and len(groups[-1]) == sequences_per_pass
+        long = tokens_per_pass and longest * (len(groups[-1]) + 1) > tokens_per_pass
+        if groups[-1] and (full or long):
+            groups.append([])
+            longest = lengths[place]
+        groups[-1].append(place)
     labels = torch.tensor([example.label for example in examples], device=device)
-    return Batch(tuple(passes), labels, len(examples[0].candidates))
+    return Batch(tuple(_lay_out(examples, group, device) for group in groups), labels, len(examples[0].candidates))
 
 
-def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
-    inputs = [examples[row].sequences[s] for row, s in where]
+def _lay_out(examples: Sequence[Example], places: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
+    """One pass over (row, sequence) places."""
+    inputs = [examples[row].sequences[s] for row, s in places]
     input_ids = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
     keeps: list[np.ndarray] = []
     read, targets, slots = [], [], []
-    for i, (row, s) in enumerate(where):
+    for i, (row, s) in enumerate(places):
         input_ids[i, : len(inputs[i])] = inputs[i]
-        candidates = [(c, one) for c, one in enumerate(examples[row].candidates) if one.sequence == s]
-        keep = np.unique(np.concatenate([one.start + np.arange(len(one.targets)) for _, one in candidates]))
+        candidates = [(c, each) for c, each in enumerate(examples[row].candidates) if each.sequence == s]
+        positions = [each.start + np.arange(len(each.targets)) for _, each in candidates]
+        keep = np.unique(np.concatenate(positions))
         keeps.append(keep)
-        for c, one in candidates:
-            at = np.searchsorted(keep, one.start + np.arange(len(one.targets)))
-            read.append((i, at))
-            targets.append(one.targets)
+        for (c, each), at in zip(candidates, positions, strict=True):
+            read.append((i, np.searchsorted(keep, at)))
+            targets.append(each.targets)
             slots.append(row * len(examples[row].candidates) + c)
     width, longest = max(map(len, keeps)), max(map(len, targets))
-    positions = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])
+    kept = np.stack([np.pad(keep, (0, width - len(keep)), mode="edge") for keep in keeps])
     counts = np.array([len(target) for target in targets])
     inside = np.arange(longest) < counts[:, None]
     read_at = np.zeros((len(read), longest), dtype=np.int64)
@@ -208,7 +206,7 @@ def _lay_out(examples: Sequence[Example], where: Sequence[tuple[int, int]], devi
     target_ids = np.zeros_like(read_at)
     target_ids[inside] = np.concatenate(targets)
     share = (inside / counts[:, None]).astype(np.float32)
-    arrays = (input_ids, positions, read_at, target_ids, share, np.array(slots))
+    arrays = (input_ids, kept, read_at, target_ids, share, np.array(slots))
     return _Pass(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
@@ -271,10 +269,7 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
     right = (scores.argmax(1) == batch.labels).double()
     return Evaluation(
         rows=len(scores),
-        scores={
-            "accuracy": right.mean().item(),
-            "loss": nn.functional.cross_entropy(scores, batch.labels).item(),
-        },
+        scores={"accuracy": right.mean().item(), "loss": nn.functional.cross_entropy(scores, batch.labels).item()},
         per_class={
             label: right[batch.labels == index].mean().item()
             for index, label in enumerate(labels)

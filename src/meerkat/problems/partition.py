@@ -3,6 +3,7 @@
 The names follow Flower Datasets' partitioners. A split that leaves a client without a row is an error.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,8 +41,7 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
         MeerkatError: an unknown form, more clients than rows, or a client without a row.
     """
     name, _, argument = spec.partition(":")
-    built_in = name in _TAKES_ARGUMENT
-    if name not in PARTITIONERS or (built_in and bool(argument) != _TAKES_ARGUMENT[name]):
+    if name not in PARTITIONERS or bool(argument) != _TAKES_ARGUMENT.get(name, bool(argument)):
         raise MeerkatError(f"partition '{spec}': must be one of {FORMS}, or one of an extension named by --extension")
     if not 1 <= clients <= len(rows):
         raise MeerkatError(
@@ -89,10 +89,7 @@ def _dirichlet(argument: str, rows: Sequence[Row], clients: int, seed: int) -> P
 
 def _single_label(_: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
     """Each client holds rows of one label; the labels go round the clients. With too few clients, labels are unused."""
-    return Partition(tuple(_one_label_each(_labels(rows), clients, seed)), tuple(range(clients)))
-
-
-def _one_label_each(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+    labels = _labels(rows)
     distinct = np.unique(labels)
     parts: list[np.ndarray] = [np.array([], dtype=np.int64)] * clients
     for i, label in enumerate(distinct):
@@ -106,7 +103,7 @@ def _one_label_each(labels: np.ndarray, clients: int, seed: int) -> list[np.ndar
             of_label = of_label[seeds.permutation(len(of_label), seed, "single label", int(label))]
             for client, part in zip(holders, _deal(of_label, len(holders)), strict=True):
                 parts[client] = part
-    return parts
+    return Partition(tuple(parts), tuple(range(clients)))
 
 
 def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:
@@ -135,7 +132,7 @@ def _mixed(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Parti
     rest = np.flatnonzero(free)
     rest = rest[seeds.permutation(len(rest), seed, "mixed rest")]
     if clients > single:
-        # iid over what is left: single-label clients may have taken more of some labels than of others
+        # single-label clients may have taken more of some labels than of others: iid over what is left
         parts += _deal(rest, clients - single)
     return Partition(tuple(parts), tuple(range(single)))
 
@@ -144,9 +141,9 @@ def _column(argument: str, rows: Sequence[Row], clients: int, _: int) -> Partiti
     """Rows with the same value of a column stay together; each value goes to the client with the fewest rows so far."""
     if missing := next((number for number, row in enumerate(rows, 1) if row.get(argument) is None), 0):
         raise MeerkatError(f"partition 'column:{argument}': training row {missing} has no field '{argument}'")
-    groups: dict[str, list[int]] = {}
+    groups: defaultdict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
-        groups.setdefault(str(row[argument]), []).append(number)
+        groups[str(row[argument])].append(number)
     if len(groups) < clients:
         raise MeerkatError(
             f"partition 'column:{argument}': {len(groups)} different values for {clients} clients; "
@@ -183,10 +180,7 @@ PARTITIONERS: dict[str, Callable[[str, Sequence[Row], int, int], Partition]] = {
 }
 
 
-@lru_cache(maxsize=4096)
-def _epoch(rows: int, seed: int, client: int, epoch: int) -> np.ndarray:
-    """The order of one client's rows in one epoch, int64 [rows]."""
-    return seeds.permutation(rows, seed, "batches", client, epoch)
+_permutation = lru_cache(maxsize=4096)(seeds.permutation)
 
 
 @dataclass(frozen=True)
@@ -206,6 +200,7 @@ class ClientRows:
         size = min(self.batch_size, len(self.rows))
         first, last = step * size, (step + 1) * size
         epochs = range(first // len(self.rows), (last - 1) // len(self.rows) + 1)
-        stream = np.concatenate([self.rows[_epoch(len(self.rows), self.seed, self.client, epoch)] for epoch in epochs])
+        orders = [_permutation(len(self.rows), self.seed, "batches", self.client, epoch) for epoch in epochs]
+        stream = np.concatenate([self.rows[order] for order in orders])
         offset = epochs[0] * len(self.rows)
         return stream[first - offset : last - offset]

@@ -53,12 +53,10 @@ class Problem(Protocol):
     @property
     def name(self) -> str:
         """What is learned, in a word or two."""
-        ...
 
     @property
     def model(self) -> nn.Module:
         """The model, on its device; no parameter requires a gradient, and layers are as for evaluation."""
-        ...
 
     @property
     def scores(self) -> Mapping[str, Better]:
@@ -66,12 +64,10 @@ class Problem(Protocol):
 
         The first is the score that runs are compared by. `loss` is among them: learning rates are chosen by it.
         """
-        ...
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels' names; empty where rows have none."""
-        ...
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of one split, at least one.
@@ -79,35 +75,24 @@ class Problem(Protocol):
         Raises:
             MeerkatError: there is no such split, or its rows are not the problem's.
         """
-        ...
 
     def prepare(self, rows: Sequence[Row]) -> list[Any]:
         """Rows as the model sees them, an example each."""
-        ...
 
     def batch(self, examples: Sequence[Any], purpose: Purpose = "steps", /) -> Any:
         """At least one example, laid out once for any number of passes at different weights."""
-        ...
 
     def row_losses(self, batch: Any) -> Tensor:
         """Each row's loss at the model's present weights, float32 [rows], in the order of its examples."""
-        ...
 
     def evaluate(self, batch: Any) -> Evaluation:
-        """The scores of the model's present weights.
-
-        Raises:
-            Diverged: a score is not finite.
-        """
-        ...
+        """The scores of the model's present weights. Raises Diverged: a score is not finite."""
 
     def digest(self, examples: Sequence[Any]) -> str:
         """SHA-256 of examples, hexadecimal: a run is resumed with no others."""
-        ...
 
     def public(self) -> Public | None:
         """What masks are made from; None where there is nothing public: no sensitivity mask then, and no GradIP."""
-        ...
 
 
 def primary(scores: Mapping[str, Any]) -> str:

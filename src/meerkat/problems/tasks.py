@@ -1,7 +1,7 @@
 """Tasks: rows of data -> prompts, label words and token ids (method, section 9).
 
-A classification task is a template that ends in `{label}`, and one label string for each class. Prompt and
-label are tokenised as one string; a label may be several tokens.
+A task is a template that ends in `{label}`, and a label string for each class. Prompt and label are tokenised as one
+string; a label may be several tokens.
 """
 
 import string
@@ -50,40 +50,24 @@ def _wsc(row: Row) -> Row:
     return {"text": row["text"], "span1": row["span1_text"], "span2": str(row["span2_text"]).lower()}
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("sst2", "{sentence} It was {label}", ("terrible", "great"), needs=("sentence",)),
-        Task(
-            "ag_news",
-            "{text}\nWhat label best describes this news article? {label}",
-            ("World politics", "Sports", "Business", "Science and technology"),
-            needs=("text",),
-        ),
-        Task("yelp_polarity", "{text} It was {label}", ("terrible", "great"), needs=("text",)),
-        Task("boolq", "{passage} {question}?\n{label}", ("No", "Yes"), _boolq, needs=("question", "passage")),
-        Task(
-            "rte",
-            '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{label}',
-            ("Yes", "No"),
-            needs=("premise", "hypothesis"),
-        ),
-        Task(
-            "wsc",
-            '{text}\nIn the previous sentence, does the pronoun "{span2}" refer to {span1}? Yes or No?\n{label}',
-            ("No", "Yes"),
-            _wsc,
-            needs=("text", "span1_text", "span2_text"),
-        ),
-        Task(
-            "wic",
-            'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
-            "{sentence1}\n{sentence2}\n{label}",
-            ("No", "Yes"),
-            needs=("word", "sentence1", "sentence2"),
-        ),
-    )
-}
+_AG_NEWS = "{text}\nWhat label best describes this news article? {label}"
+_RTE = '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{label}'
+_WSC = '{text}\nIn the previous sentence, does the pronoun "{span2}" refer to {span1}? Yes or No?\n{label}'
+_WIC = (
+    'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n{label}'
+)
+_TOPICS = ("World politics", "Sports", "Business", "Science and technology")
+
+_TASKS = (
+    Task("sst2", "{sentence} It was {label}", ("terrible", "great"), needs=("sentence",)),
+    Task("ag_news", _AG_NEWS, _TOPICS, needs=("text",)),
+    Task("yelp_polarity", "{text} It was {label}", ("terrible", "great"), needs=("text",)),
+    Task("boolq", "{passage} {question}?\n{label}", ("No", "Yes"), _boolq, needs=("question", "passage")),
+    Task("rte", _RTE, ("Yes", "No"), needs=("premise", "hypothesis")),
+    Task("wsc", _WSC, ("No", "Yes"), _wsc, needs=("text", "span1_text", "span2_text")),
+    Task("wic", _WIC, ("No", "Yes"), needs=("word", "sentence1", "sentence2")),
+)
+TASKS = {task.name: task for task in _TASKS}
 
 
 def load_task(name: str) -> Task:
@@ -92,17 +76,11 @@ def load_task(name: str) -> Task:
     Raises:
         MeerkatError: no such task, or a malformed file.
     """
-    if name in TASKS:
-        return TASKS[name]
-    return parse_task(read_task_file(name), name)
+    return TASKS[name] if name in TASKS else parse_task(read_task_file(name), name)
 
 
 def read_task_file(name: str) -> str:
-    """The text of a task file.
-
-    Raises:
-        MeerkatError: there is no such file, or it is not a .toml file.
-    """
+    """The text of a task file. Raises MeerkatError: there is no such file, or it is not a .toml file."""
     path = Path(name)
     if path.suffix != ".toml":
         raise MeerkatError(f"task '{name}': must be one of {', '.join(TASKS)}, or a .toml file of your own")
@@ -124,28 +102,32 @@ def parse_task(text: str, name: str) -> Task:
         settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, as are numbers too long for Python
         raise MeerkatError(f"task file '{name}': not valid TOML ({in_short(error)})") from None
-    template, labels = settings.get("template"), settings.get("labels")
-    if not isinstance(template, str) or not template.endswith("{label}") or template.count("{label}") != 1:
-        raise MeerkatError(f"task file '{name}': needs template = \"... {{label}}\", with {{label}} once, at its end")
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
-        raise MeerkatError(f"task file '{name}': needs labels = [...] with at least two strings")
-    if len(set(labels)) < len(labels):
-        raise MeerkatError(f"task file '{name}': labels must differ from each other")
     try:
-        parts = [
-            (field, spec, conversion)
-            for _, field, spec, conversion in string.Formatter().parse(template)
-            if field is not None
-        ]
+        needs = _fields(settings.get("template"), settings.get("labels"))
     except ValueError as error:
-        raise MeerkatError(f"task file '{name}': the template's braces do not match ({error})") from None
-    fields = [field for field, _, _ in parts]
-    if invalid := [field for field in fields if not field.isidentifier()]:
-        raise MeerkatError(f"task file '{name}': '{{{invalid[0]}}}' in the template is not a field name")
-    if formatted := [field for field, spec, conversion in parts if spec or conversion]:
-        raise MeerkatError(f"task file '{name}': field '{formatted[0]}' of the template must stand alone in its braces")
-    needs = tuple(dict.fromkeys(field for field in fields if field != "label"))
-    return Task(str(settings.get("name", Path(name).stem)), template, tuple(labels), needs=needs)
+        raise MeerkatError(f"task file '{name}': {error}") from None
+    title = str(settings.get("name", Path(name).stem))
+    return Task(title, settings["template"], tuple(settings["labels"]), needs=needs)
+
+
+def _fields(template: object, labels: object) -> tuple[str, ...]:
+    """The fields that a template names beside the label. Raises ValueError unless both can be a task's."""
+    if not isinstance(template, str) or not template.endswith("{label}") or template.count("{label}") != 1:
+        raise ValueError('needs template = "... {label}", with {label} once, at its end')
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
+        raise ValueError("needs labels = [...] with at least two strings")
+    if len(set(labels)) < len(labels):
+        raise ValueError("labels must differ from each other")
+    try:
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"the template's braces do not match ({error})") from None
+    for _, field, spec, conversion in parts:
+        if not str(field).isidentifier():
+            raise ValueError(f"'{{{field}}}' in the template is not a field name")
+        if spec or conversion:
+            raise ValueError(f"field '{field}' of the template must stand alone in its braces")
+    return tuple(dict.fromkeys(str(field) for _, field, _, _ in parts if field != "label"))
 
 
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
@@ -183,11 +165,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model sees it.
-
-    Candidates with the same input share a forward pass: with one-token labels there is one sequence, the
-    prompt, for any number of classes.
-    """
+    """A row as the model sees it. Candidates with the same input share a sequence."""
 
     sequences: tuple[np.ndarray, ...]
     """Token ids of each, int64 [length]."""
@@ -198,8 +176,7 @@ class Example:
 def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
     """Tokenise rows: each prompt with each label string as one text, cut from the left to max_length.
 
-    `tokenizer` is a fast Hugging Face one, which reports offsets. Special tokens that it puts in front (BOS)
-    survive the cut.
+    `tokenizer` is a fast Hugging Face one. Special tokens that it puts in front (BOS) survive the cut.
 
     Raises:
         MeerkatError: the tokenizer reports no offsets, or max_length leaves no room for a prompt.
@@ -208,10 +185,8 @@ def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
         raise MeerkatError(
             f"tokenizer {type(tokenizer).__name__} reports no offsets; use the model's fast tokenizer (tokenizer.json)"
         )
-    examples: list[Example] = []
-    for first in range(0, len(rows), _ROWS_TOGETHER):
-        examples += _encode(task, rows[first : first + _ROWS_TOGETHER], tokenizer, max_length)
-    return examples
+    parts = (rows[first : first + _ROWS_TOGETHER] for first in range(0, len(rows), _ROWS_TOGETHER))
+    return [example for part in parts for example in _encode(task, part, tokenizer, max_length)]
 
 
 def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:

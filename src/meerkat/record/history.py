@@ -1,7 +1,7 @@
 """A run after the fact, from its folder alone: GradIP trajectories, virtual paths, alignment of updates.
 
-No model and no data are needed. A trajectory is one multiplication a step on what the log holds; paths and
-alignments regenerate the directions.
+No model and no data are needed. Trajectories cost a multiplication a step; paths and alignments make the directions
+again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,13 +48,10 @@ class Records:
         """GradIP and |g| of every client over training, by client id; empty for a first-order run."""
         parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         for record in self.rounds:
-            first = (
-                record.plan.round * self.local_steps
-            )  # counted even where all of a round's clients have stopped early
+            first = record.plan.round * self.local_steps  # also where all of a round's clients have stopped early
             for client, g in record.scalars.items():
-                if record.plan.directions:
-                    steps = first + np.arange(len(g))
-                    parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
+                steps = first + np.arange(len(g))
+                parts.setdefault(client, []).append((steps, gradip(g, record.inner), magnitude(g)))
         return {k: Trajectory(*map(np.concatenate, zip(*parts[k], strict=True))) for k in sorted(parts)}
 
 
@@ -100,7 +97,7 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
     run = StoredRun.open(Path(root))
     for state, record in run.replay:
         if isinstance(record, RoundRecord) and record.plan.round == round:
-            if client not in record.scalars or not record.plan.directions:
+            if client not in record.scalars:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
             return (theta.clone() for theta in path.client_path(state.theta, record, client, run.directions))
     _check_end(run.reader)

@@ -1,6 +1,6 @@
 """Who is in a federation and may sign, as its log has it: clients that joined, their keys, revoked keys.
 
-Admission, the coordinator's engine and the replay of a log all apply the rules that stand here:
+Admission, the coordinator's engine and the replay of a log all apply these rules:
 
 - A key belongs to one client. A client that has signed goes on signing.
 - A new key needs the signature of the previous one (a rotation), unless that one was revoked.
@@ -33,7 +33,11 @@ from meerkat.record.signatures import (
 
 @dataclass(frozen=True)
 class Member:
-    """A site that became a client of a federation, or came back with other data or another key."""
+    """A site that became a client of a federation, or came back with other data or another key.
+
+    Raises:
+        ValueError: a field is malformed.
+    """
 
     round: int
     """The first round that it can take part in."""
@@ -49,20 +53,20 @@ class Member:
     handover: str = ""
     """The previous key's signature, if this one replaces it; hexadecimal."""
 
+    def __post_init__(self) -> None:
+        if type(self.examples) is not int or not 0 < self.examples < 2**40:
+            raise ValueError("a site without a number of rows")
+        if not (type(self.round) is type(self.client) is int and 0 <= self.client < 2**32 and type(self.node) is str):
+            raise ValueError("a site with a malformed round, client or node")
+        keyless = (self.key, self.signature, self.handover) == ("", "", "")
+        handover_fits = self.handover == "" or is_hex(self.handover, SIGNATURE)
+        if not keyless and not (is_hex(self.key, KEY) and is_hex(self.signature, SIGNATURE) and handover_fits):
+            raise ValueError(f"client {self.client} with a malformed key or signature")
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Member":
-        """The record that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: `to_json` did not write it.
-        """
-        member = cls(**{name: value for name, value in record.items() if name != "kind"})
-        whole = all(isinstance(n, int) for n in (member.round, member.client, member.examples))
-        if not (whole and isinstance(member.node, str) and 0 <= member.client < 2**32 and 0 < member.examples < 2**40):
-            raise ValueError(f"a join of client {member.client!r} with {member.examples!r} rows")
-        if not are_credentials(member.key, member.signature, member.handover):
-            raise ValueError(f"a join of client {member.client} with a malformed key or signature")
-        return member
+        """The record that `to_json` wrote. Raises TypeError or ValueError if it is malformed."""
+        return cls(**{name: value for name, value in record.items() if name != "kind"})
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -73,13 +77,6 @@ class Member:
         return replace(settings, examples={**settings.examples, self.client: self.examples})
 
 
-def are_credentials(key: object, signature: object, handing_over: object) -> bool:
-    """Whether these are a key, its signature and possibly a handover, all hexadecimal; or all empty."""
-    return (key, signature, handing_over) == ("", "", "") or (
-        is_hex(key, KEY) and is_hex(signature, SIGNATURE) and (handing_over == "" or is_hex(handing_over, SIGNATURE))
-    )
-
-
 @dataclass(frozen=True)
 class KeyRevocation:
     """A key that is rejected from a round on."""
@@ -88,17 +85,14 @@ class KeyRevocation:
     key: str
     """Its fingerprint."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.round, int) or not is_fingerprint(self.key):
+            raise ValueError(f"a revocation of key {self.key!r} before round {self.round!r}")
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "KeyRevocation":
-        """The record that `to_json` wrote.
-
-        Raises:
-            TypeError, ValueError: `to_json` did not write it.
-        """
-        revocation = cls(**{name: value for name, value in record.items() if name != "kind"})
-        if not isinstance(revocation.round, int) or not is_fingerprint(revocation.key):
-            raise ValueError(f"a revocation of key {revocation.key!r} before round {revocation.round!r}")
-        return revocation
+        """The record that `to_json` wrote. Raises TypeError or ValueError if it is malformed."""
+        return cls(**{name: value for name, value in record.items() if name != "kind"})
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -124,40 +118,33 @@ class Members:
         self._owners: dict[bytes, int] = {}
 
     def check(self, member: Member) -> None:
-        """Check that a site may join.
-
-        Raises:
-            BadSignature: it may not; whose key it is and why.
-        """
+        """Raise BadSignature, with the key and the reason, unless a site may join."""
         client, key, previous = member.client, bytes.fromhex(member.key), self.keys.get(member.client)
         if not key:
             if previous is not None:
                 raise BadSignature(f"client {client} has signed with key {fingerprint(previous)}, and now has none")
             if self.identity.signed or self.listed is not None:
-                nothing = (
-                    "" if self.identity.signed else ", and the run took unsigned replies: there is nothing to check"
-                )
-                raise BadSignature(f"client {client} has no key, where every reply must be signed{nothing}")
+                why = "" if self.identity.signed else ", and the run took unsigned replies: there is nothing to check"
+                raise BadSignature(f"client {client} has no key, where every reply must be signed{why}")
             return
         name = fingerprint(key)
         self._check_revoked(key, f"client {client}'s joining")
         if self._owners.get(key, client) != client:
             raise BadSignature(f"key {name} of client {client} is client {self._owners[key]}'s")
-        joining = self.identity.joining(client, member.examples, member.node, key)
+        joining = self._joining(member)
         if not is_signed(key, bytes.fromhex(member.signature), joining):
             raise BadSignature(f"client {client} has not signed its joining with key {name}")
         if previous is not None and self.needs_handover(member):
+            former = fingerprint(previous)
             if not member.handover:
-                old = fingerprint(previous)
-                raise BadSignature(f"client {client} signed with key {old}, and nothing hands over to {name}")
+                raise BadSignature(f"client {client} signed with key {former}, and nothing hands over to {name}")
             if not is_signed(previous, bytes.fromhex(member.handover), handover(joining)):
-                raise BadSignature(f"client {client}: key {fingerprint(previous)} has not handed over to {name}")
-            return
-        if member.handover:
+                raise BadSignature(f"client {client}: key {former} has not handed over to {name}")
+        elif member.handover:
             if previous is not None:
                 self._check_revoked(previous, f"client {client}'s handover to key {name}")
             raise BadSignature(f"key {name} of client {client} comes with a handover, and there was no key before it")
-        if previous != key and self.listed is not None and name not in self.listed:
+        elif previous != key and self.listed is not None and name not in self.listed:
             raise BadSignature(f"key {name} of client {client} is not among the listed ones")
 
     def needs_handover(self, member: Member) -> bool:
@@ -166,16 +153,14 @@ class Members:
         return previous is not None and previous.hex() != member.key and fingerprint(previous) not in self.revoked
 
     def admit(self, member: Member) -> None:
-        """Add a client.
-
-        Raises:
-            BadSignature: see `check`.
-        """
+        """Add a client. Raises BadSignature: see `check`."""
         self.check(member)
         if key := bytes.fromhex(member.key):
-            joining = self.identity.joining(member.client, member.examples, member.node, key)
             self.keys[member.client], self._owners[key] = key, member.client
-            self._joining_digests[member.client] = hashlib.sha256(joining).digest()
+            self._joining_digests[member.client] = hashlib.sha256(self._joining(member)).digest()
+
+    def _joining(self, member: Member) -> bytes:
+        return self.identity.joining(member.client, member.examples, member.node, bytes.fromhex(member.key))
 
     def revoke(self, revocation: KeyRevocation) -> None:
         """Reject from now on what a key signs."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ MEANING = (
 
 @dataclass(frozen=True)
 class Opening:
-    """The first record: everything that the rounds rest on."""
+    """The first record."""
 
     run_key: str
     """The directions' 128-bit key, hexadecimal."""
@@ -67,17 +67,12 @@ class Opening:
     """How theta follows from a round's aggregate."""
 
     @classmethod
-    def from_json(cls, held: dict[str, Any], log: Path) -> "Opening":
-        """Read the first record.
-
-        Raises:
-            RunFailed: it is no opening, or asks for something that this version does not know.
-        """
-        check_format(held, log)
-        known = {part.name for part in fields(cls)}
-        if held.get("kind") != "open" or held.keys() - {"kind"} != known:
+    def from_json(cls, record: dict[str, Any], log: Path) -> "Opening":
+        """Read the first record. Raises RunFailed if it is no opening, or names a rule that is unknown here."""
+        check_format(record, log)
+        if record.get("kind") != "open" or record.keys() - {"kind"} != cls.__dataclass_fields__.keys():
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
-        opening = cls(**{name: held[name] for name in known})
+        opening = cls(**{name: value for name, value in record.items() if name != "kind"})
         if opening.rule not in RULES:
             only = ", ".join(map(repr, RULES))
             raise RunFailed(f"{log}: rule {opening.rule!r} is not known, only {only}; use the version that wrote it")
@@ -94,42 +89,35 @@ class Opening:
         """What the server opens every round from."""
         return server_config(config, theta_0, dict(enumerate(self.examples)), dict(enumerate(self.allowance)))
 
-    def charter(self, config: RunConfig) -> RunIdentity:
+    def identity(self, config: RunConfig) -> RunIdentity:
         """What a federation's signatures are about."""
-        return RunIdentity(
-            run=self.federation,
-            signed=self.signed,
-            run_key=self.run_key,
-            model=self.model,
-            mask=self.mask,
-            theta=self.theta,
-            settings=meaning(config),
-        )
+        digests = (self.run_key, self.model, self.mask, self.theta, meaning(config))
+        return RunIdentity(self.federation, self.signed, *digests)
 
 
 def check_format(first: Mapping[str, Any], log: Path) -> None:
     """Raise RunFailed where a log's first record says that the log is of another format than this version's."""
-    if first.get("kind") == "open" and (found := first.get("format", FORMAT)) != FORMAT:
-        raise RunFailed(f"{log}: format {found!r} is not known, only {FORMAT}; use the version that wrote it")
+    if first.get("kind") == "open" and (version := first.get("format", FORMAT)) != FORMAT:
+        raise RunFailed(f"{log}: format {version!r} is not known, only {FORMAT}; use the version that wrote it")
 
 
 def meaning(config: RunConfig) -> str:
     """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file the name alone."""
-    held = {name: getattr(config, name) for name in MEANING} | {"task": Path(config.task).name}
-    return hashlib.sha256(json.dumps(held, separators=(",", ":")).encode()).hexdigest()
+    settings = {name: getattr(config, name) for name in MEANING} | {"task": Path(config.task).name}
+    return hashlib.sha256(json.dumps(settings, separators=(",", ":")).encode()).hexdigest()
 
 
 def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
     """(client, its rows at the time) -> local steps that a log counts: what privacy was spent on."""
     rows: dict[int, int] = {}
     made: Counter[tuple[int, int]] = Counter()
-    for held in LogReader(log):
-        if held["kind"] == "open":
-            rows.update(enumerate(held["examples"]))
-        elif held["kind"] == "join":
-            rows[held["client"]] = held["examples"]
-        elif held["kind"] in ("round", "calibration"):
-            made.update({(k, rows[k]): steps for k, steps in zip(held["clients"], held["made"], strict=True)})
+    for record in LogReader(log):
+        if record["kind"] == "open":
+            rows.update(enumerate(record["examples"]))
+        elif record["kind"] == "join":
+            rows[record["client"]] = record["examples"]
+        elif record["kind"] in ("round", "calibration"):
+            made.update({(k, rows[k]): steps for k, steps in zip(record["clients"], record["made"], strict=True)})
     return made
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: its files, and how they are written so that none is ever half there.
+"""A run's folder: its files, each written whole or not at all.
 
 config.toml        all settings, resolved          mask.safetensors   which entries move, and their base values
 rounds.log         the record (run_log.py)         metrics.jsonl      losses, accuracies, times
@@ -35,11 +35,8 @@ class RunFolder:
         self.metrics_path = root / "metrics.jsonl"
         self.summary_path = root / "summary.json"
         self.events_path = root / "events.jsonl"
-        self._callbacks: list[Callable[[Metric], None]] = []
-
-    def on_metric(self, callback: Callable[[Metric], None]) -> None:
-        """Call back with each metric that is added from now on."""
-        self._callbacks.append(callback)
+        self.track: Callable[[Metric], object] = lambda _: None
+        """Is given each metric that is added."""
 
     @classmethod
     def check_free(cls, root: Path) -> None:
@@ -74,11 +71,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
-        """The folder of a run that was started.
-
-        Raises:
-            MeerkatError: there is no run in it.
-        """
+        """The folder of a run that was started. Raises MeerkatError: there is no run in it."""
         folder = cls(root)
         if not folder.config_path.is_file():
             raise MeerkatError(
@@ -98,17 +91,9 @@ class RunFolder:
 
     def append_metric(self, metric: Metric, sync: bool = True) -> None:
         """Add one line to the metrics, or nothing on an error; with `sync`, it is on the disk afterwards."""
-        with explain_disk_errors(self.metrics_path, self.cure):
-            file = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                append_line(file, (json.dumps(metric) + "\n").encode(), sync)
-            finally:
-                os.close(file)
-        self._call_back(metric)
-
-    def _call_back(self, metric: Metric) -> None:
-        for callback in self._callbacks:
-            callback(metric)
+        with explain_disk_errors(self.metrics_path, self.cure), self.metrics_path.open("ab", buffering=0) as file:
+            append_line(file.fileno(), (json.dumps(metric) + "\n").encode(), sync)
+        self.track(metric)
 
     def append_event(self, event: str, **facts: Any) -> None:
         """Add one event to a federation's event log: who came, who left, what was not counted. Not synced."""
@@ -118,33 +103,24 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """A federation's event log, without lines that are malformed."""
-        if not self.events_path.exists():
-            return []
-        events: list[dict[str, Any]] = []
-        for line in self.events_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                events.append(json.loads(line))
+        events: list[Any] = []
+        if self.events_path.exists():
+            for line in self.events_path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    events.append(json.loads(line))
         return [event for event in events if isinstance(event, dict)]
 
     def metrics(self) -> list[Metric]:
-        """All metrics, except a torn last line.
-
-        Raises:
-            RunFailed: a line before the last is damaged.
-        """
+        """All metrics, except a torn last line. Raises RunFailed: a line before the last is damaged."""
         if not self.metrics_path.exists():
             return []
-        try:
+        with suppress(ValueError):
             text = self.metrics_path.read_text(encoding="utf-8")
             metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
             if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in metrics):
                 return metrics
-            raise ValueError
-        except ValueError:
-            raise RunFailed(
-                f"{self.metrics_path}: damaged; delete it, then 'meerkat resume {self.root}': "
-                "the run itself is in the log"
-            ) from None
+        cure = f"delete it, then 'meerkat resume {self.root}': the run itself is in the log"
+        raise RunFailed(f"{self.metrics_path}: damaged; {cure}")
 
     def rewrite_metrics(
         self, keep: Callable[[Metric], bool], order: Callable[[Metric], Any], add: Sequence[Metric] = ()
@@ -154,15 +130,11 @@ class RunFolder:
         lines = "".join(json.dumps(metric) + "\n" for metric in metrics)
         write_atomically(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
         for metric in add:
-            self._call_back(metric)
+            self.track(metric)
         return metrics
 
     def summary(self) -> dict[str, Any] | None:
-        """The outcome; None before the run has ended.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """The outcome; None before the run has ended. Raises ValueError: the file is damaged."""
         if not self.summary_path.exists():
             return None
         summary = json.loads(self.summary_path.read_text(encoding="utf-8"))

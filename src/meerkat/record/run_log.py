@@ -1,8 +1,7 @@
 """The run log: append-only, fsynced, hash-chained. It is checkpoint, audit trail and catch-up in one.
 
-One record a line: the SHA-256 of (the previous line's SHA-256 and this line's text), a space, the text as
-JSON. Changing, dropping or swapping a line breaks every hash after it. A record is on the disk before
-anything is built on it, so a killed run loses at most the round it was in.
+One record a line: the SHA-256 of (the previous line's SHA-256 and this line's text), a space, the text as JSON. It is
+on the disk before anything is built on it, so a killed run loses at most the round it was in.
 """
 
 import fcntl
@@ -102,7 +101,9 @@ class RunLog:
         self._hash = reader.hash
         os.ftruncate(self._file, reader.end)
         os.fsync(self._file)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record: all of it is on the disk when this returns, or none of it.
@@ -136,11 +137,3 @@ def append_line(file: int, line: bytes, sync: bool = True) -> None:
     except OSError:
         os.ftruncate(file, end)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,18 +1,8 @@
 """Who sent which scalars: Ed25519 signatures (RFC 8032) of a site's joining and of each of its replies.
 
-What is signed is a message of fixed layout, little-endian, that begins with its own tag: nothing else is signed, so a
-signature has one meaning only. A reply names its joining, which names the run, so neither is valid in another run,
-for another client or under another key:
-
-    identity  tag, run 8, every reply signed 1, run key 16, model 32, mask 32, theta_0 32, settings 32
-    joining   tag, SHA-256(identity) 32, client u32, examples u64, public key 32, node (UTF-8)
-    handover  tag, joining                                          signed with the previous key
-    reply     tag, SHA-256(joining) 32, phase u8, round u32, theta 32, lr f64, eps f64, pointer u64,
-              steps u32, directions u16, scalars f32 [steps, directions]
-
-A reply on the wire is the signature and the scalars: both sides know the rest. Keys are OpenSSH's, so
-`ssh-keygen -t ed25519` makes them and `ssh-keygen -l` shows the same fingerprint. The package `cryptography` is loaded
-on use.
+Each signed message has a fixed layout and begins with its own tag: see docs/formats.md. A reply names its joining, and
+that the run, so neither is valid in another run, for another client or under another key. A reply on the wire is the
+signature and the scalars: both sides know the rest. Keys are OpenSSH's. The package `cryptography` is loaded on use.
 """
 
 import base64
@@ -67,11 +57,7 @@ class RunIdentity:
     """Digest of the settings that say what a scalar means: see `opening.meaning`."""
 
     def digest(self) -> bytes:
-        """SHA-256 of all of it.
-
-        Raises:
-            ValueError: an identifier or digest has the wrong length.
-        """
+        """SHA-256 of all of it. Raises ValueError if an identifier or digest has the wrong length."""
         run, *digests = map(bytes.fromhex, (self.run, self.run_key, self.model, self.mask, self.theta, self.settings))
         if [len(run), *map(len, digests)] != [8, 16, 32, 32, 32, 32]:
             raise ValueError("identifiers of the wrong length")
@@ -79,8 +65,7 @@ class RunIdentity:
 
     def joining(self, client: int, examples: int, node: str, key: bytes) -> bytes:
         """The message that a site signs when it joins."""
-        head = _JOINING.pack(b"meerkat joining1", self.digest(), client, examples, key)
-        return head + node.encode()
+        return _JOINING.pack(b"meerkat joining1", self.digest(), client, examples, key) + node.encode()
 
 
 def handover(joining: bytes) -> bytes:
@@ -107,16 +92,11 @@ def reply_message(
 
 def fingerprint(key: bytes) -> str:
     """A public key's fingerprint, as `ssh-keygen -l` shows it: SHA256:..."""
-    blob = b"".join(len(part).to_bytes(4, "big") + part for part in (_KIND, key))
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return "SHA256:" + base64.b64encode(hashlib.sha256(_openssh(key)).digest()).decode().rstrip("=")
 
 
 def is_signed(key: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether a public key, 32 bytes, signed a message.
-
-    Raises:
-        RunFailed: the package `cryptography` is not installed.
-    """
+    """Whether a public key, 32 bytes, signed a message. Raises RunFailed where `cryptography` is not installed."""
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -142,7 +122,7 @@ class SigningKey:
         """Read an OpenSSH file, as `meerkat keygen` or `ssh-keygen -t ed25519` writes it.
 
         Raises:
-            MeerkatError: no such file, no Ed25519 key in it, or one with a password; the message names the `setting`.
+            MeerkatError: no such file, or no Ed25519 key without a password in it; the message names the `setting`.
         """
         try:
             from cryptography.exceptions import UnsupportedAlgorithm
@@ -150,16 +130,17 @@ class SigningKey:
             from cryptography.hazmat.primitives.serialization import load_ssh_private_key
         except ImportError:
             raise MeerkatError(f"{setting}: {_PACKAGE}") from None
+        problem: str | None = None
         try:
             key: Any = load_ssh_private_key(Path(path).read_bytes(), password=None)
+            if not isinstance(key, Ed25519PrivateKey):
+                problem = "is not an Ed25519 key"
         except OSError as error:
-            raise MeerkatError(f"{setting} '{path}': {error.strerror}; 'meerkat keygen' makes one") from None
+            problem = error.strerror
         except (ValueError, TypeError, UnsupportedAlgorithm):
-            raise MeerkatError(
-                f"{setting} '{path}': is not an OpenSSH key without a password; 'meerkat keygen' makes one"
-            ) from None
-        if not isinstance(key, Ed25519PrivateKey):
-            raise MeerkatError(f"{setting} '{path}': is not an Ed25519 key; 'meerkat keygen' makes one")
+            problem = "is not an OpenSSH key without a password"
+        if problem is not None:
+            raise MeerkatError(f"{setting} '{path}': {problem}; 'meerkat keygen' makes one")
         return cls(key)
 
     def sign(self, message: bytes) -> bytes:
@@ -171,13 +152,7 @@ class Signer:
     """Signs as one client of one run, on the site's side."""
 
     def __init__(
-        self,
-        identity: RunIdentity,
-        client: int,
-        examples: int,
-        node: str,
-        key: SigningKey,
-        previous: SigningKey | None = None,
+        self, identity: RunIdentity, client: int, examples: int, node: str, key: SigningKey, previous: SigningKey | None
     ) -> None:
         """`previous` is the key that this client signed with until now, to hand over to `key`."""
         joining = identity.joining(client, examples, node, key.public)
@@ -187,8 +162,7 @@ class Signer:
         """What its hello says of its key, hexadecimal: see `members.Member`."""
         if previous is not None:
             self.credentials["handover"] = previous.sign(handover(joining)).hex()
-        self._client = client
-        self._key = key
+        self._client, self._key = client, key
 
     def sign(self, plan: RoundPlan, theta: bytes, pointer: int, scalars: np.ndarray) -> bytes:
         """The signature of a reply; arguments as in `reply_message`."""
@@ -201,9 +175,8 @@ def read_keys(path: str, setting: str) -> frozenset[str]:
     Raises:
         MeerkatError: no such file, or a line that is neither; the message names the `setting`.
     """
-    return frozenset(
-        _fingerprint_in(line, f"{setting} '{path}', line {number}") for number, line in _lines(path, setting)
-    )
+    lines = _lines(path, setting)
+    return frozenset(_fingerprint_in(line, f"{setting} '{path}', line {number}") for number, line in lines)
 
 
 def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
@@ -218,14 +191,12 @@ def read_revoked(given: Iterable[str], setting: str) -> dict[str, int]:
     """
     revoked: dict[str, int] = {}
     for value in given:
-        lines = [(1, value)] if value.startswith("SHA256:") else _lines(value, setting)
-        for number, line in lines:
+        from_file = not value.startswith("SHA256:")
+        for number, line in _lines(value, setting) if from_file else [(1, value)]:
             name, at, since = line.partition("@") if line.startswith("SHA256:") else (line, "", "")
             if at and not (since.isascii() and since.isdecimal()):
                 raise MeerkatError(f"{setting} {line}: '{since}' is not a round; give SHA256:...@ROUND")
-            name = _fingerprint_in(
-                name, setting if value.startswith("SHA256:") else f"{setting} '{value}', line {number}"
-            )
+            name = _fingerprint_in(name, f"{setting} '{value}', line {number}" if from_file else setting)
             revoked[name] = min(int(since or 0), revoked.get(name, 2**32))
     return revoked
 
@@ -241,11 +212,7 @@ def is_fingerprint(name: object) -> bool:
 
 
 def check_fingerprint(name: str, setting: str) -> str:
-    """The same fingerprint.
-
-    Raises:
-        MeerkatError: it is malformed.
-    """
+    """The same fingerprint. Raises MeerkatError if it is malformed."""
     if not is_fingerprint(name):
         raise MeerkatError(
             f"{setting} '{name}': must be a key's fingerprint, SHA256:..., as 'ssh-keygen -l' shows it, or a .pub file"
@@ -254,15 +221,18 @@ def check_fingerprint(name: str, setting: str) -> str:
 
 
 def _lines(path: str, setting: str) -> list[tuple[int, str]]:
+    """The lines of a file that hold anything but a comment, and their numbers."""
+    problem, lines = None, []
     try:
         text = Path(path).read_text(encoding="utf-8")
+        numbered = enumerate((line.partition("#")[0].strip() for line in text.splitlines()), 1)
+        lines = [(number, line) for number, line in numbered if line]
     except OSError as error:
-        raise MeerkatError(f"{setting} '{path}': {error.strerror}; give a file with a key a line") from None
+        problem = error.strerror
     except UnicodeDecodeError:
-        raise MeerkatError(f"{setting} '{path}': is not text; give a file with a public key a line") from None
-    numbered = enumerate((line.partition("#")[0].strip() for line in text.splitlines()), 1)
-    if not (lines := [(number, line) for number, line in numbered if line]):
-        raise MeerkatError(f"{setting} '{path}': has no key in it; give a file with a key a line")
+        problem = "is not text"
+    if not lines:
+        raise MeerkatError(f"{setting} '{path}': {problem or 'has no key in it'}; give a file with a public key a line")
     return lines
 
 
@@ -276,6 +246,11 @@ def _fingerprint_in(line: str, where: str) -> str:
     except ValueError:
         blob = b""
     key = blob[-KEY:]
-    if blob != b"".join(len(part).to_bytes(4, "big") + part for part in (_KIND, key)) or len(key) != KEY:
+    if blob != _openssh(key) or len(key) != KEY:
         raise MeerkatError(f"{where}: is not an Ed25519 public key; give the .pub file's line")
     return fingerprint(key)
+
+
+def _openssh(key: bytes) -> bytes:
+    """A public key as OpenSSH encodes it."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in (_KIND, key))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,36 +55,11 @@ class VerifiedRun:
     """Signed replies by (client, fingerprint of its key)."""
 
 
-def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> VerifiedRun:
-    """Replay a run from its folder alone, without model or data.
-
-    Every hash, plan, signature, weight and digest is checked.
-
-    Args:
-        listed: fingerprints of the sites' known keys: every reply must be signed by one of them. None to skip this.
-        revoked: fingerprint -> the round from which a key is revoked, in addition to the log's revocations.
-
-    Raises:
-        MeerkatError: there is no run in the folder.
-        RunFailed: something in it is damaged or inconsistent; the message names the first such record and its signers.
-    """
-    folder = RunFolder.open(root)
-    try:
-        run = _verify(folder, listed, revoked)
-    except RunFailed:
-        raise
-    except MeerkatError as error:
-        raise RunFailed(f"{root}: the run is damaged ({error}); restore its folder from a copy") from None
-    except DAMAGE as error:
-        raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
-    _check_budgets(folder.log_path, run)
-    return replace(run, guarantee=budget.guarantee(run.config, steps_by_rows(folder.log_path), run.rounds))
-
-
 @dataclass(frozen=True)
 class StoredRun:
     """A run in its folder, ready to be replayed: its settings and mask agree with the log's opening record."""
 
+    folder: RunFolder
     config: RunConfig
     mask: SparseMask
     directions: Directions
@@ -99,53 +75,69 @@ class StoredRun:
 
         Raises:
             MeerkatError: there is no run in the folder.
-            RunFailed: its files do not agree.
+            RunFailed: its files are damaged, or do not agree.
         """
         folder = RunFolder.open(root)
-        try:
-            return cls._open(folder, listed, revoked)
-        except DAMAGE as error:
-            raise RunFailed(f"{root}: the run is damaged ({in_short(error)}); restore its folder from a copy") from None
-
-    @classmethod
-    def _open(cls, folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> "StoredRun":
-        reader = LogReader(folder.log_path)
-        records = iter(reader)
-        first = next(records, None)
-        if first is None:
-            problem = reader.damage or "no record in it"
-            raise RunFailed(f"{folder.log_path}: {problem}; 'meerkat resume {folder.root}' starts the run")
-        opening = Opening.from_json(first, folder.log_path)
-        agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
-        config, mask = folder.config(), folder.mask()
-        if not opening.federation:
-            agree(folder.log_path, "the number of clients", str(len(opening.examples)), str(config.clients))
-        if mask.theta_0 is None:
-            raise RunFailed(f"{folder.mask_path}: has no base values; restore it from a copy")
-        agree(folder.log_path, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
-        agree(folder.mask_path, "model", opening.model, mask.fingerprint)
-        agree(folder.mask_path, "entries", opening.mask, mask.digest())
-        agree(folder.mask_path, "base values", opening.theta, path.digest(mask.theta_0))
-        agree(folder.mask_path, "pre-training gradient", opening.gradient, gradient_digest(mask))
-        agree(folder.log_path, "the rule of aggregation", opening.rule, config.aggregation)
-        agree(folder.log_path, "the estimator", opening.estimator, config.estimator)
-        agree(folder.log_path, "the update rule", opening.update_rule, config.update_rule)
-        z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
-        members, gradient = Members(opening.charter(config), listed), mask.pretraining_gradient
-        replay = Replay(records, mask.theta_0, settings, z, gradient, folder.log_path, members, revoked)
-        return cls(config, mask, z, opening, reader, replay)
+        log, mask_file, reader = folder.log_path, folder.mask_path, LogReader(folder.log_path)
+        with _damage_explained(root):
+            records = iter(reader)
+            if (first := next(records, None)) is None:
+                damage = reader.damage or "no record in it"
+                raise RunFailed(f"{log}: {damage}; 'meerkat resume {root}' starts the run")
+            opening = Opening.from_json(first, log)
+            agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
+            config, mask = folder.config(), folder.mask()
+            if not opening.federation:
+                agree(log, "the number of clients", str(len(opening.examples)), str(config.clients))
+            if mask.theta_0 is None:
+                raise RunFailed(f"{mask_file}: has no base values; restore it from a copy")
+            agree(log, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
+            agree(mask_file, "model", opening.model, mask.fingerprint)
+            agree(mask_file, "entries", opening.mask, mask.digest())
+            agree(mask_file, "base values", opening.theta, path.digest(mask.theta_0))
+            agree(mask_file, "pre-training gradient", opening.gradient, gradient_digest(mask))
+            agree(log, "the rule of aggregation", opening.rule, config.aggregation)
+            agree(log, "the estimator", opening.estimator, config.estimator)
+            agree(log, "the update rule", opening.update_rule, config.update_rule)
+            z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
+            members, gradient = Members(opening.identity(config), listed), mask.pretraining_gradient
+            replay = Replay(records, mask.theta_0, settings, z, gradient, log, members, revoked)
+        return cls(folder, config, mask, z, opening, reader, replay)
 
 
-def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[str, int] | None) -> VerifiedRun:
-    run = StoredRun.open(folder.root, listed, revoked)
+def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> VerifiedRun:
+    """Replay a run from its folder alone, without model or data.
+
+    Every hash, plan, signature, weight and digest is checked.
+
+    Args:
+        listed: fingerprints of the sites' known keys: every reply must be signed by one of them. None to skip this.
+        revoked: fingerprint -> the round from which a key is revoked, in addition to the log's revocations.
+
+    Raises:
+        MeerkatError: there is no run in the folder.
+        RunFailed: something in it is damaged or inconsistent; the message names the first such record and its signers.
+    """
+    run = StoredRun.open(root, listed, revoked)
     if listed is not None and not run.opening.federation:
-        raise RunFailed(f"{folder.root}: a simulation, whose replies are not signed; leave --signers out")
-    reader = run.reader
+        raise RunFailed(f"{root}: a simulation, whose replies are not signed; leave --signers out")
+    with _damage_explained(root):
+        verified = _replayed(run)
+    config, log, opening = run.config, run.folder.log_path, run.opening
+    if config.dp == "example" and not opening.federation:  # a federation's sites compute their budgets themselves
+        allowance = budget.allowance(config, opening.examples)
+        agree(log, "the steps that privacy budgets last for", str(opening.allowance), str(allowance))
+    return replace(verified, guarantee=budget.guarantee(config, steps_by_rows(log), verified.rounds))
+
+
+def _replayed(run: StoredRun) -> VerifiedRun:
+    """Replay a run to its end, and compare it with its summary."""
+    folder, reader, replay = run.folder, run.reader, run.replay
     calibration: CalibrationRecord | None = None
 
     def rounds() -> Iterator[RoundRecord]:
         nonlocal calibration
-        for _, record in run.replay:
+        for _, record in replay:
             if isinstance(record, CalibrationRecord):
                 calibration = record
             else:
@@ -155,19 +147,18 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
     for record in track(rounds(), "verifying", run.config.rounds):
         asked += len(record.plan.steps)
         answered.update(record.made.keys())
-    state = run.replay.state
+    state = replay.state
     if reader.damage:
         cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
-        content = "" if reader.damage.endswith("cut short") else f", it reads as {run.replay.read(reader.broken)}"
+        content = "" if reader.damage.endswith("cut short") else f", it reads as {replay.read(reader.broken)}"
         raise RunFailed(
-            f"{folder.log_path}: {reader.damage}{content}; the {reader.count} records before it are sound: {cure}"
+            f"{reader.path}: {reader.damage}{content}; the {reader.count} records before it are sound: {cure}"
         )
-    summary = folder.summary()
-    if summary is not None:
-        agree(folder.summary_path, "theta_digest", summary["theta_digest"], path.digest(state.theta))
-        if not run.replay.closed:
+    if (summary := folder.summary()) is not None:
+        agree(folder.summary_path, "theta_digest", summary["theta_digest"], state.replica.digest)
+        if not replay.closed:
             raise RunFailed(
-                f"{folder.log_path}: ends after round {state.round} without a closing record, but the run "
+                f"{reader.path}: ends after round {state.round} without a closing record, but the run "
                 "has a summary; restore the file from a copy"
             )
     return VerifiedRun(
@@ -175,20 +166,25 @@ def _verify(folder: RunFolder, listed: Collection[str] | None, revoked: Mapping[
         mask=run.mask,
         theta=state.theta,
         rounds=state.round,
-        finished=run.replay.closed,
+        finished=replay.closed,
         opening=run.opening,
-        examples=run.replay.settings.examples,
+        examples=replay.settings.examples,
         asked=asked,
         answered=answered,
         calibration=calibration,
         log_hash=reader.hash,
-        replies=run.replay.replies,
-        signed=dict(run.replay.signed),
+        replies=replay.replies,
+        signed=dict(replay.signed),
     )
 
 
-def _check_budgets(log: Path, run: VerifiedRun) -> None:
-    """Compute again how long clients' privacy budgets last; a federation's sites do so for themselves."""
-    if run.config.dp == "example" and not run.opening.federation:
-        allowance = budget.allowance(run.config, run.opening.examples)
-        agree(log, "the steps that privacy budgets last for", str(run.opening.allowance), str(allowance))
+@contextmanager
+def _damage_explained(root: Path) -> Iterator[None]:
+    """Raise RunFailed where something in a run's folder is malformed."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except (MeerkatError, *DAMAGE) as error:
+        reason = error if isinstance(error, MeerkatError) else in_short(error)
+        raise RunFailed(f"{root}: the run is damaged ({reason}); restore its folder from a copy") from None

@@ -14,24 +14,9 @@ from matplotlib.figure import Figure
 
 from meerkat.algorithm.alignment import Alignment
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.selection import Selection
-from meerkat.report.drawing import (
-    BLUE,
-    CYCLE,
-    GREY,
-    HEAT,
-    INK,
-    MUTED,
-    PAPER,
-    PURPLE,
-    RED,
-    drawing,
-    heat_key,
-    legend_above,
-    plain_log,
-    short,
-    whole_numbers,
-)
+from meerkat.algorithm.extreme_clients import Selection
+from meerkat.report.drawing import HEAT, drawing, heat_key, legend_above, plain_log, short, whole_numbers
+from meerkat.report.style import BLUE, CYCLE, GREY, INK, MUTED, PAPER, PURPLE, RED
 
 POINTS = 24
 """A client's line over training has at most so many points, each a mean."""
@@ -39,6 +24,7 @@ FEW = 12
 """A group of at most so many clients has a line for each; a larger one has a band."""
 _MOST_BARS = 30
 """At most so many clients have a bar of their labels each; more are a heat map."""
+_HATCHES = ("", "///", "", "...", "", "\\\\\\", "")
 
 
 @dataclass(frozen=True)
@@ -60,18 +46,15 @@ class Group:
 def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
     """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
     early, one = set(stopped), set(extreme or ())
+    known = "several labels, " if extreme is not None else ""
+    groups = [
+        Group(f"{known}continues", tuple(k for k in clients if k not in one | early), GREY),
+        Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
+        Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
+        Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
+    ]
     if extreme is None:
-        groups = [
-            Group("continues", tuple(k for k in clients if k not in early), GREY),
-            Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X"),
-        ]
-    else:
-        groups = [
-            Group("several labels, continues", tuple(k for k in clients if k not in one | early), GREY),
-            Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
-            Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
-            Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
-        ]
+        groups[1:] = [Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X")]
     return [group for group in groups if group.clients]
 
 
@@ -86,9 +69,8 @@ def lines_or_bands(groups: Sequence[Group]) -> str:
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """The mean over `width` steps around each step, fewer at the ends: float64 [..., S]."""
-    steps = values.shape[-1]
     total = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, -1)], -1)
-    at = np.arange(steps)
+    at, steps = np.arange(values.shape[-1]), values.shape[-1]
     first, last = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, steps)
     means: np.ndarray = (total[..., last] - total[..., first]) / (last - first)
     return means
@@ -146,12 +128,11 @@ def _bars(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
     clients = len(counts)
     with drawing(4.4, 1.15 + 0.2 * max(clients, 4)) as (figure, axes):
         left = np.zeros(clients)
-        hatches = ("", "///", "", "...", "", "\\\\\\", "")
-        for c, label in enumerate(labels):
-            bars = axes.barh(range(clients), counts[:, c], left=left, color=CYCLE[c], height=0.72, label=short(label))
+        for label, rows, colour, hatch in zip(labels, counts.T, CYCLE, _HATCHES, strict=False):
+            bars = axes.barh(range(clients), rows, left=left, color=colour, height=0.72, label=short(label))
             for bar in bars:
-                bar.set(hatch=hatches[c], edgecolor=PAPER if hatches[c] else "none", linewidth=0)
-            left += counts[:, c]
+                bar.set(hatch=hatch, edgecolor=PAPER if hatch else "none", linewidth=0)
+            left += rows
         axes.set_yticks(range(clients), [f"client {k}" for k in range(clients)])
         for k in extreme:
             axes.get_yticklabels()[k].set(color=RED, fontweight="bold")
@@ -164,17 +145,33 @@ def _bars(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
     return figure
 
 
+Signals = Mapping[int, np.ndarray]
+"""A signal of each client, by its id: float64 [points], nan where it has none."""
+
+
 def signal(
-    x: np.ndarray, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group], *, x_name: str, y_name: str
+    x: np.ndarray,
+    values: Signals,
+    groups: Sequence[Group],
+    x_name: str,
+    y_name: str,
+    *,
+    cosine: bool = False,
+    margin: float = 0.01,
 ) -> Figure:
-    """A positive signal of every client on a log scale: x [points], values float64 [clients, points]."""
+    """A signal of every client, a cosine or a positive one on a log scale: x [points]; margin is a share of x."""
     with drawing() as (figure, axes):
-        ends = _draw_lines(axes, x, values, clients, groups, log=True)
+        ends = _draw_lines(axes, x, values, groups, log=not cosine)
         axes.set(xlabel=x_name, ylabel=y_name)
-        axes.margins(x=0.01)
-        _fit_log_scale(axes, values, clients, groups)
+        axes.margins(x=margin)
+        if cosine:
+            axes.axhline(0, color=MUTED, lw=0.9)
+            axes.set_ylim(-1.05, 1.05)
+        else:
+            _fit_log_scale(axes, values, groups)
         whole_numbers(axes)
-        _legend(axes, groups)
+        if len(groups) > 1 or groups[0].colour != GREY:
+            legend_above(axes)
         _name_ends(axes, ends)
     return figure
 
@@ -186,21 +183,15 @@ class _LineEnd(NamedTuple):
     colour: str
 
 
-def _draw_lines(
-    axes: Axes, x: np.ndarray, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group], *, log: bool
-) -> list[_LineEnd]:
+def _draw_lines(axes: Axes, x: np.ndarray, values: Signals, groups: Sequence[Group], *, log: bool) -> list[_LineEnd]:
     """A line a client in small groups, the median and bands in large ones.
-
-    Args:
-        values: float64 [clients, points]; nan where a client has none.
 
     Returns:
         The ends of single lines in colour, for `_name_ends` once the limits are final.
     """
-    row = {client: i for i, client in enumerate(clients)}
     ends: list[_LineEnd] = []
     for above, group in enumerate(groups):
-        lines = values[[row[client] for client in group.clients]]
+        lines = np.stack([values[client] for client in group.clients])
         if log:
             lines = np.where(lines > 0, lines, np.nan)
         if len(group.clients) > FEW:
@@ -208,22 +199,23 @@ def _draw_lines(
             continue
         style: dict[str, Any] = {"color": group.colour, "lw": 1.1 if group.colour == GREY else 1.6, "zorder": 3 + above}
         for i, (client, line) in enumerate(zip(group.clients, lines, strict=True)):
-            seen = np.isfinite(line)
-            dot = "." if seen.sum() < 3 else None  # a line of one point would not be seen
-            axes.plot(x[seen], line[seen], group.dashes, marker=dot, label="_" if i else group.label, **style)
-            if group.colour != GREY and seen.any():
-                ends.append(_LineEnd(float(line[seen][-1]), float(x[seen][-1]), client, group.colour))
+            known = np.isfinite(line)
+            dot = "." if known.sum() < 3 else None  # a line of one point would not be seen
+            axes.plot(x[known], line[known], group.dashes, marker=dot, label="_" if i else group.label, **style)
+            if group.colour != GREY and known.any():
+                ends.append(_LineEnd(float(line[known][-1]), float(x[known][-1]), client, group.colour))
     return ends
 
 
 def _draw_bands(axes: Axes, x: np.ndarray, lines: np.ndarray, group: Group) -> None:
-    seen = np.isfinite(lines).any(0)
-    low, quarter, median, three_quarters, high = np.nanquantile(lines[:, seen], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+    known = np.isfinite(lines).any(0)
+    x, lines = x[known], lines[:, known]
+    low, quarter, median, three_quarters, high = np.nanquantile(lines, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
     if group.colour == GREY:  # a second pale band would hide the first
-        axes.fill_between(x[seen], low, high, color=group.colour, alpha=0.2, lw=0)
-    axes.fill_between(x[seen], quarter, three_quarters, color=group.colour, alpha=0.3, lw=0)
+        axes.fill_between(x, low, high, color=group.colour, alpha=0.2, lw=0)
+    axes.fill_between(x, quarter, three_quarters, color=group.colour, alpha=0.3, lw=0)
     colour = MUTED if group.colour == GREY else group.colour
-    axes.plot(x[seen], median, group.dashes, color=colour, lw=1.4, label=group.label)
+    axes.plot(x, median, group.dashes, color=colour, lw=1.4, label=group.label)
 
 
 def _name_ends(axes: Axes, ends: Sequence[_LineEnd]) -> None:
@@ -243,24 +235,16 @@ def _name_ends(axes: Axes, ends: Sequence[_LineEnd]) -> None:
         axes.annotate(str(end.client), place, xycoords="axes fraction", fontsize=7.5, color=end.colour, va="center")
 
 
-def _legend(axes: Axes, groups: Sequence[Group]) -> None:
-    if len(groups) > 1 or groups[0].colour != GREY:
-        legend_above(axes)
-
-
-def _fit_log_scale(axes: Axes, values: np.ndarray, clients: Sequence[int], groups: Sequence[Group]) -> None:
+def _fit_log_scale(axes: Axes, values: Signals, groups: Sequence[Group]) -> None:
     """A log scale with every group in it, which a few values near zero do not stretch."""
-    row = {client: i for i, client in enumerate(clients)}
-    lows, highs = [], []
+    limits = []
     for group in groups:
-        found = values[[row[client] for client in group.clients]]
-        found = found[np.isfinite(found) & (found > 0)]
-        if len(found):
-            low, high = np.quantile(found, (0.02, 0.98) if len(group.clients) > FEW else (0.02, 1.0))
-            lows.append(low)
-            highs.append(high)
-    if lows:
-        axes.set_ylim(min(lows) / 1.4, max(highs) * 1.4)
+        drawn = np.stack([values[client] for client in group.clients])
+        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        if len(drawn):
+            limits.append(np.quantile(drawn, (0.02, 0.98) if len(group.clients) > FEW else (0.02, 1.0)))
+    if limits:
+        axes.set_ylim(np.min(limits) / 1.4, np.max(limits) * 1.4)
     plain_log(axes, "y")
 
 
@@ -269,17 +253,20 @@ def decision(record: CalibrationRecord, extreme: Sequence[int] | None, automatic
     selection = record.selection
     groups = grouped(selection.clients, record.early_stopped, extreme)
     levels = selection.later if automatic else selection.rho_quie
-    place = dict(zip(selection.clients, zip(selection.rho_later, levels, strict=True), strict=True))
+    points = dict(zip(selection.clients, zip(selection.rho_later, levels, strict=True), strict=True))
     with drawing(4.4, 3.3) as (figure, axes):
         for above, group in enumerate(groups):
-            x, y = zip(*(place[client] for client in group.clients), strict=True)
-            size = 28 if len(place) < 100 else 12
+            x, y = zip(*(points[client] for client in group.clients), strict=True)
             style: dict[str, Any] = {"color": group.colour, "marker": group.marker, "linewidths": 0}
-            axes.scatter(x, y, s=size, label=group.label, zorder=3 + above, **style)
+            axes.scatter(x, y, s=28 if len(points) < 100 else 12, label=group.label, zorder=3 + above, **style)
         axes.margins(0.09)
         axes.set_xlabel("decay: initial mean over later mean")
         _mark_extreme(axes, selection, automatic)
-        _name_points(axes, place, groups)
+        for group in groups:  # in small groups in colour, or in all where clients are few
+            if len(points) <= FEW or (len(group.clients) <= FEW and group is not groups[0]):
+                label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": MUTED}
+                for client in group.clients:
+                    axes.annotate(str(client), points[client], xytext=(4, 3), **label)
         legend_above(axes)
     return figure
 
@@ -310,39 +297,15 @@ def _mark_extreme(axes: Axes, selection: Selection, automatic: bool) -> None:
         axes.fill_between(x, np.clip(loud, bottom, top), top, **shade)
 
 
-def _name_points(axes: Axes, place: Mapping[int, tuple[float, float]], groups: Sequence[Group]) -> None:
-    """Client ids beside the points of small groups in colour, or of all groups where clients are few."""
-    for group in groups:
-        if len(place) <= FEW or (len(group.clients) <= FEW and group is not groups[0]):
-            for client in group.clients:
-                style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": MUTED}
-                axes.annotate(str(client), place[client], xytext=(4, 3), **style)
-
-
 def alignment(
     rounds: Sequence[tuple[int, Mapping[int, Alignment]]], groups: Sequence[Group], measure: str, y_name: str
 ) -> Figure:
     """The "cosine" or the "norm" of each client's update over some rounds, given by number."""
-    x = np.array([number + 1 for number, _ in rounds])
-    clients = sorted(k for group in groups for k in group.clients)
-    values = np.full((len(clients), len(x)), np.nan)
-    for column, (_, updates) in enumerate(rounds):
-        for row, client in enumerate(clients):
-            if client in updates:
-                values[row, column] = getattr(updates[client], measure)
-    x, values = thinned(x, values, POINTS)
-    with drawing() as (figure, axes):
-        ends = _draw_lines(axes, x, values, clients, groups, log=measure == "norm")
-        if measure == "cosine":
-            axes.axhline(0, color=MUTED, lw=0.9)
-            axes.set_ylim(-1.05, 1.05)
-        else:
-            _fit_log_scale(axes, values, clients, groups)
-        axes.set(xlabel="round", ylabel=y_name)
-        whole_numbers(axes)
-        _legend(axes, groups)
-        _name_ends(axes, ends)
-    return figure
+    clients = [client for group in groups for client in group.clients]
+    values = [[getattr(updates[k], measure) if k in updates else np.nan for _, updates in rounds] for k in clients]
+    x, means = thinned(np.array([number + 1 for number, _ in rounds]), np.array(values, np.float64), POINTS)
+    by_client = dict(zip(clients, means, strict=True))
+    return signal(x, by_client, groups, "round", y_name, cosine=measure == "cosine", margin=0.05)
 
 
 def agreement(rounds: np.ndarray, shares: np.ndarray) -> Figure:

@@ -1,7 +1,7 @@
 """The sections of a run's page on its clients: their data, calibration, signals and directions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +11,7 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.gradip import gradip, magnitude
 from meerkat.algorithm.rounds import RoundRecord
+from meerkat.record.history import Trajectory
 from meerkat.report import client_figures as draw
 from meerkat.report.client_figures import POINTS, grouped, lines_or_bands, running_mean
 from meerkat.report.facts import RunFacts
@@ -25,7 +26,7 @@ _NO_GRADIP = "No GradIP: this run's mask has no pre-training gradient; |g| shows
 _LENGTH_OF_G = "Size of each client's projected gradient, on a log scale"
 
 
-def data_section(page: Page, run: RunFacts) -> None:
+def _data(page: Page, run: RunFacts) -> None:
     """Which labels each client holds."""
     page.section("Data", "data")
     if run.split is None:
@@ -46,10 +47,10 @@ def data_section(page: Page, run: RunFacts) -> None:
     page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))
 
 
-def calibration_section(page: Page, run: RunFacts) -> None:
+def _calibrations(page: Page, run: RunFacts) -> None:
     """What the first and the last calibration measured, and which clients they stopped."""
     calibrations = run.records.calibrations
-    if run.early_stop == "none" and not calibrations:
+    if run.config.stopping == "none" and not calibrations:
         return
     page.section("Calibration", "calibration")
     if not calibrations:
@@ -61,93 +62,89 @@ def calibration_section(page: Page, run: RunFacts) -> None:
 
 
 def _calibration(page: Page, run: RunFacts, record: CalibrationRecord) -> None:
-    clients = list(record.scalars)
-    page.add(paragraph(calibration_outcome(record.early_stopped, len(clients), run.extreme, record.plan.round)))
-    if not clients:
+    scalars, name = record.scalars, f"calibration-{record.plan.round}"
+    page.add(paragraph(calibration_outcome(record.early_stopped, len(scalars), run.extreme, record.plan.round)))
+    if not scalars:
         page.add(absent("No client answered in full."))
         return
-    if not len(record.inner):
-        page.add(absent(_NO_GRADIP))
-    page.figures(*_calibration_signals(run, record), _decision(run, record))
-
-
-def _calibration_signals(run: RunFacts, record: CalibrationRecord) -> list[CaptionedFigure]:
-    """|GradIP|, where the mask has a pre-training gradient, and |g| over the steps of a calibration."""
-    clients, name = list(record.scalars), f"calibration-{record.plan.round}"
-    groups = grouped(clients, record.early_stopped, run.extreme)
-    steps = record.plan.steps[clients[0]]
-    width = max(1, steps // 10)
+    groups = grouped(list(scalars), record.early_stopped, run.extreme)
+    steps, width = record.plan.longest, max(1, record.plan.longest // 10)
     how = f"means over {width} steps around each; {lines_or_bands(groups)}"
 
-    def figure(signal: str, values: Sequence[np.ndarray]) -> Figure:
-        smooth = running_mean(np.stack(values), width)
-        x = np.arange(1, steps + 1)
-        return draw.signal(x, smooth, clients, groups, x_name="local step of calibration", y_name=signal)
+    def drawn(signal: str, values: Iterable[np.ndarray]) -> Figure:
+        means = running_mean(np.stack(list(values)), width)
+        by_client = dict(zip(scalars, means, strict=True))
+        return draw.signal(np.arange(1, steps + 1), by_client, groups, "local step of calibration", signal)
 
     figures = []
     if len(record.inner):
-        drawn = figure("|GradIP|", [np.abs(gradip(record.scalars[k], record.inner)) for k in clients])
+        figure = drawn("|GradIP|", (np.abs(gradip(g, record.inner)) for g in scalars.values()))
         caption = (
             f"How far each step points along the pre-training gradient, on a log scale; {how}. A client that falls far "
             "below the others has little left to learn."
         )
-        figures.append(CaptionedFigure(f"{name}-gradip", drawn, "GradIP while calibrating", caption))
-    drawn = figure("|g|", [magnitude(record.scalars[k]) for k in clients])
+        figures.append(CaptionedFigure(f"{name}-gradip", figure, "GradIP while calibrating", caption))
+    else:
+        page.add(absent(_NO_GRADIP))
     caption = f"{_LENGTH_OF_G}: GradIP's signal without its noise; {how}."
-    return [*figures, CaptionedFigure(f"{name}-g", drawn, "|g| while calibrating", caption)]
+    figure = drawn("|g|", map(magnitude, scalars.values()))
+    figures.append(CaptionedFigure(f"{name}-g", figure, "|g| while calibrating", caption))
+    page.figures(*figures, _decision(run, record))
 
 
 def _decision(run: RunFacts, record: CalibrationRecord) -> CaptionedFigure:
     automatic = run.config.vpcs_rule == "automatic"
+    rule = "it lies right of the upright dashed line and above the level one"
     if automatic:
         rule = (
             "right of the upright dashed line it decayed more than chance explains, below the level one it was quiet, "
             "above the slanting one it began louder than the others"
         )
-    else:
-        rule = "it lies right of the upright dashed line and above the level one"
     caption = f"One mark a client. On the shaded ground a client counts as extreme: {rule}."
-    if run.early_stop == "random":
+    if run.config.stopping == "random":
         caption += " This method then stops as many clients at random."
     figure = draw.decision(record, run.extreme, automatic)
     return CaptionedFigure(f"calibration-{record.plan.round}-rho", figure, "The decision", caption)
 
 
-def signal_section(page: Page, run: RunFacts) -> None:
+def _training(page: Page, run: RunFacts) -> None:
     """GradIP and |g| over training."""
     page.section("Signals in training", "signals")
-    if run.first_order:
-        page.add(absent("No GradIP and no |g|: in a first-order run clients send weights, not projected gradients."))
-        return
     trajectories = run.records.trajectories()
-    if not trajectories:
-        hidden = "No GradIP and no |g|: a run that hides its clients keeps no scalars of a single one."
-        page.add(absent(hidden if run.config.dp == "client" else "No signals: no round has closed yet."))
-        return
-    clients = list(trajectories)
-    groups = grouped(clients, run.stopped, run.extreme)
-    steps = [trajectories[k].steps for k in clients]
-    total = max(int(part[-1]) for part in steps) + 1
+    if not run.config.recipe.sends_scalars:
+        page.add(absent("No GradIP and no |g|: in a first-order run clients send weights, not projected gradients."))
+    elif trajectories:
+        _signals(page, run, trajectories)
+    elif run.config.dp == "client":
+        page.add(absent("No GradIP and no |g|: a run that hides its clients keeps no scalars of a single one."))
+    else:
+        page.add(absent("No signals: no round has closed yet."))
+
+
+def _signals(page: Page, run: RunFacts, trajectories: Mapping[int, Trajectory]) -> None:
+    groups = grouped(list(trajectories), run.stopped, run.extreme)
+    steps = [trajectory.steps for trajectory in trajectories.values()]
+    total = max(int(of_client[-1]) for of_client in steps) + 1
     bins = min(POINTS, math.ceil(total / max(5, run.config.local_steps)))
     how = f"means over {total / bins:.3g} steps; {lines_or_bands(groups)}"
 
     def figure(signal: str, values: Sequence[np.ndarray]) -> Figure:
         x, means = draw.binned(steps, values, bins)
-        return draw.signal(x, means, clients, groups, x_name="local step", y_name=signal)
+        return draw.signal(x, dict(zip(trajectories, means, strict=True)), groups, "local step", signal)
 
     figures = []
-    if np.isfinite(trajectories[clients[0]].gradip).any():
-        drawn = figure("|GradIP|", [np.abs(trajectories[k].gradip) for k in clients])
+    gradips = [np.abs(trajectory.gradip) for trajectory in trajectories.values()]
+    if np.isfinite(gradips[0]).any():
         caption = f"How far each client's steps point along the pre-training gradient, on a log scale; {how}."
-        figures.append(CaptionedFigure("training-gradip", drawn, "GradIP in training", caption))
+        figures.append(CaptionedFigure("training-gradip", figure("|GradIP|", gradips), "GradIP in training", caption))
     else:
         page.add(absent(_NO_GRADIP))
-    drawn = figure("|g|", [trajectories[k].abs_g for k in clients])
+    drawn = figure("|g|", [trajectory.abs_g for trajectory in trajectories.values()])
     caption = f"{_LENGTH_OF_G}: how steep its own loss still is; {how}."
     page.figures(*figures, CaptionedFigure("training-g", drawn, "|g| in training", caption))
 
 
-def alignment_section(page: Page, run: RunFacts) -> None:
+def _agreements(page: Page, run: RunFacts) -> None:
     """Where clients' updates point, compared with the federation's."""
     page.section("Do clients agree?", "alignment")
     if reason := _no_alignment(run):
@@ -156,12 +153,8 @@ def alignment_section(page: Page, run: RunFacts) -> None:
     assert run.mask is not None
     rounds = _rounds_to_compare([record for record in run.records.rounds if record.scalars], len(run.mask))
     if not rounds:
-        page.add(
-            absent(
-                "Updates are not compared here: making so many directions of so many entries would take too long; "
-                "meerkat.record.history.updates compares them."
-            )
-        )
+        reason = "making so many directions of so many entries would take too long"
+        page.add(absent(f"Updates are not compared here: {reason}; meerkat.record.history.updates compares them."))
         return
     which = "every round" if len(rounds) == run.rounds else f"{len(rounds):,} of {run.rounds:,} rounds"
     if _one_scalar_each(rounds):
@@ -173,7 +166,7 @@ def alignment_section(page: Page, run: RunFacts) -> None:
 
 def _no_alignment(run: RunFacts) -> str:
     """Why updates cannot be compared; empty where they can."""
-    if run.first_order:
+    if not run.config.recipe.sends_scalars:
         return "Updates are compared through their scalars, and a first-order run has none."
     if run.mask is None or not run.records.rounds:
         return "No updates to compare: no round has closed yet."
@@ -202,15 +195,12 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], which: str) -> None:
     shares = np.array(
         [np.mean([np.sign(g[0, 0]) == np.sign(r.aggregate[0, 0]) for g in r.scalars.values()]) for r in rounds]
     )
-    bins = min(len(shares), POINTS)
-    numbers = np.array([record.plan.round + 1 for record in rounds])
-    x, y = (np.array([part.mean() for part in np.array_split(values, bins)]) for values in (numbers, shares))
-    page.add(
-        paragraph(
-            "With one step and one direction a round all updates lie on one line, so a client pushes either the same "
-            f"way as the federation or the other way: on average {shares.mean():.0%} push the same way."
-        )
+    x, (y,) = draw.thinned(np.array([record.plan.round + 1 for record in rounds]), shares[None], POINTS)
+    text = (
+        "With one step and one direction a round all updates lie on one line, so a client pushes either the same "
+        f"way as the federation or the other way: on average {shares.mean():.0%} push the same way."
     )
+    page.add(paragraph(text))
     caption = (
         f"Share of clients whose update has the federation's sign ({which}, in up to {POINTS} means); the dashed line "
         "is the least that chance alone would give."
@@ -221,20 +211,17 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], which: str) -> None:
 def _alignment(page: Page, run: RunFacts, rounds: Sequence[tuple[int, Mapping[int, Alignment]]], which: str) -> None:
     clients = sorted({client for _, updates in rounds for client in updates})
     groups = grouped(clients, run.stopped, run.extreme)
-    if len(rounds) > POINTS:
-        which += f", in {POINTS} means"
-    how = f"({which}); {lines_or_bands(groups)}."
+    means = f", in {POINTS} means" if len(rounds) > POINTS else ""
+    how = f"({which}{means}); {lines_or_bands(groups)}."
+    cosine = draw.alignment(rounds, groups, "cosine", "cosine with the federation's update")
+    caption = f"1 is the direction of the federation's update, 0 is across it, -1 is against it {how}"
+    moved = f"How far each client moves in a round, in theta's units, on a log scale {how}"
+    norm = draw.alignment(rounds, groups, "norm", "length of the update")
     page.figures(
-        CaptionedFigure(
-            "alignment-cosine",
-            draw.alignment(rounds, groups, "cosine", "cosine with the federation's update"),
-            "Direction of each client's update",
-            f"1 is the direction of the federation's update, 0 is across it, -1 is against it {how}",
-        ),
-        CaptionedFigure(
-            "alignment-norm",
-            draw.alignment(rounds, groups, "norm", "length of the update"),
-            "Length of each client's update",
-            f"How far each client moves in a round, in theta's units, on a log scale {how}",
-        ),
+        CaptionedFigure("alignment-cosine", cosine, "Direction of each client's update", caption),
+        CaptionedFigure("alignment-norm", norm, "Length of each client's update", moved),
     )
+
+
+CLIENT_SECTIONS = (_data, _calibrations, _training, _agreements)
+"""In the order of the page."""

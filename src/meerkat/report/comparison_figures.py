@@ -1,5 +1,6 @@
 """Figures of a study: its settings side by side, seed by seed."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,23 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
-from meerkat.report.drawing import (
-    BLUE,
-    CYCLE,
-    GREEN,
-    GREY,
-    INK,
-    MARKERS,
-    MUTED,
-    RED,
-    drawing,
-    legend_above,
-    plain_log,
-    short,
-    whole_numbers,
-)
+from meerkat.report.drawing import drawing, legend_above, plain_log, short, whole_numbers
 from meerkat.report.facts import Row, Study, distinct_names, finite, mean, setting_in_words
+from meerkat.report.style import BLUE, CYCLE, GREEN, GREY, INK, MARKERS, MUTED, RED
 
 _DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", (0, (8, 2)), (0, (3, 1)))
 
@@ -37,10 +26,12 @@ class LineStyle:
     marker: str
     dashes: Any
 
-    @property
-    def is_background(self) -> bool:
-        """Whether the setting is one of many others, drawn in thin grey without a name."""
-        return self is _BACKGROUND
+    def plot(self, axes: Axes, x: ArrayLike, y: ArrayLike, name: str, **style: Any) -> None:
+        """Draw a line: thin and grey without a name if the setting is one of many others, else in its style."""
+        if self is _BACKGROUND:
+            axes.plot(x, y, color=GREY, lw=0.9, zorder=2)
+        else:
+            axes.plot(x, y, label=short(name) if name else "_", color=self.colour, ls=self.dashes, **style)
 
 
 _BACKGROUND = LineStyle(GREY, "", "-")
@@ -64,7 +55,7 @@ def _styles_by_score(study: Study) -> dict[str, LineStyle]:
 
 def _legend(axes: Axes, styles: Collection[LineStyle]) -> None:
     """A legend above the plot, with the number of lines in the background."""
-    if others := sum(style.is_background for style in styles):
+    if others := sum(style is _BACKGROUND for style in styles):
         axes.plot([], [], color=GREY, lw=1, label=f"{others} others")
     legend_above(axes)
 
@@ -81,14 +72,11 @@ def curves(study: Study, rows: Sequence[Row], score: str) -> Figure | None:
     styles = _styles_by_score(study)
     with drawing() as (figure, axes):
         for name, (steps, values) in lines:
-            style, mean_value = styles[name], np.nanmean(values, 0)
-            if style.is_background:
-                axes.plot(steps, mean_value, label="_", color=style.colour, lw=0.9, ls=style.dashes, zorder=2)
-                continue
-            if len(values) > 1:
+            style = styles[name]
+            if len(values) > 1 and style is not _BACKGROUND:
                 low, high = np.nanmin(values, 0), np.nanmax(values, 0)
                 axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, lw=0)
-            axes.plot(steps, mean_value, label=short(name), color=style.colour, lw=1.6, ls=style.dashes, zorder=3)
+            style.plot(axes, steps, np.nanmean(values, 0), name, lw=1.6, zorder=3)
         axes.set(xlabel="local steps a client (rounds times T)", ylabel=score)
         if score == study.score and study.score_range:
             low, high = study.score_range
@@ -113,8 +101,10 @@ def final(study: Study) -> Figure:
         for label, row in zip(axes.get_yticklabels(), rows, strict=True):
             if row.get("best"):
                 label.set(fontweight="bold", color=BLUE)
-        for height in _boundaries(study):
-            axes.axhline(height, color=MUTED, lw=0.7)
+        first = next(iter(study.axes)) if len(study.axes) > 1 else ""
+        for place, (row, below) in enumerate(itertools.pairwise(rows)):
+            if row["setting"].get(first) != below["setting"].get(first):
+                axes.axhline(place + 0.5, color=MUTED, lw=0.7)
         axes.margins(x=0.06)
         axes.set_xlabel(f"final {study.score}")
     return figure
@@ -125,15 +115,6 @@ def _rows_down(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-
-
-def _boundaries(study: Study) -> list[float]:
-    """The heights between rows of different values of the first axis."""
-    if len(study.axes) < 2:
-        return []
-    first = next(iter(study.axes))
-    values = [row["setting"].get(first) for row in study.rows]
-    return [i - 0.5 for i in range(1, len(values)) if values[i] != values[i - 1]]
 
 
 def loss_along(study: Study, rows: Sequence[Row], axis: str, by_panel: bool) -> Figure | None:
@@ -150,7 +131,11 @@ def loss_along(study: Study, rows: Sequence[Row], axis: str, by_panel: bool) -> 
     styles, values = _styles(list(of_all_panels), best), study.axes[axis]
     with drawing() as (figure, axes):
         for name, points in lines.items():
-            _draw_line(axes, sorted(points), name, styles[name])
+            style, (x, losses) = styles[name], zip(*sorted(points), strict=True)
+            style.plot(axes, x, list(map(mean, losses)), name, marker=style.marker)
+            if style is not _BACKGROUND:
+                dots = np.repeat(x, [len(each) for each in losses]), np.concatenate(losses)
+                axes.plot(*dots, "o", color=style.colour, ms=2.5, alpha=0.6, mew=0)
         plain_log(axes, "x")
         if all(isinstance(value, int) for value in values) and len(values) <= 8:
             axes.xaxis.set_minor_locator(NullLocator())
@@ -175,16 +160,6 @@ def _losses_along(
     return lines
 
 
-def _draw_line(axes: Axes, points: Sequence[tuple[float, list[float]]], name: str, style: LineStyle) -> None:
-    x, means = [value for value, _ in points], [mean(losses) for _, losses in points]
-    if style.is_background:
-        axes.plot(x, means, color=style.colour, lw=0.9, zorder=2)
-        return
-    axes.plot(x, means, color=style.colour, marker=style.marker, ls=style.dashes, label=short(name) if name else "_")
-    dots = np.array([(value, loss) for value, losses in points for loss in losses])
-    axes.plot(dots[:, 0], dots[:, 1], "o", color=style.colour, ms=2.5, alpha=0.6, mew=0)
-
-
 def rate_search(study: Study, rows: Sequence[Row]) -> Figure | None:
     """The learning-rate search: held-back loss over rate, the chosen rate in a ring; None where there was none."""
     searched = [row for row in rows if row.get("rates")]
@@ -194,9 +169,9 @@ def rate_search(study: Study, rows: Sequence[Row]) -> Figure | None:
     with drawing() as (figure, axes):
         for row in searched:
             name = study.name_in_panel(row)
-            diverged = _draw_search(axes, row, styles[name], short(name), crossed)
+            diverged = _draw_search(axes, row, styles[name], name, crossed)
             any_diverged |= diverged
-            crossed += diverged and not styles[name].is_background
+            crossed += diverged and styles[name] is not _BACKGROUND
         if any_diverged:
             axes.plot([], [], "x", color=INK, ms=5, mew=1.5, label="diverged")
             axes.margins(y=0.2)
@@ -217,17 +192,15 @@ def _draw_search(axes: Axes, row: Row, style: LineStyle, name: str, crossed: int
     Returns:
         Whether any rate diverged.
     """
-    background = style.is_background
-    kept = [(rate, loss) for rate, loss in row["rates"] if finite([loss])]
+    finished = [(rate, loss) for rate, loss in row["rates"] if finite([loss])]
     diverged = [rate for rate, loss in row["rates"] if not finite([loss])]
-    if kept:
-        x, y = zip(*kept, strict=True)
-        label, width = ("_", 0.9) if background else (name, 1.4)
-        axes.plot(x, y, color=style.colour, marker=style.marker, ls=style.dashes, lw=width, label=label, ms=3.5)
-    for rate, loss in kept:
-        if np.isclose(rate, row["lr"]) and not background:
+    if finished:
+        x, y = zip(*finished, strict=True)
+        style.plot(axes, x, y, name, marker=style.marker, lw=1.4, ms=3.5)
+    for rate, loss in finished:
+        if np.isclose(rate, row["lr"]) and style is not _BACKGROUND:
             axes.plot(rate, loss, "o", ms=9, mfc="none", mec=style.colour, mew=1.4)
-    height = 0.5 if background else 0.97 - 0.05 * min(crossed, 8)
+    height = 0.5 if style is _BACKGROUND else 0.97 - 0.05 * min(crossed, 8)
     for rate in diverged:
         axes.plot(rate, height, "x", color=style.colour, ms=5, mew=1.5, transform=axes.get_xaxis_transform())
     return bool(diverged)

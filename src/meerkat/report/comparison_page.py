@@ -1,23 +1,14 @@
 """A comparison's page: for each study its claims, then the table, then the figures."""
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meerkat.errors import RunFailed
 from meerkat.report import comparison_figures as draw
-from meerkat.report.facts import (
-    Row,
-    Study,
-    deviation,
-    distinct_names,
-    finite,
-    has_log_scale,
-    mean,
-    read_comparison,
-    value_in_words,
-)
+from meerkat.report.facts import Row, Study, distinct_names, finite, mean, read_comparison, value_in_words
 from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, paragraph, pill, table
 from meerkat.report.sentences import data_size
 
@@ -44,86 +35,75 @@ def comparison_page(root: Path) -> Page:
     content, studies = read_comparison(root)
     runs = sum(len(row["seeds"]) for study in studies for row in study.rows)
     model, task = str(content["model"]), str(content["task"])
-    page = Page(
-        str(content["title"]) or "Comparison",
-        (f"{Path(model).name or model} · " if model else "")
-        + f"{Path(task).stem or task} · {len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs",
-    )
-    for number, study in enumerate(studies, 1):
-        page.section(str(study.content["title"] or study.content["name"]), f"study-{number}-{study.name}")
-        if study.content.get("note"):
-            page.add(paragraph(str(study.content["note"]), "note"))
+    parts = [Path(model).name or model] if model else []
+    parts += [Path(task).stem or task, f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs"]
+    page = Page(str(content["title"]) or "Comparison", " · ".join(parts))
+    for place, study in enumerate(studies, 1):
+        page.section(study.title or study.name, f"study-{place}-{study.stem}")
+        if study.note:
+            page.add(paragraph(study.note, "note"))
         if not study.rows:
             page.add(absent("Nothing to show: none of its runs has ended yet."))
             continue
-        _claims(page, study)
+        if study.checks:
+            page.add("<h3>Claims</h3>")
+        for number, claim in enumerate(study.checks, 1):
+            _claim(page, claim, f"{study.stem}-check-{number}")
         page.add("<h3>Outcomes</h3>" + _outcomes(study))
         _figures(page, study)
     return page
 
 
-def _claims(page: Page, study: Study) -> None:
-    claims = study.content.get("checks", [])
-    if claims:
-        page.add("<h3>Claims</h3>")
-    for number, claim in enumerate(claims, 1):
-        page.add(
-            f'<p class="claim">{pill(str(claim["verdict"]))} <b>{escape(str(claim["claim"]))}</b> '
-            f"{_overall_difference(claim)}</p>"
-        )
-        pairs, html = claim["differences"], _differences_table(claim["differences"])
-        if len(finite([pair["mean"] for pair in pairs])) < 2:
-            page.add(html)
-            continue
-        caption = "One mark a setting, two standard errors either way; where these reach 0, there may be no difference."
-        name = f"{study.name}-check-{number}"
-        figure = CaptionedFigure(name, draw.differences(claim), "Differences", caption)
-        if len(pairs) <= _FEW:
-            page.figures(figure, before=f"<div>{html}</div>")
-        else:
-            page.figures(figure)
-            page.add(folded(f"{len(pairs)} paired differences", html))
+def _claim(page: Page, claim: Mapping[str, Any], name: str) -> None:
+    overall = ""
+    if claim.get("mean") is not None:
+        error = f" ± {_number(claim['se'])}" if finite([claim.get("se")]) else ""
+        overall = f"<small>{escape(str(claim['measure']))} {_number(claim['mean'], '+.4f')}{error}</small>"
+    verdict = pill(str(claim["verdict"]))
+    page.add(f'<p class="claim">{verdict} <b>{escape(str(claim["claim"]))}</b> {overall}</p>')
+    pairs, html = claim["differences"], _differences(claim["differences"])
+    if len(finite([pair["mean"] for pair in pairs])) < 2:
+        page.add(html)
+        return
+    caption = "One mark a setting, two standard errors either way; where these reach 0, there may be no difference."
+    figure = CaptionedFigure(name, draw.differences(claim), "Differences", caption)
+    page.figures(figure, before=f"<div>{html}</div>" if len(pairs) <= _FEW else "")
+    if len(pairs) > _FEW:
+        page.add(folded(f"{len(pairs)} paired differences", html))
 
 
-def _overall_difference(claim: Mapping[str, Any]) -> str:
-    """The mean over all of a claim's pairs, where the claim was judged by it."""
-    if claim.get("mean") is None:
-        return ""
-    error = f" ± {number(claim['se'])}" if finite([claim.get("se")]) else ""
-    return f"<small>{escape(str(claim['measure']))} {number(claim['mean'], '+.4f')}{error}</small>"
-
-
-def _differences_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+def _differences(pairs: Sequence[Mapping[str, Any]]) -> str:
     if not pairs:
         return absent("No pair of runs to check it on.")
     rows = []
     for name, pair in zip(distinct_names([pair["setting"] for pair in pairs]), pairs, strict=True):
         verdict = escape(str(pair["verdict"]))
         verdict = f'<span class="{verdict}">{verdict}</span>'
-        rows.append((escape(name), number(pair["mean"], "+.4f"), number(pair["se"]), verdict))
+        rows.append((escape(name), _number(pair["mean"], "+.4f"), _number(pair["se"]), verdict))
     caption = "Mean difference, paired over seeds, and its standard error"
     return table(["at", "difference", "s.e.", "verdict"], rows, caption=caption)
 
 
-def number(value: float | None, form: str = ".4f") -> str:
+def _number(value: float | None, form: str = ".4f") -> str:
     """A number, or a dash where there is none."""
     return _DASH if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _outcomes(study: Study) -> str:
-    fastest = min((mean(row["wall_s"]) for row in study.rows if finite(row["wall_s"])), default=float("nan"))
-    others = [score for score in study.better if score != study.score]
+    fastest = min((mean(row["wall_s"]) for row in study.rows if finite(row["wall_s"])), default=math.nan)
     with_stops = any(any(row.get("early_stopped") or []) for row in study.rows)
     head = [
         *(axis.replace("_", " ") for axis in study.axes),
-        *(study.score, "before", *others, "rate", "rounds", "moving", "sent a client", "wall time"),
+        *(study.score, "before", *(score for score in study.better if score != study.score)),
+        *("rate", "rounds", "moving", "sent a client", "wall time"),
         *(["stopped early"] if with_stops else []),
     ]
     lines = [_outcome(study, row, fastest, with_stops) for row in study.rows]
-    seeds = sorted({len(row["seeds"]) for row in study.rows})
-    over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    seeds = [len(row["seeds"]) for row in study.rows]
+    fewest, most = min(seeds), max(seeds)
+    over = f"{most}" if fewest == most else f"{fewest} to {most}"
     caption = (
-        f"Mean{' ± standard deviation' if seeds[-1] > 1 else ''} over {over} seed{'s' * (seeds[-1] > 1)}; the best in "
+        f"Mean{' ± standard deviation' if most > 1 else ''} over {over} seed{'s' * (most > 1)}; the best in "
         "bold; wall time as a multiple of the fastest in this table"
     )
     best = {i for i, row in enumerate(study.rows) if row.get("best")}
@@ -135,25 +115,24 @@ def _outcome(study: Study, row: Row, fastest: float, with_stops: bool) -> list[s
     return [
         *(escape(_plain_value(axis, row["setting"].get(axis, ""))) for axis in study.axes),
         _mean_and_deviation(scores[study.score], len(row.get("diverged", []))),
-        number(mean(row["scores_before"][study.score]), ".3f"),
+        _number(mean(row["scores_before"][study.score]), ".3f"),
         *(_mean_and_deviation(scores[score]) for score in study.better if score != study.score),
         f"{row['lr']:g}",
         f"{row['rounds']:,}",
         f"{row['params_masked']:,}",
         data_size(row["payload_bytes_up_per_client"]),
         _DASH if math.isnan(wall) else f"{wall / fastest:.2f}{_TIMES} <small>{wall:,.1f} s</small>",
-        *([number(mean(row["early_stopped"]), ".3g")] if with_stops else []),
+        *([_number(mean(row["early_stopped"]), ".3g")] if with_stops else []),
     ]
 
 
 def _mean_and_deviation(values: Sequence[float | None], diverged: int = 0) -> str:
-    if not finite(values):
+    numbers = finite(values)
+    if not numbers:
         return "diverged"
-    diverged += len(values) - len(finite(values))
-    text = f"{mean(values):.3f}"
-    if not math.isnan(deviation(values)):
-        text += f" <small>± {deviation(values):.3f}</small>"
-    return text + (f"<br><small>{diverged} diverged</small>" if diverged else "")
+    diverged += len(values) - len(numbers)
+    deviation = f" <small>± {statistics.stdev(numbers):.3f}</small>" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.3f}{deviation}" + (f"<br><small>{diverged} diverged</small>" if diverged else "")
 
 
 def _plain_value(axis: str, value: Any) -> str:
@@ -168,7 +147,7 @@ def _figures(page: Page, study: Study) -> None:
     caption = "One line a setting, one dot a seed, the upright stroke their mean; the best in bold blue."
     page.figures(
         *(figure for figure in curves if figure is not None),
-        CaptionedFigure(f"{study.name}-final", draw.final(study), f"Final {study.score}", caption),
+        CaptionedFigure(f"{study.stem}-final", draw.final(study), f"Final {study.score}", caption),
         *_loss_along(study, "density", "Loss by share that moves"),
         *_loss_along(study, "local_steps", "Loss by local steps a round"),
         *_rate_searches(study),
@@ -180,32 +159,27 @@ def _figures(page: Page, study: Study) -> None:
 def _curves(study: Study, panel: int, score: str) -> CaptionedFigure | None:
     """A score over local steps in one panel; None where its run folders are not there."""
     name, rows = study.panels[panel]
-    figure = draw.curves(study, rows, score)
-    if figure is None:
+    if (figure := draw.curves(study, rows, score)) is None:
         return None
     several = max(len(row.get("runs", [])) for row in rows) > 1
     drawn = "lines are means over seeds, bands reach from the lowest to the highest" if several else "one run each"
     caption = f"{score.capitalize()} against rounds times T, without calibration: {drawn}."
     title = _titled(f"{score.capitalize()} over local steps", name)
-    return CaptionedFigure(f"{study.name}-{file_name(score)}-{panel + 1}", figure, title, caption)
+    return CaptionedFigure(f"{study.stem}-{file_name(score)}-{panel + 1}", figure, title, caption)
 
 
-def _loss_along(study: Study, axis: str, title: str) -> list[CaptionedFigure]:
+def _loss_along(study: Study, axis: str, title: str) -> Iterator[CaptionedFigure]:
     """Loss along a numeric axis: one figure, or one for each value of the first axis where lines would be many."""
-    if not has_log_scale(study.axes.get(axis, [])):
-        return []
+    if not study.has_log_scale(axis):
+        return
     caption = "Final loss, on log scales: lines join means over seeds, small dots are seeds; lower is better."
     by_panel = len(study.axes) > 2 and axis != next(iter(study.axes))
-    figures = []
     for i, (name, rows) in enumerate(study.panels if by_panel else [("", study.rows)], 1):
         if (figure := draw.loss_along(study, rows, axis, by_panel)) is not None:
-            file_name = f"{study.name}-{axis.replace('_', '-')}-{i}"
-            figures.append(CaptionedFigure(file_name, figure, _titled(title, name), caption))
-    return figures
+            yield CaptionedFigure(f"{study.stem}-{axis.replace('_', '-')}-{i}", figure, _titled(title, name), caption)
 
 
-def _rate_searches(study: Study) -> list[CaptionedFigure]:
-    figures = []
+def _rate_searches(study: Study) -> Iterator[CaptionedFigure]:
     for i, (name, rows) in enumerate(study.panels, 1):
         if (figure := draw.rate_search(study, rows)) is not None:
             diverged = any(not finite([loss]) for row in rows for _, loss in row.get("rates", []))
@@ -213,9 +187,7 @@ def _rate_searches(study: Study) -> list[CaptionedFigure]:
                 "Loss on held-back training rows by learning rate, on log scales; a ring marks the rate that was chosen"
                 f"{', a cross one that diverged' if diverged else ''}."
             )
-            title = _titled("Learning-rate search", name)
-            figures.append(CaptionedFigure(f"{study.name}-rates-{i}", figure, title, caption))
-    return figures
+            yield CaptionedFigure(f"{study.stem}-rates-{i}", figure, _titled("Learning-rate search", name), caption)
 
 
 def _titled(title: str, panel: str) -> str:

@@ -1,8 +1,7 @@
-"""What all figures share: colours, style, axes, and the way to a file or into a page.
+"""What all figures share: style, axes, and the way to a file or into a page.
 
-A figure uses a few fixed colours. In its files they stay as they are, on white; in a page each becomes a CSS
-variable, so that one drawing suits light and dark. The hues are Okabe and Ito's, which people with any colour
-blindness can tell apart; lines also differ in dashes or markers.
+In a figure's files its colours stay as they are, on white; in a page each becomes a CSS variable, so that one drawing
+suits light and dark.
 """
 
 import io
@@ -10,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from meerkat.record.run_folder import write_atomically
 from meerkat.report.sentences import data_size
-
-INK, MUTED, GRID, PAPER = "#1c1f24", "#666c75", "#dde0e4", "#fefefe"
-BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN, GREY = [
-    "#0069a8",
-    "#cf5300",
-    "#008f6b",
-    "#b8568f",
-    "#d99000",
-    "#4da9dd",
-    "#7a5230",
-    "#9aa1ab",
-]
-ON_HEAT = "#ffffff"
-"""Text on a deep shade of HEAT, in light and in dark."""
-CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-VARIABLES = {
-    **{INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", GREY: "rest", BLUE: "blue", RED: "red"},
-    **{GREEN: "green", PURPLE: "purple", ORANGE: "orange", SKY: "sky", BROWN: "brown"},
-}
-"""Each colour's CSS variable: the colour itself in light, style.py's value in dark."""
+from meerkat.report.style import GRID, INK, MUTED, VARIABLES
 
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.05, 0.47, 0.79, 0.0), (0.05, 0.47, 0.79, 1.0)])
 """From transparent to a blue that stands out in light and in dark."""
@@ -50,8 +30,6 @@ HEAT = LinearSegmentedColormap.from_list("heat", [(0.05, 0.47, 0.79, 0.0), (0.05
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.labelsize": 8.5,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
@@ -76,8 +54,6 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "meerkat",
     "text.parse_math": False,  # a label may hold dollar signs
 }
-_PAPER_SVG = {"svg.fonttype": "path"}
-_PAGE_SVG = {"svg.fonttype": "none"}
 
 
 @contextmanager
@@ -100,26 +76,17 @@ def _missing_glyphs_ignored() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write stem.png and stem.svg on white, the same bytes each time. Returns their paths.
+def save(figure: Figure, stem: Path) -> None:
+    """Write stem.png and stem.svg on white, the same bytes each time.
 
     Raises:
         RunFailed: a file cannot be written.
     """
-    paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
-    for path in paths:
-        write_atomically(path, _writer(figure, path.suffix[1:]), "make room, then try again")
-    return paths
-
-
-def _writer(figure: Figure, form: str) -> Any:
-    metadata: dict[str, Any] = {"Date": None, "Creator": "meerkat"} if form == "svg" else {"Software": "meerkat"}
-
-    def write(part: Path) -> None:
-        with mpl.rc_context(_STYLE | _PAPER_SVG), _missing_glyphs_ignored():
-            figure.savefig(part, format=form, facecolor="white", metadata=metadata)
-
-    return write
+    for form, metadata in (("png", {"Software": "meerkat"}), ("svg", {"Date": None, "Creator": "meerkat"})):
+        options: dict[str, Any] = {"format": form, "metadata": metadata, "facecolor": "white"}
+        with mpl.rc_context(_STYLE | {"svg.fonttype": "path"}), _missing_glyphs_ignored():
+            path = stem.with_name(f"{stem.name}.{form}")
+            write_atomically(path, partial(figure.savefig, **options), "make room, then try again")
 
 
 def inline(figure: Figure, name: str, label: str) -> str:
@@ -130,28 +97,23 @@ def inline(figure: Figure, name: str, label: str) -> str:
         label: what a screen reader says, as escaped HTML.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | _PAGE_SVG), _missing_glyphs_ignored():
+    with mpl.rc_context(_STYLE | {"svg.fonttype": "none"}), _missing_glyphs_ignored():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = _with_unique_ids(text, name)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"(font: |font-family: )([^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1\2var(--font)", text)
-    text = re.sub(r' (d|x|y)="[^"]*"', lambda attribute: _LONG_NUMBER.sub(_two_decimals, attribute.group()), text)
+    text = re.sub(r' (d|x|y)="[^"]*"', lambda attribute: _two_decimals(attribute.group()), text)
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box
     opening = f'<svg viewBox="{box.group(1)}" role="img" aria-label="{label}">'
     return re.sub(r"\n\s*", "\n", re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)).strip()
 
 
-_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
-
-
-def _two_decimals(number: re.Match[str]) -> str:
-    return f"{float(number.group()):.2f}"
+def _two_decimals(text: str) -> str:
+    return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number.group()):.2f}", text)
 
 
 def _with_unique_ids(text: str, name: str) -> str:
@@ -172,18 +134,16 @@ def plain_log(axes: Axes, which: str) -> None:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(
-            LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 6 else (1, 2, 5) if ratio < 300 else (1,), numticks=12)
-        )
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"))
+        subs = (1, 1.5, 2, 3, 5, 7) if ratio < 6 else (1, 2, 5) if ratio < 300 else (1,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def whole_numbers(axes: Axes, which: str = "x") -> None:
-    """Ticks at whole numbers, few enough to read."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+def whole_numbers(axes: Axes) -> None:
+    """Ticks along x at whole numbers, few enough to read."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def short(text: str, most: int = 30) -> str:
@@ -212,7 +172,7 @@ def _legend_width(names: Sequence[str], columns: int) -> float:
 
 def byte_ticks(axes: Axes) -> None:
     """Ticks along x in bytes."""
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: data_size(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: data_size(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if axes.get_xscale() != "log":
         axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -1,7 +1,8 @@
 """What the folders of runs and comparisons hold, read once for their pages."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from meerkat.comparison.results import FILE, FORMAT
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
@@ -19,8 +21,6 @@ from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.summary import without_budget
 from meerkat.settings.config import RunConfig
 
-COMPARISON_FILE = "compare.json"
-COMPARISON_FORMAT = 2
 _SYMBOLS = {"local_steps": "T", "density": "u", "directions": "P", "clients": "K", "lr": "eta"}
 
 Row = Mapping[str, Any]
@@ -53,62 +53,46 @@ class RunFacts:
         try:
             summary = folder.summary()
         except ValueError as error:
-            raise RunFailed(
-                f"{folder.summary_path}: damaged ({error}); delete it, then 'meerkat resume {root}'"
-            ) from None
+            cure = f"delete it, then 'meerkat resume {root}'"
+            raise RunFailed(f"{folder.summary_path}: damaged ({error}); {cure}") from None
         mask = folder.mask() if folder.mask_path.is_file() else None
         return cls(folder.config(), folder.metrics(), summary, mask, history.read(root), without_budget(folder))
-
-    @property
-    def first_order(self) -> bool:
-        """Whether clients sent weights, not scalars."""
-        return not self.config.recipe.sends_scalars
-
-    @property
-    def early_stop(self) -> str:
-        """Which clients calibration stops early: "none", "vp" (the extreme ones) or "random"."""
-        chosen = self.config.early_stop
-        return self.config.recipe.early_stop if chosen == "by-method" else chosen
 
     @cached_property
     def rounds(self) -> int:
         """Closed rounds."""
-        in_metrics: list[int] = [metric["round"] + 1 for metric in self.metrics if metric["kind"] == "round"]
-        in_log = [record.plan.round + 1 for record in self.records.rounds]
-        return max([0, *in_metrics, *in_log])
+        in_metrics: list[int] = [metric["round"] + 1 for metric in self.of_kind("round")]
+        return max([0, *in_metrics, *(record.plan.round + 1 for record in self.records.rounds)])
 
     @cached_property
     def evaluations(self) -> list[EvaluationMetric]:
         """The evaluations, in order of rounds."""
-        return [EvaluationMetric.from_json(metric) for metric in self.of_kind(EvaluationMetric.kind)]
+        return EvaluationMetric.all_of(self.metrics)
 
     def of_kind(self, kind: str) -> list[Metric]:
         """Metrics of one kind, in order of rounds."""
         return sorted((m for m in self.metrics if m["kind"] == kind), key=lambda m: m["round"])
 
-    def payload(self, before: int | None = None, kinds: Sequence[str] = ("round", "calibration")) -> float:
-        """Mean bytes of payload a client, up and down, before a round; None for the whole run."""
-        counted = [m for m in self.metrics if m["kind"] in kinds and (before is None or m["round"] < before)]
-        return float(sum(m["bytes_up"] + m["bytes_down"] for m in counted)) / self.config.clients
-
-    def sent(self, way: str, kind: str) -> float:
-        """Mean bytes of payload a client "up" or "down", in metrics of the kind "round" or "calibration"."""
-        return float(sum(m[f"bytes_{way}"] for m in self.metrics if m["kind"] == kind)) / self.config.clients
+    def payload(
+        self,
+        kinds: Collection[str] = ("round", "calibration"),
+        ways: Collection[str] = ("up", "down"),
+        before: float = math.inf,
+    ) -> float:
+        """Mean bytes of payload a client, in rounds or calibrations, up or down, before a round."""
+        counted = [m for m in self.metrics if m["kind"] in kinds and m["round"] < before]
+        return float(sum(m[f"bytes_{way}"] for m in counted for way in ways)) / self.config.clients
 
     @cached_property
     def split(self) -> tuple[list[str], np.ndarray] | None:
         """Labels, and each client's rows of each, int64 [K, C]; None for a federation, whose server cannot know."""
         splits = self.of_kind("split")
-        if not splits:
-            return None
-        return [str(label) for label in splits[-1]["labels"]], np.array(splits[-1]["counts"], np.int64)
+        return (list(map(str, splits[-1]["labels"])), np.array(splits[-1]["counts"], np.int64)) if splits else None
 
     @cached_property
     def extreme(self) -> tuple[int, ...] | None:
         """Clients that hold one label alone; None where the split is not known."""
-        if self.split is None:
-            return None
-        return tuple(int(k) for k in np.flatnonzero((self.split[1] > 0).sum(1) == 1))
+        return self.split and tuple(np.flatnonzero((self.split[1] > 0).sum(1) == 1).tolist())
 
     @cached_property
     def stopped(self) -> tuple[int, ...]:
@@ -119,29 +103,28 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Study:
-    """One study of a comparison: settings along some axes, each run at some seeds."""
+    """One study of a comparison, as compare.json has it: settings along some axes, each run at some seeds."""
 
     root: Path
     """The comparison's folder."""
-    content: Mapping[str, Any]
-    """The study as compare.json has it."""
+    name: str
+    axes: Mapping[str, Sequence[Any]]
+    """The values of each setting that is varied."""
+    rows: Sequence[Row]
+    """One row a setting."""
+    score: str
+    """The name of the score that settings are compared by."""
+    better: Mapping[str, Better]
+    """Every score's name, and which of its values are better."""
+    title: str = ""
+    note: str = ""
+    checks: Sequence[Mapping[str, Any]] = ()
+    """The claims, with their verdicts and differences."""
 
     @property
-    def name(self) -> str:
+    def stem(self) -> str:
         """The name, fit for file names."""
-        return file_name(str(self.content["name"])) or "study"
-
-    @property
-    def axes(self) -> Mapping[str, Sequence[Any]]:
-        """The values of each setting that is varied."""
-        axes: Mapping[str, Sequence[Any]] = self.content["axes"]
-        return axes
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """One row a setting."""
-        rows: Sequence[Row] = self.content["rows"]
-        return rows
+        return file_name(self.name) or "study"
 
     @cached_property
     def panels(self) -> list[tuple[str, list[Row]]]:
@@ -155,24 +138,17 @@ class Study:
         ]
         return [(name, rows) for name, rows in panels if rows]
 
-    @property
-    def score(self) -> str:
-        """The name of the score that settings are compared by."""
-        return str(self.content["score"])
-
-    @property
-    def better(self) -> Mapping[str, Better]:
-        """Every score's name, and which of its values are better."""
-        better: Mapping[str, Better] = self.content["better"]
-        return better
-
     @cached_property
     def score_range(self) -> tuple[float, float] | None:
         """Lowest and highest score of all curves, so that panels can share a scale; None without curves."""
         curves = [curve[1] for row in self.rows if (curve := self.curves(row, self.score)) is not None]
-        if not curves:
-            return None
-        return min(float(np.nanmin(values)) for values in curves), max(float(np.nanmax(values)) for values in curves)
+        return (min(map(np.nanmin, curves)), max(map(np.nanmax, curves))) if curves else None
+
+    def has_log_scale(self, axis: str) -> bool:
+        """Whether an axis' values are positive numbers, and not all the same."""
+        values = self.axes.get(axis, [])
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+        return len(numbers) == len(values) and len(set(numbers)) > 1
 
     def name_in_panel(self, row: Row) -> str:
         """A row's setting in words, without the first axis, which names the panel."""
@@ -185,15 +161,12 @@ class Study:
         Returns:
             None where none of the row's run folders is there.
         """
-        runs = []
-        for run in row.get("runs", []):
-            evaluations = [m for m in RunFolder(self.root / run).metrics() if m["kind"] == EvaluationMetric.kind]
-            if evaluations:
-                runs.append({m["round"] * row["local_steps"]: float(m["scores"][score]) for m in evaluations})
+        every = [EvaluationMetric.all_of(RunFolder(self.root / run).metrics()) for run in row.get("runs", [])]
+        runs = [{m.round * row["local_steps"]: m.scores[score] for m in run} for run in every if run]
         if not runs:
             return None
         steps = sorted(set().union(*runs))
-        return np.array(steps), np.array([[run.get(step, np.nan) for step in steps] for run in runs])
+        return np.array(steps), np.array([[run.get(step) for step in steps] for run in runs], np.float64)
 
 
 def read_comparison(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
@@ -203,19 +176,15 @@ def read_comparison(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
         MeerkatError: there is no comparison in the folder, or one of another format.
         RunFailed: compare.json is damaged.
     """
-    path = root / COMPARISON_FILE
+    path = root / FILE
     if not path.is_file():
-        raise MeerkatError(
-            f"comparison '{root}': no {COMPARISON_FILE} in it; give a folder that 'meerkat compare' wrote"
-        )
+        raise MeerkatError(f"comparison '{root}': no {FILE} in it; give a folder that 'meerkat compare' wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != COMPARISON_FORMAT:
-            raise MeerkatError(
-                f"{path}: format {content['format']!r} is not known, only {COMPARISON_FORMAT}; "
-                "use the version that wrote it"
-            )
-        return content, [Study(root, study) for study in content["studies"]]
+        if content["format"] != FORMAT:
+            known = f"is not known, only {FORMAT}; use the version that wrote it"
+            raise MeerkatError(f"{path}: format {content['format']!r} {known}")
+        return content, [Study(root, **study) for study in content["studies"]]
     except (KeyError, TypeError, ValueError) as error:
         raise RunFailed(f"{path}: damaged ({error}); make it again with 'meerkat compare'") from None
 
@@ -236,28 +205,15 @@ def distinct_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Settings in words, without the values that all of them share."""
     shared = {name for name in settings[0] if all(one.get(name) == settings[0][name] for one in settings)}
     if len(settings) == 1 or all(set(one) == shared for one in settings):
-        return [setting_in_words(one) for one in settings]
+        shared = set()
     return [setting_in_words({k: v for k, v in one.items() if k not in shared}) for one in settings]
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
     """The finite values; a seed that diverged has none."""
-    return [float(value) for value in values if value is not None and np.isfinite(value)]
+    return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
 def mean(values: Sequence[float | None]) -> float:
     """The mean of the finite values; nan where there are none."""
-    numbers = finite(values)
-    return float(np.mean(numbers)) if numbers else float("nan")
-
-
-def deviation(values: Sequence[float | None]) -> float:
-    """The standard deviation of the finite values; nan where there are fewer than two."""
-    numbers = finite(values)
-    return float(np.std(numbers, ddof=1)) if len(numbers) > 1 else float("nan")
-
-
-def has_log_scale(values: Sequence[Any]) -> bool:
-    """Whether an axis' values are positive numbers, and not all the same."""
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
-    return len(numbers) == len(values) and len(set(numbers)) > 1
+    return float(np.mean(numbers)) if (numbers := finite(values)) else math.nan

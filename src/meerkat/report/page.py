@@ -9,8 +9,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from meerkat.record.run_folder import write_atomically
-from meerkat.report.drawing import VARIABLES, inline, save
-from meerkat.report.style import STYLE
+from meerkat.report.drawing import inline, save
+from meerkat.report.style import STYLE, VARIABLES
 
 __all__ = ["CaptionedFigure", "Page", "absent", "escape", "folded", "key_numbers", "paragraph", "pill", "table"]
 
@@ -37,7 +37,7 @@ class CaptionedFigure(NamedTuple):
 
     @property
     def row_span(self) -> int:
-        """Rows of ordinary figures that it is as tall as."""
+        """How many rows of ordinary figures it takes."""
         return max(1, round(float(self.figure.get_figheight()) / 3.6))
 
     def html(self, alone: bool) -> str:
@@ -71,12 +71,7 @@ class Page:
         self._parts.append(html)
 
     def figures(self, *figures: CaptionedFigure, before: str = "", after: str = "") -> None:
-        """Add figures, side by side where there is room.
-
-        Args:
-            before: HTML in front of the first figure, as large as one.
-            after: HTML behind the last one.
-        """
+        """Add figures, side by side where there is room, with HTML before the first and after the last."""
         self._figures |= {each.name: each.figure for each in figures}
         uneven = any(each.row_span > 1 or each.is_wide for each in figures)
         last_is_alone = not uneven and (len(figures) + bool(before) + bool(after)) % 2 == 1
@@ -109,8 +104,7 @@ class Page:
         folder.mkdir(exist_ok=True)
         for name, figure in self._figures.items():
             save(figure, folder / name)
-        path, text = root / "report.html", self.html()
-        cure = f"make room, then 'meerkat report {root}'"
+        path, text, cure = root / "report.html", self.html(), f"make room, then 'meerkat report {root}'"
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
         return path
 

@@ -14,25 +14,9 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
 from meerkat.problems.problem import RANGES
 from meerkat.record.run_folder import RunFolder
-from meerkat.report.drawing import (
-    BLUE,
-    CYCLE,
-    GREY,
-    HEAT,
-    INK,
-    MARKERS,
-    MUTED,
-    ON_HEAT,
-    RED,
-    byte_ticks,
-    drawing,
-    heat_key,
-    legend_above,
-    plain_log,
-    short,
-    whole_numbers,
-)
+from meerkat.report.drawing import HEAT, byte_ticks, drawing, heat_key, legend_above, plain_log, short, whole_numbers
 from meerkat.report.sentences import data_size, percent
+from meerkat.report.style import BLUE, CYCLE, GREY, INK, MARKERS, MUTED, ON_HEAT, RED
 from meerkat.run.metrics import EvaluationMetric
 
 
@@ -40,21 +24,18 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
     """Draw score and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    both = figure.subplots(1, 2)
-    shown: tuple[str, ...] = ()
+    both, score = figure.subplots(1, 2), "loss"
     for folder in folders:
         run = RunFolder.open(folder)
-        config = run.config()
-        evaluations = [EvaluationMetric.from_json(m) for m in run.metrics() if m["kind"] == EvaluationMetric.kind]
-        rounds = [m.round for m in evaluations]
-        shown = (evaluations[-1].score if evaluations else "loss", "loss")
-        for axes, score in zip(both, shown, strict=True):
-            values = [m.scores.get(score) for m in evaluations]
-            axes.plot(rounds, [np.nan if v is None else v for v in values], marker=".", label=config.method)
-            axes.set(xlabel="round", ylabel=f"{'held-back' if config.held_back else 'validation'} {score}")
+        config, evaluations = run.config(), EvaluationMetric.all_of(run.metrics())
+        score = evaluations[-1].score if evaluations else "loss"
+        for axes, name in zip(both, (score, "loss"), strict=True):
+            values = np.array([m.scores.get(name) for m in evaluations], np.float64)
+            axes.plot([m.round for m in evaluations], values, marker=".", label=config.method)
+            axes.set(xlabel="round", ylabel=f"{'held-back' if config.held_back else 'validation'} {name}")
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if shown[:1] == ("accuracy",):
+    if score == "accuracy":
         both[0].set_ylim(0, 1)
     both[0].legend(loc="lower right")
     paths = [to / "curves.png", to / "curves.svg"]
@@ -68,12 +49,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def over_rounds(rounds: Sequence[float], values: Sequence[float], score: str, training: Points | None = None) -> Figure:
-    """A score over rounds.
-
-    Args:
-        score: its name.
-        training: the training loss, drawn in grey behind.
-    """
+    """The score named so over rounds, and the training loss in grey behind it."""
     with drawing() as (figure, axes):
         if training is not None:
             axes.plot(*_finite(*training), color=GREY, lw=0.9, label="training batches")
@@ -86,12 +62,7 @@ def over_rounds(rounds: Sequence[float], values: Sequence[float], score: str, tr
 
 
 def over_bytes(sent: Sequence[float], values: Sequence[float], score: str, calibration: float) -> Figure:
-    """A score over the payload of a client.
-
-    Args:
-        score: its name.
-        calibration: bytes that a first calibration cost, shaded; 0 for none.
-    """
+    """The score named so over the payload of a client; the bytes that a first calibration cost are shaded."""
     with drawing() as (figure, axes):
         _score(axes, sent, values, score)
         axes.set_xlabel("payload a client, up and down")

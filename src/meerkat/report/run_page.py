@@ -9,22 +9,15 @@ import numpy as np
 from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import RANGES
+from meerkat.progress import number_of
 from meerkat.report import run_figures as draw
+from meerkat.report import sentences
 from meerkat.report.client_figures import running_mean
-from meerkat.report.clients import alignment_section, calibration_section, data_section, signal_section
-from meerkat.report.drawing import CYCLE
+from meerkat.report.clients import CLIENT_SECTIONS
 from meerkat.report.facts import RunFacts
 from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, key_numbers, paragraph, table
-from meerkat.report.sentences import (
-    as_sentence,
-    data_size,
-    duration,
-    outcome,
-    percent,
-    score_so_far,
-    three_decimals,
-    unfinished,
-)
+from meerkat.report.sentences import as_sentence, data_size, duration, percent, three_decimals
+from meerkat.report.style import CYCLE
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import budgets_in_words, defence_in_words
 from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig
@@ -46,32 +39,26 @@ def write_run_report(root: Path) -> Path:
 def run_page(run: RunFacts) -> Page:
     """The page of a run, as far as the run got."""
     config = run.config
-    page = Page(
-        f"{config.method} on {Path(config.task).stem or config.problem}",
-        (f"{Path(config.model).name or config.model} · " if config.problem == CLASSIFICATION else "")
-        + f"{config.clients:,} client{'s' * (config.clients > 1)}, {config.partition} · "
-        f"{config.rounds:,} rounds of {config.local_steps:,} local step{'s' * (config.local_steps > 1)} · "
+    parts = [Path(config.model).name or config.model] if config.problem == CLASSIFICATION else []
+    parts += [
+        f"{number_of(config.clients, 'client')}, {config.partition}",
+        f"{config.rounds:,} rounds of {number_of(config.local_steps, 'local step')}",
         f"seed {config.seed}",
-    )
-    _outcome(page, run)
-    _learning(page, run)
-    _bytes(page, run)
-    data_section(page, run)
-    calibration_section(page, run)
-    signal_section(page, run)
-    alignment_section(page, run)
-    _mask(page, run)
-    _settings(page, run)
+    ]
+    page = Page(f"{config.method} on {Path(config.task).stem or config.problem}", " · ".join(parts))
+    for section in (_outcome, _learning, _bytes, *CLIENT_SECTIONS, _mask, _settings):
+        section(page, run)
     return page
 
 
 def _outcome(page: Page, run: RunFacts) -> None:
     page.section("Outcome", "outcome")
     if run.summary is not None:
-        page.add(paragraph(outcome(run.summary, run.sent("up", "round"), run.sent("up", "calibration")), "lead"))
+        sent = run.payload(("round",), ("up",)), run.payload(("calibration",), ("up",))
+        page.add(paragraph(sentences.outcome(run.summary, *sent), "lead"))
     else:
-        page.add(paragraph(unfinished(run.rounds, run.config.rounds), "alert"))
-        page.add(paragraph(score_so_far(run.evaluations), "lead"))
+        page.add(paragraph(sentences.unfinished(run.rounds, run.config.rounds), "alert"))
+        page.add(paragraph(sentences.score_so_far(run.evaluations), "lead"))
     if defence := defence_in_words(run.config):
         page.add(paragraph(as_sentence(defence)))
     if run.without_budget:
@@ -82,12 +69,9 @@ def _outcome(page: Page, run: RunFacts) -> None:
 def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
     numbers = []
     if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
-        numbers = [
-            (score, three_decimals(value), f"{three_decimals(first.scores.get(score))} before")
-            for score, value in last.scores.items()
-            if value is not None
-        ]
+        before, after = run.evaluations[0].scores, run.evaluations[-1].scores
+        scores = [(name, value) for name, value in after.items() if value is not None]
+        numbers = [(name, f"{value:.3f}", f"{three_decimals(before.get(name))} before") for name, value in scores]
     if run.mask is not None:
         moving, total = len(run.mask), run.mask.total
         numbers.append(("parameters moved", f"{moving:,}", f"{percent(moving / total)} of {total:,}"))
@@ -116,24 +100,23 @@ def _learning(page: Page, run: RunFacts) -> None:
 
 
 def _over_rounds(run: RunFacts, score: str) -> CaptionedFigure:
+    last = run.evaluations[-1]
     rows = "held-back training rows" if run.config.held_back else "validation rows"
-    rows = "the sites' own validation rows" if run.evaluations[-1].rows is not None else rows
+    rows = "the sites' own validation rows" if last.rows is not None else rows
     training = _training_loss(run) if score == "loss" else None
+    grey = ", and in grey on the clients' own training batches, as a running mean" if training else ""
+    caption = f"Mean {score} on {rows}{grey}; {last.better[score]} is better."
     if score == "accuracy":
         caption = f"Share of {rows} that the shared model gets right; higher is better."
-    else:
-        grey = ", and in grey on the clients' own training batches, as a running mean" if training else ""
-        caption = f"Mean {score} on {rows}{grey}; {run.evaluations[-1].better[score]} is better."
-    rounds, values = [m.round for m in run.evaluations], _values(run, score)
-    figure = draw.over_rounds(rounds, values, score, training)
+    figure = draw.over_rounds([m.round for m in run.evaluations], _values(run, score), score, training)
     return CaptionedFigure(f"{file_name(score)}-rounds", figure, f"{score.capitalize()} over rounds", caption)
 
 
 def _over_bytes(run: RunFacts, score: str) -> CaptionedFigure:
-    calibration = run.payload(kinds=("calibration",)) if len(run.of_kind("calibration")) == 1 else 0.0
+    calibration = run.payload(("calibration",)) if len(run.of_kind("calibration")) == 1 else 0.0
     shaded = "; the shaded part is what calibration cost before the first round" if calibration else ""
     caption = f"The same {score} against the bytes that a client has sent and received, on average{shaded}."
-    sent = [run.payload(m.round) for m in run.evaluations]
+    sent = [run.payload(before=m.round) for m in run.evaluations]
     figure = draw.over_bytes(sent, _values(run, score), score, calibration)
     return CaptionedFigure(f"{file_name(score)}-bytes", figure, f"{score.capitalize()} over payload", caption)
 
@@ -162,15 +145,10 @@ def _score_by_class(page: Page, evaluations: Sequence[EvaluationMetric]) -> None
         page.add(beside)
         return
     curves = {label: [float(m.per_class.get(label, np.nan)) for m in evaluations] for label in classes}
-    page.figures(
-        CaptionedFigure(
-            f"{file_name(score)}-classes",
-            draw.by_class([m.round for m in evaluations], curves, score),
-            f"{score.capitalize()} by class",
-            "One line a class: where some rise and others fall, the model moves from one favourite to another.",
-        ),
-        after=beside,
-    )
+    figure = draw.by_class([m.round for m in evaluations], curves, score)
+    caption = "One line a class: where some rise and others fall, the model moves from one favourite to another."
+    name, title = f"{file_name(score)}-classes", f"{score.capitalize()} by class"
+    page.figures(CaptionedFigure(name, figure, title, caption), after=beside)
 
 
 def _class_table(score: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -182,12 +160,9 @@ def _class_table(score: str, before: Mapping[str, float], after: Mapping[str, fl
         )
         for label, value in after.items()
     ]
-    html = (
-        "<div>"
-        + table(["class", "before", "after", ""], rows, caption=f"{score.capitalize()} of each class")
-        + "</div>"
-    )
-    return html if len(rows) <= 12 else folded(f"{score.capitalize()} of each of {len(rows)} classes", html)
+    html = table(["class", "before", "after", ""], rows, caption=f"{score.capitalize()} of each class")
+    title = f"{score.capitalize()} of each of {len(rows)} classes"
+    return f"<div>{html}</div>" if len(rows) <= 12 else folded(title, f"<div>{html}</div>")
 
 
 def _bytes(page: Page, run: RunFacts) -> None:
@@ -198,15 +173,15 @@ def _bytes(page: Page, run: RunFacts) -> None:
         return
     dense = "weights, sent and received"
     amounts = {
-        "sent in rounds": run.sent("up", "round"),
-        "received in rounds": run.sent("down", "round"),
-        "sent to calibrate": run.sent("up", "calibration"),
+        "sent in rounds": run.payload(("round",), ("up",)),
+        "received in rounds": run.payload(("round",), ("down",)),
+        "sent to calibrate": run.payload(("calibration",), ("up",)),
     }
     caption = "Mean payload of a client over the whole run, in bytes on a logarithmic scale."
-    with_frames = run.summary is not None and "frame_bytes_up" in run.summary
-    if run.summary is not None and with_frames:
-        amounts["frames sent"] = run.summary["frame_bytes_up"] / clients
-        amounts["frames received"] = run.summary["frame_bytes_down"] / clients
+    frames = {
+        name: (run.summary or {}).get(f"frame_bytes_{way}") for name, way in (("sent", "up"), ("received", "down"))
+    }
+    amounts |= {f"frames {name}": count / clients for name, count in frames.items() if count is not None}
     if run.mask is not None:
         replies = sum(len(m.get("clients") or range(run.config.clients_per_round)) for m in rounds)
         amounts[dense] = 2 * 4 * run.mask.total * replies / clients
@@ -215,7 +190,7 @@ def _bytes(page: Page, run: RunFacts) -> None:
             " The grey bar is what exchanging the model's weights in each of these rounds would have cost, "
             f"{f'{times:,.0f}' if times >= 100 else f'{times:.3g}'} times as much."
         )
-    if with_frames:
+    if "frames sent" in amounts:
         caption += " Frames are the payload with run, round and digest around it, and all messages outside rounds."
     page.figures(CaptionedFigure("bytes", draw.traffic(amounts, dense), "Payload a client", caption))
 
@@ -261,13 +236,10 @@ def _mask_in_words(config: RunConfig, mask: SparseMask, tensors: int) -> str:
 
 
 def _tensors(counts: Sequence[tuple[str, int, int]], total_moving: int) -> str:
-    rows = [
-        (
-            *(f"<code>{escape(name)}</code>", f"{moving:,}", f"{size:,}"),
-            *(percent(moving / size), percent(moving / total_moving)),
-        )
-        for name, moving, size in sorted(counts, key=lambda one: -one[1])[:200]
-    ]
+    rows = []
+    for name, moving, size in sorted(counts, key=lambda tensor: -tensor[1])[:200]:
+        shares = percent(moving / size), percent(moving / total_moving)
+        rows.append((f"<code>{escape(name)}</code>", f"{moving:,}", f"{size:,}", *shares))
     more = f"The first 200 of {len(counts):,}, most" if len(counts) > 200 else "Most"
     head = ["tensor", "moving", "of", "of the tensor", "of the mask"]
     return table(head, rows, caption=f"{more} moving entries first")
@@ -276,7 +248,7 @@ def _tensors(counts: Sequence[tuple[str, int, int]], total_moving: int) -> str:
 def _settings(page: Page, run: RunFacts) -> None:
     page.section("Settings", "settings")
     rows = []
-    for name, value in run.config.model_dump(mode="python").items():
+    for name, value in run.config:
         default = RunConfig.model_fields[name].default
         text = escape(_value_in_words(value))
         text = text if value == default else f"<b>{text}</b>"
@@ -286,19 +258,19 @@ def _settings(page: Page, run: RunFacts) -> None:
     if not (digests := _digests(run)):
         page.add(absent("No digests: rounds.log has no round."))
         return
-    lines = [(escape(name), f"<code>{escape(digest)}</code>") for name, digest in digests]
+    lines = [(escape(name), f"<code>{escape(digest)}</code>") for name, digest in digests.items()]
     page.add(folded("Digests", table(["SHA-256 of", ""], lines, text_columns=2)))
     page.add(paragraph("'meerkat verify' replays the run from its folder and compares every digest.", "note"))
 
 
-def _digests(run: RunFacts) -> list[tuple[str, str]]:
-    digests = []
+def _digests(run: RunFacts) -> dict[str, str]:
+    digests = {}
     if run.mask is not None:
-        digests += [("pre-trained model", run.mask.fingerprint), ("mask", run.mask.digest())]
+        digests = {"pre-trained model": run.mask.fingerprint, "mask": run.mask.digest()}
     if run.summary is not None:
-        digests.append(("theta after the run", str(run.summary["theta_digest"])))
+        digests["theta after the run"] = str(run.summary["theta_digest"])
     elif run.records.rounds:
-        digests.append((f"theta after round {run.rounds}", run.records.rounds[-1].theta_digest))
+        digests[f"theta after round {run.rounds}"] = run.records.rounds[-1].theta_digest
     return digests
 
 

@@ -47,11 +47,7 @@ def duration(seconds: float) -> str:
 
 def as_sentence(text: str) -> str:
     """The text with a capital letter and a full stop."""
-    return f"{_capital(text)}."
-
-
-def _capital(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}"
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
@@ -62,8 +58,7 @@ def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(
         [
             f"{summary['method']} on {summary['task'] or summary['problem']}: {score} {before} before, "
-            f"{after} after {summary['rounds']} rounds, "
-            f"on {_EVALUATED_ON[summary['evaluated_on']]}.",
+            f"{after} after {summary['rounds']} rounds, on {_EVALUATED_ON[summary['evaluated_on']]}.",
             _moved(summary),
             f"Each client sent {summary['payload_bytes_up_per_client_round']} bytes a round, about {sent:,.0f} in "
             f"all{calibration}. {_dense(summary)}",
@@ -102,14 +97,15 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
         sent_to_calibrate: mean bytes that a client sent in calibrations.
     """
     score, before, after = _primary(summary)
-    losses = (summary["loss_before"], summary["loss"])
-    known = None not in losses and score != "loss"
-    loss = f", and the loss from {three_decimals(losses[0])} to {three_decimals(losses[1])}" if known else ""
+    losses = [summary["loss_before"], summary["loss"]]
+    loss = ", and the loss from {:.3f} to {:.3f}".format(*losses) if None not in losses and score != "loss" else ""
     calibration = f", {sent_to_calibrate:,.0f} of them to calibrate" if sent_to_calibrate else ""
     return " ".join(
         [
-            f"{_capital(score)} on {_EVALUATED_ON[summary['evaluated_on']]} went from {before} to {after} "
-            f"in {summary['rounds']:,} rounds{loss}.",
+            as_sentence(
+                f"{score} on {_EVALUATED_ON[summary['evaluated_on']]} went from {before} to {after} "
+                f"in {summary['rounds']:,} rounds{loss}"
+            ),
             _moved(summary),
             f"On average a client sent {sent + sent_to_calibrate:,.0f} bytes in all{calibration}, and at most "
             f"{summary['payload_bytes_up_per_client_round']:,} a round.",
@@ -135,7 +131,7 @@ def score_so_far(evaluations: Sequence[EvaluationMetric]) -> str:
     if len(evaluations) == 1:
         return f"Before the first round the model's {first.score} is {three_decimals(first.scores[first.score])}."
     before, after = (three_decimals(evaluation.scores[first.score]) for evaluation in (first, last))
-    return f"{_capital(first.score)} was {before} before training and {after} after {last.round:,} rounds."
+    return as_sentence(f"{first.score} was {before} before training and {after} after {last.round:,} rounds")
 
 
 def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:

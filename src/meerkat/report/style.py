@@ -1,4 +1,21 @@
-"""The page's CSS."""
+"""Colours of figures, and the page's CSS.
+
+The hues are Okabe and Ito's, which people with any colour blindness can tell apart; lines also differ in dashes or
+markers.
+"""
+
+INK, MUTED, GRID, PAPER, GREY = "#1c1f24", "#666c75", "#dde0e4", "#fefefe", "#9aa1ab"
+BLUE, RED, GREEN, PURPLE = "#0069a8", "#cf5300", "#008f6b", "#b8568f"
+ORANGE, SKY, BROWN = "#d99000", "#4da9dd", "#7a5230"
+ON_HEAT = "#ffffff"
+"""Text on a deep shade of a heat map, in light and in dark."""
+CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+VARIABLES = {
+    **{INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", GREY: "rest", BLUE: "blue", RED: "red"},
+    **{GREEN: "green", PURPLE: "purple", ORANGE: "orange", SKY: "sky", BROWN: "brown"},
+}
+"""Each colour's CSS variable: the colour itself in light, the value below in dark."""
 
 STYLE = """
 :root{color-scheme:light dark;--font:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;

@@ -15,16 +15,16 @@ from meerkat.run.setup import open_problem
 
 def load_run(root: Path) -> tuple[VerifiedRun, Problem]:
     """A verified run, and its problem with the run's theta in the model."""
-    replayed = verify(root)
-    config = replayed.config
+    run = verify(root)
+    config = run.config
     if config.device != "cpu" and not torch.cuda.is_available():
         say(f"note: the run was made on {config.device}, which is not here; its model is loaded on the CPU")
         config = config.model_copy(update={"device": "cpu"})
     problem = open_problem(config)
-    check_model(RunFolder(root), replayed.mask, config, problem)
-    model = MaskedModel(problem.model, replayed.mask)
-    model.write_(replayed.theta.to(model.device))
-    return replayed, problem
+    check_model(RunFolder(root), run.mask, config, problem)
+    model = MaskedModel(problem.model, run.mask)
+    model.write_(run.theta.to(model.device))
+    return run, problem
 
 
 def evaluate(root: Path, split: Split = "validation") -> Evaluation:

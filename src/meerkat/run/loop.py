@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from meerkat.algorithm import calibration, server
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord, Scalars, check_reply
+from meerkat.algorithm.replies import Reply, Scalars, check_reply
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import Diverged, RunFailed
@@ -22,6 +23,7 @@ from meerkat.record.run_folder import Metric
 from meerkat.run.metrics import EvaluationMetric, metric_of
 from meerkat.run.run import Run
 from meerkat.run.sentences import evaluation_in_words, stopped_in_words
+from meerkat.run.trackers import tracking
 
 Available = Collection[int] | None
 """The clients that can take part in the next round; None for all."""
@@ -37,20 +39,24 @@ class Engine(Protocol):
         """The replies to a plan, of all clients that were asked or of some; None where the round must open again."""
 
 
-class Attendance(Protocol):
-    """Which clients are there, in a federation whose clients come and go."""
+class Attendance:
+    """Which clients are there: as it stands, everyone, all the time. A federation's come and go."""
 
-    def arrivals(self, round: int) -> Sequence[Member]:
+    def arrivals(self, round: int) -> Sequence[Member]:  # noqa: ARG002
         """Wait until a round can open; the clients that joined, to be logged before it."""
+        return ()
 
     def available(self) -> Available:
         """The clients that can take part in the next round."""
+        return None
 
     def facts(self) -> Mapping[str, Any]:
         """What to note of the last round."""
+        return {}
 
     def defer(self, task: Callable[[], None]) -> None:
         """Do what nobody waits for within seconds, in order, while clients are at work."""
+        task()
 
     def run_deferred(self) -> None:
         """Do it now."""
@@ -59,33 +65,7 @@ class Attendance(Protocol):
         """A round is on the disk, and this is the state after it."""
 
 
-class Everyone:
-    """A simulation's attendance: all clients, all the time."""
-
-    def arrivals(self, _: int) -> tuple[()]:
-        """Nobody comes."""
-        return ()
-
-    def available(self) -> None:
-        """Everyone."""
-
-    def facts(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def defer(self, task: Callable[[], None]) -> None:
-        """At once."""
-        task()
-
-    def run_deferred(self) -> None:
-        """Nothing is left."""
-
-    def closed(self, state: ServerState, record: RoundRecord) -> None:
-        """Nobody needs to know."""
-
-
-@dataclass(frozen=True)
-class RoundKind:
+class RoundKind(NamedTuple):
     """How a kind of round opens and closes."""
 
     open: Callable[[ServerState, ServerConfig, Available], RoundPlan]
@@ -108,44 +88,25 @@ def _open_training(state: ServerState, settings: ServerConfig, available: Availa
     return plan
 
 
-def _close_training(
-    state: ServerState,
-    plan: RoundPlan,
-    replies: Sequence[Reply],
-    settings: ServerConfig,
-    directions: Directions,
-    gradient: Tensor | None,
-) -> tuple[ServerState, RoundRecord]:
-    server.check_rate(plan, replies, settings)
-    return server.close_round(state, plan, replies, settings, directions, gradient)
-
-
 CALIBRATION = RoundKind(_open_calibration, calibration.close_calibration)
-TRAINING = RoundKind(_open_training, _close_training)
+TRAINING = RoundKind(_open_training, server.close_round)
 
 
-def run_rounds(
-    run: Run,
-    engine: Engine,
-    evaluate: Evaluate,
-    attendance: Attendance | None = None,
-    forward_s: Callable[[], float] = lambda: 0.0,
-) -> None:
-    """The rounds that are left, each on the disk before the next begins.
-
-    Args:
-        attendance: a federation's; None for a simulation's, everyone.
-        forward_s: seconds spent in forward passes since it was last asked.
-    """
-    loop = _Loop(run, engine, evaluate, attendance or Everyone(), forward_s)
-    loop.start()
-    for _ in track(range(run.state.round, run.config.rounds), "rounds"):
-        if calibration.due(run.state, run.settings):
-            loop.one_round(CALIBRATION)
-        loop.one_round(TRAINING)
-        if loop.evaluation_is_due():
-            loop.evaluate_now(run.state.theta, run.state.round)
-    loop.attendance.run_deferred()
+def run_rounds(run: Run, engine: Engine, evaluate: Evaluate, attendance: Attendance) -> None:
+    """The rounds that are left, each on the disk before the next begins."""
+    loop = _Loop(run, engine, evaluate, attendance)
+    with tracking(run.config.tracker, run.folder.root, run.state.round) as tracker:
+        run.folder.track = tracker
+        try:
+            loop.start()
+            for _ in track(range(run.state.round, run.config.rounds), "rounds"):
+                if calibration.due(run.state, run.settings):
+                    loop.one_round(CALIBRATION)
+                loop.one_round(TRAINING)
+                if loop.evaluation_is_due():
+                    loop.evaluate_now(run.state.theta, run.state.round)
+        finally:
+            attendance.run_deferred()
     run.close()
 
 
@@ -157,18 +118,17 @@ class _Loop:
     engine: Engine
     evaluate: Evaluate
     attendance: Attendance
-    forward_s: Callable[[], float]
 
     def one_round(self, kind: RoundKind) -> None:
         """Open, ask, close, note."""
         run, present = self.run, self.attendance
         run.admit(present.arrivals(run.state.round))
-        began, _ = time.perf_counter(), self.forward_s()
+        began = time.perf_counter()
         while (replies := self.ask(plan := kind.open(run.state, run.settings, present.available()))) is None:
             run.admit(present.arrivals(run.state.round))  # too few were left: it opens again, with those that are here
         run.state, record = kind.close(run.state, plan, replies, run.settings, run.directions, run.gradient)
-        facts = {**present.facts(), "wall_s": time.perf_counter() - began, "forward_s": self.forward_s()}
-        # not through to the disk: lines that are lost with the machine are made again from the log
+        facts = {"forward_s": 0.0, **present.facts(), "wall_s": time.perf_counter() - began}
+        # not synced: lines that are lost with the machine are made again from the log
         present.defer(lambda: run.folder.append_metric(metric_of(record, facts, replies), sync=False))
         run.append(record)
         if isinstance(record, CalibrationRecord):
@@ -178,8 +138,9 @@ class _Loop:
 
     def ask(self, plan: RoundPlan) -> list[Reply] | None:
         """The replies to a plan, each checked."""
+        settings = self.run.settings
         if not plan.steps:
-            return None if self.run.settings.aggregation.keeps_replies else []
+            return None if settings.aggregation.keeps_replies else []
         try:
             replies = self.engine.run(self.run.state, plan)
         except Diverged as error:
@@ -192,6 +153,8 @@ class _Loop:
                 raise Diverged(
                     f"round {plan.round}: client {reply.client}: {error}; start a new run with a lower --lr"
                 ) from None
+        if replies and plan.phase == "training":
+            server.check_rate(plan, replies, settings)
         return replies
 
     def start(self) -> None:
@@ -235,12 +198,10 @@ def evaluation_of(problem: Problem, model: MaskedModel, batch: Any) -> Evaluate:
 
 
 def _is_past(metric: Metric, state: ServerState) -> bool:
-    """Whether a metric tells of something that the log has, up to a state."""
-    if metric["kind"] == "round":
-        return bool(metric["round"] < state.round)
+    """Whether a metric is of something that the log has, up to a state."""
     if metric["kind"] == "calibration":
         return state.calibrated is not None and metric["round"] <= state.calibrated
-    return bool(metric["round"] <= state.round)
+    return _place(metric)[0] <= state.round
 
 
 def _place(metric: Metric) -> tuple[int, int]:

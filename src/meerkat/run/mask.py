@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from meerkat import seeds
 from meerkat.algorithm import path
@@ -25,63 +26,47 @@ def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     Raises:
         MeerkatError: a mask that was given does not fit, or one cannot be made.
     """
-    model, scope, exclude, kind = problem.model, config.mask_scope, config.exclude, config.recipe.moves
-    given = SparseMask.load(Path(config.mask)) if config.mask else None
-    if given is not None:
-        given.check_fits(model)
-        if given.pretraining_gradient is not None:
-            return given
-    public = problem.public()
-    if given is not None:
-        mask = given
-    elif kind == "sensitivity":
-        if public is None:
-            raise MeerkatError(
-                f"method {config.method}: makes its mask from public data, and problem '{config.problem}' has none; "
-                "give a --mask, or use another method, such as weight-magnitude"
-            )
-        return sensitivity_mask(
-            model,
-            public.examples,
-            public.loss,
-            config.density,
-            scope=scope,
-            exclude=exclude,
-            facts=public.facts,
-            track=track,
-        )
-    elif kind == "full":
-        mask = full_mask(model)
-    elif kind == "lora":
-        mask = lora_mask(model)
+    model, density, kind = problem.model, config.density, config.recipe.moves
+    given: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude}
+    if config.mask:
+        mask = SparseMask.load(Path(config.mask))
+        mask.check_fits(model)
+    elif kind in ("sensitivity", "task"):
+        mask = _sensitivity_mask(config, problem)
     elif kind == "magnitude":
-        mask = magnitude_mask(model, config.density, scope=scope, exclude=exclude)
+        mask = magnitude_mask(model, density, **given)
     elif kind == "random":
-        mask = random_mask(model, config.density, config.seed, scope=scope, exclude=exclude)
+        mask = random_mask(model, density, config.seed, **given)
     else:
-        mask = _task_mask(config, problem)
-    if public is None:
+        mask = lora_mask(model) if kind == "lora" else full_mask(model)
+    if mask.pretraining_gradient is not None or (public := problem.public()) is None:
         return mask
     # not part of the method's choice, but GradIP needs it
     gradient = pretraining_gradient(model, mask, public.examples, public.loss, track=track)
     return replace(mask, pretraining_gradient=gradient)
 
 
-def _task_mask(config: RunConfig, problem: Problem) -> SparseMask:
-    """The entries most sensitive on the clients' own rows: as many, drawn at random, as sequences of text."""
-    training, _ = training_and_evaluation_rows(config, problem.rows)
-    drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])
-    return sensitivity_mask(
-        problem.model,
-        problem.prepare([training[i] for i in drawn]),
-        lambda example: problem.row_losses(problem.batch([example], "gradient"))[0],
-        config.density,
-        scope=config.mask_scope,
-        exclude=config.exclude,
-        kind="task",
-        facts={"task": problem.name},
-        track=track,
-    )
+def _sensitivity_mask(config: RunConfig, problem: Problem) -> SparseMask:
+    """The entries most sensitive on public data, or on as many of the clients' own rows, drawn at random."""
+    options: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude, "track": track}
+    if config.recipe.moves == "task":
+        training, _ = training_and_evaluation_rows(config, problem.rows)
+        drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])
+        examples = problem.prepare([training[i] for i in drawn])
+        options |= {"kind": "task", "facts": {"task": problem.name}}
+        return sensitivity_mask(
+            problem.model,
+            examples,
+            lambda example: problem.row_losses(problem.batch([example], "gradient"))[0],
+            config.density,
+            **options,
+        )
+    if (public := problem.public()) is None:
+        raise MeerkatError(
+            f"method {config.method}: makes its mask from public data, and problem '{config.problem}' has none; "
+            "give a --mask, or use another method, such as weight-magnitude"
+        )
+    return sensitivity_mask(problem.model, public.examples, public.loss, config.density, facts=public.facts, **options)
 
 
 def default_lr(method: Method, moving: int) -> float:
@@ -95,7 +80,7 @@ def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
     write_atomically(folder.mask_path, replace(mask, theta_0=theta_0).save, folder.cure)
 
 
-def settled_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:
+def load_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:
     """The mask in the run's folder; a run that was killed before it was there makes it again."""
     if not folder.mask_path.exists():
         store_mask(folder, make_mask(config, problem), problem)

@@ -1,11 +1,11 @@
-"""Records of metrics.jsonl: a line a round, a calibration or an evaluation, and one of which client has which labels.
+"""Lines of metrics.jsonl: one a round, a calibration or an evaluation, and one of which client has which labels.
 
-They are for people: nothing of the run is computed from them, and the log alone is the record.
+They are for people: the log alone is the record, and nothing of the run is computed from them.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
@@ -13,47 +13,41 @@ import numpy as np
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.gradip import gradip, magnitude
-from meerkat.algorithm.rounds import Reply, RoundPlan, RoundRecord
+from meerkat.algorithm.replies import Reply
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
 from meerkat.record.run_folder import Metric
 
 
 @dataclass(frozen=True)
-class _Record:
-    """One line. `facts` are written beside the fields: seconds, and what a federation tells of a round."""
+class _Line:
+    """One line."""
 
     round: int
     """Rounds closed before; of a round, its own number."""
+    facts: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Written beside the other fields: seconds, and what a federation notes of a round."""
 
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The line; fields that are None for not known are left out, but for a round's loss."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("round", "facts")}
+        """The line. Fields that are None for not known are left out, except a round's loss."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
         known = {name: value for name, value in values.items() if value is not None or name == "loss"}
-        return {"kind": self.kind, "round": self.round, **known, **getattr(self, "facts", {})}
+        return {"kind": self.kind, **known, **self.facts}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote.
-
-        Raises:
-            TypeError: a field is missing.
-        """
+        """The record that `to_json` wrote. Raises TypeError: a field is missing."""
         names = {f.name for f in fields(cls)}
-        known = {name: value for name, value in line.items() if name in names}
-        if "facts" in names:
-            known["facts"] = {name: value for name, value in line.items() if name not in names | {"kind"}}
-        return cls(**known)
+        facts = {name: value for name, value in line.items() if name not in names | {"kind"}}
+        return cls(**{name: value for name, value in line.items() if name in names}, facts=facts)
 
 
-@dataclass(frozen=True)
-class RoundMetric(_Record):
-    """A closed round. Traces are of scalars alone, by client: first-order methods have none."""
+@dataclass(frozen=True, kw_only=True)
+class _Work(_Line):
+    """What clients did. Traces are of scalars alone, by client: first-order methods have none."""
 
-    loss: float | None
-    """Participants' mean training loss, by weight; None where it is not known."""
-    lr: float
     bytes_up: int
     """Of all clients together."""
     bytes_down: int
@@ -64,26 +58,27 @@ class RoundMetric(_Record):
     """|g| at every step of each of the clients."""
     gradip: list[list[float]] | None = None
     """GradIP likewise, where there is a pre-training gradient."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    kind: ClassVar[str] = "round"
+
+@dataclass(frozen=True, kw_only=True)
+class RoundMetric(_Work):
+    """A closed round."""
+
+    loss: float | None
+    """Participants' mean training loss, by weight; None where it is not known."""
+    lr: float
+
+    kind: ClassVar[str] = RoundRecord.kind
 
     @classmethod
     def of(cls, record: RoundRecord, replies: Sequence[Reply] = (), facts: Mapping[str, Any] | None = None) -> Self:
         """Of a round's record; its training loss is known from the replies of a simulation alone."""
-        return cls(
-            record.plan.round,
-            _mean_loss(record, replies),
-            record.plan.lr,
-            **_payload(record.plan, len(record.aggregate) if record.plan.sends == "delta" else None),
-            **_traces(record.plan, record.scalars, record.inner),
-            facts=facts or {},
-        )
+        return cls(**_work(record), loss=_mean_loss(record, replies), lr=record.plan.lr, facts=facts or {})
 
 
-@dataclass(frozen=True)
-class CalibrationMetric(_Record):
-    """A calibration: each client's trace, the decision and the numbers that led to it."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrationMetric(_Work):
+    """A calibration: the decision, and the numbers that led to it."""
 
     rho_later: list[float]
     rho_quie: list[float]
@@ -91,22 +86,15 @@ class CalibrationMetric(_Record):
     thresholds: Mapping[str, float]
     extreme: list[int]
     early_stopped: list[int]
-    bytes_up: int
-    bytes_down: int
-    steps: int
-    clients: list[int] | None = None
-    abs_g: list[list[float]] | None = None
-    gradip: list[list[float]] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    kind: ClassVar[str] = "calibration"
+    kind: ClassVar[str] = CalibrationRecord.kind
 
     @classmethod
     def of(cls, record: CalibrationRecord, facts: Mapping[str, Any] | None = None) -> Self:
         """Of a calibration's record."""
         selection = record.selection
         return cls(
-            record.plan.round,
+            **_work(record),
             rho_later=_rounded(selection.rho_later),
             rho_quie=_rounded(selection.rho_quie),
             later=_rounded(selection.later),
@@ -118,14 +106,12 @@ class CalibrationMetric(_Record):
             },
             extreme=list(selection.extreme),
             early_stopped=list(record.early_stopped),
-            **_payload(record.plan, None),
-            **_traces(record.plan, record.scalars, record.inner),
             facts=facts or {},
         )
 
 
 @dataclass(frozen=True)
-class EvaluationMetric(_Record):
+class EvaluationMetric(_Line):
     """How the model did after so many rounds."""
 
     scores: Mapping[str, float | None]
@@ -135,7 +121,6 @@ class EvaluationMetric(_Record):
     per_class: Mapping[str, float] = field(default_factory=dict)
     rows: int | None = None
     """Rows of the sites that evaluated on their own; None where the rows are at hand."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "evaluation"
 
@@ -156,25 +141,29 @@ class EvaluationMetric(_Record):
 
     @classmethod
     def of_sites(cls, scores: Sequence[tuple[float, int]], better: Mapping[str, Better], rounds: int) -> Self:
-        """Of the mean primary score and the number of rows that each site sends."""
+        """Of sites' evaluations: each one's mean primary score, and its number of rows."""
         rows = sum(count for _, count in scores)
-        mean = sum(value * count for value, count in scores) / rows if rows else None
+        mean = sum(score * count for score, count in scores) / rows if rows else None
         return cls(rounds, {primary(better): mean}, better, rows=rows)
 
     def to_json(self) -> dict[str, Any]:
         """The line, with accuracy and loss beside the scores as well."""
-        line = super().to_json()
-        beside = {name: self.scores[name] for name in ("accuracy",) if name in self.scores}
-        return {**line, **beside, "loss": self.loss}
+        accuracy = {"accuracy": self.scores["accuracy"]} if "accuracy" in self.scores else {}
+        return super().to_json() | accuracy | {"loss": self.loss}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote."""
         return super().from_json({name: value for name, value in line.items() if name not in ("accuracy", "loss")})
 
+    @classmethod
+    def all_of(cls, metrics: Iterable[Metric]) -> list[Self]:
+        """The evaluations among a run's metrics, in order of rounds."""
+        return sorted((cls.from_json(m) for m in metrics if m["kind"] == cls.kind), key=lambda m: m.round)
+
 
 @dataclass(frozen=True)
-class SplitMetric(_Record):
+class SplitMetric(_Line):
     """Which client has which labels. A simulation knows it; a server does not."""
 
     labels: list[str]
@@ -189,11 +178,6 @@ class SplitMetric(_Record):
         return cls(0, list(labels), counts.tolist())
 
 
-def kind_of(record: RoundRecord | CalibrationRecord) -> str:
-    """The kind of a record's metric."""
-    return CalibrationMetric.kind if isinstance(record, CalibrationRecord) else RoundMetric.kind
-
-
 def metric_of(
     record: RoundRecord | CalibrationRecord, facts: Mapping[str, Any], replies: Sequence[Reply] = ()
 ) -> Metric:
@@ -204,7 +188,7 @@ def metric_of(
 
 
 def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
-    """The participants' mean training loss, by weight; None where it is not known: sites do not tell theirs, which no
+    """The participants' mean training loss, by weight. None where it is not known: sites do not send theirs, which no
     noise covers.
     """
     if not replies or (record.plan.sends == "scalars" and not record.scalars):
@@ -213,28 +197,24 @@ def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _traces(plan: RoundPlan, scalars: Mapping[int, np.ndarray], inner: np.ndarray) -> dict[str, Any]:
-    if plan.sends == "delta":
-        return {}
-    together = np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])
-    ends = [0, *itertools.accumulate(map(len, scalars.values()))]
-    levels = _rounded(magnitude(together))
-    traces: dict[str, Any] = {
+def _work(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
+    """Bytes of payload and local steps of all clients together, and each client's traces."""
+    plan, scalars = record.plan, record.scalars
+    steps, clients = sum(plan.steps.values()), len(plan.steps)
+    if isinstance(record, RoundRecord) and plan.sends == "delta":
+        payload = 4 * len(record.aggregate) * clients
+        return {"round": plan.round, "bytes_up": payload, "bytes_down": payload, "steps": steps}
+    levels = _rounded(magnitude(np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])))
+    ends = itertools.accumulate(map(len, scalars.values()), initial=0)
+    return {
+        "round": plan.round,
+        "bytes_up": 4 * steps * plan.directions,
+        "bytes_down": 4 * plan.longest * plan.directions * clients if plan.phase == "training" else 0,
+        "steps": steps,
         "clients": list(scalars),
         "abs_g": [levels[first:last] for first, last in itertools.pairwise(ends)],
+        "gradip": [_rounded(gradip(g, record.inner)) for g in scalars.values()] if len(record.inner) else None,
     }
-    if len(inner):
-        traces["gradip"] = [_rounded(gradip(g, inner)) for g in scalars.values()]
-    return traces
-
-
-def _payload(plan: RoundPlan, delta: int | None) -> dict[str, Any]:
-    """Bytes of payload of all clients together, up and down, and local steps made."""
-    steps = sum(plan.steps.values())
-    if delta is not None:
-        return {"bytes_up": 4 * delta * len(plan.steps), "bytes_down": 4 * delta * len(plan.steps), "steps": steps}
-    down = 0 if plan.phase == "calibration" else 4 * plan.longest * plan.directions * len(plan.steps)
-    return {"bytes_up": 4 * steps * plan.directions, "bytes_down": down, "steps": steps}
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:

@@ -1,11 +1,11 @@
-"""A run under way: its folder and log, the state as far as it has come, and what its rounds are opened from.
+"""A run under way: its folder and log, its state so far, and what its rounds are opened from.
 
-`begin` makes a new run's folder, and `carry_on` opens a folder's log or replays what is in it. Simulations and
-coordinators, new runs and resumed ones, all go this way.
+`begin` makes a new run's folder; `carry_on` opens its log and replays what is in it. Simulations and coordinators, new
+runs and resumed ones all go this way.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
-from meerkat.run.mask import default_lr, make_mask, settled_mask, store_mask
-from meerkat.run.metrics import kind_of, metric_of
+from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
+from meerkat.run.metrics import metric_of
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.auto import number_or
@@ -39,7 +39,7 @@ from meerkat.settings.config import RunConfig
 
 @dataclass
 class Run:
-    """A run that goes on: `state` and `settings` change from round to round, nothing else does."""
+    """A run that goes on. Only `state`, `settings` and `closed` change on the way."""
 
     folder: RunFolder
     log: RunLog
@@ -74,7 +74,7 @@ class Run:
 
     def append(self, record: RoundRecord | CalibrationRecord) -> None:
         """Put a closed round on the disk."""
-        self.log.append({"kind": kind_of(record), **record.to_json()})
+        self.log.append(record.to_json())
 
     def close(self) -> None:
         """End the log, unless it has its end."""
@@ -84,7 +84,7 @@ class Run:
 
 
 def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] = ()) -> RunFolder:
-    """A new run's folder, with mask and settings. Nothing is written before all that was asked for is known to work.
+    """A new run's folder, with mask and settings, written once everything that was asked for is known to work.
 
     Args:
         config: resolved settings.
@@ -123,7 +123,7 @@ def carry_on(
 
     Args:
         data, examples, allowance: a simulation's, as in `Opening`.
-        federation, signed: those of a federation that begins; one that goes on keeps its own.
+        federation, signed: those of a new federation; a resumed one keeps its own.
         cure: what to do once a full disk has room; empty for resuming the run.
 
     Raises:
@@ -131,14 +131,15 @@ def carry_on(
         RunFailed: its record is damaged.
     """
     config, log = folder.config(), RunLog(folder.log_path, cure)
-    try:
+    with closing(log):
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        mask = settled_mask(folder, config, problem)
-        model = MaskedModel(problem.model, mask)
-        theta_0 = model.read()
-        now = Opening(
-            run_key=f"{directions(config, len(mask)).key:032x}",
+        model = MaskedModel(problem.model, load_mask(folder, config, problem))
+        mask, theta_0 = model.mask, model.read()
+        z = directions(config, len(mask), model.device)
+        gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
+        opening = Opening(
+            run_key=f"{z.key:032x}",
             config=file_digest(folder.config_path),
             model=mask.fingerprint,
             mask=mask.digest(),
@@ -156,69 +157,51 @@ def carry_on(
             signed=signed,
         )
         records: Iterator[dict[str, Any]] = iter(LogReader(folder.log_path))
-        first = next(records, None)
-        if first is None:
-            log.append(now.to_json())
-            opening = now
+        if (first := next(records, None)) is None:
+            log.append(opening.to_json())
         else:
-            opening = Opening.from_json(first, folder.log_path)
+            now, opening = opening, Opening.from_json(first, folder.log_path)
             _check_unchanged(opening, now, folder)
-        yield _replayed(folder, log, config, model, opening, records, theta_0)
-    finally:
-        log.close()
+        members, settings = Members(opening.identity(config)), opening.settings(config, theta_0)
+        replay = Replay(records, theta_0, settings, z, gradient, folder.log_path, members)
+        noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
+        lost = [
+            metric_of(record, {"wall_s": 0.0, "forward_s": 0.0})
+            for _, record in replay
+            if (record.kind, record.plan.round) not in noted
+        ]
+        yield Run(
+            folder=folder,
+            log=log,
+            config=config,
+            model=model,
+            opening=opening,
+            members=members,
+            nodes=replay.nodes,
+            directions=z,
+            gradient=gradient,
+            settings=replay.settings,
+            state=replay.state,
+            closed=replay.closed,
+            lost=lost,
+        )
 
 
-def _replayed(
-    folder: RunFolder,
-    log: RunLog,
-    config: RunConfig,
-    model: MaskedModel,
-    opening: Opening,
-    records: Iterator[dict[str, Any]],
-    theta_0: Tensor,
-) -> Run:
-    """The run after the records that its log has."""
-    z = directions(config, len(theta_0), theta_0.device)
-    gradient = model.mask.pretraining_gradient
-    gradient = None if gradient is None else gradient.to(theta_0.device)
-    members = Members(opening.charter(config))
-    replay = Replay(records, theta_0, opening.settings(config, theta_0), z, gradient, folder.log_path, members)
-    noted = {(metric["kind"], metric["round"]) for metric in folder.metrics()}
-    lost = [
-        metric_of(record, {"wall_s": 0.0, "forward_s": 0.0})
-        for _, record in replay
-        if (kind_of(record), record.plan.round) not in noted
-    ]
-    return Run(
-        folder=folder,
-        log=log,
-        config=config,
-        model=model,
-        opening=opening,
-        members=members,
-        nodes=replay.nodes,
-        directions=z,
-        gradient=gradient,
-        settings=replay.settings,
-        state=replay.state,
-        closed=replay.closed,
-        lost=lost,
-    )
+_DEPENDENCIES = {
+    "config": "config.toml was changed",
+    "mask": "mask.safetensors was changed",
+    "gradient": "mask.safetensors was changed",
+    "data": "the rows, their split or how they are prepared (task, tokenizer) was changed",
+    "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
+    **dict.fromkeys(
+        ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"), "the log's opening was changed"
+    ),
+}
+"""What of an opening must be as it was when the run began, and what is wrong where it is not."""
 
 
 def _check_unchanged(logged: Opening, now: Opening, folder: RunFolder) -> None:
-    what = {
-        "config": "config.toml was changed",
-        "mask": "mask.safetensors was changed",
-        "gradient": "mask.safetensors was changed",
-        "data": "the rows, their split or how they are prepared (task, tokenizer) was changed",
-        "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",
-        **dict.fromkeys(
-            ("run_key", "model", "theta", "examples", "rule", "estimator", "update_rule"),
-            "the log's opening was changed",
-        ),
-    }
-    for name, trouble in what.items():
+    for name, trouble in _DEPENDENCIES.items():
         if getattr(logged, name) != getattr(now, name):
             raise MeerkatError(
                 f"run folder '{folder.root}': {trouble} since the run began; restore it, or start a new run"

@@ -27,33 +27,30 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         rows: whether rows of the task are needed here.
 
     Raises:
-        MeerkatError: something is needed that was not given.
+        MeerkatError: something is needed that was not given, or a name is not known here.
     """
-    filled: dict[str, Any] = {
+    task = config.task
+    if config.problem == CLASSIFICATION:
+        task = task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
+        if not task:
+            raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
+        if rows and not config.data and task not in demo.TASKS:
+            raise MeerkatError(
+                f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
+            )
+    if config.stopping != "none" and config.local_steps == 1:
+        say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
+    filled = {
+        "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
         "eps": number_or(config.eps, config.recipe.eps),
         "early_stop": config.stopping,
         "server_lr": number_or(config.server_lr, {"adam": 1e-2}.get(config.update_rule, 1.0)),
     }
-    if config.problem == CLASSIFICATION:
-        filled["task"] = _task_name(config, rows)
-    if filled["early_stop"] != "none" and config.local_steps == 1:
-        say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
     config = config.model_copy(update=filled)
-    rules(config)  # a name that is not known here is refused before anything is loaded
+    rules(config)  # unknown names are refused before anything is loaded
     estimator(config)
     return resolve_model(config)
-
-
-def _task_name(config: RunConfig, rows: bool) -> str:
-    task = config.task or (demo.DEFAULT_TASK if config.model == EMBEDDED else "")
-    if not task:
-        raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
-    if rows and not config.data and task not in demo.TASKS:
-        raise MeerkatError(
-            f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
-        )
-    return task
 
 
 def resolve_model(config: RunConfig) -> RunConfig:
@@ -67,13 +64,11 @@ def resolve_model(config: RunConfig) -> RunConfig:
 def resolve_machine(config: RunConfig) -> RunConfig:
     """The part of `resolve` that is about this machine: device, threads, sizes of passes, absolute paths."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    kind = device.partition(":")[0]
+    tokens = causal_lm.TOKENS_PER_PASS["cpu" if device == "cpu" else "cuda"]
     filled: dict[str, Any] = {
         "device": device,
         "threads": number_or(config.threads, torch.get_num_threads()),
-        "tokens_per_pass": number_or(
-            config.tokens_per_pass, causal_lm.TOKENS_PER_PASS.get(kind, causal_lm.TOKENS_PER_PASS["cuda"])
-        ),
+        "tokens_per_pass": number_or(config.tokens_per_pass, tokens),
     }
     named = {"model": {EMBEDDED}, "task": TASKS.keys() | demo.TASKS.keys()}
     for name in ("model", "task", "data", "text", "mask"):
@@ -98,7 +93,7 @@ def _data(config: RunConfig) -> str:
 
 
 def classification(config: RunConfig, task: Task | None = None) -> Classification:
-    """Classification as the settings have it: its model loaded, of its rows nothing yet.
+    """Classification as the settings have it, with its model loaded and none of its rows read.
 
     Args:
         task: in place of the one that the settings name.

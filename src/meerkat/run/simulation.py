@@ -1,8 +1,7 @@
 """Simulating a federation on this machine, from the start or from where a run's log ends."""
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,14 @@ from meerkat.progress import say
 from meerkat.record.opening import check_format
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.run.attacked_engine import AttackedEngine
-from meerkat.run.local_engine import LocalEngine, LossesOf
-from meerkat.run.loop import Engine, evaluation_of, run_rounds
+from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
+from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.metrics import SplitMetric
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import budgets_in_words, defence_in_words, plan_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import Split
 from meerkat.run.summary import write_summary
-from meerkat.run.trackers import tracking
 from meerkat.settings import budget
 from meerkat.settings.algorithm import estimator, rules
 from meerkat.settings.auto import number_or
@@ -37,7 +34,8 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
     """Run a federation from the start, in a new folder. Returns the summary.
 
     Raises:
-        MeerkatError: the settings cannot be met; RunFailed: the run went wrong on the way.
+        MeerkatError: the settings cannot be met.
+        RunFailed: the run failed on the way.
     """
     RunFolder.check_free(out)
     config.check_none_idle()
@@ -48,30 +46,27 @@ def simulate(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def resume(root: Path) -> dict[str, Any]:
-    """Go on with a run where its log ends. A finished one is left as it is. Returns the summary.
+    """Resume a run where its log ends; a finished one is left as it is. Returns the summary.
 
     Raises:
-        MeerkatError: there is no run, or what it rests on was changed; RunFailed: its record is damaged.
+        MeerkatError: there is no run, or what it rests on was changed.
+        RunFailed: its record is damaged.
     """
     folder = RunFolder.open(root)
-    check_format(next(iter(LogReader(folder.log_path)), {}), folder.log_path)
+    record: Mapping[str, Any] = {}
+    for record in LogReader(folder.log_path):
+        check_format(record, folder.log_path)
     try:
         summary = folder.summary()
     except ValueError:
         summary = None  # it is made again from log and metrics
-    if summary is not None and _is_closed(folder) and folder.metrics():
+    if summary is not None and record.get("kind") == "close" and folder.metrics():
         say(f"{root}: the run is finished, after {summary['rounds']} rounds")
         return summary
     if (config := folder.config()).partition == SITES:
         raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
     problem = open_problem(config)
     return _go_on(folder, problem, Split.of(config, problem))
-
-
-def _is_closed(folder: RunFolder) -> bool:
-    """Whether the log's last sound record is the closing one."""
-    last = deque(LogReader(folder.log_path), maxlen=1)
-    return bool(last) and last[0].get("kind") == "close"
 
 
 def _go_on(folder: RunFolder, problem: Problem, split: Split) -> dict[str, Any]:
@@ -81,16 +76,12 @@ def _go_on(folder: RunFolder, problem: Problem, split: Split) -> dict[str, Any]:
         _announce(run, split, lasting)
         if problem.labels and not any(metric["kind"] == SplitMetric.kind for metric in folder.metrics()):
             run.lost.append(SplitMetric.of(problem.labels, split.label_counts(len(problem.labels))).to_json())
-        timer = _Timer()
-        engine = _engine(run, problem, split, timer)
-        with tracking(config.tracker, folder.root, run.state.round) as tracker:
-            folder.on_metric(tracker)
-            evaluate = evaluation_of(problem, run.model, split.evaluation)
-            run_rounds(run, engine, evaluate, forward_s=timer.lap)
-        return write_summary(folder, config, run.mask, run.state, split.partition.extreme)
+        everyone, evaluate = _Everyone(), evaluation_of(problem, run.model, split.evaluation)
+        run_rounds(run, _engine(run, problem, split, everyone), evaluate, everyone)
+        return write_summary(run, split.partition.extreme)
 
 
-def _engine(run: Run, problem: Problem, split: Split, timer: "_Timer") -> Engine:
+def _engine(run: Run, problem: Problem, split: Split, everyone: "_Everyone") -> Engine:
     """The clients of a simulation, some of which may attack."""
     config = run.config
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
@@ -100,7 +91,7 @@ def _engine(run: Run, problem: Problem, split: Split, timer: "_Timer") -> Engine
         model=run.model,
         directions=run.directions,
         batch_of=lambda k, step: private.sample(clients[k].rows) if private else clients[k].batch(step),
-        losses_of=timer.around(losses_of),
+        losses_of=everyone.timed(losses_of),
         together=config.batching == "auto",
         private=private,
         estimator=estimator(config),
@@ -124,18 +115,20 @@ def _announce(run: Run, split: Split, lasting: Sequence[int]) -> None:
         say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
 
 
-class _Timer:
-    """Seconds spent in forward passes."""
+class _Everyone(Attendance):
+    """All clients, all the time, and how long their forward passes take."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._seconds = 0.0
 
-    def lap(self) -> float:
-        """The seconds since this was last asked."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def facts(self) -> Mapping[str, Any]:
+        """Seconds spent in the round's forward passes."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {"forward_s": seconds}
 
-    def around(self, losses_of: LossesOf) -> LossesOf:
+    def timed(self, losses_of: LossesOf) -> LossesOf:
+        """Losses as before, whose passes are timed."""
+
         def timed_losses_of(rows: Sequence[np.ndarray]) -> Loss:
             losses = losses_of(rows)
 
@@ -144,7 +137,7 @@ class _Timer:
                 try:
                     return losses()
                 finally:
-                    self.seconds += time.perf_counter() - began
+                    self._seconds += time.perf_counter() - began
 
             return timed
 

@@ -80,7 +80,7 @@ class Split:
 
 
 def _with_flipped_labels(config: RunConfig, rows: Sequence[Row], parts: Partition, labels: int) -> list[Row]:
-    """The rows, those of attacking clients with wrong labels."""
+    """The rows, with wrong labels at the attacking clients."""
     if not labels:
         raise MeerkatError(
             f"attack {config.attack}: flips labels, and problem '{config.problem}' has none; use another attack"

@@ -4,17 +4,16 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-from meerkat.algorithm import path
-from meerkat.algorithm.server import ServerState
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
 from meerkat.record.opening import steps_by_rows
 from meerkat.record.run_folder import Metric, RunFolder, write_atomically
 from meerkat.record.run_log import LogReader
 from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.run import Run
 from meerkat.settings import budget
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
@@ -81,12 +80,12 @@ class Summary:
         evaluations.sort(key=lambda metric: metric.round)
         before, after = evaluations[0], evaluations[-1]
         worked = [m for m in metrics if m["kind"] in ("round", "calibration")]
-        first_order = not config.recipe.sends_scalars
-        payload = 4 * (len(mask) if first_order else config.local_steps * config.directions)
-        same = {name: getattr(config, name) for name in _OF_THE_SETTINGS}
+        payload = 4 * (config.local_steps * config.directions if config.recipe.sends_scalars else len(mask))
+        settings = {f.name: getattr(config, f.name) for f in fields(cls) if f.name in RunConfig.model_fields}
+        settings["model"] = "" if config.problem != CLASSIFICATION and config.model == EMBEDDED else config.model
+        settings["calibration_steps"] = sum(m["steps"] for m in worked if m["kind"] == "calibration")
         return cls(
-            **same,
-            model="" if config.problem != CLASSIFICATION and config.model == EMBEDDED else config.model,
+            **settings,
             params_total=mask.total,
             params_masked=len(mask),
             evaluated_on="sites" if after.rows is not None else "held-back" if config.held_back else "validation",
@@ -100,7 +99,6 @@ class Summary:
             payload_bytes_up=sum(m["bytes_up"] for m in worked),
             payload_bytes_down=sum(m["bytes_down"] for m in worked),
             client_steps=sum(m["steps"] for m in worked),
-            calibration_steps=sum(m["steps"] for m in worked if m["kind"] == "calibration"),
             dense_bytes_per_client_round=4 * mask.total,
             attacking_clients=list(config.attacking_clients),
             extreme_clients=list(extreme),
@@ -122,33 +120,21 @@ class Summary:
         return asdict(self) | beside
 
 
-_OF_THE_SETTINGS = (
-    *("method", "problem", "task", "seed", "rounds", "local_steps", "directions", "clients"),
-    *("clients_per_round", "partition", "lr", "eps", "aggregation", "attack"),
-)
-
-
 def worst_class(per_class: Mapping[str, float], better: Better) -> float | None:
     """The score of the label that does worst; None where there are no labels."""
     return (min if better == "higher" else max)(per_class.values(), default=None)
 
 
-def write_summary(
-    folder: RunFolder,
-    config: RunConfig,
-    mask: SparseMask,
-    state: ServerState,
-    extreme: Sequence[int] = (),
-    facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def write_summary(run: Run, extreme: Sequence[int] = (), facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Put a finished run's outcome into its folder, and return it as JSON.
 
     Args:
         extreme: clients whose data is known to be extremely skewed.
         facts: what else the summary is to hold.
     """
-    stopped = sorted(state.early_stopped)
-    summary = Summary.of(config, mask, extreme, stopped, folder.metrics(), path.digest(state.theta)).to_json()
+    folder, config, state = run.folder, run.config, run.state
+    stopped, digest = sorted(state.early_stopped), state.replica.digest
+    summary = Summary.of(config, run.mask, extreme, stopped, folder.metrics(), digest).to_json()
     promised = budget.guarantee(config, steps_by_rows(folder.log_path), state.round)
     summary["privacy"] = None if promised is None else promised.to_json()
     summary["clients_without_budget"] = without_budget(folder)

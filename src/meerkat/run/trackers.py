@@ -1,4 +1,4 @@
-"""Trackers: a run's metrics, shown elsewhere while it goes on. metrics.jsonl stays the record of them."""
+"""Trackers: a run's metrics, shown elsewhere while it goes on; metrics.jsonl remains their record."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ Name = Literal["none", "tensorboard"]
 
 @contextmanager
 def tracking(name: Name, folder: Path, rounds: int) -> Iterator[Callable[[Metric], None]]:
-    """What to give each metric to, for as long as the run goes on.
+    """A function that takes each metric, for as long as the run goes on.
 
     Args:
         folder: the run's; "tensorboard" writes to its folder `tensorboard`, for `tensorboard --logdir`.
-        rounds: closed so far: what was tracked of later ones is hidden.
+        rounds: closed so far; metrics that were tracked of later ones are hidden.
 
     Raises:
         MeerkatError: the tracker is not installed.

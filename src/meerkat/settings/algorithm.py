@@ -11,9 +11,9 @@ from meerkat.algorithm.aggregation import Aggregator, Hidden
 from meerkat.algorithm.client_rules import FIRST_ORDER, ZEROTH_ORDER, ClientRule, FedDynClient
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.estimators import Estimator
+from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Rules
 from meerkat.algorithm.robust import norm
-from meerkat.algorithm.selection import Vpcs
 from meerkat.algorithm.server import ServerConfig
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
 from meerkat.errors import MeerkatError

@@ -7,7 +7,7 @@ Client-level: a round is one, on clients sampled at q = clients_per_round / K; a
 import math
 from collections.abc import Mapping, Sequence
 
-from meerkat.algorithm.rounds import LARGEST_LOSS
+from meerkat.algorithm.replies import LARGEST_LOSS
 from meerkat.errors import MeerkatError
 from meerkat.privacy.accounting import Charge, epsilon, noise_for, steps_within
 from meerkat.privacy.mechanism import Guarantee, Mechanism, Relation, sampling_rate

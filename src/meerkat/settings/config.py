@@ -10,8 +10,8 @@ import tomli_w
 from pydantic import create_model, model_validator
 
 from meerkat.algorithm.attacks import attackers
+from meerkat.algorithm.extreme_clients import EarlyStop
 from meerkat.algorithm.robust import Aggregation
-from meerkat.algorithm.selection import EarlyStop
 from meerkat.errors import MeerkatError, in_short
 from meerkat.settings import compatibility
 from meerkat.settings.auto import AUTO, Auto

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from meerkat.algorithm.attacks import Attack
+from meerkat.algorithm.extreme_clients import EarlyStop, Rule
 from meerkat.algorithm.robust import Clipping, Mixing
 from meerkat.algorithm.robust import Rule as AggregationRule
 from meerkat.algorithm.schedules import Schedule
-from meerkat.algorithm.selection import EarlyStop, Rule
 from meerkat.masks.kinds import Exclusion, Scope
 from meerkat.privacy.mechanism import Level, Relation
 from meerkat.problems.tasks import Objective

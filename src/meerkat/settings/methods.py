@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from meerkat.algorithm.selection import EarlyStop
+from meerkat.algorithm.extreme_clients import EarlyStop
 from meerkat.masks.kinds import Kind
 
 Method = Literal[

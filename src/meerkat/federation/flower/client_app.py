@@ -67,10 +67,10 @@ def _take_part(message: Message, context: Context) -> RecordDict:
             return _session_end(f"{site.ended}, after round {site.round}", again=True)
         # without a stream: answer with the site's first frame, and store what the next message needs
         if "site" in context.state and context.state["offer"]["run"] == offer.run:
-            site.take_up(context.state["site"])
+            site.restore(context.state["site"])
         say(f"client {site.client}: in federation {offer.run}, over Flower's messages")
         context.state["offer"] = ConfigRecord({**message.content["offer"], "run": offer.run})
-        context.state["site"] = ConfigRecord(site.keep())
+        context.state["site"] = ConfigRecord(site.snapshot())
         return RecordDict({"hello": ConfigRecord({"frame": site.hello()})})
 
 
@@ -80,13 +80,13 @@ def _answer_frames(message: Message, context: Context) -> RecordDict:
     with closing(Site(offer_in(context.state), _settings(context), str(context.node_id))) as site:
         if context.state["site"]["joined"] != site.joined:
             raise RunFailed("the site's key or rows are not those that it joined with; the next invitation begins anew")
-        site.take_up(context.state["site"])
+        site.restore(context.state["site"])
         try:
             answers = [site.answer(frame) for frame in unpack(message.content)]
         except MeerkatError as error:
             answers = [site.refusal(str(error))]
             say(f"meerkat: {error}")
-    context.state["site"] = ConfigRecord(site.keep())
+    context.state["site"] = ConfigRecord(site.snapshot())
     if site.ended:
         say(f"meerkat: {site.ended}, after round {site.round}")
     return pack([answer for answer in answers if answer is not None])

@@ -252,7 +252,7 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                     frames_read += 1
                     if (answer := _answer(site, call, data)) is not None:
                         call.send(answer)
-                        site.look_ahead()
+                        site.prepare_next()
                     if site.ended:
                         break
             except grpc.RpcError as error:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat.algorithm import selection
-from meerkat.algorithm.selection import Selection, Vpcs, select
+from meerkat.algorithm import extreme_clients
+from meerkat.algorithm.extreme_clients import Selection, Vpcs, select
 
 PAPERS = Vpcs(rule="thresholds", calibration_steps=8, initial_steps=3, later_steps=2)
 AUTOMATIC = Vpcs()
@@ -266,7 +266,7 @@ def test_as_many_are_taken_for_lively_as_is_most_likely(dimensions: int, data: s
     places = sorted(data.draw(st.lists(place, min_size=1, max_size=12)))
     least = math.ceil(len(places) / 5)
     likely = {m: log_likelihood(places[:m], len(places) - m, price) for m in range(least, len(places) + 1)}
-    assert likely[selection._lively_count(np.array(places), price)] == pytest.approx(max(likely.values()))
+    assert likely[extreme_clients._lively_count(np.array(places), price)] == pytest.approx(max(likely.values()))
 
 
 def test_they_are_found_where_most_fall_alike_and_far_under_the_others() -> None:

@@ -1,11 +1,11 @@
 """VPCS, virtual-path client selection: calibration scalars -> the clients whose data is extremely skewed (section 6).
 
-A client with a single label learns it at once; its loss, its gradient and with them its GradIP vanish, while
-those of other clients go on. Two rules read this from T_cali calibration steps:
+A client with a single label learns it at once: its loss, its gradient and with them its GradIP vanish. Two rules read
+this from T_cali calibration steps:
 
 - "thresholds", the paper's: rho_later above one threshold and rho_quie at or above another, on |GradIP|.
-- "automatic", ours: no threshold to set. It compares clients with each other on |g|, which is GradIP without
-  the noise of <grad_p, z>, and knows how far chance alone drives equals apart. See docs/method.md.
+- "automatic", ours: no threshold to set. It compares clients with each other on |g|, which is GradIP without the noise
+  of <grad_p, z>, and knows how far chance alone drives equals apart.
 """
 
 import math
@@ -101,13 +101,11 @@ def select(
     rho_later = early_mean / late_mean
     if vpcs.rule == "automatic":
         above, below, loud = _automatic_thresholds(rho_later, early_mean, late_mean, vpcs, directions)
-        rho_quie = (late < below).mean(1)
+        share, rho_quie = 0.0, (late < below).mean(1)
         extreme = (rho_later > above) | (late_mean < below) | (early_mean > loud)
-        share = 0.0
     else:
-        above, below, share = vpcs.rho_later, vpcs.sigma * float(np.median(early_mean)), vpcs.rho_quie
-        loud = 0.0
-        rho_quie = (late < below).mean(1)
+        above, below, loud = vpcs.rho_later, vpcs.sigma * float(np.median(early_mean)), 0.0
+        share, rho_quie = vpcs.rho_quie, (late < below).mean(1)
         extreme = (rho_later > above) & (rho_quie >= share)
     return Selection(
         clients=clients,

@@ -1,0 +1,113 @@
+"""The client that a site is: model, mask and rows, loaded once, and what it computes with them.
+
+The functions are those of a simulation's clients, so that both have the same bits.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meerkat.algorithm import path
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.errors import MeerkatError
+from meerkat.extensions import load
+from meerkat.federation.offer import Offer
+from meerkat.federation.site_settings import SiteConfig, details_in_own_log
+from meerkat.privacy.mechanism import Mechanism
+from meerkat.problems.data import Row
+from meerkat.problems.partition import ClientRows
+from meerkat.problems.problem import Split, client_losses, primary
+from meerkat.run.setup import open_problem, resolve_machine
+from meerkat.settings.algorithm import directions, estimator, rules
+from meerkat.settings.config import CLASSIFICATION
+
+
+class SiteClient:
+    """One client of one run, on its site."""
+
+    def __init__(self, offer: Offer, settings: SiteConfig) -> None:
+        """Load everything that the run needs.
+
+        Raises:
+            Refused: the site has not agreed to what is offered; no row was read.
+            MeerkatError: model or data cannot be read, or are not the run's.
+        """
+        load(settings.accepts.extensions, installed=False)
+        asked = offer.config({"model": settings.model, "data": settings.data, "device": settings.device})
+        task = offer.load_task() if asked.problem == CLASSIFICATION else None
+        settings.check_settings(asked, task.name if task else asked.problem)
+        self.number = settings.client
+        self.config = resolve_machine(asked)
+        self._problem = open_problem(self.config, task)
+        self.mask = offer.load_mask()
+        self.mask.check_fits(self._problem.model)
+        settings.check_mask(self.mask, self._problem.model)
+        self._model = MaskedModel(self._problem.model, self.mask)
+        self.theta_0 = self._model.read()
+        if path.digest(self.theta_0) != offer.theta:
+            raise MeerkatError(
+                f"model '{settings.model}': its values at the mask are not the coordinator's; use the same model"
+            )
+        self.rules = rules(self.config)
+        self.directions = directions(self.config, len(self.mask), self.theta_0.device)
+        rows = self._read_rows(settings, "train")
+        self.rows = ClientRows(self.number, np.arange(len(rows)), self.config.batch_size, self.config.seed)
+        examples = self._problem.prepare(rows)
+        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
+        self._validation: Any = None
+        if self.evaluates:
+            examples = self._problem.prepare(self._read_rows(settings, "validation"))
+            self._validation = self._problem.batch(examples, "evaluation")
+
+    def _read_rows(self, settings: SiteConfig, split: Split) -> list[Row]:
+        with details_in_own_log(f"the site's {split} rows are not fit for task '{self._problem.name}'"):
+            if not (settings.data and Path(settings.data).is_dir()):
+                raise MeerkatError(f"data '{settings.data}': no such folder; a site's rows are its own, not the hub's")
+            return self._problem.rows(split)
+
+    def steps(self, replica: Replica, plan: RoundPlan, pointer: int, private: Mechanism | None) -> np.ndarray:
+        """A plan's steps from a replica's theta: scalars, float32 [T_k, P].
+
+        Args:
+            pointer: steps that the client made before.
+            private: makes the scalars noisy, under example-level privacy.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        reply, _ = local_steps(
+            self._model,
+            replica.theta,
+            plan,
+            self.number,
+            self._batch_losses(pointer, private),
+            self.directions,
+            estimator=estimator(self.config),
+            rule=self.rules.client,
+            h=replica.h,
+            private=private,
+        )
+        return reply.scalars
+
+    def _batch_losses(self, pointer: int, private: Mechanism | None) -> Callable[[int], Loss]:
+        def batch_loss(step: int) -> Loss:
+            if private:
+                return self._losses_of([private.sample(self.rows.rows)])
+            losses = self._losses_of([self.rows.batch(pointer + step)])
+            return lambda: losses()[0]
+
+        return batch_loss
+
+    def evaluate(self, replica: Replica) -> tuple[str, float, int]:
+        """The primary score's name, its value at a replica's theta, and the number of validation rows."""
+        with torch.no_grad():
+            self._model.write_(replica.theta)
+        evaluation, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
+        return score, evaluation.scores[score], evaluation.rows
