@@ -50,11 +50,11 @@ class Stateless:
     sends: Sends = "scalars"
     carries: ClassVar[bool] = False
 
-    def correction(self, h: Tensor | None, drift: Tensor | None, z: Tensor) -> float:  # noqa: ARG002
+    def correction(self, *_: object) -> float:
         """Nothing."""
         return 0.0
 
-    def carry(self, h: Tensor | None, drift: Tensor) -> Tensor:  # noqa: ARG002
+    def carry(self, _: Tensor | None, drift: Tensor) -> Tensor:
         """Nothing."""
         return torch.zeros_like(drift)
 

@@ -56,7 +56,7 @@ class Aggregation:
         """Whether clients may count by their rows: the mean alone does."""
         return self.rule == "mean"
 
-    def invited(self, clients: int, available: Collection[int] | None) -> Collection[int] | None:  # noqa: ARG002
+    def invited(self, _: int, available: Collection[int] | None) -> Collection[int] | None:
         """Everyone who is available."""
         return available
 

@@ -42,7 +42,7 @@ class Engine(Protocol):
 class Attendance:
     """Which clients are there: as it stands, everyone, all the time. A federation's come and go."""
 
-    def arrivals(self, round: int) -> Sequence[Member]:  # noqa: ARG002
+    def arrivals(self, _: int) -> Sequence[Member]:
         """Wait until a round can open; the clients that joined, to be logged before it."""
         return ()
 
