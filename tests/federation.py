@@ -52,6 +52,7 @@ from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import RunConfig, make_config
 
 RUN = "0123456789abcdef"
+_NUMBER = count()
 Meddle = Callable[[int, bytes, bool], Sequence[tuple[float, bytes]] | None]
 """(client, frame, whether it goes up) -> what arrives after how many seconds; None breaks the stream."""
 
@@ -155,7 +156,9 @@ class Setting:
 
     def site(self, client: int, token: str = "", node: str = "", **own: Any) -> Site:
         """A site, as it is after the offer came; `own` of its site.toml."""
-        given = {"client": client, "data": str(self.folder / str(client)), "model": str(self.root / "model"), **own}
+        ledger = str(self.folder / f"{client}-{next(_NUMBER)}.ledger")  # of a site that has just been set up
+        paths = {"data": str(self.folder / str(client)), "model": str(self.root / "model"), "ledger": ledger}
+        given = {"client": client, **paths, **own}
         return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}), node)
 
     def in_one_process(self) -> LocalEngine:
@@ -353,6 +356,7 @@ class Federation:
             self.z,
             Classification.scores,
         )
+        self._number = next(_NUMBER)
         self.records: list[dict[str, Any]] = []
         self.ever: dict[int, Site] = {}
         """The last site of each client, here or not."""
@@ -372,14 +376,19 @@ class Federation:
     def enter(self, client: int, node: str = "", **own: Any) -> Site:
         """A fresh site comes in by a token."""
         node = node or f"node {client}"
+        if node == f"node {client}":
+            own = {"ledger": str(self.setting.folder / f"{client} of {self._number}.ledger"), **own}
+            if client in self.ever:
+                self.ever[client].close()
         site = self.setting.site(client, self.admission.token(node), node, **own)
         self.wire.connect(site)
         self.ever[client] = site
         return site
 
-    def engine_state_size(self) -> int:
-        """Float32 values of a whole state."""
-        return len(self.setting.mask) * self.settings.rules.vectors
+    def lead_astray(self, client: int) -> None:
+        """Give a site another theta than everyone's."""
+        site = self.ever[client]
+        site._replica = replace(site._replica, theta=torch.zeros_like(site._replica.theta))
 
     def gather(self) -> list[Member]:
         """The clients that join before the next round."""

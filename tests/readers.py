@@ -340,7 +340,7 @@ class World:
             body = Frame.decode(data).body
             readers: list[Check] = [
                 Work.decode,
-                frames.decode_scalars,
+                frames.Answer.decode,
                 lambda body: frames.decode_score(body, "accuracy"),
                 frames.decode_json,
             ]
@@ -431,7 +431,7 @@ class World:
                         client,
                         0,
                         bytes.fromhex(path.digest(theta)),
-                        frames.encode_scalars("training", scalars),
+                        frames.Answer("training", 0, scalars).encode(),
                     ).encode(),
                 )
             replies = engine.run(state, plan)

@@ -88,7 +88,7 @@ class StubSite:
 
     def reply(self, scalars: np.ndarray) -> bytes:
         """The frame that answers with scalars."""
-        return self.frame(Kind.REPLY, frames.encode_scalars("training", scalars))
+        return self.frame(Kind.REPLY, frames.Answer("training", 0, scalars).encode())
 
     def _follow_and_work(self, frame: Frame, work: Work) -> bytes | None:
         for number, closed in enumerate(work.closed, frame.round - len(work.closed)):

@@ -64,10 +64,10 @@ def test_a_signed_reply_comes_out_without_a_digest(frame: Frame, body: bytes) ->
 
 @given(st.sampled_from(["training", "calibration"]), _scalars, st.binary(min_size=64, max_size=64))
 def test_a_reply_is_told_with_its_signature_or_without(phase: Any, scalars: np.ndarray, signature: bytes) -> None:
-    body = frames.encode_scalars(phase, scalars)
+    body = frames.Answer(phase, 7, scalars).encode()
     for kind, front in ((Kind.REPLY, b""), (Kind.SIGNED, signature)):
-        found, again, signed = frames.decode_reply(Frame(kind, RUN, 1, 2, DIGEST, front + body))
-        assert (found, again.tobytes(), signed) == (phase, scalars.tobytes(), front)
+        answer, signed = frames.decode_reply(Frame(kind, RUN, 1, 2, DIGEST, front + body))
+        assert (answer.phase, answer.pointer, answer.scalars.tobytes(), signed) == (phase, 7, scalars.tobytes(), front)
     with pytest.raises(BadFrame):
         frames.decode_reply(Frame(Kind.SIGNED, RUN, 1, 2, DIGEST, signature[:50]))
 
@@ -82,8 +82,8 @@ def test_work_comes_out_as_it_went_in(work: Work) -> None:
 
 @given(st.sampled_from(["training", "calibration"]), _scalars)
 def test_scalars_come_out_to_the_bit(phase: Any, scalars: np.ndarray) -> None:
-    found, again = frames.decode_scalars(frames.encode_scalars(phase, scalars))
-    assert found == phase
+    found, pointer, again = frames.Answer.decode(frames.Answer(phase, 2**62 - 1, scalars).encode())
+    assert (found, pointer) == (phase, 2**62 - 1)
     assert again.dtype == np.float32
     assert again.shape == scalars.shape
     assert again.tobytes() == scalars.tobytes()
@@ -120,7 +120,7 @@ def decode_accuracy(body: bytes) -> tuple[float, int]:
 _DECODERS: list[Callable[[bytes], Any]] = [
     Frame.decode,
     Work.decode,
-    frames.decode_scalars,
+    frames.Answer.decode,
     decode_accuracy,
     frames.decode_json,
     lambda body: frames.decode_json(body, 32),
@@ -150,12 +150,12 @@ def test_a_header_with_any_body_is_decoded_or_a_bad_frame(frame: Frame, data: st
             decode(body)
 
 
-@pytest.mark.parametrize("decode", [Work.decode, frames.decode_scalars, decode_accuracy])
+@pytest.mark.parametrize("decode", [Work.decode, frames.Answer.decode, decode_accuracy])
 @given(data=st.data())
 def test_a_body_that_is_cut_or_longer_is_refused(decode: Callable[[bytes], Any], data: st.DataObject) -> None:
     body = {
         Work.decode: Work("training", 0.1, 2, 3, (closed_round(2, 3), closed_round())).encode(),
-        frames.decode_scalars: frames.encode_scalars("training", np.ones((2, 3), "f4")),
+        frames.Answer.decode: frames.Answer("training", 0, np.ones((2, 3), "f4")).encode(),
         decode_accuracy: frames.encode_score("accuracy", 0.75, 4),
     }[decode]
     other = data.draw(st.integers(0, len(body) + 20).filter(lambda size: size != len(body)))
@@ -173,7 +173,7 @@ def test_what_is_not_of_this_protocol_is_told() -> None:
     good = Frame(Kind.END, RUN, 1, 2, DIGEST, b"{}").encode()
     for data, said in (
         (b"XX" + good[2:], "not a frame"),
-        (good[:2] + b"\1" + good[3:], "frame format 1, this side speaks 3"),
+        (good[:2] + b"\1" + good[3:], "frame format 1, this side speaks 4"),
         (good[:3] + b"\0" + good[4:], "unknown kind 0"),
         (good[:3] + b"\x0e" + good[4:], "unknown kind 14"),
         (good[: HEADER - 1], "must be 52 to"),
@@ -190,10 +190,10 @@ def test_sizes_are_those_that_are_promised() -> None:
     work = Work("training", 0.1, 1, 7, (closed_round(),))
     assert len(closed_round().encode()) == 27
     assert len(Frame(Kind.WORK, RUN, 1, 2, DIGEST, work.encode()).encode()) <= 120
-    reply = frames.encode_scalars("training", np.ones((1, 1), "f4"))
-    assert len(reply) == 7 + 4
+    reply = frames.Answer("training", 0, np.ones((1, 1), "f4")).encode()
+    assert len(reply) == 15 + 4
     assert len(Frame(Kind.REPLY, RUN, 1, 2, DIGEST, reply).encode()) <= 80
-    assert len(Frame(Kind.SIGNED, RUN, 1, 2, body=bytes(64) + reply).encode()) <= 100
+    assert len(Frame(Kind.SIGNED, RUN, 1, 2, body=bytes(64) + reply).encode()) <= 110
 
 
 def parts_of(values: np.ndarray, monkeypatch: pytest.MonkeyPatch, room: int = 10) -> list[bytes]:
@@ -267,7 +267,7 @@ GOLDEN = {
         Work("calibration", 0.5, 2, 258, (Closed(1.0, 0.25, np.array([[1.0], [-2.0]], "f4"), True),)).encode(),
         "01000000000000e03f020000000201000000000000010001000000000000f03f000000000000d03f0200000001000000803f000000c0",
     ),
-    Kind.REPLY: (frames.encode_scalars("training", np.array([[1.0, -2.0]], "f4")), "000100000002000000803f000000c0"),
+    Kind.REPLY: (frames.Answer("training", 258, np.array([[1.0, -2.0]], "f4")).encode(), "0002010000000000000100000002000000803f000000c0"),
     Kind.CLOSED: (Work().encode(), "00" * 23),
     Kind.STATE: (
         frames.encode_state(np.array([1.0, 0.5], "f4"))[0],
@@ -280,20 +280,20 @@ GOLDEN = {
     Kind.REFUSAL: (frames.encode_json({"why": "no"}), b'{"why":"no"}'.hex()),
     Kind.END: (frames.encode_json({"why": "done"}), b'{"why":"done"}'.hex()),
     Kind.SIGNED: (
-        bytes([9]) * 64 + frames.encode_scalars("training", np.array([[1.0]], "f4")),
-        "09" * 64 + "0001000000" + "0100" + "0000803f",
+        bytes([9]) * 64 + frames.Answer("training", 0, np.array([[1.0]], "f4")).encode(),
+        "09" * 64 + "00" + "00" * 8 + "01000000" + "0100" + "0000803f",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_the_format_is_what_version_3_wrote(kind: Kind) -> None:
+def test_the_format_is_what_version_4_wrote(kind: Kind) -> None:
     """Whoever has to change a line here changes frames.VERSION too."""
     body, expected = GOLDEN[kind]
-    head = "4d4b03" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
+    head = "4d4b04" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
     head += "" if kind is Kind.SIGNED else DIGEST.hex()
     assert Frame(kind, RUN, 3, 260, DIGEST, body).encode().hex() == head + expected
-    assert frames.VERSION == 3
+    assert frames.VERSION == 4
 
 
 def test_a_body_of_words_is_json_that_any_reader_takes() -> None:

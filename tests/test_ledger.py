@@ -459,6 +459,6 @@ def test_a_site_that_dies_after_its_charge_gives_the_round_the_same_scalars(
     federation.wire.meddle, federation.wire.on_left = meddle, back
     record = federation.round()
     assert sorted(record.scalars) == [0, 1, 2]
-    assert np.array_equal(record.scalars[1], frames.decode_scalars(Frame.decode(lost[0]).body)[1])
+    assert np.array_equal(record.scalars[1], frames.Answer.decode(Frame.decode(lost[0]).body).scalars)
     assert len(charged(Path(ledgers[1]))) == 1
     federation.end()

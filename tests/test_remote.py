@@ -413,11 +413,7 @@ def test_a_site_that_holds_another_theta_gets_the_state_and_its_reply_counts(
     ours = setting.but(local_steps=2, **changes)
     federation = Federation.of(ours, monkeypatch)
     federation.round()
-    site = federation.ever[1]
-    none = torch.zeros(federation.engine_state_size())
-    parts = frames.encode_state(none.numpy())
-    for part in parts:
-        site.answer(frame(Kind.STATE, 1, federation.state, part))
+    federation.lead_astray(1)
     for _ in range(3):
         assert answered(federation.round()) == [0, 1, 2]
     assert federation.engine.counts["behind"] == 1
@@ -469,7 +465,7 @@ def test_recent_rounds_fit_a_frame_however_large_the_state() -> None:
 
 def reply(federation: Federation, client: int, scalars: Any, phase: Any = "training", **about: Any) -> bytes:
     state = replace(federation.state, replica=replace(federation.state.replica, **about))
-    return frame(Kind.REPLY, client, state, frames.encode_scalars(phase, np.array(scalars, "f4")))
+    return frame(Kind.REPLY, client, state, frames.Answer(phase, 0, np.array(scalars, "f4")).encode())
 
 
 BAD = {
@@ -661,7 +657,7 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
     """A reply that client 1 signed itself, with this key and about what it was not asked."""
 
     def change(federation: Federation, frame: Frame) -> bytes:
-        phase, scalars, _ = frames.decode_reply(frame)
+        (phase, pointer, scalars), _ = frames.decode_reply(frame)
         facts = {"round": 0, "theta": federation.state.theta, "pointer": 0, **about}
         plan = replace(server.open_round(federation.state, federation.settings, [1]), round=facts["round"])
         signer = Signer(
@@ -669,14 +665,14 @@ def resigned(key: str, **about: Any) -> Callable[[Federation, Frame], bytes]:
         )
         theta = bytes.fromhex(path.digest(facts["theta"]))
         signature = signer.sign(plan, theta, facts["pointer"], scalars)
-        return frame._replace(body=signature + frames.encode_scalars(phase, scalars)).encode()
+        return frame._replace(body=signature + frames.Answer(phase, pointer, scalars).encode()).encode()
 
     return change
 
 
 def scalar_changed(_: Federation, frame: Frame) -> bytes:
-    phase, scalars, signature = frames.decode_reply(frame)
-    changed = frames.encode_scalars(phase, np.nextafter(scalars, np.float32(9)))
+    (phase, pointer, scalars), signature = frames.decode_reply(frame)
+    changed = frames.Answer(phase, pointer, np.nextafter(scalars, np.float32(9))).encode()
     return frame._replace(body=signature + changed).encode()
 
 
@@ -874,8 +870,7 @@ def test_an_evaluation_gives_the_state_to_who_is_behind(setting: Setting, monkey
     federation = Federation.of(setting, monkeypatch, join=0)
     federation.enter(0, evaluate=True)
     federation.round()
-    for part in frames.encode_state(np.zeros(len(setting.mask), "f4")):
-        federation.ever[0].answer(frame(Kind.STATE, 0, federation.state, part))
+    federation.lead_astray(0)
     assert counted(federation)[1] == setting.sizes[0]
     assert federation.wire.now == 0.0
 
@@ -974,7 +969,8 @@ def test_whatever_goes_wrong_the_log_says_what_became_of_theta(
 def all_are_honest(setting: Setting, records: Sequence[dict[str, Any]]) -> bool:
     """Whether every scalar that was logged is what the client makes of that plan at that state, to the bit."""
     engine = setting.in_one_process()
-    for before, record in opened(setting, records):
+    for state, record in opened(setting, records):
+        before = replace(state, steps_made={**state.steps_made, **record.pointers})
         made = {reply.client: reply.scalars for reply in engine.run(before, record.plan)}
         if any(g.tobytes() != made[client].tobytes() for client, g in record.scalars.items()):
             return False

@@ -556,7 +556,7 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
                 client=client,
                 plan=told.plan,
                 theta=bytes.fromhex(path.digest(before.theta)),
-                pointer=before.steps_made.get(client, 0),
+                pointer=told.pointers[client],
                 scalars=told.scalars[client],
             )
             record["signatures"][[*told.scalars].index(client)] = base64.b64encode(key.sign(message)).decode()

@@ -318,10 +318,10 @@ def _wrong_replies() -> dict[str, Callable[[StubSite], bytes]]:
         "too many scalars": lambda site: site.reply(np.zeros((7, 1), np.float32)),
         "fewer bytes than announced": lambda site: site.reply(short)[:-1],
         "another client's": lambda site: Frame(
-            Kind.REPLY, bytes.fromhex(RUN), 1, site.round, body=frames.encode_scalars("training", short)
+            Kind.REPLY, bytes.fromhex(RUN), 1, site.round, body=frames.Answer("training", 0, short).encode()
         ).encode(),
         "another run's": lambda site: Frame(
-            Kind.REPLY, OTHERS_RUN, 0, site.round, body=frames.encode_scalars("training", short)
+            Kind.REPLY, OTHERS_RUN, 0, site.round, body=frames.Answer("training", 0, short).encode()
         ).encode(),
     }
 

@@ -18,7 +18,7 @@ from meerkat.algorithm.extreme_clients import Selection, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.replies import Reply, Scalars
 from meerkat.algorithm.rounds import RoundPlan, replies_from_json, replies_to_json, steps_of
-from meerkat.algorithm.server import ServerConfig, ServerState, counted, within_allowance
+from meerkat.algorithm.server import ServerConfig, ServerState, counted, pointer_of, within_allowance
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class CalibrationRecord:
     selection: Selection
     early_stopped: tuple[int, ...]
     """Clients that make one step a round from now on: the extreme ones, or as many at random."""
+    pointers: Mapping[int, int] = field(default_factory=dict)
+    """As in `RoundRecord`."""
     signatures: Mapping[int, bytes] = field(default_factory=dict)
     """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
 
@@ -42,7 +44,9 @@ class CalibrationRecord:
         """The record as JSON values."""
         return {
             "kind": self.kind,
-            **replies_to_json(self.plan, steps_of(self.scalars), self.scalars, self.inner, self.signatures),
+            **replies_to_json(
+                self.plan, steps_of(self.scalars), self.pointers, self.scalars, self.inner, self.signatures
+            ),
             "selection": asdict(self.selection),
             "early_stopped": list(self.early_stopped),
         }
@@ -88,7 +92,8 @@ def close_calibration(
     whole = {reply.client: reply for reply in scalars if reply.steps == plan.steps[reply.client]}
     g = {client: whole[client].scalars for client in sorted(whole)}
     record = decide(state, plan, g, inner_products(gradient, plan, directions), config)
-    record = replace(record, signatures={k: whole[k].signature for k in g if whole[k].signature})
+    signatures = {k: whole[k].signature for k in g if whole[k].signature}
+    record = replace(record, pointers={k: pointer_of(state, whole[k]) for k in g}, signatures=signatures)
     return replay(state, record), record
 
 
@@ -114,7 +119,7 @@ def replay(state: ServerState, record: CalibrationRecord) -> ServerState:
     """The state after a calibration: theta is what it was."""
     return replace(
         state,
-        steps_made=counted(state, steps_of(record.scalars)),
+        steps_made=counted(state, record.pointers, steps_of(record.scalars)),
         early_stopped=frozenset(record.early_stopped),
         calibrated=record.plan.round,
     )

@@ -20,6 +20,8 @@ class Scalars:
     """g_k^{r,t,p}: float32 [T_k, P]"""
     loss: float = float("nan")
     """Mean training loss. Only a simulation knows it: it is never sent."""
+    pointer: int | None = None
+    """Local steps that the client had made before, by its own count; None for as many as the server counted."""
     signature: bytes = b""
     """The client's signature of its scalars, 64 bytes; empty where it does not sign. See `record.signatures`."""
 
@@ -40,6 +42,8 @@ class Delta:
     """Local steps made."""
     loss: float = float("nan")
     """Mean training loss, as in `Scalars`."""
+    pointer: None = None
+    """Nobody counts but the server."""
 
 
 Reply = Scalars | Delta

@@ -83,6 +83,8 @@ class RoundRecord:
     """SHA-256 of theta after the round."""
     inner: np.ndarray
     """c^{t,p} = <grad_p, z^{t,p}>, float64 [T, P]: GradIP is a client's scalars times these. Empty without grad_p."""
+    pointers: Mapping[int, int] = field(default_factory=dict)
+    """Local steps that each client had made before, by its own count, by the id of clients that replied."""
     signatures: Mapping[int, bytes] = field(default_factory=dict)
     """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
     unkept: Mapping[int, int] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class RoundRecord:
         """The record as JSON values; arrays as base64 of their little-endian bytes."""
         return {
             "kind": self.kind,
-            **replies_to_json(self.plan, self.made, self.scalars, self.inner, self.signatures),
+            **replies_to_json(self.plan, self.made, self.pointers, self.scalars, self.inner, self.signatures),
             "weights": list(self.weights.values()),
             "aggregate": pack(self.aggregate),
             "theta": self.theta_digest,
@@ -132,14 +134,15 @@ _PLAIN = ("phase", "round", "lr", "eps", "directions", "sends")
 def replies_to_json(
     plan: RoundPlan,
     made: Mapping[int, int],
+    pointers: Mapping[int, int],
     scalars: Mapping[int, np.ndarray],
     inner: np.ndarray,
     signatures: Mapping[int, bytes],
 ) -> dict[str, Any]:
     """What was asked and what came, as JSON values: see docs/formats.md.
 
-    `made` is 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is empty where nobody
-    signs.
+    `made` and `pointers` are 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is empty
+    where nobody signs.
     """
     none = np.zeros((0, plan.directions), np.float32)
     replies = [none, *(scalars.get(client, none) for client in plan.steps)]
@@ -148,6 +151,7 @@ def replies_to_json(
         "clients": list(plan.steps),
         "steps": list(plan.steps.values()),
         "made": [made.get(client, 0) for client in plan.steps],
+        "pointers": [pointers.get(client, 0) for client in plan.steps],
         "scalars": None if made and not scalars else pack(np.concatenate(replies)),
         "inner": pack(inner, "<f8"),
         "signatures": [base64.b64encode(signatures.get(client, b"")).decode() for client in scalars if signatures],
@@ -155,7 +159,7 @@ def replies_to_json(
 
 
 def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields `plan`, `scalars`, `inner`, `signatures` and `unkept` of a record, as `replies_to_json` had them.
+    """The fields `plan`, `scalars`, `inner`, `pointers`, `signatures` and `unkept`, as `replies_to_json` had them.
 
     Raises:
         KeyError, TypeError, ValueError: `replies_to_json` did not write it.
@@ -169,6 +173,10 @@ def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     if (least := min(made.values(), default=0)) < 0:
         raise ValueError(f"round {values['round']} has a reply of {least} steps")
     made = {client: count for client, count in made.items() if count}
+    pointers = dict(zip(values["clients"], values["pointers"], strict=True))
+    if not all(type(pointer) is int and 0 <= pointer < 2**62 for pointer in pointers.values()):
+        raise TypeError(f"round {values['round']} has a pointer that is not a number of steps")
+    pointers = {client: pointers[client] for client in made}
     scalars: dict[int, np.ndarray] = {}
     if values["scalars"] is not None:
         ends = np.cumsum([0, *made.values()])
@@ -180,7 +188,8 @@ def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     inner = inner.reshape(plan.longest if inner.size else 0, directions)
     encoded = values["signatures"] or [""] * len(scalars)
     signatures = {k: base64.b64decode(text) for k, text in zip(scalars, encoded, strict=True) if text}
-    return {"plan": plan, "scalars": scalars, "inner": inner, "signatures": signatures, "unkept": made}
+    replied = {"scalars": scalars, "pointers": pointers, "signatures": signatures, "unkept": made}
+    return {"plan": plan, "inner": inner, **replied}
 
 
 def pack(values: np.ndarray, kind: str = "<f4") -> str:

@@ -61,7 +61,7 @@ class ServerState:
 
     replica: Replica
     steps_made: Mapping[int, int] = field(default_factory=dict)
-    """Local steps that each client has made, by id: its data pointer."""
+    """Local steps that each client has made, by id: its data pointer. In a federation those that did not count, too."""
     carried: Mapping[int, Tensor] = field(default_factory=dict)
     """h_k by client id, float32 [n], where the client rule carries one."""
     early_stopped: frozenset[int] = frozenset()
@@ -205,6 +205,7 @@ def close_round(
         aggregate=aggregated,
         theta_digest="",
         inner=inner_products(gradient if config.aggregation.keeps_replies else None, plan, directions),
+        pointers={reply.client: pointer_of(state, reply) for reply in replies},
         signatures={reply.client: reply.signature for reply in kept if reply.signature},
     )
     moved = replay(state, draft, config, directions)
@@ -219,11 +220,16 @@ def replay(state: ServerState, record: RoundRecord, config: ServerConfig, direct
     return replace(
         state,
         replica=state.replica.follow(update, config.rules, directions),
-        steps_made=counted(state, record.made),
+        steps_made=counted(state, record.pointers, record.made),
         carried={**state.carried, **after},
     )
 
 
-def counted(state: ServerState, made: Mapping[int, int]) -> dict[int, int]:
-    """The data pointers after replies: each client's moves on by the steps it made."""
-    return {**state.steps_made, **{k: state.steps_made.get(k, 0) + steps for k, steps in made.items()}}
+def pointer_of(state: ServerState, reply: Reply) -> int:
+    """Local steps that a client had made before its reply."""
+    return state.steps_made.get(reply.client, 0) if reply.pointer is None else reply.pointer
+
+
+def counted(state: ServerState, pointers: Mapping[int, int], made: Mapping[int, int]) -> dict[int, int]:
+    """The data pointers after replies: each client's is where it was, and the steps that it made."""
+    return {**state.steps_made, **{k: pointers[k] + steps for k, steps in made.items()}}

@@ -19,7 +19,7 @@ from meerkat.errors import MeerkatError
 from meerkat.problems.problem import RANGES
 from meerkat.record.signatures import SIGNATURE
 
-VERSION = 3
+VERSION = 4
 LIMIT = 1 << 20
 """Bytes of a frame, at most."""
 
@@ -31,7 +31,8 @@ _WORK = struct.Struct("<BdIQH")
 _CLOSED = struct.Struct("<BddIH")
 ROOM = LIMIT - _HEADER_SIZE
 """Bytes of a frame's body, at most."""
-_REPLY = struct.Struct("<BIH")
+_REPLY = struct.Struct("<BQIH")
+_MOST_STEPS = 2**62
 _SCORE = struct.Struct("<dQ")
 _MOST = 1e30
 """Largest magnitude of a score without bounds of its own: a mean over all sites stays finite."""
@@ -51,7 +52,7 @@ class Kind(IntEnum):
     HELLO = 1  # site: who I am and what I hold; a token or session secret in front
     WELCOME = 2  # coordinator: you are in, and your session secret
     WORK = 3  # coordinator: rounds closed since, and the steps to make now
-    REPLY = 4  # site: the scalars
+    REPLY = 4  # site: the scalars, and how many steps it made before
     CLOSED = 5  # coordinator: rounds closed since, and nothing to do
     STATE = 6  # coordinator: a part of theta and what goes with it
     BEHIND = 7  # site: my theta is not the one you mean
@@ -60,7 +61,7 @@ class Kind(IntEnum):
     FAILED = 10  # site: I could not make my steps
     REFUSAL = 11  # either: no, and why, in one line; the session is over
     END = 12  # coordinator: the run is over
-    SIGNED = 13  # site: the scalars, with its signature in front
+    SIGNED = 13  # site: a reply, with its signature in front
 
 
 FAILURES = ("diverged", "out of memory", "error")
@@ -130,7 +131,7 @@ class Work(NamedTuple):
     steps: int = 0
     """T_k; 0 where there is nothing to do."""
     pointer: int = 0
-    """Steps that the client has made in all: where in its rows it goes on."""
+    """Steps that the coordinator counted of the client: where a site begins that has no record of the run."""
     closed: Sequence[Closed] = ()
     """The rounds that end at the frame's own, oldest first."""
 
@@ -157,27 +158,34 @@ class Work(NamedTuple):
         return cls(_PHASES[phase], lr, steps, pointer, tuple(closed))
 
 
-def encode_scalars(phase: Phase, scalars: np.ndarray) -> bytes:
-    """The body of a REPLY; scalars float32 [T_k, P]."""
-    return _REPLY.pack(PHASES[phase], *scalars.shape) + _to_bytes(scalars)
+class Answer(NamedTuple):
+    """The body of a REPLY."""
+
+    phase: Phase
+    pointer: int
+    """Local steps that the site had made before, by its own count: where in its rows these steps begin."""
+    scalars: np.ndarray
+    """float32 [T_k, P]"""
+
+    def encode(self) -> bytes:
+        """The body's bytes."""
+        return _REPLY.pack(PHASES[self.phase], self.pointer, *self.scalars.shape) + _to_bytes(self.scalars)
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Answer":
+        """The body that `encode` wrote. Raises BadFrame if it is malformed."""
+        phase, pointer, steps, directions = _unpack(_REPLY, body)
+        if phase >= len(_PHASES) or len(body) != _REPLY.size + 4 * steps * directions:
+            raise BadFrame(f"a reply of {len(body)} bytes for {steps} steps of {directions} directions")
+        if pointer >= _MOST_STEPS:
+            raise BadFrame(f"a reply after {pointer} steps: nobody makes as many")
+        return cls(_PHASES[phase], pointer, _to_floats(body[_REPLY.size :]).reshape(steps, directions))
 
 
-def decode_scalars(body: bytes) -> tuple[Phase, np.ndarray]:
-    """The phase and scalars, float32 [T_k, P], of a REPLY. Raises BadFrame if it is malformed."""
-    phase, steps, directions = _unpack(_REPLY, body)
-    if phase >= len(_PHASES) or len(body) != _REPLY.size + 4 * steps * directions:
-        raise BadFrame(f"a reply of {len(body)} bytes for {steps} steps of {directions} directions")
-    return _PHASES[phase], _to_floats(body[_REPLY.size :]).reshape(steps, directions)
-
-
-def decode_reply(frame: Frame) -> tuple[Phase, np.ndarray, bytes]:
-    """Phase, scalars, float32 [T_k, P], and signature, empty in a REPLY, of a REPLY or SIGNED frame.
-
-    Raises:
-        BadFrame: it is malformed.
-    """
+def decode_reply(frame: Frame) -> tuple[Answer, bytes]:
+    """Answer and signature, empty in a REPLY, of a REPLY or SIGNED frame. Raises BadFrame if it is malformed."""
     signed = SIGNATURE if frame.kind is Kind.SIGNED else 0
-    return *decode_scalars(frame.body[signed:]), frame.body[:signed]
+    return Answer.decode(frame.body[signed:]), frame.body[:signed]
 
 
 def encode_score(name: str, value: float, rows: int) -> bytes:

@@ -1,14 +1,21 @@
-"""A site's ledger: the privacy that its rows have spent over all runs; and `RunAccountant`, one run's part of it.
+"""A site's ledger: every question that it was asked, over all runs, with its reply and the privacy that this spent.
 
-The ledger keeps every noisy reply with its charge. A charge is on the disk before its reply leaves, so a crash at any
-moment leaves nothing uncharged. A request that comes again, even to another process, gets the same reply again:
-nothing is drawn or charged twice.
+A question is answered once. When it comes again, even to another process, it gets the same reply again; another
+question in its place gets none. Two histories of one federation cannot both have the site's replies.
+
+A question is in the file before it is answered, and its reply before it leaves, so that killing the process loses
+nothing. Only a machine that goes down can lose lines that were not synced. Against that steps are *reserved ahead*: a
+line that is synced says how many the site may make, and those that it may have made when the machine went down count
+as made. Rounds do not wait for it: the next reservation is synced while the last one is used.
 """
 
 import base64
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.federation.frames import BadFrame
@@ -20,17 +27,33 @@ from meerkat.record.run_log import LogReader, RunLog
 from meerkat.settings import budget as run_budget
 from meerkat.settings.config import RunConfig
 
+AHEAD = 64
+"""Rounds whose steps are reserved at a time."""
+EVALUATION: Literal["evaluation"] = "evaluation"
+"""The phase of an evaluation: a question of no steps."""
+
+_FREE: dict[str, float | None] = {"rate": None, "noise_multiplier": None}
 _LEDGER = "the site's ledger cannot be used"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Request(NamedTuple):
-    """What a reply answers. Each request is answered once, about one theta."""
+    """Which question of a run: each is asked once."""
 
-    run: str
-    """The federation's id, hexadecimal."""
-    client: int
     phase: str
     round: int
+
+
+class Entry(NamedTuple):
+    """A question, and its reply."""
+
+    question: str
+    """SHA-256 of all that the reply follows from, hexadecimal."""
+    pointer: int
+    """Local steps that were made before."""
+    steps: int
+    reply: bytes | None
+    """None where there is none yet: the site was stopped, or could not make its steps."""
 
 
 @dataclass(frozen=True)
@@ -44,162 +67,360 @@ class Budget:
     """The run that it limits; empty for all."""
 
 
+@dataclass
+class ClientRecord:
+    """What a ledger has of one client of one run."""
+
+    charter: str = ""
+    """What the run's signatures are bound to, hexadecimal; empty in ledgers that did not note it."""
+    scalars: int = 0
+    """Scalars in all replies."""
+    pointer: int = 0
+    """Local steps made, and those that may have been."""
+    entries: dict[Request, Entry] = field(default_factory=dict)
+    charges: list[Charge] = field(default_factory=list)
+    reserved: int = 0
+    """The steps that the disk says may be made."""
+    _boot: str = ""
+    _each: Charge | None = None
+    """What a reserved step costs."""
+
+    def read(self, record: dict[str, Any]) -> None:
+        """Take one of its lines. Raises one of DAMAGE: it is malformed."""
+        match record.get("kind", "charge"):
+            case "run":
+                self.charter = record["charter"]
+            case "reserve":
+                self.count_lost(record["boot"])
+                self.reserved, self._boot = _count(record["steps"]), record["boot"]
+                self._each = _charge(record, 1) if record["rate"] is not None else None
+            case "release":
+                self.reserved = 0
+            case "question":
+                self._ask(record, record["question"], _count(record["pointer"]), _count(record["steps"]))
+            case "answer":
+                self._answer(record)
+            case "charge":  # as written before the ledger had questions: nothing is known of what was asked
+                self._ask(record, "", self.pointer, _count(record["steps"]))
+                self._answer(record)
+            case kind:
+                raise ValueError(f"a record of kind {kind!r}")
+
+    def _ask(self, record: dict[str, Any], question: str, pointer: int, steps: int) -> None:
+        request = Request(str(record["phase"]), _count(record["round"]))
+        if request in self.entries:
+            raise ValueError(f"{request.phase} round {request.round} is asked twice")
+        self.entries[request] = Entry(question, pointer, steps, None)
+        self.pointer = max(self.pointer, pointer + steps)
+
+    def _answer(self, record: dict[str, Any]) -> None:
+        request = Request(record["phase"], record["round"])
+        entry, reply = self.entries[request], base64.b64decode(record["reply"], validate=True)
+        if entry.reply is not None:
+            raise ValueError(f"{request.phase} round {request.round} is answered twice")
+        self.entries[request] = entry._replace(reply=reply)
+        self.scalars += _count(record.get("scalars", 0))
+        if record["rate"] is not None:
+            self.charges.append(_charge(record, entry.steps))
+
+    def count_lost(self, boot: str) -> None:
+        """Count the steps that were reserved, unless the machine that reserved them still runs: `boot` says which."""
+        if self.reserved > self.pointer and self.went_down(boot):
+            if self._each is not None:
+                self.charges.append(self._each._replace(steps=self.reserved - self.pointer))
+            self.pointer = self.reserved
+        self.reserved = 0
+
+    def went_down(self, boot: str) -> bool:
+        """Whether the machine may have gone down since the last reservation: `boot` says which start this is."""
+        return not boot or boot != self._boot
+
+    def last(self, phase: str) -> int:
+        """The last round of a phase that was asked; -1 if none was."""
+        return max((request.round for request in self.entries if request.phase == phase), default=-1)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _charge(record: dict[str, Any], steps: int) -> Charge:
+    charge = Charge(float(record["rate"]), float(record["noise_multiplier"]), steps)
+    if not (0 < charge.rate <= 1 and charge.noise_multiplier >= 0 and steps >= 1):
+        raise ValueError(str(charge))
+    return charge
+
+
 class Ledger:
     """An open ledger. Only one process at a time can have it open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, boot: str | None = None) -> None:
         """Open a ledger, or create it.
+
+        Args:
+            boot: what tells one start of this machine from the next; None for what Linux says, empty for unknown.
 
         Raises:
             RunFailed: it is damaged, cannot be written, or is open in another process.
         """
         self.path = path
-        self._charges: dict[Request, Charge] = {}
-        self._replies: dict[Request, tuple[str, bytes]] = {}
+        self.boot = _boot_id() if boot is None else boot
+        self._of: dict[tuple[str, int], ClientRecord] = {}
         try:
-            reader = LogReader(path)
-            for _ in reader:
-                pass
-            if reader.damage and not reader.damage.endswith("cut short"):
-                # a complete line that is damaged may be a charge whose reply left
-                raise RunFailed(f"ledger '{path}': {reader.damage}; restore the file from a copy")
-            self._log = RunLog(path, "start the site again")
+            self._log = RunLog(path, "start the site again", self._read, self._may_drop)
         except OSError as error:
             raise RunFailed(f"ledger '{path}': {error.strerror}; give a file that can be written") from None
-        except RunFailed:
-            raise
+        except DAMAGE as error:
+            damage = f"a record is damaged ({in_short(error)})"
+            raise RunFailed(f"ledger '{path}': {damage}; restore the file from a copy") from None
         except MeerkatError as error:
             raise RunFailed(f"ledger {error}") from None
         if self._log.dropped:
-            say(f"note: ledger '{path}': {self._log.dropped}; that record is dropped: its reply never left")
-        try:
-            for record in LogReader(path):
-                self._load(record)
-        except DAMAGE as error:
-            self.close()
-            damage = f"a record is damaged ({in_short(error)})"
-            raise RunFailed(f"ledger '{path}': {damage}; restore the file from a copy") from None
+            say(f"note: ledger '{path}': {self._log.dropped}; the rest is dropped, and counts as answered")
+        for record in self._of.values():
+            record.count_lost(self.boot)
 
-    def _load(self, record: dict[str, Any]) -> None:
-        request = Request(record["run"], record["client"], record["phase"], record["round"])
-        charge = Charge(float(record["rate"]), float(record["noise_multiplier"]), record["steps"])
-        if not all(type(number) is int for number in (request.client, request.round, charge.steps)):
-            raise TypeError(f"{request}, {charge}")
-        if not (0 < charge.rate <= 1 and charge.noise_multiplier >= 0 and charge.steps >= 1):
-            raise ValueError(str(charge))
-        if request in self._charges:
-            raise ValueError(f"{request.phase} round {request.round} is charged twice")
-        self._charges[request] = charge
-        self._replies[request] = record["theta"], base64.b64decode(record["reply"], validate=True)
+    def _read(self, record: dict[str, Any]) -> None:
+        run, client = record["run"], _count(record["client"])
+        if type(run) is not str:
+            raise TypeError(f"a run {run!r}")
+        self.of(run, client).read(record)
 
-    def reply(self, request: Request) -> tuple[str, bytes] | None:
-        """Theta's digest, hexadecimal, and the reply that was given to a request; None if it was not answered yet."""
-        return self._replies.get(request)
+    def _may_drop(self, reader: LogReader) -> bool:
+        """Whether the end of a damaged ledger is one reply that never left, or what a reservation covers."""
+        open_ones = [record for record in self._of.values() if record.reserved]
+        return reader.damage.endswith("cut short") or any(record.went_down(self.boot) for record in open_ones)
 
-    def charge(self, request: Request, theta: str, charge: Charge, reply: bytes) -> None:
-        """Write a charge with its reply; both are on the disk when this returns.
+    def of(self, run: str, client: int) -> ClientRecord:
+        """What there is of a client of a run; empty at first."""
+        return self._of.setdefault((run, client), ClientRecord())
 
-        Raises:
-            RunFailed: the disk refused it, and nothing is charged; or the request was answered before.
-        """
-        if request in self._replies:
-            raise RunFailed(f"ledger '{self.path}': {request.phase} round {request.round} was answered before")
-        encoded = base64.b64encode(reply).decode()
-        record = {**request._asdict(), "theta": theta, **charge._asdict(), "reply": encoded}
-        self._log.append(record)
-        self._load(record)
+    def append(self, run: str, client: int, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write a line, and take it into account. Raises RunFailed: the disk refused it, and nothing is changed."""
+        record = {"kind": kind, "run": run, "client": client, **fields}
+        self._log.append(record, sync=False)
+        self._read(record)
 
-    def has_charges(self, run: str) -> bool:
-        """Whether a run was charged anything."""
-        return any(request.run == run for request in self._charges)
+    def sync(self) -> None:
+        """Return when all lines are on the disk. Raises RunFailed: the disk refused them."""
+        self._log.sync()
+
+    @property
+    def scalars(self) -> int:
+        """Scalars that were sent, over all runs."""
+        return sum(record.scalars for record in self._of.values())
 
     def spent(self, budget: Budget) -> float:
         """The epsilon of everything charged so far that counts against a budget."""
-        return epsilon(self._charges_against(budget), budget.delta, budget.relation)
+        return epsilon([*self._charges_against(budget)], budget.delta, budget.relation)
 
     def steps_left(self, budget: Budget, rate: float, noise_multiplier: float, most: int) -> int:
         """How many more steps of a mechanism a budget allows; counts up to `most`."""
-        spent = self._charges_against(budget)
+        spent = [*self._charges_against(budget)]
         return steps_within(budget.epsilon, budget.delta, rate, noise_multiplier, budget.relation, most, spent)
 
-    def _charges_against(self, budget: Budget) -> list[Charge]:
-        return [charge for request, charge in self._charges.items() if budget.run in ("", request.run)]
+    def _charges_against(self, budget: Budget) -> Iterator[Charge]:
+        for (run, _), record in self._of.items():
+            if budget.run in ("", run):
+                yield from record.charges
 
     def close(self) -> None:
         """Close the file, for another process to open."""
         self._log.close()
 
 
-class RunAccountant:
-    """Charges one run's noisy replies to the ledger before they leave, and stops before a budget is exceeded.
+def _boot_id() -> str:
+    return _BOOT.read_text().strip() if _BOOT.exists() else ""
+
+
+class RunLedger:
+    """One client's run in its site's ledger: what it answered, what it may still answer, and what that costs.
 
     What is wrong with the ledger goes to the site's own log only: such messages name the site's files.
     """
 
     def __init__(
-        self, mechanism: Mechanism, ledger: Ledger, budgets: list[Budget], run: str, client: int, rows: int
+        self,
+        ledger: Ledger,
+        run: str,
+        client: int,
+        ahead: int,
+        mechanism: Mechanism | None = None,
+        rate: float = 0.0,
+        scalars_left: float = float("inf"),
     ) -> None:
-        """For a site with this many rows; `run` is the federation's id, hexadecimal."""
-        self.mechanism, self.ledger = mechanism, ledger
-        self._run, self._client, self._rate, self._budgets = run, client, mechanism.rate(rows), budgets
+        """See `open`; `ahead` is the number of steps that are reserved at a time."""
+        self.ledger, self.mechanism = ledger, mechanism
+        self._record = ledger.of(run, client)
+        self._key = (run, client)
+        self._ahead = ahead
+        self._price = _FREE if mechanism is None else {"rate": rate, "noise_multiplier": mechanism.noise_multiplier}
+        """What a step costs, as the file has it."""
+        self._scalars_left = scalars_left
+        self._budgets: list[Budget] = []
         self._steps_left: list[int] = []
-        """Steps that each budget still allows, up to the most that `count_steps_left` was asked for."""
+        """Steps that each budget still allows, up to the most that a run can ask."""
+        self._safe = 0
+        """Steps that a synced reservation covers."""
+        self._syncing: tuple[int, Future[None]] | None = None
+        """The steps of the next one, while it is being synced."""
+        self._thread = ThreadPoolExecutor(1, "ledger")
 
     @classmethod
-    def open(cls, config: RunConfig, site: SiteConfig, run: str, rows: int) -> "RunAccountant | None":
-        """The accountant for a run and the site's own bounds; None without example-level privacy.
+    def open(cls, config: RunConfig, site: SiteConfig, run: str, charter: str, rows: int) -> "RunLedger":
+        """A run's part of the site's ledger.
+
+        Args:
+            run: the federation's id, hexadecimal.
+            charter: what the run's signatures are bound to, hexadecimal.
+            rows: how many the site has.
 
         Raises:
             RunFailed: the ledger cannot be opened.
-            Refused: the budget does not allow a single step, in a run that was never answered. A run that was
-                answered may have spent its budget with the last reply, and must still hear how it ended.
+            Refused: the run was another before, or may not take a single step, in a run that was never answered. A run
+                that was answered may have spent its budget with the last reply, and must still hear how it ended.
         """
-        mechanism, accepts = run_budget.mechanism(config), site.accepts
-        if config.dp != "example" or mechanism is None:
-            return None
-        of_run = Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run)
-        of_site = Budget(accepts.epsilon, accepts.delta, accepts.relation)
-        budgets = [budget for budget in (of_run, of_site) if budget.epsilon]  # 0 is no budget
+        if not site.ledger:
+            raise MeerkatError("ledger: missing; name the file where the site keeps what it answered, in site.toml")
+        mechanism = run_budget.mechanism(config) if config.dp == "example" else None
         with details_in_own_log(_LEDGER):
             ledger = Ledger(Path(site.ledger))
-        accountant = cls(mechanism, ledger, budgets, run, site.client, rows)
         try:
-            accountant.count_steps_left(run_budget.steps_asked(config))
-            if not ledger.has_charges(run):
-                accountant.check_budgets(1)
+            left = site.accepts.scalars - ledger.scalars if site.accepts.scalars else float("inf")
+            rate = 0.0 if mechanism is None else mechanism.rate(rows)
+            ahead = AHEAD * config.local_steps
+            made = cls(ledger, run, site.client, ahead, mechanism, rate, left)
+            made._begin(charter)
+            if mechanism is not None:
+                made._open_budgets(config, site, run)
+            if not made._record.entries:
+                made.check(1, config.directions)
+            with details_in_own_log(_LEDGER):
+                made._reserve(made.pointer)
         except BaseException:
             ledger.close()
             raise
-        return accountant
+        return made
 
-    def count_steps_left(self, most: int) -> None:
-        """Count how many steps each budget allows, up to `most`. No other process can charge the ledger meanwhile."""
-        noise = self.mechanism.noise_multiplier
-        self._steps_left = [self.ledger.steps_left(budget, self._rate, noise, most) for budget in self._budgets]
+    def _begin(self, charter: str) -> None:
+        known = self._record.charter
+        if known and known != charter:
+            raise Refused("run: it began with other settings, model or mask, and the site answers one run of this id")
+        if not known:
+            with details_in_own_log(_LEDGER):
+                self.ledger.append(*self._key, "run", {"charter": charter})
 
-    def check_budgets(self, steps: int) -> None:
-        """Raise Refused unless every budget allows this many more steps."""
+    def _open_budgets(self, config: RunConfig, site: SiteConfig, run: str) -> None:
+        accepts, noise = site.accepts, self._price["noise_multiplier"]
+        of_run = Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run)
+        of_site = Budget(accepts.epsilon, accepts.delta, accepts.relation)
+        self._budgets = [budget for budget in (of_run, of_site) if budget.epsilon]  # 0 is no budget
+        most = run_budget.steps_asked(config)
+        rate = self._price["rate"] or 0.0
+        self._steps_left = [self.ledger.steps_left(budget, rate, noise or 0.0, most) for budget in self._budgets]
+
+    @property
+    def pointer(self) -> int:
+        """Local steps that the site has made in the run, and those that it may have made."""
+        return self._record.pointer
+
+    def begin_at(self, pointer: int) -> None:
+        """Begin after the steps that the coordinator counted, in a run of which the ledger has nothing."""
+        if not self._record.entries:
+            self._record.pointer = max(self._record.pointer, pointer)
+
+    def entry(self, phase: str, round: int) -> Entry | None:
+        """What was asked in a round, and replied; None if nothing was asked."""
+        return self._record.entries.get(Request(phase, round))
+
+    def check(self, steps: int, directions: int) -> None:
+        """Raise Refused unless every bound allows this many more steps."""
         for budget, left in zip(self._budgets, self._steps_left, strict=True):
             if steps > left:
                 whose = "the run's" if budget.run else "the site's"
                 amount = f"{budget.epsilon:g} at delta {budget.delta:g}"
                 raise Refused(f"epsilon: {whose} budget of {amount} is spent ({left} steps left): the site leaves")
+        if steps * directions > self._scalars_left:
+            raise Refused("scalars: the site has sent as many as it agrees to, over all runs: the site leaves")
 
-    def earlier_reply(self, phase: str, round: int, theta: bytes) -> bytes | None:
-        """The reply that this or another process gave to the same request; None if it was not answered yet.
+    def answer(
+        self, phase: str, round: int, question: str, shape: tuple[int, int], compute: Callable[[int], bytes]
+    ) -> bytes:
+        """Answer a question, or give the reply that it got before.
+
+        Args:
+            question: SHA-256 of all that the reply follows from, hexadecimal.
+            shape: the local steps that it asks for, and the scalars of each.
+            compute: the local steps made before -> the reply.
 
         Raises:
-            BadFrame: it was answered about another theta.
+            BadFrame: another question was asked in its place, or in a later round.
+            Refused: a budget does not allow it.
+            RunFailed: the disk refused to keep it; nothing may leave.
         """
-        digest, reply = self.ledger.reply(Request(self._run, self._client, phase, round)) or (theta.hex(), None)
-        if digest != theta.hex():
-            before = "after it was answered for another theta"
-            raise BadFrame(f"{phase} asked for in round {round}, {before}: not as agreed")
+        entry = self.entry(phase, round)
+        if entry is not None and entry.question != question:
+            raise BadFrame(f"{phase} asked for in round {round}, where something else was asked before: not as agreed")
+        if entry is not None and entry.reply is not None:
+            return entry.reply
+        if entry is None and round <= self._record.last(phase):
+            raise BadFrame(f"{phase} asked for in round {round}, after later ones: not as agreed")
+        self.check(*shape)
+        with details_in_own_log(_LEDGER):
+            entry = entry or self._ask(phase, round, question, shape[0])
+        reply = compute(entry.pointer)
+        with details_in_own_log(_LEDGER):
+            self._answer(phase, round, shape, reply)
         return reply
 
-    def charge(self, phase: str, round: int, theta: bytes, steps: int, reply: bytes) -> None:
-        """Charge a reply's steps; the charge and the reply are on the disk when this returns."""
-        charge = Charge(self._rate, self.mechanism.noise_multiplier, steps)
-        with details_in_own_log(_LEDGER):
-            self.ledger.charge(Request(self._run, self._client, phase, round), theta.hex(), charge, reply)
+    def _ask(self, phase: str, round: int, question: str, steps: int) -> Entry:
+        """Note a question, once the disk says that so many steps more may be made."""
+        entry = Entry(question, self.pointer, steps, None)
+        self._reserve(entry.pointer + steps)
+        fields = {"phase": phase, "round": round, "question": question, "pointer": entry.pointer, "steps": steps}
+        self.ledger.append(*self._key, "question", fields)
+        return entry
+
+    def _answer(self, phase: str, round: int, shape: tuple[int, int], reply: bytes) -> None:
+        steps, scalars = shape[0], math.prod(shape)
+        price = self._price if steps else _FREE
+        fields = {
+            "phase": phase,
+            "round": round,
+            "scalars": scalars,
+            **price,
+            "reply": base64.b64encode(reply).decode(),
+        }
+        self.ledger.append(*self._key, "answer", fields)
         self._steps_left = [left - steps for left in self._steps_left]
+        self._scalars_left -= scalars
+
+    def _reserve(self, until: int) -> None:
+        """Return when a reservation on the disk covers so many steps; begin to sync the next one in time."""
+        if self._syncing and (until > self._safe or self._syncing[1].done()):
+            self._wait_for_sync()
+        if not self._syncing and until + self._ahead // 2 > self._safe:
+            covered = min(until + self._ahead, self.pointer + min(self._steps_left, default=2 * self._ahead))
+            if covered > self._safe:
+                self.ledger.append(*self._key, "reserve", {"steps": covered, "boot": self.ledger.boot, **self._price})
+                self._syncing = covered, self._thread.submit(self.ledger.sync)
+        if self._syncing and until > self._safe:
+            self._wait_for_sync()
+
+    def _wait_for_sync(self) -> None:
+        assert self._syncing is not None
+        (covered, synced), self._syncing = self._syncing, None
+        synced.result()
+        self._safe = covered
+
+    def close(self) -> None:
+        """Give back what is reserved and not used, and close the ledger."""
+        self._thread.shutdown()
+        with details_in_own_log(_LEDGER):
+            try:
+                if self._record.reserved:
+                    self.ledger.append(*self._key, "release", {})
+            finally:
+                self.ledger.close()

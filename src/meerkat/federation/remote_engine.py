@@ -361,7 +361,7 @@ class RemoteEngine(Attendance):
                 raise BadFrame(f"a frame of kind {frame.kind.name.lower()}, which a site does not send")
 
     def _receive_reply(self, client: int, session: Session, frame: Frame) -> None:
-        phase, scalars, signature = frames.decode_reply(frame)
+        (phase, pointer, scalars), signature = frames.decode_reply(frame)
         key, current, theta = (frame.round, phase), self._round, self.sessions.recent.digest
         if session.asked != key:
             self.counts["duplicate"] += 1
@@ -373,14 +373,13 @@ class RemoteEngine(Attendance):
         if not signature and frame.digest != theta:
             self._ask_again(client, session, "it replies from another theta")
             return
-        pointer = self.sessions.state.steps_made.get(client, 0)
         try:
             check_reply(current.plan, client, scalars)
             self._members.check_reply(client, current.plan, theta, pointer, scalars, signature)
         except (ValueError, BadSignature) as error:
             raise BadFrame(str(error)) from None
         session.failures = 0
-        current.replies[client] = Scalars(client, scalars, signature=signature)
+        current.replies[client] = Scalars(client, scalars, pointer=pointer, signature=signature)
 
     def _receive_failure(self, client: int, session: Session, frame: Frame) -> None:
         why = frames.decode_json(frame.body)[1].get("why")

@@ -3,21 +3,24 @@
 It knows no network. What the site agrees to stands in `site_settings`, what it computes in `site_client`.
 """
 
+import hashlib
+import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
 
 from meerkat import __version__
-from meerkat.algorithm.directions import Phase, Place
+from meerkat.algorithm import path
+from meerkat.algorithm.directions import PHASES, Phase, Place
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.errors import Diverged, RunFailed
 from meerkat.federation import frames
-from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, StateParts, Work
-from meerkat.federation.ledger import RunAccountant
+from meerkat.federation.frames import Answer, BadFrame, Closed, Frame, Kind, StateParts, Work
+from meerkat.federation.ledger import EVALUATION, RunLedger
 from meerkat.federation.offer import Offer
 from meerkat.federation.site_client import SiteClient
 from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
@@ -26,14 +29,8 @@ from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer
 from meerkat.settings import auto
 
-
-class _Answer(NamedTuple):
-    """The last reply, to be given again."""
-
-    about: tuple[int, str, bytes]
-    """The round, phase and SHA-256 of theta that it was asked for."""
-    scalars: np.ndarray
-    frame: bytes
+_QUESTION = struct.Struct("<32s32s32s32sBIId")
+"""All that a reply follows from: charter, rows, theta, what the client carries; phase, round, steps, rate."""
 
 
 class Site:
@@ -67,26 +64,25 @@ class Site:
         self._run = bytes.fromhex(offer.run)
         self._secret = bytes.fromhex(offer.token)
         self._replica = Replica(0, client.theta_0)
+        self._theta_0 = self._digest
+        self._behind = False
+        """Whether its last frame said that its theta is not the coordinator's."""
         self._h_lost = False
-        """Whether a round counted scalars of this site that an earlier process had, and this one does not."""
+        """Whether a round counted scalars of this site that its ledger does not have."""
         self._parts = StateParts(client.rules.vectors * len(client.mask))
-        self._answered: dict[str, tuple[int, bytes]] = {}
-        """By what was asked: the last round that it was answered in, and theta's digest there."""
-        self._last: _Answer | None = None
         self._signer: Signer | None = None
-        rows = len(client.rows.rows)
+        rows, run_key, mask = len(client.rows.rows), f"{client.directions.key:032x}", client.mask
+        identity = RunIdentity(
+            offer.run, offer.sign, run_key, mask.fingerprint, mask.digest(), offer.theta, meaning(client.config)
+        )
+        self._charter = identity.digest()
         if key is not None:
-            run_key, mask = f"{client.directions.key:032x}", client.mask
-            identity = RunIdentity(
-                offer.run, offer.sign, run_key, mask.fingerprint, mask.digest(), offer.theta, meaning(client.config)
-            )
             self._signer = Signer(identity, self.client, rows, node, key, former_key)
-        self._accountant = RunAccountant.open(client.config, settings, self._run.hex(), rows)
+        self._ledger = RunLedger.open(client.config, settings, self._run.hex(), self._charter.hex(), rows)
 
     def close(self) -> None:
         """Release what the site holds open."""
-        if self._accountant:
-            self._accountant.ledger.close()
+        self._ledger.close()
 
     def hello(self) -> bytes:
         """The first frame of a stream: who this is, with the token or, later, the session's secret."""
@@ -105,23 +101,16 @@ class Site:
         return {
             "round": self.round,
             "values": self._replica.pack(self._client.rules).astype("<f4", copy=False).tobytes(),
-            "last": b"" if self._last is None else self._last.frame,
             "h_lost": int(self._h_lost),
+            "behind": int(self._behind),
             "joined": self.joined,
-            **{f"round_{what}": at for what, (at, _) in self._answered.items()},
-            **{f"digest_{what}": digest for what, (_, digest) in self._answered.items()},
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go on from a snapshot."""
-        self._replace_replica(np.frombuffer(snapshot["values"], dtype="<f4").astype("f4"), int(snapshot["round"]))
-        self._h_lost = bool(snapshot["h_lost"])
-        asked = [name.removeprefix("round_") for name in snapshot if name.startswith("round_")]
-        self._answered = {what: (int(snapshot[f"round_{what}"]), snapshot[f"digest_{what}"]) for what in asked}
-        if snapshot["last"] and snapshot["joined"] == self.joined:  # what another key signed is void
-            last = Frame.decode(snapshot["last"])
-            phase, scalars, _ = frames.decode_reply(last)
-            self._last = _Answer((last.round, phase, self._answered[phase][1]), scalars, snapshot["last"])
+        values, rules = np.frombuffer(snapshot["values"], dtype="<f4").astype("f4"), self._client.rules
+        self._replica = Replica.unpack(values, int(snapshot["round"]), rules, self._replica.theta.device)
+        self._h_lost, self._behind = bool(snapshot["h_lost"]), bool(snapshot["behind"])
 
     @property
     def round(self) -> int:
@@ -141,7 +130,7 @@ class Site:
     def answer(self, data: bytes) -> bytes | None:
         """The frame that answers one of the coordinator's, or None where none is due.
 
-        A request that comes again, about the same round and theta, gets the same bytes again.
+        A question that comes again gets the same bytes again; another one in its place is refused.
 
         Raises:
             BadFrame: it is none of this session.
@@ -157,8 +146,8 @@ class Site:
                 self._secret, _ = frames.decode_json(frame.body, 32)
                 self.welcomed = True
             case Kind.STATE:
-                if (values := self._parts.add(frame.body)) is not None:
-                    self._replace_replica(values, frame.round)
+                if self._lacks(frame) and (values := self._parts.add(frame.body)) is not None:
+                    self._replace_replica(values, frame)
             case Kind.WORK | Kind.CLOSED | Kind.EVALUATE:
                 return self._follow_and_do(frame, Work.decode(frame.body))
             case Kind.END | Kind.REFUSAL:
@@ -181,7 +170,9 @@ class Site:
         for number, closed in enumerate(work.closed, frame.round - len(work.closed)):
             if number == self.round:
                 self._follow(closed)
-        if (self.round, self._digest) != (frame.round, frame.digest) or (self._h_lost and frame.kind is Kind.WORK):
+        known = (self.round, self._digest) == (frame.round, frame.digest)
+        self._behind = not known or (self._h_lost and frame.kind is Kind.WORK)
+        if self._behind:
             return self._frame(Kind.BEHIND)
         try:
             if frame.kind is Kind.WORK:
@@ -208,34 +199,58 @@ class Site:
         update = Update(self._plan(closed.lr, steps), closed.aggregate, closed.share)
         counted = None
         if closed.counted and self._client.rules.client.carries:
-            if self._last is not None and self._last.about[:2] == (self.round, "training"):
-                counted = self._last.scalars
+            entry = self._ledger.entry("training", self.round)
+            if entry is not None and entry.reply is not None:
+                counted = Answer.decode(entry.reply).scalars
             else:
                 self._h_lost = True
         self._replica = self._replica.follow(update, self._client.rules, self._client.directions, counted)
 
-    def _replace_replica(self, values: np.ndarray, round: int) -> None:
-        self._replica = Replica.unpack(values, round, self._client.rules, self._replica.theta.device)
-        self._h_lost = False
+    def _lacks(self, frame: Frame) -> bool:
+        """Whether a whole theta is one that the site lacks: of a later round than its own, or after it was behind.
+
+        Raises:
+            BadFrame: it is another theta of the site's round, or of an earlier one, or not the offered theta_0.
+        """
+        if frame.round == 0 and frame.digest != self._theta_0:
+            raise BadFrame("a theta to begin with that is not the offered one: not as agreed")
+        if frame.round > self.round or (frame.round == self.round and self._behind):
+            return True
+        if (frame.round, frame.digest) != (self.round, self._digest):
+            raise BadFrame(f"a theta of round {frame.round} that nobody asked for, in round {self.round}")
+        return False
+
+    def _replace_replica(self, values: np.ndarray, frame: Frame) -> None:
+        """Take over a whole theta, if it is the one that was announced."""
+        if not np.isfinite(values).all():
+            raise BadFrame("a theta that is not finite: not as agreed")
+        replica = Replica.unpack(values, frame.round, self._client.rules, self._replica.theta.device)
+        if replica.digest == frame.digest.hex():
+            self._replica, self._behind, self._h_lost = replica, False, False
 
     def _work(self, work: Work) -> bytes:
-        about = (self.round, work.phase, self._digest)
-        if self._last is not None and self._last.about == about:
-            return self._last.frame
-        accountant = self._accountant
-        earlier = accountant.earlier_reply(work.phase, self.round, self._digest) if accountant else None
         self._check_asked(work)
-        self._answer_once(work.phase)
         plan = self._plan(work.lr, work.steps, work.phase)
-        scalars = self._steps(plan, work) if earlier is None else frames.decode_scalars(earlier)[1]
-        if len(scalars) != work.steps:
-            raise BadFrame(f"{work.steps} steps asked for, where {len(scalars)} were answered before: not as agreed")
-        signature = b""
-        if self._signer is not None:
-            signature = self._signer.sign(plan, self._digest, work.pointer, scalars)
-        body = signature + frames.encode_scalars(work.phase, scalars)
-        self._last = _Answer(about, scalars, self._frame(Kind.SIGNED if signature else Kind.REPLY, body))
-        return self._last.frame
+        self._ledger.begin_at(work.pointer)
+
+        def compute(pointer: int) -> bytes:
+            scalars = self._client.steps(self._replica, plan, pointer, self._ledger.mechanism)
+            return Answer(work.phase, pointer, scalars).encode()
+
+        shape, question = (work.steps, plan.directions), self._question(work.phase, work.steps, work.lr)
+        reply = self._ledger.answer(work.phase, self.round, question, shape, compute)
+        if self._signer is None:
+            return self._frame(Kind.REPLY, reply)
+        _, pointer, scalars = Answer.decode(reply)
+        return self._frame(Kind.SIGNED, self._signer.sign(plan, self._digest, pointer, scalars) + reply)
+
+    def _question(self, phase: Phase | Literal["evaluation"], steps: int = 0, lr: float = 0.0) -> str:
+        """SHA-256 of all that a reply follows from, hexadecimal."""
+        h = self._replica.h
+        carried = bytes(32) if h is None or not h.any() else bytes.fromhex(path.digest(h))
+        number = 255 if phase == EVALUATION else PHASES[phase]  # an evaluation has no directions
+        facts = (self._charter, self._client.rows_digest, self._digest, carried, number, self.round, steps, lr)
+        return hashlib.sha256(_QUESTION.pack(*facts)).hexdigest()
 
     def _check_asked(self, work: Work) -> None:
         """Raise BadFrame unless so many steps were agreed to."""
@@ -246,32 +261,17 @@ class Site:
         if not 0 < work.steps <= most or self.round >= config.rounds:
             raise BadFrame(f"{work.steps} steps of {work.phase} asked for in round {self.round}: not as agreed")
 
-    def _steps(self, plan: RoundPlan, work: Work) -> np.ndarray:
-        """Make the steps that are asked for: scalars, float32 [T_k, P], charged to the ledger where they are noisy."""
-        if self._accountant is None:
-            return self._client.steps(self._replica, plan, work.pointer, None)
-        self._accountant.check_budgets(work.steps)
-        scalars = self._client.steps(self._replica, plan, work.pointer, self._accountant.mechanism)
-        reply = frames.encode_scalars(work.phase, scalars)
-        self._accountant.charge(work.phase, self.round, self._digest, work.steps, reply)
-        return scalars
-
-    def _answer_once(self, what: str) -> None:
-        """Raise BadFrame beyond the rounds agreed to, or at a second theta of a round: it would reveal more of rows."""
-        last, digest = self._answered.get(what, (-1, b""))
-        if self.round > self._client.config.rounds or (
-            self.round <= last and (self.round, self._digest) != (last, digest)
-        ):
-            raise BadFrame(
-                f"{what} asked for in round {self.round}, after it was answered for another theta: not as agreed"
-            )
-        self._answered[what] = self.round, self._digest
-
     def _evaluate(self) -> bytes:
         if not self._client.evaluates:
             raise BadFrame("asked to evaluate, which this site has not agreed to (its site.toml, evaluate)")
-        self._answer_once("evaluation")
-        return self._frame(Kind.SCORE, frames.encode_score(*self._client.evaluate(self._replica)))
+        if self.round > self._client.config.rounds:
+            raise BadFrame(f"an evaluation asked for in round {self.round}: not as agreed")
+
+        def compute(_: int) -> bytes:
+            return frames.encode_score(*self._client.evaluate(self._replica))
+
+        reply = self._ledger.answer(EVALUATION, self.round, self._question(EVALUATION), (0, 1), compute)
+        return self._frame(Kind.SCORE, reply)
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()

@@ -59,6 +59,8 @@ class SiteClient:
         rows = self._read_rows(settings, "train")
         self.rows = ClientRows(self.number, np.arange(len(rows)), self.config.batch_size, self.config.seed)
         examples = self._problem.prepare(rows)
+        self.rows_digest = bytes.fromhex(self._problem.digest(examples))
+        """SHA-256 of the rows as the model sees them; it stays on the site."""
         self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None

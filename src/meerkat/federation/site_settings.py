@@ -44,6 +44,9 @@ class Accepts(Settings):
     rounds: int = Field(100_000, ge=1, description="most rounds of a run")
     directions: int = Field(100, ge=1, description="most directions of a step: each reveals one number about its batch")
     local_steps: int = Field(1_000, ge=1, description="most local steps of a round or a calibration")
+    scalars: int = Field(
+        0, ge=0, description="most scalars that leave the site, over all runs in its ledger; 0 for any number"
+    )
     epsilon: float = Field(
         0.0,
         ge=0,
@@ -62,7 +65,9 @@ class SiteConfig(Settings):
     model: str = Field(EMBEDDED, description="the pre-trained model: a local folder or a hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     certificate_authority: str = Field("", description="the federation's CA certificate, PEM; needed for the stream")
-    ledger: str = Field("", description="file that records privacy spent on the rows; needed with dp example")
+    ledger: str = Field(
+        "", description="file of what the site answered, and of the privacy spent on its rows [default: site.ledger]"
+    )
     signing_key: str = Field("", description="private key to sign replies with, OpenSSH Ed25519; empty for none")
     signing_key_before: str = Field("", description="the previous signing key, which hands over to the new one")
     evaluate: bool = Field(False, description="whether it evaluates on its validation rows; never in a run with dp")
@@ -78,7 +83,7 @@ class SiteConfig(Settings):
         config = validate(cls, read_toml(path), f"{path}: ")
         names = ("data", "model", "certificate_authority", "signing_key", "signing_key_before")
         paths = {name: _local_path(path, getattr(config, name)) for name in names}
-        ledger = str((path.parent / config.ledger).resolve()) if config.ledger else ""  # may not exist yet
+        ledger = str((path.parent / (config.ledger or f"{path.stem}.ledger")).resolve())  # may not exist yet
         extensions = tuple(_local_path(path, name) for name in config.accepts.extensions)
         accepts = config.accepts.model_copy(update={"extensions": extensions})
         return config.model_copy(update={**paths, "ledger": ledger, "accepts": accepts})
@@ -116,8 +121,6 @@ class SiteConfig(Settings):
             _require(name, asked, f"at most {most}", asked <= most)
         budget = "dp example only, as it has a budget of epsilon"
         _require("dp", f"dp {run.dp}", budget, private or not accepts.epsilon)
-        charged = "them only with a ledger to charge: set 'ledger'"
-        _require("ledger", "noisy replies", charged, bool(self.ledger) or not private)
 
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
         """Raise Refused unless the site agrees to what would move in its model."""

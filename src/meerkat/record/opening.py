@@ -20,7 +20,7 @@ from meerkat.record.signatures import RunIdentity, is_hex
 from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
 
-FORMAT = 5
+FORMAT = 6
 
 MEANING = (
     *("method", "task", "objective", "max_length", "batch_size", "eps", "directions"),

@@ -167,6 +167,10 @@ class Replay:
         available = self._available(record.plan, where)
         self._agree(f"the plan of {where}", record.plan, opened(state, settings, available))
         self._check_replies(record, where)
+        if not self._joining:  # sites count for themselves
+            self._agree(
+                f"the pointers of {where}", record.pointers, {k: state.steps_made.get(k, 0) for k in record.pointers}
+            )
         self._check_inner(record.plan, record.inner, where)
         if isinstance(record, RoundRecord):
             self._agree(f"the weights of {where}", record.weights, client_weights(settings, [*record.made]))
@@ -211,10 +215,10 @@ class Replay:
     def _check_signature(self, client: int, record: RoundRecord | CalibrationRecord) -> None:
         """Raise BadSignature unless a reply is signed as it must be, with the client that did sign it, if any."""
         keys, signature = self.members.keys, record.signatures.get(client, b"")
-        theta, pointers = bytes.fromhex(self.state.replica.digest), self.state.steps_made
+        theta = bytes.fromhex(self.state.replica.digest)
 
         def problem(signer: int) -> BadSignature | None:
-            pointer, scalars = pointers.get(signer, 0), record.scalars[client]
+            pointer, scalars = record.pointers[client], record.scalars[client]
             try:
                 self.members.check_reply(signer, record.plan, theta, pointer, scalars, signature)
             except BadSignature as error:

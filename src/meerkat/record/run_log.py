@@ -8,7 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +73,44 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 class RunLog:
     """A log open for appending after its last sound record, by one process at a time."""
 
-    def __init__(self, path: Path, again: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        again: str = "",
+        read: Callable[[dict[str, Any]], None] = lambda _: None,
+        may_drop: Callable[[LogReader], bool] = lambda reader: reader.torn,
+    ) -> None:
         """Open a log, dropping a torn last record.
 
         Args:
             again: what to do once a full disk has room; empty for resuming the run.
+            read: is given each record; what it raises is raised.
+            may_drop: whether the end of a damaged log may be dropped.
 
         Raises:
             MeerkatError: another process has the log open.
-            RunFailed: a record before the last is damaged.
+            RunFailed: a record is damaged that may not be dropped.
         """
         self.path = path
         self._again = again or f"'meerkat resume {path.parent}'"
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.close = weakref.finalize(self, os.close, self._file)
+        """Close the file, and let other processes open it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._file)
+            self.close()
             raise MeerkatError(f"{path}: another process is writing it; wait for that process or stop it") from None
         reader = LogReader(path)
-        for _ in reader:
-            pass
-        if reader.damage and not reader.torn:
-            os.close(self._file)
-            raise RunFailed(f"{path}: {reader.damage}, with records after it; restore the file from a copy")
+        try:
+            for record in reader:
+                read(record)
+            if reader.damage and not may_drop(reader):
+                after = "" if reader.torn else ", with records after it"
+                raise RunFailed(f"{path}: {reader.damage}{after}; restore the file from a copy")
+        except BaseException:
+            self.close()
+            raise
         self.dropped = reader.damage
         """What was wrong with a last record that was dropped; empty if none was."""
         self._hash = reader.hash
@@ -105,8 +120,8 @@ class RunLog:
         os.fsync(folder)
         os.close(folder)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record: all of it is on the disk when this returns, or none of it.
+    def append(self, record: Mapping[str, Any], sync: bool = True) -> None:
+        """Add all of a record, or none of it; with `sync`, it is on the disk when this returns.
 
         Raises:
             RunFailed: the disk refused it. What was logged before is untouched.
@@ -114,16 +129,20 @@ class RunLog:
         text = _JSON.encode(record).encode()
         link = _link(self._hash, text)
         try:
-            append_line(self._file, link.encode() + b" " + text + b"\n")
+            append_line(self._file, link.encode() + b" " + text + b"\n", sync)
         except OSError as error:
-            raise RunFailed(
-                f"{self.path}: {error.strerror}; all earlier records are safe: make room, then {self._again}"
-            ) from None
+            raise self._refused(error) from None
         self._hash = link
 
-    def close(self) -> None:
-        """Close the file and let other processes open it."""
-        os.close(self._file)
+    def sync(self) -> None:
+        """Return when all records are on the disk; from any thread. Raises RunFailed: the disk refused them."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> RunFailed:
+        return RunFailed(f"{self.path}: {error.strerror}; all earlier records are safe: make room, then {self._again}")
 
 
 def append_line(file: int, line: bytes, sync: bool = True) -> None:
