@@ -267,7 +267,10 @@ GOLDEN = {
         Work("calibration", 0.5, 2, 258, (Closed(1.0, 0.25, np.array([[1.0], [-2.0]], "f4"), True),)).encode(),
         "01000000000000e03f020000000201000000000000010001000000000000f03f000000000000d03f0200000001000000803f000000c0",
     ),
-    Kind.REPLY: (frames.Answer("training", 258, np.array([[1.0, -2.0]], "f4")).encode(), "0002010000000000000100000002000000803f000000c0"),
+    Kind.REPLY: (
+        frames.Answer("training", 258, np.array([[1.0, -2.0]], "f4")).encode(),
+        "0002010000000000000100000002000000803f000000c0",
+    ),
     Kind.CLOSED: (Work().encode(), "00" * 23),
     Kind.STATE: (
         frames.encode_state(np.array([1.0, 0.5], "f4"))[0],

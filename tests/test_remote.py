@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
 from meerkat.algorithm import path, server

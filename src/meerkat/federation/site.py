@@ -20,8 +20,8 @@ from meerkat.algorithm.rounds import RoundPlan, Update
 from meerkat.errors import Diverged, RunFailed
 from meerkat.federation import frames
 from meerkat.federation.frames import Answer, BadFrame, Closed, Frame, Kind, StateParts, Work
-from meerkat.federation.ledger import EVALUATION, RunLedger
 from meerkat.federation.offer import Offer
+from meerkat.federation.run_ledger import EVALUATION, RunLedger
 from meerkat.federation.site_client import SiteClient
 from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
 from meerkat.progress import one_line
