@@ -32,14 +32,13 @@ from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
-from meerkat.federation.ledger import Ledger, Request
+from meerkat.federation.ledger import Ledger
 from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.privacy.accounting import Charge
 from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
 from meerkat.problems.partition import partition
@@ -195,17 +194,23 @@ class World:
         """What a site keeps of its rows' charges, damaged in its bytes or in its records under a whole chain."""
         file = self.here / "ledger"
         ledger = Ledger(file)
-        for at in range(3):
-            asked = Request(RUN, 1, "training", at)
-            ledger.charge(asked, "ab" * 32, Charge(0.25, 1.5, 2), b"a reply")
+        price = {"rate": 0.25, "noise_multiplier": 1.5}
+        ledger.append(RUN, 1, "run", {"charter": "ab" * 32})
+        ledger.append(RUN, 1, "reserve", {"steps": 64, "boot": "monday", **price})
+        for at in range(2):
+            asked = {"phase": "training", "round": at}
+            ledger.append(RUN, 1, "question", {**asked, "question": "cd" * 32, "pointer": 2 * at, "steps": 2})
+            ledger.append(RUN, 1, "answer", {**asked, "scalars": 4, **price, "reply": "AAAA"})
+        ledger.append(RUN, 1, "release", {})
         ledger.close()
         records = [json.loads(line[65:]) for line in file.read_bytes().splitlines()]
 
         def check(data: bytes) -> None:
             held = Ledger(self.written("ledger", data))
             try:
-                held.reply(Request(RUN, 1, "training", 0))
-                assert held.has_charges(RUN) in (True, False)
+                record = held.of(RUN, 1)
+                assert record.pointer >= 0
+                assert all(charge.steps > 0 for charge in record.charges)
             finally:
                 held.close()
 
@@ -453,7 +458,8 @@ class World:
     def a_offer(self) -> Reader:
         """A run's offer, up to the site that takes part in it."""
         self.patch.setattr(setup.torch, "set_num_threads", lambda _: None)  # threads take more than is let be had
-        own = SiteConfig(client=0, data=str(self.here / "sites" / "0"), model=str(self.root / "model"), device="cpu")
+        paths = {"data": self.here / "sites" / "0", "model": self.root / "model", "ledger": self.here / "site.ledger"}
+        own = SiteConfig(client=0, device="cpu", **{name: str(path) for name, path in paths.items()})
         offer = self.setting.offer()
         text, mask = offer.encode("00" * 32)
         mask_file = self.written("offered.safetensors", mask)
@@ -463,7 +469,8 @@ class World:
 
         def check(offered: tuple[bytes, bytes]) -> None:
             found = Offer.decode(offered[0].decode(errors="replace"), offered[1])
-            Site(found, own)
+            Path(own.ledger).unlink(missing_ok=True)
+            Site(found, own).close()
 
         edited = st.one_of(edited_values(known), edited_values(with_text)).map(as_json)
         inputs = st.one_of(

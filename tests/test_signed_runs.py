@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
+from meerkat.record.forks import fork
 from meerkat.record.members import KeyRevocation, Member
 from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
@@ -47,6 +49,9 @@ ROUNDS = 5
 FIRST, ROTATED, RENEWED = ("k0", "k1", "k2"), "k1b", "k2b"
 
 
+_NUMBER = count()
+
+
 @dataclass
 class Staged:
     """A `Control` whose nodes are sites in this process, with keys of their own; `course` says what happens when."""
@@ -54,6 +59,7 @@ class Staged:
     setting: Setting
     keys: dict[int, dict[str, str]]
     course: Callable[["Staged"], None] = lambda _: None
+    sites: dict[int, Site] = field(default_factory=dict)
 
     def link(self, admission: Admission) -> Link:
         self.wire = Wire(admission)
@@ -69,9 +75,13 @@ class Staged:
 
     def enter(self, client: int, **own: str) -> None:
         node = f"node {client}"
-        held = {"data": str(self.setting.folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
-        site = Site(
-            replace(self.offer, token=self.admission.token(node)), SiteConfig(client=client, **held, **own), node
+        folder = self.setting.folder
+        held = {"data": str(folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
+        held["ledger"] = str(folder / f"{client}-{next(_NUMBER)}.ledger")
+        if client in self.sites:
+            self.sites[client].close()
+        self.sites[client] = site = Site(
+            replace(self.offer, token=self.admission.token(node)), SiteConfig(client=client, **{**held, **own}), node
         )
         self.wire.connect(site)
 
@@ -79,7 +89,8 @@ class Staged:
         pass
 
     def close(self) -> None:
-        pass
+        for site in self.sites.values():
+            site.close()
 
 
 @dataclass
@@ -704,3 +715,67 @@ def test_a_federation_where_some_sign_is_gone_through(course: Course, monkeypatc
             swapped = {**record, "signatures": [record["signatures"][2], "", ""]}
             with pytest.raises(RunFailed, match="client 0's reply is signed, but it joined without a key"):
                 replay(setting, [*federation.records[:at], swapped, *federation.records[at + 1 :]])
+
+
+# --- two histories of one federation ---
+
+
+def half_lived(course: Course, out: Path, keys: dict[int, dict[str, str]]) -> None:
+    """The first rounds of a federation."""
+    stop = lambda staged: staged.wire.after(4.5, lambda: staged.stop("enough"))  # noqa: E731
+    with pytest.raises(RunFailed, match="enough"):
+        coordinate(course.config(), course.federation(), out, Staged(course.setting, keys, stop))
+
+
+def signing(course: Course, ledgers: Path | None = None) -> dict[int, dict[str, str]]:
+    keys = {client: {"signing_key": course.key(f"k{client}")} for client in range(3)}
+    return {k: {**own, "ledger": str(ledgers / f"{k}.ledger")} for k, own in keys.items()} if ledgers else keys
+
+
+def two_histories(course: Course, folder: Path, keys: dict[int, dict[str, str]]) -> tuple[Path, Path]:
+    """One federation's folder, copied half way; the copy goes on without client 2, then with everyone."""
+    one, other = folder / "one", folder / "other"
+    half_lived(course, one, keys)
+    shutil.copytree(one, other)
+    coordinate(course.config(), course.federation(), one, Staged(course.setting, keys))
+    back = lambda staged: staged.wire.after(3.5, lambda: staged.enter(2, **keys[2]))  # noqa: E731
+    without = {client: own for client, own in keys.items() if client != 2}
+    coordinate(course.config(), course.federation(start_s=1.0), other, Staged(course.setting, without, back))
+    return one, other
+
+
+def test_a_site_takes_part_in_one_history(course: Course, tmp_path: Path) -> None:
+    """Each may be sound by itself; no site's replies are in both once they part."""
+    with pytest.raises(RunFailed, match="round 4"):
+        two_histories(course, tmp_path, signing(course, tmp_path))
+    assert verify(tmp_path / "one").finished
+    parted = fork(tmp_path / "one", tmp_path / "other")
+    assert parted is None or parted.signed_both == ()
+
+
+def test_two_histories_of_sites_that_keep_nothing_are_told_by_who_has_both(
+    course: Course, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = two_histories(course, tmp_path, signing(course))
+    assert verify(one).finished
+    assert verify(other).finished
+    parted = fork(one, other)
+    assert parted is not None
+    assert parted.signed_both == (0, 1)
+    assert main(["verify", str(one), "--against", str(other)]) == 1
+    said = capsys.readouterr().err
+    assert f"fork at line {parted.line} of rounds.log, after round {parted.round}; clients 0, 1 signed" in said
+    assert main(["verify", str(one), "--against", str(one)]) == 0
+    assert "the same history, as far as both go" in capsys.readouterr().err
+
+
+def test_a_history_that_ends_sooner_is_no_fork(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "sooner")
+    log = tmp_path / "sooner" / "rounds.log"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]))
+    assert fork(run, tmp_path / "sooner") is None
+
+
+def test_logs_of_two_federations_are_not_compared(run: Path, other: Path) -> None:
+    with pytest.raises(MeerkatError, match="not of one federation"):
+        fork(run, other)

@@ -380,7 +380,8 @@ def test_a_run_that_is_not_agreed_to_is_refused_before_a_row_is_read(setting: Se
 
 def test_another_model_at_the_mask_is_told(setting: Setting) -> None:
     other = replace(setting.offer(), theta="ab" * 32)
-    own = SiteConfig(client=0, data=str(setting.folder / "0"), model=str(setting.root / "model"), device="cpu")
+    paths = {"data": str(setting.folder / "0"), "model": str(setting.root / "model")}
+    own = SiteConfig(client=0, device="cpu", **paths)
     with pytest.raises(MeerkatError, match="its values at the mask are not the coordinator's"):
         Site(other, own)
 

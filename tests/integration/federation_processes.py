@@ -368,6 +368,7 @@ class Federation:
                 "model": EMBEDDED,
                 "device": "cpu",
                 "certificate_authority": str(keys["authority"]),
+                "ledger": str(sites / f"site-{k}.ledger"),
             }
             for k in range(NODES)
         ]

@@ -15,6 +15,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         "a key that is revoked: its fingerprint, with or without the round from which on it is, its .pub file, or a "
     )
     add_list(parser, "--revoked", "KEY[@ROUND]|FILE", f"{about}file of such lines")
+    about = "another folder of the same federation: is its log the same history, or do the two fork?"
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help=about)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -26,6 +28,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     listed = read_keys(arguments.signers, "--signers") if arguments.signers else None
     revoked = read_revoked(arguments.revoked, "--revoked")
     run = verify(arguments.folder, listed, revoked)
+    if arguments.against is not None:
+        _compare_histories(arguments.folder, arguments.against)
     if revoked and not run.signed:
         say("note: --revoked: no reply of this run is signed, so there was nothing to check")
     else:
@@ -53,6 +57,26 @@ def _verify(arguments: argparse.Namespace) -> None:
     replayed = f"{run.rounds} rounds replayed, theta {theta_digest[:16]}"
     lines = [f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}"]
     show(arguments, outcome, *lines, *(f"  client {client}  {key}  {count:,} replies" for (client, key), count in keys))
+
+
+def _compare_histories(one: Path, other: Path) -> None:
+    """Raise RunFailed if two folders of one federation have different histories."""
+    from meerkat.errors import RunFailed
+    from meerkat.progress import say
+    from meerkat.record.forks import fork
+    from meerkat.record.verification import verify
+    from meerkat.run.sentences import clients_in_words
+
+    verify(other)
+    if (parted := fork(one, other)) is not None:
+        who = "nobody signed in both"
+        if parted.signed_both:
+            who = f"{clients_in_words(parted.signed_both)} signed different replies of one round"
+        raise RunFailed(
+            f"run folders '{one}' and '{other}': two histories of one federation, which fork at line {parted.line} of "
+            f"rounds.log, after round {parted.round}; {who}: ask the sites which one they took part in"
+        )
+    say(f"{other}: the same history, as far as both go")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -163,9 +163,7 @@ class Ledger:
             damage = f"a record is damaged ({in_short(error)})"
             raise RunFailed(f"ledger '{path}': {damage}; restore the file from a copy") from None
         if self._log.dropped:
-            say(
-                f"note: ledger '{path}': {self._log.dropped}; it is dropped, and counts as answered if it was"
-            )
+            say(f"note: ledger '{path}': {self._log.dropped}; it is dropped, and counts as answered if it was")
         for record in self._records.values():
             record.count_lost(self.boot)
 

@@ -1,0 +1,60 @@
+"""Two logs of one federation: one history, or two that fork.
+
+Both can be sound by themselves. A coordinator that shows one log to some and another to others is found by laying them
+side by side: a site signs one reply a round, so whoever signed in both after the fork says which of them to ask.
+"""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.rounds import RoundRecord
+from meerkat.errors import MeerkatError
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import LogReader
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where two sound logs of one federation part."""
+
+    line: int
+    """The first line that differs, from 1."""
+    round: int
+    """Rounds that both have closed before it."""
+    signed_both: tuple[int, ...]
+    """Clients that signed two different replies of one round, ascending."""
+
+
+def fork(one: Path, other: Path) -> Fork | None:
+    """Where the logs in two run folders part; None if one continues the other, or they are the same.
+
+    Both are taken to be sound: see `verification.verify`.
+
+    Raises:
+        MeerkatError: they are not of one federation.
+    """
+    logs = [[*LogReader(RunFolder.open(root).log_path)] for root in (one, other)]
+    names = [log[0].get("federation", "") if log else "" for log in logs]
+    if not names[0] or names[0] != names[1]:
+        raise MeerkatError(f"run folders '{one}' and '{other}': not of one federation; give two folders of the same")
+    line = next((i for i, (a, b) in enumerate(zip_longest(*logs)) if a != b), len(logs[0]))
+    if line in (len(logs[0]), len(logs[1])):
+        return None
+    before = sum(record["kind"] == "round" for record in logs[0][:line])
+    here, there = (_signatures(log[line:]) for log in logs)
+    both = {reply[0] for reply in here.keys() & there.keys() if here[reply] != there[reply]}
+    return Fork(line + 1, before, tuple(sorted(both)))
+
+
+def _signatures(records: list[dict[str, Any]]) -> dict[tuple[int, str, int], bytes]:
+    """Every signature of a reply, by client, phase and round."""
+    kinds: dict[str, type[RoundRecord] | type[CalibrationRecord]] = {
+        kind.kind: kind for kind in (RoundRecord, CalibrationRecord)
+    }
+    read = [kinds[record["kind"]].from_json(record) for record in records if record["kind"] in kinds]
+    return {
+        (k, each.plan.phase, each.plan.round): signature for each in read for k, signature in each.signatures.items()
+    }
