@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from meerkat.errors import MeerkatError
 from meerkat.federation import doctor
 from meerkat.federation.certificates import Pair, certify, make_signing_key
 from meerkat.federation.doctor import examine
+from meerkat.federation.ledger import Ledger
 from meerkat.record.signatures import SigningKey, fingerprint
 
 ROW = json.dumps({"text": "a goal in the last minute", "label": 0}) + "\n"
@@ -151,6 +152,19 @@ def test_rows_are_read_and_fit_the_pinned_task(site: Path) -> None:
     assert levels(site)["data"] == "ok"
     (site.parent / "train.jsonl").write_text(ROW.replace("text", "body"))
     assert levels(site)["data"] == "FAIL"
+
+
+def test_the_ledger_can_be_kept(site: Path, tmp_path: Path) -> None:
+    assert "will be made by the first run" in said(site, "ledger")
+    with closing(Ledger(site.with_suffix(".ledger"))) as ledger:
+        ledger.append("ab" * 8, 0, "run", {"charter": "cd"})
+        assert "in use by a session" in said(site, "ledger")
+    assert "1 run, 0 scalars sent" in said(site, "ledger")
+    site.with_suffix(".ledger").write_text("no ledger\n")
+    assert levels(site)["ledger"] == "FAIL"
+    elsewhere = write(site, client=1, data=".", ledger=str(tmp_path / "nowhere" / "ledger"))
+    assert levels(elsewhere)["ledger"] == "FAIL"
+    assert "cannot be written; give 'ledger' in site.toml" in said(elsewhere, "ledger")
 
 
 def test_versions_are_held_against_the_package_s_own_metadata(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -29,6 +30,7 @@ from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import certificates
 from meerkat.federation.coordinator_settings import FederationConfig, host_and_port, read_federation
+from meerkat.federation.ledger import Ledger
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks import sparse_mask
 from meerkat.masks.sparse_mask import SparseMask
@@ -128,6 +130,7 @@ def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Resul
         "settings": iter([ok("settings", f"a site's: client {site.client}")]),
         "model": model(site.model, site.device, site.accepts.model),
         "data": site_rows(site),
+        "ledger": site_ledger(Path(site.ledger)),
         "authority": site_authority(site.certificate_authority),
         "signing_key": site_keys(site),
         "connection": connection(address, site.certificate_authority) if address else iter(()),
@@ -251,6 +254,24 @@ def site_rows(site: SiteConfig) -> Results:
             check_rows(task, rows, f"data '{site.data}', {split}")
         fits = f"that fit task {name}" if task else f"with {', '.join(sorted(rows[0]))}"
         yield ok("data", f"{split}: {len(rows)} rows {fits}")
+
+
+def site_ledger(path: Path) -> Results:
+    """Whether the site can keep what it answers, and what it has kept."""
+    if not path.exists():
+        if os.access(path.parent, os.W_OK):
+            yield ok("ledger", f"{path}: will be made by the first run")
+        else:
+            cure = "give 'ledger' in site.toml a file in a folder that the site can write to"
+            yield fail("ledger", f"{path}: cannot be written", cure)
+        return
+    try:
+        with closing(Ledger(path)) as ledger:
+            yield ok("ledger", f"{path}: {number_of(ledger.runs, 'run')}, {number_of(ledger.scalars, 'scalar')} sent")
+    except RunFailed as error:
+        if "another process" not in str(error):
+            raise
+        yield ok("ledger", f"{path}: in use by a session")
 
 
 def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Results:

@@ -193,6 +193,11 @@ class Ledger:
         self._log.sync()
 
     @property
+    def runs(self) -> int:
+        """Runs that the site took part in."""
+        return len({run for run, _ in self._records})
+
+    @property
     def scalars(self) -> int:
         """Scalars that were sent, in all runs."""
         return sum(record.scalars for record in self._records.values())
