@@ -16,6 +16,8 @@ from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.frames import Answer, BadFrame, Kind
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused
+from meerkat.record.opening import FORMAT, steps_by_rows
+from meerkat.record.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,14 @@ def test_scalars_are_bounded_over_all_runs(setting: Setting, tmp_path: Path) -> 
     assert sum(line["scalars"] for line in lines(ledger)) == 12
     with pytest.raises(Refused, match="scalars"):
         site_of(setting, ledger, "77" * 8, accepts={"scalars": 13})
+
+
+def test_steps_that_came_too_late_still_cost_privacy(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "rounds.log")
+    log.append({"kind": "open", "examples": [], "format": FORMAT})
+    for client in range(2):
+        log.append({"kind": "join", "client": client, "examples": 16})
+    for made, pointers in (([2, 2], [0, 0]), ([0, 2], [0, 2]), ([2, 2], [4, 4]), ([2, 2], [1, 6])):
+        log.append({"kind": "round", "clients": [0, 1], "made": made, "pointers": pointers})
+    log.close()
+    assert steps_by_rows(tmp_path / "rounds.log") == {(0, 16): 8, (1, 16): 8}

@@ -108,8 +108,12 @@ def meaning(config: RunConfig) -> str:
 
 
 def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
-    """(client, its rows at the time) -> local steps that a log counts: what privacy was spent on."""
+    """(client, its rows at the time) -> local steps that a log tells of: what privacy was spent on.
+
+    A pointer that jumps tells of steps that did not count: their reply came too late.
+    """
     rows: dict[int, int] = {}
+    pointers: dict[int, int] = {}
     made: Counter[tuple[int, int]] = Counter()
     for record in LogReader(log):
         if record["kind"] == "open":
@@ -117,7 +121,10 @@ def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
         elif record["kind"] == "join":
             rows[record["client"]] = record["examples"]
         elif record["kind"] in ("round", "calibration"):
-            made.update({(k, rows[k]): steps for k, steps in zip(record["clients"], record["made"], strict=True)})
+            for k, steps, pointer in zip(record["clients"], record["made"], record["pointers"], strict=True):
+                if steps:
+                    made[k, rows[k]] += steps + max(0, pointer - pointers.get(k, 0))
+                    pointers[k] = pointer + steps
     return made
 
 

@@ -124,7 +124,7 @@ def guarantee(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: in
     """What a run promises so far, to the client that it promises least; None without differential privacy.
 
     Arguments as in `spent`. In a federation it is what the log shows: a site's own ledger also has replies that came
-    too late to count.
+    after the last one that counted.
     """
     if config.dp == "none":
         return None
