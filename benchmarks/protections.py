@@ -24,12 +24,14 @@ from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import aggregate
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.federation.ledger import Ledger, Request
+from meerkat.federation.ledger import Ledger
+from meerkat.federation.run_ledger import RunLedger
+from meerkat.federation.site_settings import Accepts
 from meerkat.masks.baselines import random_mask
-from meerkat.privacy.accounting import Charge
 from meerkat.privacy.mechanism import Mechanism
 from meerkat.record.members import Member, Members
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
+from meerkat.settings.config import make_config
 
 CLIENTS = 10
 ROWS_HELD = 2_000
@@ -93,14 +95,15 @@ def on_the_server() -> dict[str, Callable[[], object]]:
 
 
 def example_privacy(ledger: Ledger) -> dict[str, Callable[[], object]]:
-    """A sample of a client's rows, and noise on their slopes; the ledger's line and its fsync apart."""
+    """A sample of a client's rows, and noise on their slopes; the ledger's lines apart."""
     mechanism, held = Mechanism(1.0, 1.0, float(ROWS)), np.arange(ROWS_HELD)
     slopes = np.random.default_rng(0).normal(size=(ROWS, 1))
-    charge, theta = Charge(mechanism.rate(ROWS_HELD), 1.0, 1), secrets.token_hex(32)
+    private = make_config({"dp": "example", "dp_noise_multiplier": 1.0, "batch_size": ROWS})
+    of_run = RunLedger(ledger, private, Accepts.model_validate({}), secrets.token_hex(8), 0, ROWS_HELD)
     rounds = iter(range(10**9))
 
     def noted() -> None:
-        ledger.charge(Request(secrets.token_hex(8), 0, "training", next(rounds)), theta, charge, bytes(11))
+        of_run.answer("training", next(rounds), secrets.token_hex(32), (1, 1), lambda _: bytes(19))
 
     return {
         "example_privacy": lambda: (mechanism.sample(held), mechanism.release(slopes)),
