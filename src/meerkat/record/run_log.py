@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.record.files import owned
 
 _START = "0" * 64
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -80,11 +81,12 @@ class RunLog:
 
         Raises:
             MeerkatError: another process has the log open.
+            OSError: the file cannot be opened, or is a link.
             RunFailed: a record before the last is damaged.
         """
         self.path = path
         self._again = again or f"'meerkat resume {path.parent}'"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = owned(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from meerkat.record.run_folder import write_atomically
+from meerkat.record.files import explain_disk_errors, make_folder, write_text
 from meerkat.report.drawing import inline, save
 from meerkat.report.style import STYLE, VARIABLES
 
@@ -24,11 +24,16 @@ class CaptionedFigure(NamedTuple):
     """A figure of a page."""
 
     name: str
-    """Unique in the page; also the name of the figure's files."""
+    """Unique in the page."""
     figure: Figure
     title: str
     caption: str
     """What is seen, and how to read it."""
+
+    @property
+    def stem(self) -> str:
+        """The name of the figure's files, and what the ids in it begin with."""
+        return file_name(self.name)
 
     @property
     def is_wide(self) -> bool:
@@ -42,7 +47,7 @@ class CaptionedFigure(NamedTuple):
 
     def html(self, alone: bool) -> str:
         """The figure as an HTML element; one alone in its row has its caption beside it."""
-        drawn = inline(self.figure, self.name, escape(self.title))
+        drawn = inline(self.figure, self.stem, escape(self.title))
         kind = "wide" if self.is_wide else "lone" if alone else ""
         style = f' style="grid-row:span {self.row_span}"' if self.row_span > 1 and not kind else ""
         opening = f'<figure class="{kind}"{style}>' if kind or style else "<figure>"
@@ -72,7 +77,7 @@ class Page:
 
     def figures(self, *figures: CaptionedFigure, before: str = "", after: str = "") -> None:
         """Add figures, side by side where there is room, with HTML before the first and after the last."""
-        self._figures |= {each.name: each.figure for each in figures}
+        self._figures |= {each.stem: each.figure for each in figures}
         uneven = any(each.row_span > 1 or each.is_wide for each in figures)
         last_is_alone = not uneven and (len(figures) + bool(before) + bool(after)) % 2 == 1
         cells = [each.html(alone=last_is_alone and each is figures[-1]) for each in figures]
@@ -100,12 +105,13 @@ class Page:
         Raises:
             RunFailed: a file cannot be written.
         """
-        folder = root / "figures"
-        folder.mkdir(exist_ok=True)
+        folder, cure = root / "figures", f"make room, then 'meerkat report {root}'"
+        with explain_disk_errors(folder, cure):
+            make_folder(folder)
         for name, figure in self._figures.items():
             save(figure, folder / name)
-        path, text, cure = root / "report.html", self.html(), f"make room, then 'meerkat report {root}'"
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
+        path = root / "report.html"
+        write_text(path, self.html(), cure)
         return path
 
 

@@ -132,6 +132,7 @@ def carry_on(
     """
     config, log = folder.config(), RunLog(folder.log_path, cure)
     with closing(log):
+        folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
         model = MaskedModel(problem.model, load_mask(folder, config, problem))

@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
+from meerkat.record.files import write_text
 from meerkat.record.opening import steps_by_rows
-from meerkat.record.run_folder import Metric, RunFolder, write_atomically
+from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.run import Run
@@ -139,8 +140,7 @@ def write_summary(run: Run, extreme: Sequence[int] = (), facts: Mapping[str, Any
     summary["privacy"] = None if promised is None else promised.to_json()
     summary["clients_without_budget"] = without_budget(folder)
     summary |= facts or {}
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder.summary_path, lambda part: part.write_text(text, encoding="utf-8"), folder.cure)
+    write_text(folder.summary_path, json.dumps(summary, indent=2) + "\n", folder.cure)
     return summary
 
 
