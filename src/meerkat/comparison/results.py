@@ -18,7 +18,7 @@ from typing import Any
 from meerkat.comparison.studies import Check, Comparison, Setting, Study, spelled
 from meerkat.problems.problem import Better, primary
 from meerkat.record.files import write_text
-from meerkat.run.summary import worst_class
+from meerkat.record.summary import worst_class
 
 FILE = "compare.json"
 FORMAT = 2

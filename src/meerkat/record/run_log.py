@@ -54,20 +54,21 @@ class LogReader:
                 linked = not cut and line[64:65] == b" " and line[:64] == _link(self.hash, text).encode()
                 record = _parsed(text) if linked else None
                 if record is None:
-                    self.damage = f"line {self.count + 1} is {'cut short' if cut else 'damaged'}"
-                    self.torn, self.broken = not file.read(1), text
+                    how = "cut short" if cut else "not as this version writes it" if linked else "damaged"
+                    self.damage = f"line {self.count + 1} is {how}"
+                    self.torn, self.broken = not linked and not file.read(1), text
                     return
                 self.count, self.hash, self.end = self.count + 1, line[:64].decode(), self.end + len(line)
                 yield record
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """A record's text as a JSON object; None if it is malformed."""
+    """A record's text as a JSON object; None unless it is, byte for byte, what `RunLog` writes for that object."""
     try:
         record = json.loads(text)
+        return record if isinstance(record, dict) and _JSON.encode(record).encode() == text else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
 
 
 class RunLog:
@@ -82,7 +83,7 @@ class RunLog:
         Raises:
             MeerkatError: another process has the log open.
             OSError: the file cannot be opened, or is a link.
-            RunFailed: a record before the last is damaged.
+            RunFailed: a record before the last is damaged, or one is written as no `RunLog` writes it.
         """
         self.path = path
         self._again = again or f"'meerkat resume {path.parent}'"
@@ -97,7 +98,7 @@ class RunLog:
             pass
         if reader.damage and not reader.torn:
             os.close(self._file)
-            raise RunFailed(f"{path}: {reader.damage}, with records after it; restore the file from a copy")
+            raise RunFailed(f"{path}: {reader.damage}, as no killed process leaves it; restore the file from a copy")
         self.dropped = reader.damage
         """What was wrong with a last record that was dropped; empty if none was."""
         self._hash = reader.hash
