@@ -8,6 +8,7 @@ in it before anything of it is read.
 import errno
 import glob
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +85,13 @@ def check_no_links(root: Path) -> None:
     for folder, folders, files in os.walk(root):
         for path in (Path(folder) / name for name in sorted([*folders, *files])):
             inside = f"'{root}': '{path.relative_to(root)}' is"
-            if path.is_symlink():
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another process has renamed its temporary file
+                continue
+            if stat.S_ISLNK(mode):
                 raise MeerkatError(f"{inside} a link, and links are not followed; put what it points to in its place")
-            if not (path.is_dir() or path.is_file()):
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 raise MeerkatError(f"{inside} neither a file nor a folder; remove it")
 
 

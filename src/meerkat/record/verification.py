@@ -103,8 +103,9 @@ class StoredRun:
         with _damage_explained(root):
             records = iter(reader)
             if (first := next(records, None)) is None:
-                damage = reader.damage or "no record in it"
-                raise RunFailed(f"{log}: {damage}; 'meerkat resume {root}' starts the run")
+                starts = reader.torn or not reader.damage
+                cure = f"'meerkat resume {root}' starts the run" if starts else "restore the file from a copy"
+                raise RunFailed(f"{log}: {reader.damage or 'no record in it'}; {cure}")
             opening = Opening.from_json(first, log)
             agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
             config, mask = folder.config(), folder.mask()
