@@ -24,16 +24,11 @@ class CaptionedFigure(NamedTuple):
     """A figure of a page."""
 
     name: str
-    """Unique in the page."""
+    """Unique in the page; also the name of the figure's files."""
     figure: Figure
     title: str
     caption: str
     """What is seen, and how to read it."""
-
-    @property
-    def stem(self) -> str:
-        """The name of the figure's files, and what the ids in it begin with."""
-        return file_name(self.name)
 
     @property
     def is_wide(self) -> bool:
@@ -47,7 +42,7 @@ class CaptionedFigure(NamedTuple):
 
     def html(self, alone: bool) -> str:
         """The figure as an HTML element; one alone in its row has its caption beside it."""
-        drawn = inline(self.figure, self.stem, escape(self.title))
+        drawn = inline(self.figure, self.name, escape(self.title))
         kind = "wide" if self.is_wide else "lone" if alone else ""
         style = f' style="grid-row:span {self.row_span}"' if self.row_span > 1 and not kind else ""
         opening = f'<figure class="{kind}"{style}>' if kind or style else "<figure>"
@@ -77,7 +72,7 @@ class Page:
 
     def figures(self, *figures: CaptionedFigure, before: str = "", after: str = "") -> None:
         """Add figures, side by side where there is room, with HTML before the first and after the last."""
-        self._figures |= {each.stem: each.figure for each in figures}
+        self._figures |= {each.name: each.figure for each in figures}
         uneven = any(each.row_span > 1 or each.is_wide for each in figures)
         last_is_alone = not uneven and (len(figures) + bool(before) + bool(after)) % 2 == 1
         cells = [each.html(alone=last_is_alone and each is figures[-1]) for each in figures]
