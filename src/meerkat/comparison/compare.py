@@ -99,10 +99,10 @@ def _check_folder(root: Path) -> None:
     """Raise MeerkatError unless a comparison can begin, or continue, in a folder."""
     if root.exists() and not root.is_dir():
         raise MeerkatError(f"'{root}': is a file; give a folder as --out")
-    check_no_links(root)
     entries = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
     if entries and not {"cells", "search"} <= entries:
         raise MeerkatError(f"'{root}': is not empty and no comparison was begun in it; give another --out")
+    check_no_links(root)
 
 
 @contextmanager

@@ -54,9 +54,9 @@ class RunFolder:
             )
         if root.exists() and not root.is_dir():
             raise MeerkatError(f"run folder '{root}': is a file; give another --out")
-        check_no_links(root)
         if root.is_dir() and any(not is_leftover(entry.name) for entry in root.iterdir()):
             raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+        check_no_links(root)
         nearest = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise MeerkatError(f"run folder '{root}': '{nearest}' cannot be written to; give another --out")
@@ -80,12 +80,12 @@ class RunFolder:
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
         """The folder of a run that was started. Raises MeerkatError: there is no run in it, or a link."""
-        check_no_links(root)
         folder = cls(root)
         if not folder.config_path.is_file():
             raise MeerkatError(
                 f"run folder '{root}': no run in it (no config.toml); start one with 'meerkat simulate --out {root}'"
             )
+        check_no_links(root)
         return folder
 
     def config(self) -> RunConfig:

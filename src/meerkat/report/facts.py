@@ -177,10 +177,10 @@ def read_comparison(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
         MeerkatError: there is no comparison in the folder, or one of another format, or a link.
         RunFailed: compare.json is damaged.
     """
-    check_no_links(root)
     path = root / FILE
     if not path.is_file():
         raise MeerkatError(f"comparison '{root}': no {FILE} in it; give a folder that 'meerkat compare' wrote")
+    check_no_links(root)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
