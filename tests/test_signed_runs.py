@@ -248,6 +248,25 @@ def test_the_outcome_is_told_in_a_line_and_a_line_a_key(
     assert told["signers"][0] == {"client": 0, "key": course.name("k0"), "replies": 6}
 
 
+def test_a_federation_s_scores_are_computed_anew_on_the_coordinator_s_rows(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    assert main(["verify", str(copied), "--evaluate", "--json"]) == 0
+    unchecked = json.loads(capsys.readouterr().out)["not_checked"]
+    assert "the network's counts and clients_without_budget in summary.json" in unchecked
+    assert not [each for each in unchecked if "scores" in each]
+    summary = json.loads((copied / "summary.json").read_text())
+    scores = {**summary["scores"], "accuracy": 0.999}
+    (copied / "summary.json").write_text(json.dumps(summary | {"scores": scores, "accuracy": 0.999}))
+    assert main(["verify", str(copied)]) == 0
+    assert main(["verify", str(copied), "--evaluate"]) == 1
+    (copied / "summary.json").write_text(json.dumps(summary | {"evaluated_on": "sites"}))
+    capsys.readouterr()
+    assert main(["verify", str(copied), "--evaluate"]) == 2
+    assert "evaluated by its sites" in capsys.readouterr().err
+
+
 # who holds the folder, and changes it where it stands
 
 
