@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 600
 # a file's tests stay together, for what they share; the longest file comes first
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo federation check test test-all test-lowest fuzz clean
+.PHONY: demo federation check test test-all test-lowest lock fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,11 @@ test-lowest: .venv/ready
 	$(BIN)/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --all-extras --no-annotate -c .venv-lowest/torch.txt -o .venv-lowest/lowest.txt pyproject.toml
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[$(EXTRAS)]'
 	.venv-lowest/bin/python -m pytest $(TWO_AT_A_TIME)
+
+# requirements.lock: what a deployed federation installs, each file by its SHA-256, as the package index lists them.
+# setuptools builds the package itself.
+lock: .venv/ready
+	echo 'setuptools>=77' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra flower --extra privacy --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command 'make lock' -c constraints.txt -o requirements.lock pyproject.toml -
 
 fuzz: .venv/ready
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/test_fuzz.py

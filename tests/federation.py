@@ -118,9 +118,10 @@ class Setting:
         """The log's first record: nobody has joined."""
         return Opening(
             run_key=f"{run_key(self.config.seed):032x}",
-            config="",
+            config="0" * 64,
             model=self.mask.fingerprint,
             mask=self.mask.digest(),
+            about_mask=self.mask.description_digest(),
             gradient=gradient_digest(self.mask),
             theta=path.digest(self.theta_0),
             data="",

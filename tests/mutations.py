@@ -119,8 +119,8 @@ def _place(draw: DrawFn, held: list[Any]) -> tuple[Any, Any]:
 
 
 def as_json(value: Any) -> bytes:
-    """Values as JSON text, with all that Python's reader takes."""
-    text = json.dumps(value)
+    """Values as JSON text, compact as a log's records are, with all that Python's reader takes."""
+    text = json.dumps(value, separators=(",", ":"))
     for mark, spelled in _SPELLED.items():
         text = text.replace(mark, spelled)
     return text.encode()

@@ -174,6 +174,7 @@ class World:
             try:
                 found = SparseMask.load(self.written("mask.safetensors", mask))
                 opening |= {"mask": found.digest(), "model": found.fingerprint}
+                opening["about_mask"] = found.description_digest()
                 opening["theta"] = path.digest(cast(torch.Tensor, found.theta_0))
                 opening["run_key"] = f"{run_key(make_config(read_toml(self.written('c.toml', config))).seed):032x}"
             except Exception:  # whatever it is, reading the folder will say so

@@ -279,7 +279,7 @@ def test_words_of_files_stay_in_their_place(run: Path) -> None:
     task = Task("a|b`c\n## Privacy", "{x}\n```\n# no\n{label}", ("`", "```\n"))
     text = model_card(RunFolder(run), verification.verify(run), task, "model")
     assert text.count("\n## Privacy") == 1
-    assert facts(text, "Data")["task"] == r"`a\|b'c ## Privacy`"
+    assert facts(text, "Data")["task"] == "`a¦b'c ## Privacy`"
     assert text.count("\n```") == 2, "the code's own fence alone"
 
 

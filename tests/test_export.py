@@ -98,8 +98,8 @@ def refused(run: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]
 def test_what_a_killed_export_left_is_not_in_the_next(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "delta.part").mkdir()
-    (tmp_path / "delta.part" / "model.safetensors").write_text("old")
+    (tmp_path / ".delta.0a1b2c3d.part").mkdir()
+    (tmp_path / ".delta.0a1b2c3d.part" / "model.safetensors").write_text("old")
     assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
     assert sorted(file.name for file in (tmp_path / "delta").iterdir()) == ["README.md", "delta.safetensors"]
     (tmp_path / "here").mkdir()

@@ -21,6 +21,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
+from meerkat.record.summary import Summary, outcome, work_by_kind
 from meerkat.report import write_comparison_report, write_run_report
 from meerkat.report.client_figures import binned, grouped, running_mean, thinned
 from meerkat.report.comparison_page import comparison_page
@@ -29,7 +30,7 @@ from meerkat.report.run_figures import layer_and_kind
 from meerkat.report.run_page import run_page
 from meerkat.report.sentences import data_size, percent
 from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
-from meerkat.run.summary import Summary
+from meerkat.run.summary import evaluated
 from meerkat.settings.config import make_config
 
 
@@ -101,6 +102,7 @@ def write_run(
     extreme: int = 1,
     gradient: bool = True,
     done: bool = True,
+    federation: str = "",
     **given: Any,
 ) -> Path:
     """A run of meerkat-vp with made-up numbers: the first clients fade, and are stopped."""
@@ -110,17 +112,17 @@ def write_run(
     folder, rng = RunFolder.create(root, config), np.random.default_rng(0)
     MASK.save(folder.mask_path)
     log = RunLog(folder.log_path)
-    log.append({"kind": "open"})
+    log.append({"kind": "open", "federation": federation})
     labels = ["sports", "music"]
     counts = np.tile([[10, 12]], (clients, 1))
     counts[:extreme] = [[20, 0]]
     folder.append_metric(SplitMetric.of(labels, counts).to_json())
 
-    def evaluated(round: int, accuracy: float, loss: float) -> dict[str, Any]:
+    def evaluation(round: int, accuracy: float, loss: float) -> dict[str, Any]:
         scores, per_class = {"accuracy": accuracy, "loss": loss}, {"sports": 0.5, "music": 0.25}
         return EvaluationMetric(round, scores, BETTER, per_class, facts={"wall_s": 0.5}).to_json()
 
-    folder.append_metric(evaluated(0, 0.25, 1.5))
+    folder.append_metric(evaluation(0, 0.25, 1.5))
 
     plan = RoundPlan(0, 0.1, 1e-3, 1, dict.fromkeys(range(clients), 60), "calibration")
     fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
@@ -144,12 +146,15 @@ def write_run(
         log.append(record.to_json())
         replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
         folder.append_metric(RoundMetric.of(record, replies, {"forward_s": 0.1}).to_json())
-        folder.append_metric(evaluated(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))
+        folder.append_metric(evaluation(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))
     log.close()
     if done:
         stopped = list(range(extreme))
-        outcome = Summary.of(config, MASK, stopped, stopped, folder.metrics(), "d" * 64).to_json()
-        folder.summary_path.write_text(json.dumps(outcome))
+        scores = evaluated(config, EvaluationMetric.all_of(folder.metrics()))
+        summed = outcome(config, MASK, work_by_kind(folder.log_path), stopped, "d" * 64, None)
+        cost = {"wall_s": 6.0, "forward_s": 0.1 * rounds, "peak_rss_mb": 500.0}
+        stated = Summary(**summed, **scores, **cost, extreme_clients=stopped, clients_without_budget=[])
+        folder.summary_path.write_text(json.dumps(stated.to_json()))
     return root
 
 
@@ -277,7 +282,7 @@ def test_what_is_absent_is_said(tmp_path: Path, simulated: Callable[..., Path]) 
 
 
 def test_sites_that_said_their_budget_was_spent_are_named(tmp_path: Path) -> None:
-    root = write_run(tmp_path / "run")
+    root = write_run(tmp_path / "run", federation="0123456789abcdef")
     events = [
         {
             "event": "declined",

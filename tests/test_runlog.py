@@ -75,7 +75,7 @@ def test_lines_cannot_be_moved(tmp_path: Path, change: str) -> None:
     _, found = read(path)
     assert found.damage == "line 2 is damaged"
     assert not found.torn
-    with pytest.raises(RunFailed, match="line 2 is damaged, with records after it"):
+    with pytest.raises(RunFailed, match="line 2 is damaged, as no killed process leaves it"):
         RunLog(path)
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_loses_nothing_that_was_logged(tmp_path: Path) -> None:
 def test_a_record_too_deep_to_read_is_damage(tmp_path: Path) -> None:
     path, deep = tmp_path / "log", b'{"kind": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     path.write_bytes(hashlib.sha256(b"0" * 64 + deep).hexdigest().encode() + b" " + deep + b"\n")
-    assert read(path)[1].damage == "line 1 is damaged"
+    assert read(path)[1].damage == "line 1 is not as this version writes it"
 
 
 def test_a_record_that_is_not_finite_is_never_written(tmp_path: Path) -> None:

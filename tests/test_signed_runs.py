@@ -247,15 +247,35 @@ def test_the_outcome_is_told_in_a_line_and_a_line_a_key(
     course: Course, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(run)]) == 0
-    first, *keys = capsys.readouterr().out.splitlines()
+    first, *keys, unchecked = capsys.readouterr().out.splitlines()
     assert "17 of 17 replies signed, with 5 keys (as the log has them; --signers checks them against a list)" in first
     assert f"  client 0  {course.name('k0')}  6 replies" in keys
     assert len(keys) == 5
+    assert unchecked.startswith("  not checked: metrics.jsonl, pictures and reports, events.jsonl")
     signers = course.keys / "signers"
     assert main(["verify", str(run), "--signers", str(signers), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["replies"], told["signed"], len(told["signers"])) == (17, 17, 5)
     assert told["signers"][0] == {"client": 0, "key": course.name("k0"), "replies": 6}
+
+
+def test_a_federation_s_scores_are_computed_anew_on_the_coordinator_s_rows(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    assert main(["verify", str(copied), "--evaluate", "--json"]) == 0
+    unchecked = json.loads(capsys.readouterr().out)["not_checked"]
+    assert "the network's counts and clients_without_budget in summary.json" in unchecked
+    assert not [each for each in unchecked if "scores" in each]
+    summary = json.loads((copied / "summary.json").read_text())
+    scores = {**summary["scores"], "accuracy": 0.999}
+    (copied / "summary.json").write_text(json.dumps(summary | {"scores": scores, "accuracy": 0.999}))
+    assert main(["verify", str(copied)]) == 0
+    assert main(["verify", str(copied), "--evaluate"]) == 1
+    (copied / "summary.json").write_text(json.dumps(summary | {"evaluated_on": "sites"}))
+    capsys.readouterr()
+    assert main(["verify", str(copied), "--evaluate"]) == 2
+    assert "evaluated by its sites" in capsys.readouterr().err
 
 
 # who holds the folder, and changes it where it stands
@@ -652,7 +672,7 @@ def test_a_simulation_is_said_to_have_no_signatures(
     assert main([*simulate_arguments, "--rounds", "1", "--out", str(out)]) == 0
     capsys.readouterr()
     assert main(["verify", str(out)]) == 0
-    assert capsys.readouterr().out.strip().endswith("a simulation: no signatures; no differential privacy")
+    assert "a simulation: no signatures; no differential privacy\n" in capsys.readouterr().out
     fails(out, "a simulation, whose replies are not signed; leave --signers out", listed=course.listed)
     assert main(["verify", str(out), "--revoked", course.name("k0")]) == 0
     assert "note: --revoked: no reply of this run is signed" in capsys.readouterr().err

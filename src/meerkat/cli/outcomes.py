@@ -17,6 +17,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     add_list(parser, "--revoked", "KEY[@ROUND]|FILE", f"{about}file of such lines")
     about = "another folder of the same federation: is its log the same history, or do the two fork?"
     parser.add_argument("--against", type=Path, metavar="FOLDER", help=about)
+    about = "evaluate the model too, and compare its scores with the summary's; needs the model and the rows"
+    parser.add_argument("--evaluate", action="store_true", help=about)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -36,6 +38,11 @@ def _verify(arguments: argparse.Namespace) -> None:
         for name in sorted(revoked.keys() - {key for _, key in run.signed}):
             say(f"note: --revoked {name}: no reply of this run is signed with it; is it the right one?")
 
+    if arguments.evaluate:
+        from meerkat.run.evaluate import check_scores
+
+        check_scores(arguments.folder, run)
+
     theta_digest, keys, signed = digest(run.theta), sorted(run.signed.items()), sum(run.signed.values())
     outcome = {
         "rounds": run.rounds,
@@ -45,6 +52,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "signed": signed,
         "signers": [{"client": client, "key": key, "replies": count} for (client, key), count in keys],
         "privacy": None if run.guarantee is None else run.guarantee.to_json(),
+        "not_checked": run.not_checked(arguments.evaluate),
     }
     state = "finished" if run.finished else f"not finished: {run.rounds} of {run.config.rounds} rounds"
     signatures = "a simulation: no signatures"
@@ -56,7 +64,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     private = "no differential privacy" if run.guarantee is None else run.guarantee.in_words()
     replayed = f"{run.rounds} rounds replayed, theta {theta_digest[:16]}"
     lines = [f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}"]
-    show(arguments, outcome, *lines, *(f"  client {client}  {key}  {count:,} replies" for (client, key), count in keys))
+    lines += [f"  client {client}  {key}  {count:,} replies" for (client, key), count in keys]
+    show(arguments, outcome, *lines, f"  not checked: {', '.join(run.not_checked(arguments.evaluate))}")
 
 
 def _compare_histories(one: Path, other: Path) -> None:
@@ -133,7 +142,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command(
-        "verify", "Replay a run from its folder alone; check every digest and signature.", _verify_arguments, _verify
+        "verify",
+        "Replay a run from its folder alone; check every record, digest and signature.",
+        _verify_arguments,
+        _verify,
     ),
     Command("evaluate", "Evaluate a run's model, overall and per class.", _evaluate_arguments, _evaluate),
     Command("report", "Write a page with all figures of a run, or of a comparison.", _report_arguments, _report),

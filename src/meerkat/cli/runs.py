@@ -47,11 +47,9 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Path) -> None:
     """Draw a finished run's picture and print its outcome."""
-    from meerkat.record.run_folder import explain_disk_errors
     from meerkat.report import draw_curves, summary_in_words
 
-    with explain_disk_errors(folder / "curves.png", f"make room, then 'meerkat resume {folder}'"):
-        picture, _ = draw_curves([folder], folder)
+    picture, _ = draw_curves([folder], folder)
     show(arguments, summary, summary_in_words(summary, folder), f"Picture: {picture}")
 
 
@@ -125,7 +123,7 @@ def _mask_arguments(parser: argparse.ArgumentParser) -> None:
 def _mask(arguments: argparse.Namespace) -> None:
     config = make_config(given_settings(arguments))
     out = Path(arguments.out)
-    from meerkat.record.run_folder import write_atomically
+    from meerkat.record.files import write_atomically
     from meerkat.run.mask import make_mask
     from meerkat.run.setup import open_problem, resolve, resolve_model
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.record.run_folder import RunFolder, write_atomically
+from meerkat.record.files import write_text
+from meerkat.record.run_folder import RunFolder
 from meerkat.run.simulation import resume, simulate
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
@@ -44,8 +45,7 @@ def run_cell(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         return resume(folder) if (folder / "config.toml").exists() else simulate(config, folder)
     except Diverged as error:
-        reason = f"{error}\n"
-        write_atomically(diverged, lambda part: part.write_text(reason, encoding="utf-8"))
+        write_text(diverged, f"{error}\n")
         return None
     except MeerkatError as error:
         if begun:

@@ -21,7 +21,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.partition import partition
 from meerkat.problems.problem import Better, Problem
 from meerkat.progress import say
-from meerkat.record.run_folder import write_atomically
+from meerkat.record.files import check_no_links, make_folder, owned, remove_leftovers, write_atomically
 from meerkat.run.mask import make_mask
 from meerkat.run.sentences import scores_in_words
 from meerkat.run.setup import open_problem, resolve
@@ -102,6 +102,7 @@ def _check_folder(root: Path) -> None:
     entries = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
     if entries and not {"cells", "search"} <= entries:
         raise MeerkatError(f"'{root}': is not empty and no comparison was begun in it; give another --out")
+    check_no_links(root)
 
 
 @contextmanager
@@ -112,9 +113,9 @@ def _locked(root: Path) -> Iterator[None]:
         MeerkatError: it cannot be made, or another process is comparing in it.
     """
     try:
-        for name in ("cells", "search", "masks", "logs"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        lock = (root / "logs" / "lock").open("a")
+        for folder in (root, *(root / name for name in ("cells", "search", "masks", "logs"))):
+            make_folder(folder)
+        lock = open(root / "logs" / "lock", "a", opener=owned)  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
         raise MeerkatError(f"'{root}': {error.strerror}; give another --out") from None
     with lock:
@@ -209,5 +210,6 @@ def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
     if not path.exists():
         resolved = resolve(config)
         say(f"mask of density {config.density:g}: {path}")
+        remove_leftovers(path)
         write_atomically(path, make_mask(resolved, open_problem(resolved)).save)
     return config.model_copy(update={"mask": str(path.resolve())})

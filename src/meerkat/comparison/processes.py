@@ -15,6 +15,7 @@ from typing import Any
 from meerkat.errors import RunFailed
 from meerkat.extensions import load, loaded
 from meerkat.progress import say, use_thread_lock
+from meerkat.record.files import owned
 
 Task = tuple[Any, ...]
 """A function and its arguments."""
@@ -94,5 +95,5 @@ def _start(parent: Connection, extensions: Sequence[str]) -> None:
 
 
 def _run_logged(log: Path, task: Callable[..., Any], *arguments: Any) -> Any:
-    with log.open("a", encoding="utf-8") as file, redirect_stderr(file), redirect_stdout(file):
+    with open(log, "a", encoding="utf-8", opener=owned) as file, redirect_stderr(file), redirect_stdout(file):
         return task(*arguments)

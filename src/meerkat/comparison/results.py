@@ -17,8 +17,8 @@ from typing import Any
 
 from meerkat.comparison.studies import Check, Comparison, Setting, Study, spelled
 from meerkat.problems.problem import Better, primary
-from meerkat.record.run_folder import write_atomically
-from meerkat.run.summary import worst_class
+from meerkat.record.files import write_text
+from meerkat.record.summary import worst_class
 
 FILE = "compare.json"
 FORMAT = 2
@@ -70,14 +70,10 @@ def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> 
         "task": _shared(lines, "task") or _shared(lines, "problem"),
         "studies": studies,
     }
-    _write(root / FILE, json.dumps(content, indent=1) + "\n")
-    _write(root / "results.csv", _as_csv(_runs(lines, comparison.seeds, root)))
-    _write(root / "table.csv", _as_csv(_table_row(study, row) for study in studies for row in study["rows"]))
+    write_text(root / FILE, json.dumps(content, indent=1) + "\n")
+    write_text(root / "results.csv", _as_csv(_runs(lines, comparison.seeds, root)))
+    write_text(root / "table.csv", _as_csv(_table_row(study, row) for study in studies for row in study["rows"]))
     return content
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _shared(lines: Sequence[Line], name: str) -> str:

@@ -1,7 +1,7 @@
 """Export of a run's model: as a whole Hugging Face folder, or as a sparse delta for the base model."""
 
 import json
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems.classification import Classification
-from meerkat.record.run_folder import RunFolder, explain_disk_errors
+from meerkat.record.files import explain_disk_errors
+from meerkat.record.run_folder import RunFolder
 from meerkat.run.evaluate import load_run
 from meerkat.settings.validation import check_new_folder
 
@@ -52,11 +53,11 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     lora = run.config.recipe.moves == "lora"
     content: Content = "model" if form == "merged" else "adapters" if lora else "delta"
     to = to.resolve()
-    part = to.with_name(to.name + ".part")
     with explain_disk_errors(to, "make room, or give another --to"):
-        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-        try:
-            part.mkdir(parents=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{to.name}.", suffix=".part", dir=to.parent) as private:
+            part = Path(private) / to.name
+            part.mkdir()
             model: Any = problem.model
             if content == "model":
                 model = merge_lora_(model) if lora else model
@@ -69,11 +70,9 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             tuned_fingerprint = "" if content == "adapters" else fingerprint(model)
             card = model_card(RunFolder(root), run, problem, content, tuned_fingerprint)
             (part / CARD_FILE).write_text(card, encoding="utf-8")
-            if to.exists():
-                to.rmdir()
+            for file in part.iterdir():  # a model is for sharing: whoever may list the folder may read what is in it
+                file.chmod(part.stat().st_mode & 0o666)
             part.rename(to)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return to / DELTA_FILE if content == "delta" else to
 
 

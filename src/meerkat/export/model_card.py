@@ -5,6 +5,7 @@ rounds' aggregates off the tuned weights.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,7 @@ def model_card(
     opening = (
         f"# {base}, tuned for {task_name}\n\n"
         f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated fine-tuning with "
-        f"[Meerkat](https://arxiv.org/abs/2506.03337), method `{one_line(run.config.method)}`. "
+        f"[Meerkat](https://arxiv.org/abs/2506.03337), method {_code(run.config.method)}. "
         f"This folder holds {_CONTENT_IN_WORDS[content]}. "
         f"Licence and languages are those of the base model and of the data; the run's record does not state them."
     )
@@ -72,16 +73,21 @@ def model_card(
 
 def _front_matter(run: VerifiedRun, evaluations: Sequence[EvaluationMetric], content: Content) -> str:
     config = run.config
-    hub_data = config.data and not run.opening.federation and not _is_local(config.data)
-    hub_model = config.problem == CLASSIFICATION and config.model != EMBEDDED and not _is_local(config.model)
+    data = "" if run.opening.federation else config.data.partition(":")[0]
+    model = config.model if config.problem == CLASSIFICATION and config.model != EMBEDDED else ""
     front_matter = ModelCardData(
-        base_model=config.model if hub_model else None,
+        base_model=model if _is_hub_name(model) else None,
         library_name=_LIBRARIES[content],
         tags=["meerkat", "federated-learning", "zeroth-order-optimization", f"method:{config.method}"],
-        datasets=[config.data.partition(":")[0]] if hub_data else None,
-        metrics=[evaluations[0].score] if evaluations else None,
+        datasets=[data] if _is_hub_name(data) else None,
+        metrics=[one_line(evaluations[0].score)] if evaluations else None,
     )
     return front_matter.to_yaml(line_break="\n")
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether this can be the name of a model or data set on the hub."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", source))
 
 
 def _is_local(source: str) -> bool:
@@ -90,8 +96,12 @@ def _is_local(source: str) -> bool:
 
 
 def _code(text: str) -> str:
-    """Text from a file as inline code that cannot end a table cell or a code fence."""
-    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+    """Somebody else's text as inline code, which is the only form that such text takes in a card's Markdown.
+
+    Nothing can escape a backtick in code, or a pipe in a table whatever stands before it: others take their place.
+    """
+    inert = one_line(text).translate({ord("`"): "'", ord("|"): "\N{BROKEN BAR}"})
+    return f"`{inert.strip() or ' '}`"
 
 
 def _base(config: RunConfig) -> str:
@@ -111,7 +121,7 @@ def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
     code = "\n".join(_loading_code(config, problem, content))
     if not isinstance(problem, Classification):
         return f"```python\n{code}\n```"
-    labels = ", ".join(f"{index} {json.dumps(label)}" for index, label in enumerate(problem.task.labels))
+    labels = ", ".join(f"{index} {_code(json.dumps(label))}" for index, label in enumerate(problem.task.labels))
     return (
         f"```python\n{code}\n```\n\n"
         f"The model reads a row as\n\n    {json.dumps(problem.task.template)}\n\n"
@@ -198,7 +208,7 @@ def _data(run: VerifiedRun, problem: Problem) -> str:
     elif config.problem != CLASSIFICATION:
         source = f"as problem {_code(config.problem)} makes or reads them"
     elif not config.data:
-        source = f"Meerkat's embedded data `{config.task}`"
+        source = f"Meerkat's embedded data {_code(config.task)}"
     elif _is_local(config.data):
         source = f"{_code(Path(config.data).name)}, a local folder; its origin is not known"
     else:
@@ -246,7 +256,8 @@ def _privacy(folder: RunFolder, run: VerifiedRun) -> str:
 
 def _clients(folder: RunFolder, run: VerifiedRun) -> str:
     calibration = run.calibration
-    removed = {event["client"] for event in folder.events() if event.get("event") == "shown out" and "client" in event}
+    gone = [event.get("client") for event in folder.events() if event.get("event") == "shown out"]
+    removed = {client for client in gone if type(client) is int}
     facts = {
         "flagged as extremely skewed": _listed(calibration.selection.extreme)
         if calibration
@@ -268,7 +279,7 @@ def _evaluation(run: VerifiedRun, evaluations: Sequence[EvaluationMetric]) -> st
     if not evaluations:
         return "Not known: the run's folder has no evaluation."
     last = evaluations[-1]
-    lines = [f"| after round | {' | '.join(last.better)} |", "| --- " * (1 + len(last.better)) + "|"]
+    lines = [f"| after round | {' | '.join(map(_code, last.better))} |", "| --- " * (1 + len(last.better)) + "|"]
     for metric in [*evaluations[:1], *evaluations[1:][-1:]]:
         values = [metric.scores.get(name) for name in last.better]
         scores = ["not known" if value is None else f"{value:.3f}" for value in values]
@@ -277,7 +288,8 @@ def _evaluation(run: VerifiedRun, evaluations: Sequence[EvaluationMetric]) -> st
     rows = "held-back training rows" if run.config.held_back else rows
     rows = "the sites' own validation rows" if last.rows is not None else rows
     exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
-    return f"On {rows}; round 0 is the base model.{exported}\n\n" + "\n".join(lines)
+    source = "The run's folder says so; `meerkat verify --evaluate` computes the scores anew."
+    return f"On {rows}; round 0 is the base model.{exported} {source}\n\n" + "\n".join(lines)
 
 
 def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
@@ -295,7 +307,7 @@ def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
             if covered
             else "not given: no noise covers all that the log holds",
             "fingerprint of the tuned model": f"`{tuned_fingerprint}`" if tuned_fingerprint else "",
-            "versions": f"torch {one_line(run.opening.torch)}, transformers {one_line(run.opening.transformers)}",
+            "versions": f"torch {_code(run.opening.torch)}, transformers {_code(run.opening.transformers)}",
         }
     )
     loaded = " `meerkat.masks.fingerprint(model)` gives the loaded model's fingerprint." if tuned_fingerprint else ""

@@ -71,8 +71,8 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
             _refuse_change(folder, f"sign = {str(run.opening.signed).lower()}, which sites have signed")
         run.members.listed = listed
         _revoke(run, federation.revoked)
-        facts = _coordinate(run, problem, federation, control)
-        return write_summary(run, facts=facts)
+        network = _coordinate(run, problem, federation, control)
+        return write_summary(run, network=network)
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meerkat.errors import MeerkatError
 from meerkat.problems.partition import partition
-from meerkat.record.run_folder import write_atomically
+from meerkat.record.files import make_folder, write_text
 from meerkat.run.setup import load_split, resolve
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
@@ -39,9 +39,10 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     config = resolve(config)
     training, _ = training_and_evaluation_rows(config, partial(load_split, config))
     split = partition(config.partition, training, config.clients, config.seed)
+    make_folder(out)
     for client, rows in enumerate(split.rows):
         folder = site_folder(out, client)
-        folder.mkdir(parents=True)
+        make_folder(folder)
         lines = "".join(json.dumps(training[row]) + "\n" for row in rows)
-        write_atomically(folder / "train.jsonl", partial(Path.write_text, data=lines, encoding="utf-8"))
+        write_text(folder / "train.jsonl", lines)
     return [len(rows) for rows in split.rows]

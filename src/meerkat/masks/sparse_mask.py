@@ -93,8 +93,18 @@ class SparseMask:
                 sha.update(indices.numpy().astype("<i8", copy=False).tobytes())
         return sha.hexdigest()
 
+    def description_digest(self) -> str:
+        """SHA-256 of what the mask says of itself: kind, density, the model's size and facts, as compact JSON."""
+        said = [self.kind, self.density, self.total, dict(self.facts)]
+        return hashlib.sha256(json.dumps(said, separators=(",", ":")).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
-        """Write the mask, its gradient and its base values to one safetensors file.
+        """Write the mask, its gradient and its base values to one safetensors file."""
+        tensors, metadata = self._as_file()
+        save_file(tensors, path, metadata=metadata)
+
+    def _as_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and metadata of the mask's file.
 
         Indices are int32 where the tensor's size allows. All metadata are strings; `entries` lists the tensors
         in order, each with its shape and whether all of it moves.
@@ -118,7 +128,7 @@ class SparseMask:
             "entries": json.dumps([[n, list(self.shapes[n]), i is None] for n, i in self.entries.items()]),
             "facts": json.dumps(dict(self.facts)),
         }
-        save_file(tensors, path, metadata=metadata)
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: Path) -> "SparseMask":
@@ -163,6 +173,11 @@ class SparseMask:
             theta_0=tensors.get("theta_0"),
         )
         mask.check_form()
+        expected, metadata = mask._as_file()
+        if meta != metadata or {name: t.dtype for name, t in tensors.items()} != {
+            n: t.dtype for n, t in expected.items()
+        }:
+            raise ValueError("it is not written as this version writes a mask, with nothing added")
         return replace(mask, entries={name: None if at is None else at.long() for name, at in mask.entries.items()})
 
     def check_form(self) -> None:

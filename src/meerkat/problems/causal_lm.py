@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from meerkat.errors import Diverged, MeerkatError
@@ -33,8 +34,10 @@ Measured on the CPU: small passes stay in its caches. See benchmarks/client_batc
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer from a local folder or the hub, ready for evaluation.
 
+    Nothing that comes with the model is run: no code of its own, and no pickled weights, which are code too.
+
     Raises:
-        MeerkatError: there is no such model, or it has no tokenizer or no causal-LM head.
+        MeerkatError: there is no such model, or it has no tokenizer or no causal-LM head, or it is one to be run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,10 +53,18 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
             f"model '{name}': the folder has no tokenizer; save it there with tokenizer.save_pretrained()"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, dtype=DTYPES[dtype], output_loading_info=True
+        )
     except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run; give a kind of model that transformers knows"
+        elif "safetensors" in reason and not isinstance(error, SafetensorError):
+            reason = (
+                "its weights must be in model.safetensors: pickled ones can hold code; save it with save_pretrained()"
+            )
         where = "" if folder.is_dir() else "no such folder, and from the hub it "
         raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
     if missing := min(loading["missing_keys"], default=""):

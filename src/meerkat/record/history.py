@@ -79,9 +79,9 @@ def read(root: Path) -> Records:
 
 
 def _check_end(reader: LogReader) -> None:
-    """Raise RunFailed if records follow a damaged one. A torn last line is allowed: a killed run leaves it."""
+    """Raise RunFailed if a record is damaged. A torn last line is allowed: a killed run leaves it."""
     if reader.damage and not reader.torn:
-        raise RunFailed(f"{reader.path}: {reader.damage}, with records after it; restore the file from a copy")
+        raise RunFailed(f"{reader.path}: {reader.damage}, as no killed process leaves it; restore the file from a copy")
 
 
 def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:

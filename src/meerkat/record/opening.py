@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,9 @@ from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
 
 FORMAT = 6
+
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
+"""A package's version, such as 2.13.0+cpu."""
 
 MEANING = (
     *("method", "task", "objective", "max_length", "batch_size", "eps", "directions"),
@@ -42,6 +46,8 @@ class Opening:
     """Fingerprint of the pre-trained weights."""
     mask: str
     """SHA-256 of the moving entries."""
+    about_mask: str
+    """SHA-256 of what the mask says of itself."""
     gradient: str
     """SHA-256 of the pre-training gradient at them; empty where there is none."""
     theta: str
@@ -70,9 +76,11 @@ class Opening:
     def from_json(cls, record: dict[str, Any], log: Path) -> "Opening":
         """Read the first record. Raises RunFailed if it is no opening, or names a rule that is unknown here."""
         check_format(record, log)
-        if record.get("kind") != "open" or record.keys() - {"kind"} != cls.__dataclass_fields__.keys():
+        if record.get("kind") != "open" or [*record] != ["kind", *cls.__dataclass_fields__]:
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
         opening = cls(**{name: value for name, value in record.items() if name != "kind"})
+        if malformed := opening._malformed():
+            raise RunFailed(f"{log}: {malformed} in the opening is not what any version writes; restore a copy")
         if opening.rule not in RULES:
             only = ", ".join(map(repr, RULES))
             raise RunFailed(f"{log}: rule {opening.rule!r} is not known, only {only}; use the version that wrote it")
@@ -80,6 +88,19 @@ class Opening:
         if not (is_hex(run, 8) and (opening.data, opening.examples) == ("", []) if run else not opening.signed):
             raise RunFailed(f"{log}: the opening is neither a simulation's nor a federation's; restore a copy")
         return opening
+
+    def _malformed(self) -> str:
+        """The first field that cannot be what it is the name of; empty if there is none."""
+        fits = {
+            "run_key": is_hex(self.run_key, 16),
+            **{name: is_hex(getattr(self, name), 32) for name in ("config", "model", "mask", "about_mask", "theta")},
+            **{name: getattr(self, name) == "" or is_hex(getattr(self, name), 32) for name in ("gradient", "data")},
+            **{name: _are_counts(getattr(self, name)) for name in ("examples", "allowance")},
+            **{name: _is_version(getattr(self, name)) for name in ("torch", "transformers")},
+            "signed": type(self.signed) is bool,
+            "format": type(self.format) is int,
+        }
+        return next((name for name, it_fits in fits.items() if not it_fits), "")
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -93,6 +114,14 @@ class Opening:
         """What a federation's signatures are about."""
         digests = (self.run_key, self.model, self.mask, self.theta, meaning(config))
         return RunIdentity(self.federation, self.signed, *digests)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_version(text: object) -> bool:
+    return isinstance(text, str) and bool(_VERSION.fullmatch(text))
 
 
 def check_format(first: Mapping[str, Any], log: Path) -> None:

@@ -8,16 +8,23 @@ events.jsonl       who came and went, in a federation
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record.files import (
+    check_no_links,
+    explain_disk_errors,
+    is_leftover,
+    make_folder,
+    owned,
+    remove_leftovers,
+    write_text,
+)
 from meerkat.record.run_log import append_line
 from meerkat.settings.config import RunConfig, make_config, read_toml
 
@@ -47,8 +54,9 @@ class RunFolder:
             )
         if root.exists() and not root.is_dir():
             raise MeerkatError(f"run folder '{root}': is a file; give another --out")
-        if root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir()):
+        if root.is_dir() and any(not is_leftover(entry.name) for entry in root.iterdir()):
             raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
+        check_no_links(root)
         nearest = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise MeerkatError(f"run folder '{root}': '{nearest}' cannot be written to; give another --out")
@@ -62,21 +70,22 @@ class RunFolder:
         """
         cls.check_free(root)
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
         except OSError as error:
             raise MeerkatError(f"run folder '{root}': {error.strerror}; give another --out") from None
         folder = cls(root)
-        write_atomically(folder.config_path, lambda part: part.write_text(config.to_toml(), encoding="utf-8"))
+        write_text(folder.config_path, config.to_toml())
         return folder
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
-        """The folder of a run that was started. Raises MeerkatError: there is no run in it."""
+        """The folder of a run that was started. Raises MeerkatError: there is no run in it, or a link."""
         folder = cls(root)
         if not folder.config_path.is_file():
             raise MeerkatError(
                 f"run folder '{root}': no run in it (no config.toml); start one with 'meerkat simulate --out {root}'"
             )
+        check_no_links(root)
         return folder
 
     def config(self) -> RunConfig:
@@ -91,14 +100,20 @@ class RunFolder:
 
     def append_metric(self, metric: Metric, sync: bool = True) -> None:
         """Add one line to the metrics, or nothing on an error; with `sync`, it is on the disk afterwards."""
-        with explain_disk_errors(self.metrics_path, self.cure), self.metrics_path.open("ab", buffering=0) as file:
+        with (
+            explain_disk_errors(self.metrics_path, self.cure),
+            open(self.metrics_path, "ab", buffering=0, opener=owned) as file,
+        ):
             append_line(file.fileno(), (json.dumps(metric) + "\n").encode(), sync)
         self.track(metric)
 
     def append_event(self, event: str, **facts: Any) -> None:
         """Add one event to a federation's event log: who came, who left, what was not counted. Not synced."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with explain_disk_errors(self.events_path, self.cure), self.events_path.open("a", encoding="utf-8") as file:
+        with (
+            explain_disk_errors(self.events_path, self.cure),
+            open(self.events_path, "a", encoding="utf-8", opener=owned) as file,
+        ):
             file.write(json.dumps(line) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
@@ -128,7 +143,7 @@ class RunFolder:
         """Rewrite the metrics file, sorted: the metrics to keep and those to add. Returns them."""
         metrics = sorted([*filter(keep, self.metrics()), *add], key=order)
         lines = "".join(json.dumps(metric) + "\n" for metric in metrics)
-        write_atomically(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"), self.cure)
+        write_text(self.metrics_path, lines, self.cure)
         for metric in add:
             self.track(metric)
         return metrics
@@ -142,34 +157,11 @@ class RunFolder:
             raise ValueError(f"{self.summary_path} is not a JSON object")
         return summary
 
+    def remove_leftovers(self) -> None:
+        """Remove temporary files that a killed run left; the log must be open, so that no other process writes them."""
+        remove_leftovers(self.config_path, self.mask_path, self.metrics_path, self.summary_path)
+
     @property
     def cure(self) -> str:
         """What to do after a disk error."""
         return f"make room, then 'meerkat resume {self.root}'"
-
-
-def write_atomically(path: Path, fill: Callable[[Path], Any], cure: str = "make room, or write elsewhere") -> None:
-    """Write all of a file or nothing: `fill` writes a part file, which is then renamed.
-
-    Raises:
-        RunFailed: the disk refused it; `cure` says what to do.
-    """
-    part = path.with_name(path.name + ".part")
-    with explain_disk_errors(path, cure):
-        try:
-            fill(part)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def explain_disk_errors(path: Path, cure: str) -> Iterator[None]:
-    """Raise RunFailed in place of a disk's error: the file, the reason, what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunFailed(f"{path}: {reason}; {cure}") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.record.files import owned
 
 _START = "0" * 64
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -54,20 +55,21 @@ class LogReader:
                 linked = not cut and line[64:65] == b" " and line[:64] == _link(self.hash, text).encode()
                 record = _parsed(text) if linked else None
                 if record is None:
-                    self.damage = f"line {self.count + 1} is {'cut short' if cut else 'damaged'}"
-                    self.torn, self.broken = not file.read(1), text
+                    how = "cut short" if cut else "not as this version writes it" if linked else "damaged"
+                    self.damage = f"line {self.count + 1} is {how}"
+                    self.torn, self.broken = not linked and not file.read(1), text
                     return
                 self.count, self.hash, self.end = self.count + 1, line[:64].decode(), self.end + len(line)
                 yield record
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """A record's text as a JSON object; None if it is malformed."""
+    """A record's text as a JSON object; None unless it is, byte for byte, what `RunLog` writes for that object."""
     try:
         record = json.loads(text)
+        return record if isinstance(record, dict) and _JSON.encode(record).encode() == text else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
 
 
 class RunLog:
@@ -89,11 +91,12 @@ class RunLog:
 
         Raises:
             MeerkatError: another process has the log open.
-            RunFailed: a record is damaged that may not be dropped.
+            OSError: the file cannot be opened, or is a link.
+            RunFailed: a record is damaged that may not be dropped, or is written as no `RunLog` writes it.
         """
         self.path = path
         self._again = again or f"'meerkat resume {path.parent}'"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = owned(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.close = weakref.finalize(self, os.close, self._file)
         """Close the file, and let other processes open it."""
         try:
@@ -106,8 +109,9 @@ class RunLog:
             for record in reader:
                 read(record)
             if reader.damage and not may_drop(reader):
-                after = "" if reader.torn else ", with records after it"
-                raise RunFailed(f"{path}: {reader.damage}{after}; restore the file from a copy")
+                raise RunFailed(
+                    f"{path}: {reader.damage}, as no killed process leaves it; restore the file from a copy"
+                )
         except BaseException:
             self.close()
             raise

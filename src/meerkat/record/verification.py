@@ -1,6 +1,6 @@
 """Verifying a run: it is replayed from its folder alone, and every step is checked."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,13 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
-from meerkat.progress import track
+from meerkat.progress import one_line, track
 from meerkat.record.members import Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest, steps_by_rows
 from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
+from meerkat.record.summary import Summary, Work, alike, outcome
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.config import RunConfig
@@ -53,6 +54,26 @@ class VerifiedRun:
     """All replies, with calibrations."""
     signed: Mapping[tuple[int, str], int] = field(default_factory=dict)
     """Signed replies by (client, fingerprint of its key)."""
+    work: Mapping[str, Work] = field(default_factory=dict)
+    """What clients did, by kind of record."""
+    early_stopped: Collection[int] = ()
+    """Clients that make one step a round at the end."""
+    summary: Summary | None = None
+    """The outcome that the folder states, as far as the log tells it; None where it states none."""
+
+    def not_checked(self, evaluated: bool = False) -> list[str]:
+        """What stands in the folder and was not compared with anything; `evaluated`: scores were computed anew."""
+        unchecked = ["metrics.jsonl", "pictures and reports"]
+        if self.opening.federation:
+            unchecked.append("events.jsonl")
+        if self.summary is None:
+            return unchecked
+        if self.opening.federation:
+            unchecked.append("the network's counts and clients_without_budget in summary.json")
+        if not evaluated:
+            sites = "made by the sites" if self.summary.evaluated_on == "sites" else "--evaluate"
+            unchecked.append(f"scores and extreme_clients in summary.json ({sites})")
+        return [*unchecked, "times and memory in summary.json"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,9 @@ class StoredRun:
         with _damage_explained(root):
             records = iter(reader)
             if (first := next(records, None)) is None:
-                damage = reader.damage or "no record in it"
-                raise RunFailed(f"{log}: {damage}; 'meerkat resume {root}' starts the run")
+                starts = reader.torn or not reader.damage
+                cure = f"'meerkat resume {root}' starts the run" if starts else "restore the file from a copy"
+                raise RunFailed(f"{log}: {reader.damage or 'no record in it'}; {cure}")
             opening = Opening.from_json(first, log)
             agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
             config, mask = folder.config(), folder.mask()
@@ -94,6 +116,7 @@ class StoredRun:
             agree(log, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
             agree(mask_file, "model", opening.model, mask.fingerprint)
             agree(mask_file, "entries", opening.mask, mask.digest())
+            agree(mask_file, "what it says of itself", opening.about_mask, mask.description_digest())
             agree(mask_file, "base values", opening.theta, path.digest(mask.theta_0))
             agree(mask_file, "pre-training gradient", opening.gradient, gradient_digest(mask))
             agree(log, "the rule of aggregation", opening.rule, config.aggregation)
@@ -108,7 +131,8 @@ class StoredRun:
 def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[str, int] | None = None) -> VerifiedRun:
     """Replay a run from its folder alone, without model or data.
 
-    Every hash, plan, signature, weight and digest is checked.
+    Every record's bytes, hash, plan, signatures, weights and digest are checked, and all of the summary that follows
+    from them: `VerifiedRun.not_checked` says what does not. `run.evaluate.check_scores` computes the scores anew.
 
     Args:
         listed: fingerprints of the sites' known keys: every reply must be signed by one of them. None to skip this.
@@ -127,17 +151,44 @@ def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[s
     if config.dp == "example" and not opening.federation:  # a federation's sites compute their budgets themselves
         allowance = budget.allowance(config, opening.examples)
         agree(log, "the steps that privacy budgets last for", str(opening.allowance), str(allowance))
-    return replace(verified, guarantee=budget.guarantee(config, steps_by_rows(log), verified.rounds))
+    verified = replace(verified, guarantee=budget.guarantee(config, steps_by_rows(log), verified.rounds))
+    with _damage_explained(root):
+        return replace(verified, summary=_checked_summary(run.folder, verified))
+
+
+def _checked_summary(folder: RunFolder, run: VerifiedRun) -> Summary | None:
+    """The summary, compared with what the log tells of the outcome. Raises RunFailed or ValueError."""
+    if (stated := folder.summary()) is None:
+        return None
+    try:
+        summary = Summary.from_json(stated)
+    except ValueError as error:
+        raise RunFailed(f"{folder.summary_path}: {one_line(error)}; restore the folder from a copy") from None
+    if not run.finished:
+        raise RunFailed(
+            f"{folder.log_path}: ends after round {run.rounds} without a closing record, but the run has a summary; "
+            "restore the file from a copy"
+        )
+    expected = outcome(run.config, run.mask, run.work, run.early_stopped, path.digest(run.theta), run.guarantee)
+    if not run.opening.federation:
+        expected["evaluated_on"] = "held-back" if run.config.held_back else "validation"
+        expected["clients_without_budget"] = budget.ending_early(run.config, run.opening.allowance)
+    for name, value in expected.items():
+        if not alike(getattr(summary, name), value, within=1e-6):  # accounting may differ in its last digits
+            agree(folder.summary_path, name, getattr(summary, name), value)
+    return summary
 
 
 def _replayed(run: StoredRun) -> VerifiedRun:
-    """Replay a run to its end, and compare it with its summary."""
+    """Replay a run to its end."""
     folder, reader, replay = run.folder, run.reader, run.replay
     calibration: CalibrationRecord | None = None
+    work: defaultdict[str, Work] = defaultdict(Work)
 
     def rounds() -> Iterator[RoundRecord]:
         nonlocal calibration
         for _, record in replay:
+            work[record.kind] += Work.of(record)
             if isinstance(record, CalibrationRecord):
                 calibration = record
             else:
@@ -150,17 +201,10 @@ def _replayed(run: StoredRun) -> VerifiedRun:
     state = replay.state
     if reader.damage:
         cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
-        content = "" if reader.damage.endswith("cut short") else f", it reads as {replay.read(reader.broken)}"
+        content = f", it reads as {replay.read(reader.broken)}" if reader.damage.endswith("damaged") else ""
         raise RunFailed(
             f"{reader.path}: {reader.damage}{content}; the {reader.count} records before it are sound: {cure}"
         )
-    if (summary := folder.summary()) is not None:
-        agree(folder.summary_path, "theta_digest", summary["theta_digest"], state.replica.digest)
-        if not replay.closed:
-            raise RunFailed(
-                f"{reader.path}: ends after round {state.round} without a closing record, but the run "
-                "has a summary; restore the file from a copy"
-            )
     return VerifiedRun(
         config=run.config,
         mask=run.mask,
@@ -175,6 +219,8 @@ def _replayed(run: StoredRun) -> VerifiedRun:
         log_hash=reader.hash,
         replies=replay.replies,
         signed=dict(replay.signed),
+        work=work,
+        early_stopped=state.early_stopped,
     )
 
 

@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from meerkat.record.run_folder import write_atomically
+from meerkat.record.files import write_atomically
 from meerkat.report.sentences import data_size
 from meerkat.report.style import GRID, INK, MUTED, VARIABLES
 

@@ -15,6 +15,7 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
 from meerkat.record import history
+from meerkat.record.files import check_no_links
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.report.page import file_name
 from meerkat.run.metrics import EvaluationMetric
@@ -173,18 +174,23 @@ def read_comparison(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
     """A comparison's compare.json and its studies.
 
     Raises:
-        MeerkatError: there is no comparison in the folder, or one of another format.
+        MeerkatError: there is no comparison in the folder, or one of another format, or a link.
         RunFailed: compare.json is damaged.
     """
     path = root / FILE
     if not path.is_file():
         raise MeerkatError(f"comparison '{root}': no {FILE} in it; give a folder that 'meerkat compare' wrote")
+    check_no_links(root)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             known = f"is not known, only {FORMAT}; use the version that wrote it"
             raise MeerkatError(f"{path}: format {content['format']!r} {known}")
-        return content, [Study(root, **study) for study in content["studies"]]
+        studies = [Study(root, **study) for study in content["studies"]]
+        for run in (Path(run) for study in studies for row in study.rows for run in row.get("runs", [])):
+            if run.is_absolute() or ".." in run.parts:
+                raise ValueError(f"run '{run}' is not in its folder")
+        return content, studies
     except (KeyError, TypeError, ValueError) as error:
         raise RunFailed(f"{path}: damaged ({error}); make it again with 'meerkat compare'") from None
 

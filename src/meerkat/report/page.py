@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from meerkat.record.run_folder import write_atomically
+from meerkat.record.files import explain_disk_errors, make_folder, write_text
 from meerkat.report.drawing import inline, save
 from meerkat.report.style import STYLE, VARIABLES
 
@@ -100,12 +100,13 @@ class Page:
         Raises:
             RunFailed: a file cannot be written.
         """
-        folder = root / "figures"
-        folder.mkdir(exist_ok=True)
+        folder, cure = root / "figures", f"make room, then 'meerkat report {root}'"
+        with explain_disk_errors(folder, cure):
+            make_folder(folder)
         for name, figure in self._figures.items():
             save(figure, folder / name)
-        path, text, cure = root / "report.html", self.html(), f"make room, then 'meerkat report {root}'"
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
+        path = root / "report.html"
+        write_text(path, self.html(), cure)
         return path
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
 from meerkat.problems.problem import RANGES
+from meerkat.record.files import write_atomically
 from meerkat.record.run_folder import RunFolder
 from meerkat.report.drawing import HEAT, byte_ticks, drawing, heat_key, legend_above, plain_log, short, whole_numbers
 from meerkat.report.sentences import data_size, percent
@@ -21,7 +23,11 @@ from meerkat.run.metrics import EvaluationMetric
 
 
 def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
-    """Draw score and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths."""
+    """Draw score and loss over rounds, a line a run, as curves.png and curves.svg. Returns their paths.
+
+    Raises:
+        RunFailed: a file cannot be written.
+    """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     both, score = figure.subplots(1, 2), "loss"
@@ -40,7 +46,8 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
     both[0].legend(loc="lower right")
     paths = [to / "curves.png", to / "curves.svg"]
     for path in paths:
-        figure.savefig(path, dpi=150)
+        save = partial(figure.savefig, format=path.suffix[1:], dpi=150)
+        write_atomically(path, save, f"make room, then 'meerkat resume {to}'")
     return paths
 
 

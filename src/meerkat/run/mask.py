@@ -14,7 +14,8 @@ from meerkat.masks.sensitivity import pretraining_gradient, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Problem
 from meerkat.progress import track
-from meerkat.record.run_folder import RunFolder, write_atomically
+from meerkat.record.files import write_atomically
+from meerkat.record.run_folder import RunFolder
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
 from meerkat.settings.methods import METHODS, Method

@@ -6,7 +6,7 @@ They are for people: the log alone is the record, and nothing of the run is comp
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,6 +17,7 @@ from meerkat.algorithm.replies import Reply
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
 from meerkat.record.run_folder import Metric
+from meerkat.record.summary import Work
 
 
 @dataclass(frozen=True)
@@ -200,17 +201,13 @@ def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
 def _work(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
     """Bytes of payload and local steps of all clients together, and each client's traces."""
     plan, scalars = record.plan, record.scalars
-    steps, clients = sum(plan.steps.values()), len(plan.steps)
-    if isinstance(record, RoundRecord) and plan.sends == "delta":
-        payload = 4 * len(record.aggregate) * clients
-        return {"round": plan.round, "bytes_up": payload, "bytes_down": payload, "steps": steps}
+    work = {"round": plan.round, **asdict(Work.of(record))}
+    if plan.sends == "delta":
+        return work
     levels = _rounded(magnitude(np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])))
     ends = itertools.accumulate(map(len, scalars.values()), initial=0)
     return {
-        "round": plan.round,
-        "bytes_up": 4 * steps * plan.directions,
-        "bytes_down": 4 * plan.longest * plan.directions * clients if plan.phase == "training" else 0,
-        "steps": steps,
+        **work,
         "clients": list(scalars),
         "abs_g": [levels[first:last] for first, last in itertools.pairwise(ends)],
         "gradip": [_rounded(gradip(g, record.inner)) for g in scalars.values()] if len(record.inner) else None,

@@ -26,7 +26,7 @@ from meerkat.problems.problem import Problem
 from meerkat.progress import say
 from meerkat.record.members import Member, Members
 from meerkat.record.opening import Opening, file_digest, gradient_digest
-from meerkat.record.replay import Replay
+from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
@@ -79,7 +79,7 @@ class Run:
     def close(self) -> None:
         """End the log, unless it has its end."""
         if not self.closed:
-            self.log.append({"kind": "close", "rounds": self.state.round, "theta": self.state.replica.digest})
+            self.log.append(closing_record(self.state))
             self.closed = True
 
 
@@ -132,6 +132,7 @@ def carry_on(
     """
     config, log = folder.config(), RunLog(folder.log_path, cure)
     with closing(log):
+        folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
         model = MaskedModel(problem.model, load_mask(folder, config, problem))
@@ -143,6 +144,7 @@ def carry_on(
             config=file_digest(folder.config_path),
             model=mask.fingerprint,
             mask=mask.digest(),
+            about_mask=mask.description_digest(),
             gradient=gradient_digest(mask),
             theta=path.digest(theta_0),
             data=data,
@@ -190,6 +192,7 @@ def carry_on(
 _DEPENDENCIES = {
     "config": "config.toml was changed",
     "mask": "mask.safetensors was changed",
+    "about_mask": "mask.safetensors was changed",
     "gradient": "mask.safetensors was changed",
     "data": "the rows, their split or how they are prepared (task, tokenizer) was changed",
     "allowance": "privacy budgets do not last as long any more: the log's opening or dp-accounting was changed",

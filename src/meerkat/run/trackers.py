@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from meerkat.errors import MeerkatError
+from meerkat.record.files import make_folder
 from meerkat.record.run_folder import Metric
 
 Name = Literal["none", "tensorboard"]
@@ -31,6 +32,7 @@ def tracking(name: Name, folder: Path, rounds: int) -> Iterator[Callable[[Metric
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MeerkatError("tracker tensorboard: not installed; pip install 'meerkat-fl[tensorboard]'") from None
+    make_folder(folder / "tensorboard")
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=rounds + 1 if rounds else None)
     try:
         yield lambda metric: _write(writer.add_scalar, metric)
