@@ -28,7 +28,8 @@ from transformers.utils import logging
 from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import certificates
-from meerkat.federation.coordinator_settings import FederationConfig, host_and_port, read_federation
+from meerkat.federation.address import host_and_port
+from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks import sparse_mask
 from meerkat.masks.sparse_mask import SparseMask
