@@ -129,6 +129,7 @@ def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Resul
         "settings": iter([ok("settings", f"a site's: client {site.client}")]),
         "model": model(site.model, site.device, site.accepts.model),
         "data": site_rows(site),
+        "coordinator": site_coordinator(site.coordinator),
         "authority": site_authority(site.certificate_authority),
         "signing_key": site_keys(site),
         "connection": connection(address, site.certificate_authority) if address else iter(()),
@@ -283,6 +284,15 @@ def site_keys(site: SiteConfig) -> Results:
             yield from _readable_by_others(name, getattr(site, name))
     if not site.signing_key:
         yield ok("signing_key", "none: replies are not signed")
+
+
+def site_coordinator(address: str) -> Results:
+    """Where the site finds the stream."""
+    if address:
+        yield ok("coordinator", f"the stream is at {address}")
+    else:
+        message = "none: the site can only join runs without a stream"
+        yield warn("coordinator", message, "give host:port of the coordinator's stream")
 
 
 def coordinator_signers(federation: FederationConfig) -> Results:

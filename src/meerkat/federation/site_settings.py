@@ -15,6 +15,7 @@ from torch import nn
 
 from meerkat import extensions
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.federation.address import host_and_port
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
@@ -61,6 +62,7 @@ class SiteConfig(Settings):
     data: str = Field(description="folder with the site's rows: train.jsonl, .csv or .parquet")
     model: str = Field(EMBEDDED, description="the pre-trained model: a local folder or a hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
+    coordinator: str = Field("", description="host:port of the coordinator's stream; needed for the stream")
     certificate_authority: str = Field("", description="the federation's CA certificate, PEM; needed for the stream")
     ledger: str = Field("", description="file that records privacy spent on the rows; needed with dp example")
     signing_key: str = Field("", description="private key to sign replies with, OpenSSH Ed25519; empty for none")
@@ -76,6 +78,8 @@ class SiteConfig(Settings):
             MeerkatError: no such file, an unknown key or a value that is not allowed.
         """
         config = validate(cls, read_toml(path), f"{path}: ")
+        if config.coordinator:
+            host_and_port(config.coordinator, f"{path}: coordinator")
         names = ("data", "model", "certificate_authority", "signing_key", "signing_key_before")
         paths = {name: _local_path(path, getattr(config, name)) for name in names}
         ledger = str((path.parent / config.ledger).resolve()) if config.ledger else ""  # may not exist yet
