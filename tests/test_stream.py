@@ -41,8 +41,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
-    """Makes coordinators that are closed when the test is over."""
+def coordinator(keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Coordinator]]:
+    """Makes coordinators, quick to refuse, that are closed when the test is over."""
+    monkeypatch.setattr(stream, "_REFUSED_S", 0.0)
     made = []
 
     def make(clients: int, **waiting: float) -> Coordinator:

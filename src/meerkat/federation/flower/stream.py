@@ -41,6 +41,8 @@ _CALL_S = 3.0
 """Seconds that a connection may be without a call; gRPC may take twice as long to notice."""
 _HELLO_S = 5.0
 """Seconds that a caller has to send its first frame."""
+_REFUSED_S = 0.5
+"""Seconds that a caller who is refused waits for it, and with them the next call on that connection."""
 _AGE_S = 15.0
 """Seconds after which a connection takes no further call. The call that it has goes on."""
 _STRANGERS = 1000
@@ -243,11 +245,14 @@ class StreamLink:
             async with asyncio.timeout(_HELLO_S):
                 first = await context.read()
             site = self._admission.admit(first if isinstance(first, bytes) else b"")
-        except (TimeoutError, TooSoon):
+        except TimeoutError:
             self.refused += 1
             return
         except (Refused, BadFrame) as error:
             self.refused += 1
+            await asyncio.sleep(_REFUSED_S)
+            if isinstance(error, TooSoon):  # hung up on alone: it is not to give up
+                return
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
             context.set_trailing_metadata(((_REFUSAL, self._admission.refusal(one_line(error))),))
