@@ -35,6 +35,7 @@ def answered_outside_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "told", "again"),
     [
         (KeyError("diagnosis: positive"), "the site failed (KeyError); its own log says more", True),
+        (ValueError("an offer's \x1b[2J\x07"), "the site failed (ValueError); its own log says more", True),
         (MeerkatError("max_length 3: too short"), "max_length 3: too short", False),
         (RunFailed("the stream broke"), "the stream broke", True),
         (SystemExit(3), "the site was interrupted", True),
@@ -55,8 +56,10 @@ def test_an_error_is_told_in_words_of_our_own(
     asked: Any = object()
     answer = client_app._answer(asked, act)
     assert dict(answer.content["session"]) == {"why": told, "again": again}
+    said = capsys.readouterr().err
+    assert all(character.isprintable() for character in said.replace("\n", ""))
     if isinstance(error, KeyError):
-        assert "diagnosis: positive" in capsys.readouterr().err
+        assert "diagnosis: positive" in said
 
 
 class OfferedSite(StubSite):

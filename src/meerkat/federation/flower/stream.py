@@ -250,11 +250,11 @@ class StreamLink:
             return
         except (Refused, BadFrame) as error:
             self.refused += 1
-            await asyncio.sleep(_REFUSED_S)
-            if isinstance(error, TooSoon):  # hung up on alone: it is not to give up
-                return
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
+            await asyncio.sleep(_REFUSED_S)
+            if isinstance(error, TooSoon):  # it is to try again, so it is not told that it is refused
+                return
             context.set_trailing_metadata(((_REFUSAL, self._admission.refusal(one_line(error))),))
             return
         if self._streams[site.client] >= _STREAMS:
