@@ -7,6 +7,7 @@ import heapq
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -146,9 +147,14 @@ class Setting:
         """The members of a run that nobody has joined."""
         return Members(self.opening.identity(self.config), listed)
 
-    def admission(self, nodes: dict[int, str] | None = None, members: Members | None = None) -> Admission:
+    def admission(
+        self,
+        nodes: dict[int, str] | None = None,
+        members: Members | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Admission:
         """The run's admission."""
-        return Admission(members or self.members(), self.config.clients, nodes)
+        return Admission(members or self.members(), self.config.clients, nodes, clock)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
@@ -343,7 +349,7 @@ class Federation:
     members: Members | None = None
 
     def __post_init__(self) -> None:
-        self.admission = self.setting.admission(self.nodes, self.members)
+        self.admission = self.setting.admission(self.nodes, self.members, lambda: self.wire.now)
         self.wire = Wire(self.admission)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings

@@ -293,7 +293,11 @@ class World:
     def a_site(self) -> Reader:
         """A site's settings, held against a run's."""
         accepts = {"task": "sst2", "mask_minimum": 10, "eps_minimum": 1e-4, "rounds": 50, "embeddings": False}
-        texts = [as_toml({"client": 1, "data": "rows", "model": "embedded", "evaluate": True, "accepts": accepts})]
+        texts = [
+            as_toml(
+                {"client": 1, "data": "rows", "coordinator": "a.example.org:9001", "evaluate": True, "accepts": accepts}
+            )
+        ]
 
         def check(data: bytes) -> None:
             SiteConfig.load(self.written("site.toml", data)).check_settings(self.setting.config, "sst2")

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +146,13 @@ class Coordinator:
         waiting: WaitingRules | None = None,
         rounds: int = 10_000,
         port: int = 0,
+        longest_frame: int = frames.LIMIT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.authority = keys["authority"].read_bytes()
-        self.admission = Admission(Members(IDENTITY), clients)
-        self.link = StreamLink(self.admission, f"127.0.0.1:{port}", keys["server"], keys["server key"])
+        self.admission = Admission(Members(IDENTITY), clients, clock=clock)
+        pair = keys["server"], keys["server key"]
+        self.link = StreamLink(self.admission, f"127.0.0.1:{port}", *pair, longest_frame)
         self.port = self.link.port
         self._closed = False
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})

@@ -13,7 +13,7 @@ pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meerkat.federation import frames
-from meerkat.federation.admission import Admission, AdmittedSite
+from meerkat.federation.admission import Admission, AdmittedSite, TooSoon
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
 from meerkat.record.members import KeyRevocation, Members
@@ -351,3 +351,37 @@ def test_a_hello_with_keys_is_short_enough_to_be_read() -> None:
     first = hello(at.token("n"), versions=versions, **words(a_key(), before=a_key()))
     assert len(first) < 1024
     at.admit(first)
+
+
+def test_a_node_that_comes_back_all_the_time_must_wait_and_loses_nothing() -> None:
+    now = 0.0
+    at = Admission(Members(IDENTITY), 3, clock=lambda: now)
+    secret = secret_of(at.admit(hello(at.token("restless"))))
+    for _ in range(9):
+        at.admit(hello(secret))
+    with pytest.raises(TooSoon, match="node restless comes back too often"):
+        at.admit(hello(secret))
+    token = at.token("restless")
+    with pytest.raises(TooSoon):
+        at.admit(hello(token))
+    assert at.admit(hello(at.token("calm"), client=1)).client == 1  # another node does not wait
+    now = 1.0
+    secret = secret_of(at.admit(hello(token)))  # the token was not spent
+    with pytest.raises(TooSoon):
+        at.admit(hello(secret))
+    now = 100.0
+    for _ in range(10):  # what was not used does not add up
+        at.admit(hello(secret))
+    with pytest.raises(TooSoon):
+        at.admit(hello(secret))
+
+
+def test_who_is_not_known_uses_up_nobody_s_turns() -> None:
+    at = Admission(Members(IDENTITY), 3, clock=lambda: 0.0)
+    secret = secret_of(at.admit(hello(at.token("n"))))
+    for _ in range(50):
+        with pytest.raises(Refused, match="no token"):
+            at.admit(hello("77" * 32))
+        with pytest.raises(Refused, match="the session is client 0's"):
+            at.admit(hello(secret, client=1))
+    assert at.admit(hello(secret)).client == 0

@@ -36,7 +36,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def site(tmp_path: Path, keys: dict[str, Path]) -> Path:
     (tmp_path / "train.jsonl").write_text(3 * ROW)
-    return write(tmp_path / "site.toml", client=1, data=".", certificate_authority=str(keys["authority"]))
+    address = "coordinator.example.org:9001"
+    own = {"client": 1, "data": ".", "coordinator": address, "certificate_authority": str(keys["authority"])}
+    return write(tmp_path / "site.toml", **own)
 
 
 @pytest.fixture
@@ -125,6 +127,16 @@ def test_settings_that_are_wrong_are_a_finding(tmp_path: Path, keys: dict[str, P
     assert "unknown; must be one of" in said(write(tmp_path / "site.toml", client=0, data=".", burrow=1), "settings")
     assert "quorum 9: must be at most" in said(coordinator(tmp_path, keys, quorum=9), "settings")
     assert "must be host:port" in said(coordinator(tmp_path, keys, stream="127.0.0.1"), "settings")
+
+
+def test_where_a_site_finds_the_stream_is_a_finding(site: Path) -> None:
+    assert said(site, "coordinator") == "the stream is at coordinator.example.org:9001; "
+    text = site.read_text()
+    site.write_text(text.replace("coordinator.example.org:9001", "unix:/run/burrow.sock"))
+    assert "coordinator 'unix:/run/burrow.sock': must be host:port" in said(site, "settings")
+    site.write_text("".join(line for line in text.splitlines(True) if not line.startswith("coordinator")))
+    assert levels(site)["coordinator"] == "warn"
+    assert "can only join runs without a stream" in said(site, "coordinator")
 
 
 def test_bad_arguments_are_refused(tmp_path: Path, federation: Path, site: Path) -> None:
@@ -279,7 +291,7 @@ def test_a_handshake_with_someone_else(site: Path, tmp_path: Path) -> None:
 
 def test_a_handshake_under_a_name_that_the_certificate_has_not(site: Path, tmp_path: Path) -> None:
     other = certify(tmp_path / "other", ["elsewhere.example.org"], nodes=0)
-    site.write_text(site.read_text().replace(site.read_text().split('"')[3], str(other["authority"])))
+    site.write_text(site.read_text().replace(site.read_text().split('"')[5], str(other["authority"])))
     with serving(Pair(other["server"], other["server key"])) as address:
         assert "use an address that it has" in said(site, "handshake", address)
 

@@ -46,7 +46,7 @@ def test_a_table_has_every_key_with_its_default(
 def test_the_examples_can_be_read(tmp_path: Path) -> None:
     blocks = {t: "\n\n".join(b for b in section(t).split("\n\n") if b.startswith("    ")) for t in ("4.", "5.")}
     site = SiteConfig.model_validate(tomllib.loads(blocks["4."]))
-    assert (site.client, site.accepts.task) == (0, "topics")
+    assert (site.client, site.accepts.task, site.coordinator) == (0, "topics", "coordinator.example.org:9001")
     (tmp_path / "federation.toml").write_text(blocks["5."])
     config, federation = read_federation(tmp_path / "federation.toml")
-    assert (config.clients, federation.stream) == (3, "coordinator.example.org:9001")
+    assert (config.clients, federation.stream) == (3, site.coordinator)

@@ -129,7 +129,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 def run(file: Path, out: Path, grid: Any) -> dict[str, Any]:
     config, federation = read_federation(file)
-    return coordinate(config, federation, out, server_app.FlowerControl(grid, federation))
+    return coordinate(config, federation, out, server_app.FlowerControl(grid, config, federation))
 
 
 @pytest.mark.usefixtures("_identity")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def coordinator(keys: dict[str, Path]) -> Iterator[Callable[..., Coordinator]]:
-    """Makes coordinators that are closed when the test is over."""
+def coordinator(keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Coordinator]]:
+    """Makes coordinators, quick to refuse, that are closed when the test is over."""
+    monkeypatch.setattr(stream, "_REFUSED_S", 0.0)
     made = []
 
     def make(clients: int, **waiting: float) -> Coordinator:
@@ -65,15 +67,19 @@ class Caller:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         opened = self.channel.stream_stream(METHOD)
         self._call = opened(iter(self._outgoing.get, None), timeout=SECONDS)
+        self._heard = chain(self._call, self._refusals())
+
+    def _refusals(self) -> Iterator[bytes]:
+        yield from (value for name, value in self._call.trailing_metadata() if name == stream._REFUSAL)
 
     def say(self, data: bytes) -> "Caller":
         self._outgoing.put(data)
         return self
 
     def hear(self) -> Frame | None:
-        """The next frame; None when the stream is over."""
+        """The next frame, or the refusal at the end; None when the stream is over."""
         try:
-            data = next(self._call, None)
+            data = next(self._heard, None)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
@@ -163,14 +169,15 @@ def _settles(condition: Callable[[], bool]) -> bool:
 
 
 def test_a_coordinator_of_another_authority_is_not_spoken_to(
-    coordinator: Callable[..., Coordinator], tmp_path: Path
+    coordinator: Callable[..., Coordinator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = coordinator(1)
     other = certify(tmp_path / "other", ["127.0.0.1"], nodes=0)
     site = held.site(0)
     stranger = Attending(site, held.port, other["authority"].read_bytes(), patience_s=0.5).end()
     assert isinstance(stranger.error, RunFailed)
-    assert "CERTIFICATE_VERIFY_FAILED" in str(stranger.error)
+    assert str(stranger.error) == stream._UNREACHED
+    assert "CERTIFICATE_VERIFY_FAILED" in capsys.readouterr().err
     assert not site.welcomed
     assert held.link.receive(0.1) is None
     # its token was not shown to anyone: it still serves
@@ -586,7 +593,7 @@ def test_a_site_that_was_away_catches_up(proxied: Callable[..., tuple[Coordinato
 
 
 def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
-    proxied: Callable[..., tuple[Coordinator, Proxy]],
+    proxied: Callable[..., tuple[Coordinator, Proxy]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     held, proxy = proxied(1, patience_s=3.0)
     site = held.attending(0, proxy.port, patience_s=1.0)
@@ -594,7 +601,8 @@ def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
     began = time.monotonic()
     proxy.cut()
     assert isinstance(site.end().error, RunFailed)
-    assert "the site ends its session" in str(site.error)
+    assert str(site.error) == stream._UNREACHED
+    assert "the site ends its session" in capsys.readouterr().err
     assert time.monotonic() - began >= 1.0  # it did try
     assert not site.site.ended
     with pytest.raises(RunFailed, match="0 clients here"):

@@ -8,9 +8,9 @@ pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
 from meerkat.errors import MeerkatError
+from meerkat.federation.address import host_and_port
 from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import certify
-from meerkat.federation.coordinator_settings import host_and_port
 from meerkat.federation.flower.stream import StreamLink
 from meerkat.record.members import Members
 from meerkat.record.signatures import RunIdentity
@@ -29,7 +29,14 @@ def test_two_runs_do_not_share_a_port(tmp_path: Path) -> None:
     StreamLink(admission, f"127.0.0.1:{first.port}", *pair).close()  # free again at once
 
 
-@pytest.mark.parametrize("text", ["", "coordinator", ":9094", "a:b", "a:0", "a:65536", "https://a:9094", "a:9094/"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "coordinator", ":9094", "a:b", "a:0", "a:65536", "https://a:9094", "a:9094/", "a:" + "9" * 2000),
+        *("unix:/run/x:1", "unix-abstract:x:1", "dns:a:1", "dns:///a:1", "ipv4:127.0.0.1:1", "vsock:2:1"),
+        *("::1:9094", "[::1:9094", "[a]:9094", "a b:1", "a\n:1", "-a:1", "a:1\n"),
+    ],
+)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(MeerkatError, match=r"stream .*must be host:port"):
         host_and_port(text, "stream")

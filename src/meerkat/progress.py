@@ -17,13 +17,17 @@ def use_thread_lock() -> None:
 
 
 def say(text: str) -> None:
-    """Show one line, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Show one line, above the progress bar if there is one; what a terminal would act on becomes spaces."""
+    tqdm.write(_printable(text), file=sys.stderr)
 
 
 def one_line(text: object) -> str:
     """Text from another machine as one printable line of at most 300 characters, safe to show or log."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:300])
+    return _printable(str(text)[:300])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def number_of(count: int, what: str) -> str:

@@ -157,7 +157,7 @@ def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..
     site, again = None, True
     try:
         site = Site(offer, own)
-        attend(site, offer.stream, authority, offer.patience_s)
+        attend(site, own.coordinator, authority, offer.patience_s)
         why = site.ended
     except RunFailed as error:
         why = f"failed: {error}"
@@ -367,6 +367,7 @@ class Federation:
                 "data": str(sites / f"site-{k}"),
                 "model": EMBEDDED,
                 "device": "cpu",
+                "coordinator": self.waiting["stream"],
                 "certificate_authority": str(keys["authority"]),
                 "ledger": str(sites / f"site-{k}.ledger"),
             }

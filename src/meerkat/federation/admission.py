@@ -6,19 +6,25 @@ session, to come back with when its stream breaks. A site that shows neither is 
 
 import secrets
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.site_settings import Refused
+from meerkat.federation.token_bucket import TokenBucket
 from meerkat.record.members import Member, Members
 from meerkat.record.signatures import BadSignature, fingerprint
 
 _SECRET = 32
-_LONGEST_HELLO = 4096
-"""Bytes of a first frame, at most: it is parsed before its sender is known."""
+_BURST, _EVERY_S = 10, 1.0
+"""How often a node may come in quick succession, and seconds after which it may come once more."""
+
+
+class TooSoon(Refused):
+    """A site comes back too often. It is let in if it tries again later."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,34 @@ class AdmittedSite:
 class Admission:
     """Checks first frames. Safe to call from several threads."""
 
-    def __init__(self, members: Members, clients: int, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        members: Members,
+        clients: int,
+        nodes: Mapping[int, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """What a site must match.
 
         Args:
             members: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
             nodes: the nodes of the client numbers that joined before.
+            clock: the time in seconds.
         """
         self.members = members
         """As given: the coordinator adds each member that it logs."""
         self._run = bytes.fromhex(members.identity.run)
-        self._clients = clients
+        self.clients = clients
+        """Client numbers are below it."""
         self._nodes = dict(nodes or {})
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
         self._sessions: dict[bytes, tuple[int, str]] = {}
         """Client and node of each session, by its secret."""
+        self._clock = clock
+        self._paces: dict[str, TokenBucket] = {}
+        """How often each node may come still."""
         self._lock = threading.Lock()
 
     def token(self, node: str) -> str:
@@ -85,10 +102,11 @@ class Admission:
 
         Raises:
             Refused: it is refused; the message says why, and does not repeat what the site sent.
+            TooSoon: it came too often lately; nothing has changed.
             BadFrame: the bytes are not a first frame.
         """
-        if len(data) > _LONGEST_HELLO:
-            raise BadFrame(f"a first frame of {len(data):,} bytes: at most {_LONGEST_HELLO:,} are accepted")
+        if len(data) > frames.LONGEST_WORDS:  # it is parsed before its sender is known
+            raise BadFrame(f"a first frame of {len(data):,} bytes: at most {frames.LONGEST_WORDS:,} are accepted")
         frame = Frame.decode(data)
         if frame.kind is not Kind.HELLO:
             raise BadFrame("a stream that does not begin with a hello")
@@ -106,6 +124,8 @@ class Admission:
             raise Refused("the token was used before" if used else "no token of this session: join through Flower")
         if session and session[0] != client:
             raise Refused(f"the session is client {session[0]}'s")
+        if not self._paces.setdefault(node, TokenBucket(_BURST, _EVERY_S, self._clock)).take():
+            raise TooSoon(f"node {node} comes back too often")
         if not session:  # a token serves once, even if the site is refused
             del self._tokens[secret]
             self._spent.add(secret)
@@ -125,8 +145,8 @@ class Admission:
 
     def _check_place(self, client: int, node: str) -> None:
         """Raise Refused unless a node may be a client."""
-        if client >= self._clients:
-            raise Refused(f"client {client}: must be 0 to {self._clients - 1}; set 'client' in site.toml")
+        if client >= self.clients:
+            raise Refused(f"client {client}: must be 0 to {self.clients - 1}; set 'client' in site.toml")
         if self._nodes.get(client, node) != node:
             raise Refused(f"client {client} is another node's; set another 'client' in site.toml")
         if other := [k for k, owner in self._nodes.items() if owner == node and k != client]:

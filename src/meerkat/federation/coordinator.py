@@ -106,6 +106,7 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
     config, outcome = run.config, "the coordinator stopped"
     admission = Admission(run.members, config.clients, run.nodes)
     offer = Offer.of(config, run.mask, run.opening, federation.stream, federation.site_patience_s)
+    run.folder.open_files()
     with closing(control), closing(control.link(admission)) as link:
         engine = RemoteEngine(
             link,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from meerkat.errors import MeerkatError
+from meerkat.federation.address import host_and_port
 from meerkat.federation.frames import LIMIT
 from meerkat.federation.link import WaitingRules
 from meerkat.record.signatures import check_fingerprint, read_keys
@@ -74,16 +75,9 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
     return config, federation
 
 
-def host_and_port(text: str, name: str) -> tuple[str, int]:
-    """Host and port of an address such as coordinator.example.org:9001; `name` stands in the message.
-
-    Raises:
-        MeerkatError: it is malformed.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise MeerkatError(f"{name} '{text}': must be host:port, such as coordinator.example.org:9001")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+def most_scalars(config: RunConfig) -> int:
+    """Scalars of a client's reply, at most."""
+    return config.directions * max(config.local_steps, config.calibration_steps)
 
 
 def _revoked_in(file: Path, entry: str) -> list[str]:
@@ -110,6 +104,5 @@ def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]
     for name in ("clients_minimum", "clients_wanted", "quorum"):
         if (count := getattr(federation, name)) > config.clients:
             yield f"{name} {count}: must be at most [run] clients, {config.clients}"
-    scalars = config.directions * max(config.local_steps, config.calibration_steps)
-    if 4 * scalars > LIMIT // 2:
+    if 4 * (scalars := most_scalars(config)) > LIMIT // 2:
         yield f"{scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"

@@ -29,7 +29,8 @@ from transformers.utils import logging
 from meerkat import demo
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import certificates
-from meerkat.federation.coordinator_settings import FederationConfig, host_and_port, read_federation
+from meerkat.federation.address import host_and_port
+from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.ledger import Ledger
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks import sparse_mask
@@ -131,6 +132,7 @@ def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Resul
         "model": model(site.model, site.device, site.accepts.model),
         "data": site_rows(site),
         "ledger": site_ledger(Path(site.ledger)),
+        "coordinator": site_coordinator(site.coordinator),
         "authority": site_authority(site.certificate_authority),
         "signing_key": site_keys(site),
         "connection": connection(address, site.certificate_authority) if address else iter(()),
@@ -303,6 +305,15 @@ def site_keys(site: SiteConfig) -> Results:
             yield from _readable_by_others(name, getattr(site, name))
     if not site.signing_key:
         yield ok("signing_key", "none: replies are not signed")
+
+
+def site_coordinator(address: str) -> Results:
+    """Where the site finds the stream."""
+    if address:
+        yield ok("coordinator", f"the stream is at {address}")
+    else:
+        message = "none: the site can only join runs without a stream"
+        yield warn("coordinator", message, "give host:port of the coordinator's stream")
 
 
 def coordinator_signers(federation: FederationConfig) -> Results:

@@ -23,6 +23,9 @@ VERSION = 4
 LIMIT = 1 << 20
 """Bytes of a frame, at most."""
 
+LONGEST_WORDS = 4096
+"""Bytes of a site's frame of words, at most."""
+
 _MAGIC = b"MK"
 _ADDRESS = struct.Struct("<2sBB8sII")
 _DIGEST = 32
@@ -156,6 +159,11 @@ class Work(NamedTuple):
         if at != len(body) or phase >= len(_PHASES):
             raise BadFrame("a body that does not end where it should")
         return cls(_PHASES[phase], lr, steps, pointer, tuple(closed))
+
+
+def longest_of_a_site(scalars: int) -> int:
+    """Bytes of a site's frame, at most, in a run of so many scalars a round."""
+    return max(LONGEST_WORDS, _HEADER_SIZE + SIGNATURE + _REPLY.size + 4 * scalars)
 
 
 class Answer(NamedTuple):

@@ -45,7 +45,8 @@ class Offer:
     token: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")]
     """For the node's first frame; serves once. 32 bytes, hexadecimal; empty before `encode`."""
     stream: str
-    """host:port of the session stream; empty if frames travel in the control plane's messages."""
+    """host:port of the session stream, as the coordinator calls it; empty if frames travel in the control plane's
+    messages. A site connects to the address in its own settings."""
     patience_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Seconds for which a site tries to reconnect, before it is free for another run."""
     sign: bool = False

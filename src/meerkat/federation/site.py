@@ -163,7 +163,7 @@ class Site:
 
     def refusal(self, why: str) -> bytes:
         """The frame that says that the site takes no further part, and why."""
-        return self._frame(Kind.REFUSAL, frames.encode_json({"why": why}))
+        return self._frame(Kind.REFUSAL, frames.encode_json({"why": one_line(why)}))
 
     def _follow_and_do(self, frame: Frame, work: Work) -> bytes | None:
         """Catch up with the rounds closed since, then do what is asked, if theta is the one that is meant."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from meerkat import extensions
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.federation.address import host_and_port
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
@@ -64,6 +65,7 @@ class SiteConfig(Settings):
     data: str = Field(description="folder with the site's rows: train.jsonl, .csv or .parquet")
     model: str = Field(EMBEDDED, description="the pre-trained model: a local folder or a hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
+    coordinator: str = Field("", description="host:port of the coordinator's stream; needed for the stream")
     certificate_authority: str = Field("", description="the federation's CA certificate, PEM; needed for the stream")
     ledger: str = Field(
         "", description="file of what the site answered, and of the privacy spent on its rows [default: site.ledger]"
@@ -81,6 +83,8 @@ class SiteConfig(Settings):
             MeerkatError: no such file, an unknown key or a value that is not allowed.
         """
         config = validate(cls, read_toml(path), f"{path}: ")
+        if config.coordinator:
+            host_and_port(config.coordinator, f"{path}: coordinator")
         names = ("data", "model", "certificate_authority", "signing_key", "signing_key_before")
         paths = {name: _local_path(path, getattr(config, name)) for name in names}
         ledger = str((path.parent / (config.ledger or f"{path.stem}.ledger")).resolve())  # may not exist yet

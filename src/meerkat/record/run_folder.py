@@ -44,6 +44,8 @@ class RunFolder:
         self.events_path = root / "events.jsonl"
         self.track: Callable[[Metric], object] = lambda _: None
         """Is given each metric that is added."""
+        self._files: dict[Path, int] = {}
+        """Descriptors of the files that lines are added to. They stay open: a line must not need another file."""
 
     @classmethod
     def check_free(cls, root: Path) -> None:
@@ -98,23 +100,35 @@ class RunFolder:
         """The run's mask, with its base values."""
         return SparseMask.load(self.mask_path)
 
+    def open_files(self) -> None:
+        """Open metrics and event log for adding to, before the run accepts connections, which take files too."""
+        for path in (self.metrics_path, self.events_path):
+            with explain_disk_errors(path, self.cure):
+                self._open(path)
+
+    def close(self) -> None:
+        """Close the files that lines were added to."""
+        for path in [*self._files]:
+            os.close(self._files.pop(path))
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = owned(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        return self._files[path]
+
+    def _append(self, path: Path, values: Mapping[str, Any], sync: bool) -> None:
+        with explain_disk_errors(path, self.cure):
+            append_line(self._open(path), (json.dumps(values) + "\n").encode(), sync)
+
     def append_metric(self, metric: Metric, sync: bool = True) -> None:
         """Add one line to the metrics, or nothing on an error; with `sync`, it is on the disk afterwards."""
-        with (
-            explain_disk_errors(self.metrics_path, self.cure),
-            open(self.metrics_path, "ab", buffering=0, opener=owned) as file,
-        ):
-            append_line(file.fileno(), (json.dumps(metric) + "\n").encode(), sync)
+        self._append(self.metrics_path, metric, sync)
         self.track(metric)
 
     def append_event(self, event: str, **facts: Any) -> None:
         """Add one event to a federation's event log: who came, who left, what was not counted. Not synced."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with (
-            explain_disk_errors(self.events_path, self.cure),
-            open(self.events_path, "a", encoding="utf-8", opener=owned) as file,
-        ):
-            file.write(json.dumps(line) + "\n")
+        self._append(self.events_path, line, sync=False)
 
     def events(self) -> list[dict[str, Any]]:
         """A federation's event log, without lines that are malformed."""
@@ -144,6 +158,9 @@ class RunFolder:
         metrics = sorted([*filter(keep, self.metrics()), *add], key=order)
         lines = "".join(json.dumps(metric) + "\n" for metric in metrics)
         write_text(self.metrics_path, lines, self.cure)
+        if (replaced := self._files.pop(self.metrics_path, None)) is not None:
+            os.close(replaced)
+            self._open(self.metrics_path)
         for metric in add:
             self.track(metric)
         return metrics

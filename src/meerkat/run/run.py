@@ -131,7 +131,7 @@ def carry_on(
         RunFailed: its record is damaged.
     """
     config, log = folder.config(), RunLog(folder.log_path, cure)
-    with closing(log):
+    with closing(log), closing(folder):
         folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.flower.messages import offer_in, pack, unpack
 from meerkat.federation.flower.stream import attend
+from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.progress import say
@@ -47,7 +48,8 @@ def _answer(message: Message, act: Callable[[], RecordDict]) -> Message:
     except (KeyboardInterrupt, SystemExit):  # without an answer Flower would wait for one forever
         content = _session_end("the site was interrupted", again=True)
     except Exception as error:  # Flower would send its text, which may quote a row
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            say(line)
         content = _session_end(f"the site failed ({type(error).__name__}); its own log says more", again=True)
     return Message(content, reply_to=message)
 
@@ -59,11 +61,11 @@ def _session_end(why: str, again: bool) -> RecordDict:
 
 def _take_part(message: Message, context: Context) -> RecordDict:
     offer, settings = offer_in(message.content), _settings(context)
-    authority = _authority(settings) if offer.stream else b""
+    address, authority = _stream(offer, settings) if offer.stream else ("", b"")
     with closing(Site(offer, settings, str(context.node_id))) as site:
         if offer.stream:
-            say(f"client {site.client}: in federation {offer.run}, at {offer.stream}")
-            attend(site, offer.stream, authority, offer.patience_s)
+            say(f"client {site.client}: in federation {offer.run}, at {address}")
+            attend(site, address, authority, offer.patience_s)
             return _session_end(f"{site.ended}, after round {site.round}", again=True)
         # without a stream: answer with the site's first frame, and store what the next message needs
         if "site" in context.state and context.state["offer"]["run"] == offer.run:
@@ -99,11 +101,15 @@ def _settings(context: Context) -> SiteConfig:
     return SiteConfig.load(Path(file))
 
 
-def _authority(settings: SiteConfig) -> bytes:
-    """The federation's CA certificate, PEM."""
+def _stream(offer: Offer, settings: SiteConfig) -> tuple[str, bytes]:
+    """Where the site finds the stream, by its own settings alone, and the federation's CA certificate, PEM."""
+    if not settings.coordinator:
+        raise MeerkatError("site.toml: coordinator: missing; give host:port of the coordinator's stream")
+    if settings.coordinator != offer.stream:
+        say(f"note: the coordinator calls its stream {offer.stream}; site.toml has coordinator {settings.coordinator}")
     if not settings.certificate_authority:
         raise MeerkatError("site.toml: certificate_authority: missing; give the path of the federation's CA")
     try:
-        return Path(settings.certificate_authority).read_bytes()
+        return settings.coordinator, Path(settings.certificate_authority).read_bytes()
     except OSError as error:
         raise MeerkatError(f"certificate_authority '{settings.certificate_authority}': {error.strerror}") from None

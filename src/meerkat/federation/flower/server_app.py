@@ -14,13 +14,15 @@ from flwr.serverapp import Grid, ServerApp
 from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
 from meerkat.federation.coordinator import coordinate
-from meerkat.federation.coordinator_settings import FederationConfig, read_federation
+from meerkat.federation.coordinator_settings import FederationConfig, most_scalars, read_federation
 from meerkat.federation.flower.messages import MessageLink, answered, hello_in, offer_record, session_end
 from meerkat.federation.flower.stream import StreamLink
+from meerkat.federation.frames import longest_of_a_site
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.progress import say
 from meerkat.run.sentences import scores_in_words
+from meerkat.settings.config import RunConfig
 
 SESSION = "train.session"
 """The message type that invites a node."""
@@ -37,8 +39,9 @@ app = ServerApp()
 class FlowerControl:
     """Invites every node that Flower knows, whenever it has no session. See `coordinator.Control`."""
 
-    def __init__(self, grid: Grid, federation: FederationConfig) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, federation: FederationConfig) -> None:
         self._grid = grid
+        self._longest_frame = longest_of_a_site(most_scalars(config))
         self._federation = federation
         self._invited: dict[str, int] = {}
         """The node of each invitation that was not answered yet."""
@@ -53,7 +56,8 @@ class FlowerControl:
         settings = self._federation
         if settings.stream:
             listen = settings.listen or settings.stream
-            return StreamLink(admission, listen, Path(settings.certificate), Path(settings.private_key))
+            pair = Path(settings.certificate), Path(settings.private_key)
+            return StreamLink(admission, listen, *pair, self._longest_frame)
         self._messages = MessageLink(self._grid, admission)
         return self._messages
 
@@ -128,6 +132,6 @@ def main(grid: Grid, context: Context) -> None:
         if not value:
             raise MeerkatError(f"run config '{name}': missing; flwr run ... --run-config '{name}=\"/path\"'")
     config, federation = read_federation(Path(given["config"]))
-    summary = coordinate(config, federation, Path(given["out"]), FlowerControl(grid, federation))
+    summary = coordinate(config, federation, Path(given["out"]), FlowerControl(grid, config, federation))
     scores = scores_in_words(summary["scores"])
     say(f"finished after {summary['rounds']} rounds: {scores}, theta {summary['theta_digest']}")

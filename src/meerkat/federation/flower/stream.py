@@ -2,16 +2,21 @@
 
 The coordinator listens; a site calls, shows its token or secret in the first frame, and stays connected. Keepalive
 notices a silent peer within `NOTICED_S` seconds; a closed connection is noticed at once.
+
+Anybody may reach the port. Connections are counted, and whoever has not been admitted is hung up on within seconds,
+whatever they send or leave unread.
 """
 
 import asyncio
 import math
 import queue
+import resource
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +25,38 @@ import grpc.aio
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
-from meerkat.federation.admission import Admission
+from meerkat.federation.admission import Admission, AdmittedSite, TooSoon
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.link import Event
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused
-from meerkat.progress import say
+from meerkat.progress import number_of, one_line, say
 
 _SERVICE, _METHOD = "meerkat.Session", "Frames"
-_HELLO_S = 10.0
+_REFUSAL = "meerkat-refusal-bin"
+"""The key of the trailing metadata that carries the refusal of a first frame, which no caller can leave unread."""
+_HANDSHAKE_S = 5.0
+"""Seconds that a caller has for TLS and the settings of HTTP/2."""
+_CALL_S = 3.0
+"""Seconds that a connection may be without a call; gRPC may take twice as long to notice."""
+_HELLO_S = 5.0
 """Seconds that a caller has to send its first frame."""
+_REFUSED_S = 0.5
+"""Seconds that a caller who is refused waits for it, and with them the next call on that connection."""
+_AGE_S = 15.0
+"""Seconds after which a connection takes no further call. The call that it has goes on."""
+_STRANGERS = 1000
+"""Connections at a time beyond one for each client."""
+_FILES = 128
+"""Files and connections that the run may open besides."""
 _ANSWER_S = 10.0
 """Seconds that a coordinator has to send its first frame, before the site calls again."""
 _FLUSH_S = 30.0
 """Seconds that a dropped site has to read what was sent before; then its stream ends."""
 _GRACE_S, _CLEAR_S = 2.0, 10.0
 """Seconds, at the end, for streams to be over; and then for the tasks that attended to them to be done."""
-_STREAMS = 10_000
-"""Streams at a time, including those of callers that have not said hello yet."""
+_STREAMS = 8
+"""Streams of one client at a time, with those that are over but for what it does not read."""
 _STABLE_S = 1.0
 """Seconds that a stream with no frame after the welcome must have lasted to count as a connection."""
 _UNREAD = 8
@@ -49,7 +68,6 @@ IDLE_S = 3600.0
 """Seconds without a frame after which a site ends its session, even if the connection is up."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", frames.LIMIT),
     ("grpc.max_send_message_length", frames.LIMIT),
     ("grpc.keepalive_time_ms", 1000 * _KEEPALIVE_S),
     ("grpc.keepalive_timeout_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
@@ -58,8 +76,42 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _KEEPALIVE_TIMEOUT_S),
     ("grpc.http2.bdp_probe", 0),  # frames are small: bandwidth probes would cost more bytes
     ("grpc.enable_retries", 0),
-    ("grpc.so_reuseport", 0),  # otherwise two coordinators on one port would share its callers
 )
+_CALLING_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", frames.LIMIT))
+_UNREACHED = "the stream could not be reached; the site's own log says why"
+"""All that a coordinator hears about a connection that failed: it must not learn what else a site can reach."""
+
+
+def _listening_options(connections: int, longest_frame: int) -> tuple[tuple[str, int], ...]:
+    """The options of the coordinator's end, beside `_OPTIONS`."""
+    return (
+        ("grpc.so_reuseport", 0),  # otherwise two coordinators on one port would share its callers
+        ("grpc.max_receive_message_length", longest_frame),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", 1),  # of a connection
+        ("grpc.server_handshake_timeout_ms", int(1000 * _HANDSHAKE_S)),
+        ("grpc.max_connection_idle_ms", int(1000 * _CALL_S)),
+        ("grpc.max_connection_age_ms", int(1000 * _AGE_S)),
+    )
+
+
+def _room_for(clients: int) -> int:
+    """How many connections to accept at a time. Raises the limit of open files for them, as far as it can be.
+
+    Raises:
+        MeerkatError: there cannot be one for each client.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = clients + _STRANGERS + _FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if limit < clients + _FILES:
+        raise MeerkatError(
+            f"limit of open files {hard:,}: {number_of(clients, 'client')} take {clients + _FILES:,} at least; "
+            "raise it (LimitNOFILE of the unit, or ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit - _FILES
 
 
 @dataclass(eq=False)
@@ -79,11 +131,22 @@ class _Session:
 class StreamLink:
     """The coordinator's end of all streams. See `link.Link`."""
 
-    def __init__(self, admission: Admission, listen: str, certificate: Path, private_key: Path) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        listen: str,
+        certificate: Path,
+        private_key: Path,
+        longest_frame: int = frames.LIMIT,
+    ) -> None:
         """Listen on host:port (port 0 for a free one) with a PEM certificate and its key.
 
+        Args:
+            longest_frame: bytes of a site's frame, at most. Of a longer one nothing is read.
+
         Raises:
-            MeerkatError: the files cannot be read, or the address cannot be listened on.
+            MeerkatError: the files cannot be read, the address cannot be listened on, or the limit of open files is
+                too low.
         """
         self.bytes_sent = self.bytes_received = 0
         self.refused = 0
@@ -95,6 +158,9 @@ class StreamLink:
         self._received: Counter[int] = Counter()
         """Those of them that were received. Written by the receiving thread only."""
         self._sessions: dict[int, _Session] = {}
+        self._streams: Counter[int] = Counter()
+        """Streams of each client, those among them that are over but for what it does not read."""
+        options = (*_OPTIONS, *_listening_options(_room_for(admission.clients), longest_frame))
         try:
             pair = (private_key.read_bytes(), certificate.read_bytes())
         except OSError as error:
@@ -103,7 +169,7 @@ class StreamLink:
         self._thread = threading.Thread(target=self._loop.run_forever, name="session streams", daemon=True)
         self._thread.start()
         try:
-            self.port = self._call(self._listen(listen, grpc.ssl_server_credentials([pair])))
+            self.port = self._call(self._listen(listen, grpc.ssl_server_credentials([pair]), options))
         except RuntimeError:
             self._stop_loop()
             causes = "is the port free, the host this machine's (if not, give 'listen'), the key the certificate's?"
@@ -141,8 +207,8 @@ class StreamLink:
 
     # in the loop's thread
 
-    async def _listen(self, listen: str, credentials: grpc.ServerCredentials) -> int:
-        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_STREAMS)
+    async def _listen(self, listen: str, credentials: grpc.ServerCredentials, options: Any) -> int:
+        self._server = grpc.aio.server(options=options)
         handler = grpc.stream_stream_rpc_method_handler(self._attend)  # bytes, as they are
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
         port: int = self._server.add_secure_port(listen, credentials)
@@ -179,16 +245,29 @@ class StreamLink:
             async with asyncio.timeout(_HELLO_S):
                 first = await context.read()
             site = self._admission.admit(first if isinstance(first, bytes) else b"")
+        except TimeoutError:
+            self.refused += 1
+            return
         except (Refused, BadFrame) as error:
             self.refused += 1
             if self.refused <= 20:
                 say(f"a stream from {context.peer()} is refused: {error}")
-            async with asyncio.timeout(_HELLO_S):
-                await context.write(self._admission.refusal(str(error)))
+            await asyncio.sleep(_REFUSED_S)
+            if isinstance(error, TooSoon):  # it is to try again, so it is not told that it is refused
+                return
+            context.set_trailing_metadata(((_REFUSAL, self._admission.refusal(one_line(error))),))
             return
-        except TimeoutError:
+        if self._streams[site.client] >= _STREAMS:
             self.refused += 1
             return
+        self._streams[site.client] += 1
+        try:
+            await self._converse(site, context)
+        finally:
+            self._streams[site.client] -= 1
+
+    async def _converse(self, site: AdmittedSite, context: Any) -> None:
+        """An admitted site's stream, from its welcome on."""
         session = _Session(site.client)
         if (before := self._sessions.get(site.client)) is not None:
             before.retire()
@@ -229,14 +308,15 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
     """A site's whole session: call the coordinator, answer its frames, and call again when the stream breaks.
 
     Args:
-        address: host:port; the coordinator's certificate must name the host.
+        address: host:port, from the site's own settings; the coordinator's certificate must name the host.
         authority: the federation's CA certificate, PEM; it must have signed the coordinator's.
         patience_s: seconds without a stream after which the site gives up.
         idle_s: seconds without a frame after which it gives up, even if the stream is up.
 
     Raises:
         Refused: the coordinator refuses the site.
-        RunFailed: the stream broke, and the coordinator could not be reached again.
+        RunFailed: the stream broke, and the coordinator could not be reached again. The message is fit for the
+            coordinator to see; the site's own log says more.
         BadFrame: the coordinator sent a malformed frame, or one that may not come now; it was informed.
     """
     credentials = grpc.ssl_channel_credentials(authority)
@@ -244,7 +324,8 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
     while not site.ended:
         calls += 1
         reason, called_at, frames_read = "it ended", time.monotonic(), 0
-        with grpc.secure_channel(address, credentials, _OPTIONS) as channel:
+        # without a scheme of its own, a host called unix would be a file's name
+        with grpc.secure_channel(f"dns:///{address}", credentials, _CALLING_OPTIONS) as channel:
             left_s = connected_at + patience_s - time.monotonic()
             call = _Call(channel, site.hello(), idle_s, min(max(left_s, 1.0), _ANSWER_S))
             try:
@@ -259,15 +340,15 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
                 reason = _error_line(error)
             call.send(None)
             if call.idle:
-                raise RunFailed(f"coordinator {address}: no frame for {idle_s:g} s; the site ends its session")
+                raise RunFailed(f"no frame for {idle_s:g} s; the site ends its session")
         if site.ended:
             break
         # a coordinator that admits the site and hangs up at once does not count as a connection
         if frames_read > 1 or (frames_read and time.monotonic() - called_at > _STABLE_S):
             connected_at, pause = time.monotonic(), 0.1
         if time.monotonic() - connected_at > patience_s:
-            waited = f"no stream for {patience_s:g} s ({reason})"
-            raise RunFailed(f"coordinator {address}: {waited}; the site ends its session")
+            say(f"coordinator {address}: no stream for {patience_s:g} s ({reason}); the site ends its session")
+            raise RunFailed(_UNREACHED)
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
     if site.refused and not site.welcomed and calls > 1:
@@ -295,13 +376,17 @@ class _Call:
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            for data in self._call:
+            for data in chain(self._call, self._refusals()):
                 self._last_frame_at = math.inf  # until it is answered: a site at work is not idle
                 self.answered = True
                 yield data
                 self._last_frame_at = time.monotonic()
         finally:
             self._over.set()
+
+    def _refusals(self) -> Iterator[bytes]:
+        """What a coordinator that turns the site away says in the end."""
+        yield from (value for name, value in self._call.trailing_metadata() or () if name == _REFUSAL)
 
     def send(self, frame: bytes | None) -> None:
         """Send a frame; None ends this side of the stream, after all frames sent before."""
@@ -330,4 +415,4 @@ def _error_line(error: grpc.RpcError) -> str:
     """A stream's error, in one line."""
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)()
-    return " ".join(f"{getattr(code, 'name', code)}: {details}".split())[:400]
+    return one_line(f"{getattr(code, 'name', code)}: {details}")
