@@ -18,9 +18,9 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import MeerkatError
 from meerkat.extensions import load
 from meerkat.federation.offer import Offer
+from meerkat.federation.private_rows import prepare_alone
 from meerkat.federation.site_settings import SiteConfig, details_in_own_log
 from meerkat.privacy.mechanism import Mechanism
-from meerkat.problems.data import Row
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Split, client_losses, primary
 from meerkat.run.setup import open_problem, resolve_machine
@@ -42,6 +42,8 @@ class SiteClient:
         asked = offer.config({"model": settings.model, "data": settings.data, "device": settings.device})
         task = offer.load_task() if asked.problem == CLASSIFICATION else None
         settings.check_settings(asked, task.name if task else asked.problem)
+        if task is not None:
+            settings.check_task(task, built_in=not offer.task_text)
         self.number = settings.client
         self.config = resolve_machine(asked)
         self._problem = open_problem(self.config, task)
@@ -56,21 +58,25 @@ class SiteClient:
             )
         self.rules = rules(self.config)
         self.directions = directions(self.config, len(self.mask), self.theta_0.device)
-        rows = self._read_rows(settings, "train")
-        self.rows = ClientRows(self.number, np.arange(len(rows)), self.config.batch_size, self.config.seed)
-        examples = self._problem.prepare(rows)
-        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        private = self.config.dp == "example"
+        examples = self._examples(settings.data, "train", private)
+        self.rows = ClientRows(self.number, np.arange(len(examples)), self.config.batch_size, self.config.seed)
+        self._is_fit = np.array([example is not None for example in examples])
+        self._losses_of = client_losses(self._problem, examples, each_row=private)
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None
         if self.evaluates:
-            examples = self._problem.prepare(self._read_rows(settings, "validation"))
-            self._validation = self._problem.batch(examples, "evaluation")
+            self._validation = self._problem.batch(self._examples(settings.data, "validation"), "evaluation")
 
-    def _read_rows(self, settings: SiteConfig, split: Split) -> list[Row]:
-        with details_in_own_log(f"the site's {split} rows are not fit for task '{self._problem.name}'"):
-            if not (settings.data and Path(settings.data).is_dir()):
-                raise MeerkatError(f"data '{settings.data}': no such folder; a site's rows are its own, not the hub's")
-            return self._problem.rows(split)
+    def _examples(self, data: str, split: Split, private: bool = False) -> list[Any]:
+        """The site's rows as the model sees them; with `private`, None for one that is unfit.
+
+        Whatever is wrong with rows, the coordinator hears the same words.
+        """
+        with details_in_own_log("the site's rows are not fit for the run", Exception):
+            if not (data and Path(data).is_dir()):
+                raise MeerkatError(f"data '{data}': no such folder; a site's rows are its own, not the hub's")
+            return prepare_alone(self._problem) if private else self._problem.prepare(self._problem.rows(split))
 
     def steps(self, replica: Replica, plan: RoundPlan, pointer: int, private: Mechanism | None) -> np.ndarray:
         """A plan's steps from a replica's theta: scalars, float32 [T_k, P].
@@ -99,7 +105,8 @@ class SiteClient:
     def _batch_losses(self, pointer: int, private: Mechanism | None) -> Callable[[int], Loss]:
         def batch_loss(step: int) -> Loss:
             if private:
-                return self._losses_of([private.sample(self.rows.rows)])
+                sampled = private.sample(self.rows.rows)
+                return self._losses_of([sampled[self._is_fit[sampled]]])
             losses = self._losses_of([self.rows.batch(pointer + step)])
             return lambda: losses()[0]
 

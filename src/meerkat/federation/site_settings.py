@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from meerkat import extensions
-from meerkat.errors import MeerkatError, RunFailed
+from meerkat import demo, extensions
+from meerkat.errors import MeerkatError, RunFailed, in_short
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
+from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
@@ -33,7 +34,13 @@ class Accepts(Settings):
     """The limits of the runs that a site takes part in: table [accepts] of its site.toml."""
 
     extensions: tuple[str, ...] = Field((), description="extensions that a run may use: modules, or .py files")
-    task: str = Field("", description="the only task accepted, by name; empty for any")
+    task: str = Field("", description="the only task: a built-in's name, a file of the site's own, or another's name")
+    task_digest: str = Field(
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the only task's template and labels, as doctor prints it; with an epsilon, a task "
+        "that is not built in needs this, or the site's own file of it",
+    )
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
     mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
     mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move; fewer reveal more of the rows")
@@ -79,8 +86,10 @@ class SiteConfig(Settings):
         names = ("data", "model", "certificate_authority", "signing_key", "signing_key_before")
         paths = {name: _local_path(path, getattr(config, name)) for name in names}
         ledger = str((path.parent / config.ledger).resolve()) if config.ledger else ""  # may not exist yet
-        extensions = tuple(_local_path(path, name) for name in config.accepts.extensions)
-        accepts = config.accepts.model_copy(update={"extensions": extensions})
+        accepts = config.accepts
+        extensions = tuple(_local_path(path, name) for name in accepts.extensions)
+        task = existing_path(path, accepts.task) if accepts.task.endswith(".toml") else accepts.task
+        accepts = accepts.model_copy(update={"extensions": extensions, "task": task})
         return config.model_copy(update={**paths, "ledger": ledger, "accepts": accepts})
 
     def signing_keys(self) -> tuple[SigningKey | None, SigningKey | None]:
@@ -104,7 +113,8 @@ class SiteConfig(Settings):
             known, named = extensions.BUILT_IN[kind], getattr(run, name)
             known |= extensions.defined_by(accepts.extensions, kind)
             _require(name, named, ", ".join(sorted(known)), named in known)
-        _require("task", task, accepts.task, accepts.task in ("", task))
+        only = own.name if (own := self._own_task()) else accepts.task
+        _require("task", task, only, only in ("", task))
         for name, asked, least, most in (
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
             ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
@@ -118,6 +128,34 @@ class SiteConfig(Settings):
         _require("dp", f"dp {run.dp}", budget, private or not accepts.epsilon)
         charged = "them only with a ledger to charge: set 'ledger'"
         _require("ledger", "noisy replies", charged, bool(self.ledger) or not private)
+
+    def check_task(self, task: Task, built_in: bool) -> None:
+        """Raise Refused unless the site agrees to how a task shows its rows to the model.
+
+        Args:
+            built_in: whether the task came with the site's own meerkat, and not with the offer.
+        """
+        accepts, own, digest = self.accepts, self._own_task(), task.digest()
+        only = accepts.task_digest or (own.digest() if own else "")
+        _require("task_digest", digest, only, only in ("", digest))
+        agreed = bool(only) or built_in or not accepts.epsilon
+        named = "with an epsilon only built-in ones, and the one that task_digest or a task file names"
+        _require("task_digest", f"a task of its own, of digest {digest}", named, agreed)
+
+    def known_task(self) -> Task | None:
+        """The only task accepted, where the site has its text: a built-in one, or a file of its own.
+
+        Raises:
+            MeerkatError: the file cannot be read, or is no task's.
+        """
+        name = self.accepts.task
+        if name in demo.TASKS:
+            return demo.load_task(name)
+        return load_task(name) if name in TASKS or name.endswith(".toml") else None
+
+    def _own_task(self) -> Task | None:
+        with details_in_own_log("the site's own task file cannot be used"):
+            return self.known_task()
 
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
         """Raise Refused unless the site agrees to what would move in its model."""
@@ -140,11 +178,15 @@ def _require(name: str, asked: Any, allowed: Any, agreed: bool) -> None:
 
 
 @contextmanager
-def details_in_own_log(problem: str) -> Iterator[None]:
-    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`."""
+def details_in_own_log(problem: str, kinds: type[Exception] = MeerkatError) -> Iterator[None]:
+    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`.
+
+    Args:
+        kinds: the errors that are dealt with so.
+    """
     try:
         yield
-    except MeerkatError as error:
-        say(f"meerkat: {error}")
+    except kinds as error:
+        say(f"meerkat: {error if isinstance(error, MeerkatError) else in_short(error)}")
         kind = RunFailed if isinstance(error, RunFailed) else MeerkatError
         raise kind(f"{problem}; its own log says why") from None

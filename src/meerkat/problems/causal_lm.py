@@ -81,6 +81,11 @@ def longest_input(model: nn.Module, limit: int) -> int:
     return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
 
 
+def vocabulary(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 # --- pre-training text ----------------------------------------------------------------------------
 
 
