@@ -269,6 +269,15 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
         assert wrong in said(file, "settings")
 
 
+def test_which_client_numbers_are_for_anybody_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:
+    file = coordinator(tmp_path, keys)
+    assert "0 of 3 clients bound to a node or key: the first node that claims another has it" in said(file, "sites")
+    with file.open("a") as more:
+        more.write('[[federation.sites]]\nclient = 2\nnode = "7"\n')
+    assert levels(file)["sites"] == "ok"
+    assert "1 of 1 client bound" in said(file, "sites")
+
+
 def test_a_setting_that_does_nothing_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:
     file = coordinator(tmp_path, keys, run="clients = 3\nbyzantine = 1\n")
     assert levels(file)["settings"] == "warn"

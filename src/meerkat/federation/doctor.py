@@ -146,6 +146,7 @@ def _coordinator_checks(file: Path) -> dict[str, Results]:
         "model": model(config.model, config.device, mask=config.mask),
         "data": coordinator_rows(config, federation),
         "signers": coordinator_signers(federation),
+        "sites": coordinator_sites(config, federation),
     }
     if federation.stream:
         checks |= {"certificate": coordinator_certificate(federation), "port": port(federation)}
@@ -332,6 +333,17 @@ def coordinator_signers(federation: FederationConfig) -> Results:
         yield warn("signers", message, "list the sites' .pub files, or compare fingerprints afterwards")
     else:
         yield ok("signers", "sign = false: sites without a key do not sign")
+
+
+def coordinator_sites(config: RunConfig, federation: FederationConfig) -> Results:
+    """Which node and key is which client."""
+    bound = [binding for binding in federation.sites if binding.node or binding.key]
+    places = len(federation.sites) or config.clients
+    message = f"{len(bound)} of {number_of(places, 'client')} bound to a node or key"
+    if len(bound) == places:
+        yield ok("sites", message)
+    else:
+        yield warn("sites", f"{message}: the first node that claims another has it", "see [[federation.sites]]")
 
 
 def site_authority(path: str) -> Results:
