@@ -156,6 +156,7 @@ class Setting:
     def site(self, client: int, token: str = "", node: str = "", **own: Any) -> Site:
         """A site, as it is after the offer came; `own` of its site.toml."""
         given = {"client": client, "data": str(self.folder / str(client)), "model": str(self.root / "model"), **own}
+        given["accepts"] = {"mask_minimum": 1, **own.get("accepts", {})}  # few passes to see that an entry is live
         return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}), node)
 
     def in_one_process(self) -> LocalEngine:

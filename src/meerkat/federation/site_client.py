@@ -4,11 +4,13 @@ The functions are those of a simulation's clients, so that both have the same bi
 """
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
@@ -21,11 +23,16 @@ from meerkat.federation.offer import Offer
 from meerkat.federation.private_rows import prepare_alone
 from meerkat.federation.site_settings import SiteConfig, details_in_own_log
 from meerkat.privacy.mechanism import Mechanism
+from meerkat.problems import causal_lm
+from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows
-from meerkat.problems.problem import Split, client_losses, primary
+from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.config import CLASSIFICATION
+
+_PUBLIC_EXAMPLES = 64
+"""Public examples whose losses show whether an entry moves any."""
 
 
 class SiteClient:
@@ -50,6 +57,7 @@ class SiteClient:
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)
         settings.check_mask(self.mask, self._problem.model)
+        settings.check_live_entries(self.mask, self._problem.model, _public_outputs(self._problem))
         self._model = MaskedModel(self._problem.model, self.mask)
         self.theta_0 = self._model.read()
         if path.digest(self.theta_0) != offer.theta:
@@ -118,3 +126,13 @@ class SiteClient:
             self._model.write_(replica.theta)
         evaluation, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
         return score, evaluation.scores[score], evaluation.rows
+
+
+def _public_outputs(problem: Problem) -> Callable[[], Tensor] | None:
+    """What a problem's model gives at its present weights on inputs that anyone may know; None where there are none."""
+    if isinstance(problem, Classification):
+        return causal_lm.public_logits(problem.model)
+    if (public := problem.public()) is None:
+        return None
+    examples = list(islice(public.examples, _PUBLIC_EXAMPLES))
+    return lambda: torch.stack([public.loss(example) for example in examples])

@@ -5,15 +5,16 @@ data is read, in one line that both sides see.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from meerkat import demo, extensions
+from meerkat.algorithm.live_entries import count_live
 from meerkat.errors import MeerkatError, RunFailed, in_short
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
@@ -43,7 +44,7 @@ class Accepts(Settings):
     )
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
     mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
-    mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move; fewer reveal more of the rows")
+    mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move and matter: fewer reveal more")
     embeddings: bool = Field(False, description="whether embeddings may move: they reveal which tokens a site has")
     eps_minimum: float = Field(1e-6, gt=0, description="smallest perturbation size")
     eps_maximum: float = Field(1e-1, gt=0, description="largest perturbation size")
@@ -166,6 +167,19 @@ class SiteConfig(Settings):
         embeddings = sorted(mask.entries.keys() - eligible_parameters(model, ["embeddings"]))
         if embeddings and not accepts.embeddings:
             _require("embeddings", f"entries of '{embeddings[0]}' to move", "no embeddings in the mask", False)
+
+    def check_live_entries(self, mask: SparseMask, model: nn.Module, outputs: Callable[[], Tensor] | None) -> None:
+        """Raise Refused unless so many entries as the site demands move the outputs on public inputs.
+
+        Args:
+            outputs: at the model's present weights; None where nothing is public, and entries are taken as they are.
+        """
+        least = self.accepts.mask_minimum
+        if outputs is None:
+            say("note: mask_minimum counts entries whether they move a loss or not: the problem has no public inputs")
+        elif (live := count_live(model, mask, outputs, least)) < least:
+            found = f"{len(mask):,} parameters to move, of which {live} were seen to change what the model says"
+            _require("mask_minimum", found, f"at least {least} that do", False)
 
 
 def _local_path(file: Path, value: str) -> str:
