@@ -15,7 +15,7 @@ from meerkat.federation.frames import BadFrame
 from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
 from meerkat.privacy.accounting import Charge, epsilon, steps_within
 from meerkat.privacy.mechanism import Mechanism, Relation
-from meerkat.progress import say
+from meerkat.progress import number_of, say
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.settings import budget as run_budget
 from meerkat.settings.config import RunConfig
@@ -178,12 +178,16 @@ class RunAccountant:
         self._steps_left = [self.ledger.steps_left(budget, self._rate, noise, most) for budget in self._budgets]
 
     def check_budgets(self, steps: int) -> None:
-        """Raise Refused unless every budget allows this many more steps."""
+        """Raise Refused unless every budget allows this many more steps.
+
+        The coordinator hears no number, and not whose budget it is: it would learn what was spent on others.
+        """
         for budget, left in zip(self._budgets, self._steps_left, strict=True):
             if steps > left:
                 whose = "the run's" if budget.run else "the site's"
                 amount = f"{budget.epsilon:g} at delta {budget.delta:g}"
-                raise Refused(f"epsilon: {whose} budget of {amount} is spent ({left} steps left): the site leaves")
+                say(f"epsilon: {whose} budget of {amount} allows {number_of(left, 'more step')}, not {steps}")
+                raise Refused("epsilon: the privacy budget is spent: the site leaves")
 
     def earlier_reply(self, phase: str, round: int, theta: bytes) -> bytes | None:
         """The reply that this or another process gave to the same request; None if it was not answered yet.

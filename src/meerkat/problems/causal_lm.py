@@ -30,7 +30,7 @@ TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 Measured on the CPU: small passes stay in its caches. See benchmarks/client_batching.py.
 """
 
-_PUBLIC_TOKENS = (4, 16)
+_PUBLIC_TOKENS = (2, 8)
 """Sequences of random tokens, and tokens of each, on which it shows whether a weight matters."""
 
 
