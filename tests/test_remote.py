@@ -633,6 +633,26 @@ def test_to_come_back_does_not_undo_failures(setting: Setting, monkeypatch: pyte
         assert federation.engine.available() == [0, 2]
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_lone_participant_that_says_nothing_does_not_end_the_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """It is asked, and keeps silent or hangs up and comes back, again and again."""
+    federation = Federation.of(setting.but(clients_per_round=1, rounds=12), monkeypatch)
+
+    def silent(client: int, data: bytes, up: bool) -> Sequence[tuple[float, bytes]] | None:
+        if client != 1 or not up:
+            return [(0.0, data)]
+        federation.wire.after(1.0, lambda: federation.enter(1) and None)
+        return None if leaves else []
+
+    federation.wire.meddle = silent
+    took_part = [answered(federation.round()) for _ in range(12)]
+    assert {client for (client,) in took_part} == {0, 2}
+    assert federation.wire.now < 12 * 10.0
+    assert federation.replayed().state.round == 12
+
+
 def test_where_everyone_here_fails_the_run_waits_for_others_and_says_why_it_ends(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

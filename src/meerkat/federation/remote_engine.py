@@ -207,10 +207,14 @@ class RemoteEngine(Attendance):
             owing = [client for client in plan.steps if sessions[client].asked == (plan.round, plan.phase)]
             if len(replies) >= least and (not owing or overdue):
                 break
-            gone = any(not sessions[client].present for client in plan.steps if current.awaits(client))
-            if not owing and (overdue or not gone):
+            missing = [client for client in plan.steps if current.awaits(client)]
+            gone = any(not sessions[client].present for client in missing)
+            others = overdue and self._others_can_do(plan)
+            if others or (not owing and (overdue or not gone)):
                 text = f"round {plan.round}: {len(replies)} replies of {least} that it needs: it opens again"
                 self._report("void", text, here=len(replies))
+                for client in missing if others else ():
+                    self._count_failure(client, sessions[client], f"{_PATIENT} rounds in a row waited for it in vain")
                 return False
             if waited > rules.deadline_s + rules.patience_s:
                 raise RunFailed(
@@ -221,6 +225,11 @@ class RemoteEngine(Attendance):
             text = f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}"
             self._report("deadline", text, clients=owing)
         return True
+
+    def _others_can_do(self, plan: RoundPlan) -> bool:
+        """Whether enough clients are here and idle for a round without those that a plan waits for."""
+        idle = self.available()
+        return len(idle) >= self.waiting.quorum and not plan.steps.keys() >= {*idle}
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """Remember what clients need to follow a round that is on the disk, and say how the federation stands."""
@@ -414,8 +423,13 @@ class RemoteEngine(Attendance):
             self._send_awaited(client)
 
     def _fail(self, client: int, session: Session, why: str) -> None:
+        """Note that a client answered without a reply, which counts as a failure."""
+        session.asked = None
+        self._count_failure(client, session, why)
+
+    def _count_failure(self, client: int, session: Session, why: str) -> None:
         """Count one more failure in a row, and remove a client that has too many."""
-        session.asked, session.failures = None, session.failures + 1
+        session.failures += 1
         if session.failures >= _PATIENT:
             self._remove(client, why)
 
