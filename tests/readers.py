@@ -35,6 +35,7 @@ from meerkat.federation.frames import Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import Ledger, Request
 from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
+from meerkat.federation.private_rows import read_alone
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
@@ -507,6 +508,9 @@ class World:
         def check(asked: tuple[str, bytes]) -> None:
             name, data = asked
             folder = self.written("rows/train.jsonl", data).parent
+            for row in read_alone(folder, TASKS[name]):
+                if not isinstance(row, MeerkatError):
+                    encode(TASKS[name], [row], self.tokenizer, 64)
             held = load_rows(str(folder), "train")
             check_rows(TASKS[name], held, "rows")
             encode(TASKS[name], held, self.tokenizer, 64)

@@ -155,7 +155,7 @@ def test_a_token_without_an_embedding_is_an_unfit_row(
 def test_a_site_takes_the_task_that_it_pinned(setting: Setting, tmp_path: Path) -> None:
     data, template = folder_of(tmp_path / "rows"), TEMPLATES["a field more"]
     digest, file = parse_task(TEXT, "mine.toml").digest(), tmp_path / "own.toml"
-    file.write_text(f"# as we read it\n{TEXT}")
+    file.write_text(f"# as we read it\n{TEXT}".replace("name = 'mine'", "name = 'ours'"))
     takes_part = "takes part with 12 rows and answers with REPLY"
     for number, pin in enumerate(
         ({"task_digest": digest}, {"task": str(file)}, {"task": "mine", "task_digest": digest})

@@ -23,7 +23,7 @@ from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
-from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import Settings, existing_path, validate
 
 
@@ -114,8 +114,8 @@ class SiteConfig(Settings):
             known, named = extensions.BUILT_IN[kind], getattr(run, name)
             known |= extensions.defined_by(accepts.extensions, kind)
             _require(name, named, ", ".join(sorted(known)), named in known)
-        only = own.name if (own := self._own_task()) else accepts.task
-        _require("task", task, only, only in ("", task))
+        by_words = accepts.task.endswith(".toml") and run.problem == CLASSIFICATION  # see `check_task`
+        _require("task", task, accepts.task, by_words or accepts.task in ("", task))
         for name, asked, least, most in (
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
             ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
@@ -136,7 +136,9 @@ class SiteConfig(Settings):
         Args:
             built_in: whether the task came with the site's own meerkat, and not with the offer.
         """
-        accepts, own, digest = self.accepts, self._own_task(), task.digest()
+        accepts, digest = self.accepts, task.digest()
+        with details_in_own_log("the site's own task file cannot be used"):
+            own = self.known_task()
         only = accepts.task_digest or (own.digest() if own else "")
         _require("task_digest", digest, only, only in ("", digest))
         agreed = bool(only) or built_in or not accepts.epsilon
@@ -153,10 +155,6 @@ class SiteConfig(Settings):
         if name in demo.TASKS:
             return demo.load_task(name)
         return load_task(name) if name in TASKS or name.endswith(".toml") else None
-
-    def _own_task(self) -> Task | None:
-        with details_in_own_log("the site's own task file cannot be used"):
-            return self.known_task()
 
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
         """Raise Refused unless the site agrees to what would move in its model."""
