@@ -454,7 +454,8 @@ class World:
     def a_offer(self) -> Reader:
         """A run's offer, up to the site that takes part in it."""
         self.patch.setattr(setup.torch, "set_num_threads", lambda _: None)  # threads take more than is let be had
-        own = SiteConfig(client=0, data=str(self.here / "sites" / "0"), model=str(self.root / "model"), device="cpu")
+        held = {"data": str(self.here / "sites" / "0"), "model": str(self.root / "model"), "device": "cpu"}
+        own = SiteConfig(client=0, **held, accepts={"mask_minimum": 1})
         offer = self.setting.offer()
         text, mask = offer.encode("00" * 32)
         mask_file = self.written("offered.safetensors", mask)

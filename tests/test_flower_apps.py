@@ -288,7 +288,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
     keys = [str(make_signing_key(tmp_path / f"{name}.key").private) for name in names]
     (tmp_path / "signers").write_text("".join((tmp_path / f"{name}.pub").read_text() for name in names[:2]))
     for file, key in zip(sites, keys, strict=False):
-        file.write_text(file.read_text() + f'signing_key = "{key}"\n')
+        file.write_text(f'signing_key = "{key}"\n' + file.read_text())
     grid = Rotating(sites, keys[1:])
     given = {"sign": True, "signers": "signers", "quorum": 2}
     summary = run(federation_file(tmp_path, given), tmp_path / "run", grid)

@@ -191,7 +191,9 @@ class Coordinator(Server):
 
 def site_of(setting: Setting, ledger: Path, run: str = RUN, **own: Any) -> Site:
     given = {"client": 0, "data": str(setting.folder / "0"), "model": str(setting.root / "model"), "device": "cpu"}
-    return Site(replace(setting.offer(), run=run), SiteConfig(**{**given, "ledger": str(ledger), **own}))
+    accepts = {"mask_minimum": 1, **own.pop("accepts", {})}
+    own = {**given, "ledger": str(ledger), **own, "accepts": accepts}
+    return Site(replace(setting.offer(), run=run), SiteConfig(**own))
 
 
 def cost(steps: int) -> float:

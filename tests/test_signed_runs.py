@@ -70,9 +70,8 @@ class Staged:
     def enter(self, client: int, **own: str) -> None:
         node = f"node {client}"
         held = {"data": str(self.setting.folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
-        site = Site(
-            replace(self.offer, token=self.admission.token(node)), SiteConfig(client=client, **held, **own), node
-        )
+        settings = SiteConfig(client=client, **held, **own, accepts={"mask_minimum": 1})
+        site = Site(replace(self.offer, token=self.admission.token(node)), settings, node)
         self.wire.connect(site)
 
     def stop_inviting(self) -> None:
