@@ -154,7 +154,7 @@ class Setting:
         clock: Callable[[], float] = time.monotonic,
     ) -> Admission:
         """The run's admission."""
-        return Admission(members or self.members(), self.config.clients, nodes, clock)
+        return Admission(members or self.members(), self.config.clients, nodes, clock=clock)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
@@ -166,6 +166,7 @@ class Setting:
         ledger = str(self.folder / f"{client}-{next(_NUMBER)}.ledger")  # of a site that has just been set up
         paths = {"data": str(self.folder / str(client)), "model": str(self.root / "model"), "ledger": ledger}
         given = {"client": client, **paths, **own}
+        given["accepts"] = {"mask_minimum": 1, **own.get("accepts", {})}  # few passes to see that an entry is live
         return Site(self.offer(token), SiteConfig(**{"device": "cpu", **given}), node)
 
     def in_one_process(self) -> LocalEngine:

@@ -35,6 +35,7 @@ from meerkat.federation.frames import Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import Ledger
 from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
+from meerkat.federation.private_rows import read_alone
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
@@ -464,7 +465,9 @@ class World:
         """A run's offer, up to the site that takes part in it."""
         self.patch.setattr(setup.torch, "set_num_threads", lambda _: None)  # threads take more than is let be had
         paths = {"data": self.here / "sites" / "0", "model": self.root / "model", "ledger": self.here / "site.ledger"}
-        own = SiteConfig(client=0, device="cpu", **{name: str(path) for name, path in paths.items()})
+        own = SiteConfig(
+            client=0, device="cpu", **{name: str(path) for name, path in paths.items()}, accepts={"mask_minimum": 1}
+        )
         offer = self.setting.offer()
         text, mask = offer.encode("00" * 32)
         mask_file = self.written("offered.safetensors", mask)
@@ -519,6 +522,9 @@ class World:
         def check(asked: tuple[str, bytes]) -> None:
             name, data = asked
             folder = self.written("rows/train.jsonl", data).parent
+            for row in read_alone(folder, TASKS[name]):
+                if not isinstance(row, MeerkatError):
+                    encode(TASKS[name], [row], self.tokenizer, 64)
             held = load_rows(str(folder), "train")
             check_rows(TASKS[name], held, "rows")
             encode(TASKS[name], held, self.tokenizer, 64)

@@ -68,7 +68,7 @@ def test_the_embedded_model_is_no_folder_beside_the_file(tmp_path: Path) -> None
         ('client = 0\ndata = "x"\nclients = 3', "clients: unknown; must be one of client, data, model"),
         (
             'client = 0\ndata = "x"\n[accepts]\npsi = 1',
-            "accepts.psi: unknown; must be one of extensions, task, model, mask",
+            "accepts.psi: unknown; must be one of extensions, task, task_digest, model, mask",
         ),
         ('client = 0\ndata = "x"\n[accepts]\neps_minimum = 0', "accepts.eps_minimum 0: must be greater than 0"),
         ('client = 0\ndata = "x"\n[accepts]\nrounds = 0', "accepts.rounds 0: must be at least 1"),

@@ -17,12 +17,14 @@ pytest.importorskip("packaging")
 
 from proxy import free_port
 
+from meerkat import demo
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.federation import doctor
 from meerkat.federation.certificates import Pair, certify, make_signing_key
 from meerkat.federation.doctor import examine
 from meerkat.federation.ledger import Ledger
+from meerkat.problems.tasks import parse_task
 from meerkat.record.signatures import SigningKey, fingerprint
 
 ROW = json.dumps({"text": "a goal in the last minute", "label": 0}) + "\n"
@@ -179,6 +181,36 @@ def test_the_ledger_can_be_kept(site: Path, tmp_path: Path) -> None:
     assert "cannot be written; give 'ledger' in site.toml" in said(elsewhere, "ledger")
 
 
+def test_the_digest_that_a_site_pins_is_printed_on_both_sides(
+    site: Path, tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    words = 'template = "{text} {label}"\nlabels = ["a", "b"]\n'
+    (tmp_path / "own.toml").write_text(words)
+    digest = parse_task(words, "own.toml").digest()
+    rows = str(demo.TASKS["reviews"])
+    assert f"own, SHA-256 {digest}" in said(
+        coordinator(tmp_path, keys, f'task = "own.toml"\ndata = "{rows}"\n'), "task"
+    )
+    text = site.read_text()
+    site.write_text(f'{text}[accepts]\ntask = "own.toml"\ntask_digest = "{digest}"\nepsilon = 1.0\n')
+    assert f"own, SHA-256 {digest}" in said(site, "task")
+    assert levels(site)["task"] == "ok"
+    site.write_text(f'{text}[accepts]\ntask = "own.toml"\ntask_digest = "{"0" * 64}"\n')
+    assert levels(site)["task"] == "FAIL"
+    site.write_text(f"{text}[accepts]\nepsilon = 1.0\n")
+    assert "runs of built-in tasks alone" in said(site, "task")
+
+
+def test_rows_that_count_as_nothing_are_told_to_the_operator(site: Path) -> None:
+    site.write_text(site.read_text() + '[accepts]\ntask = "topics"\nepsilon = 1.0\n')
+    assert levels(site)["data"] == "ok"
+    (site.parent / "train.jsonl").write_text(ROW + ROW.replace("0}", "7}") + "{\n")
+    assert levels(site)["data"] == "warn"
+    assert "train: 3 rows, 1 that fit topics" in (told := said(site, "data"))
+    assert "line 2, row 1: label 7 is out of range" in told
+    assert "line 3: not JSON" in told
+
+
 def test_versions_are_held_against_the_package_s_own_metadata(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor.importlib.metadata.version
     monkeypatch.setattr(
@@ -261,6 +293,15 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
     ):
         file.write_text(text + more)
         assert wrong in said(file, "settings")
+
+
+def test_which_client_numbers_are_for_anybody_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:
+    file = coordinator(tmp_path, keys)
+    assert "0 of 3 clients bound to a node or key: the first node that claims another has it" in said(file, "sites")
+    with file.open("a") as more:
+        more.write('[[federation.sites]]\nclient = 2\nnode = "7"\n')
+    assert levels(file)["sites"] == "ok"
+    assert "1 of 1 client bound" in said(file, "sites")
 
 
 def test_a_setting_that_does_nothing_is_told(tmp_path: Path, keys: dict[str, Path]) -> None:

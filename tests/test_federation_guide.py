@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from meerkat.federation.admission import Binding
 from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.site_settings import Accepts, SiteConfig
 
@@ -30,6 +31,7 @@ def rows(title: str, header: str) -> dict[str, str]:
         ("4. site.toml", "key", SiteConfig, {"accepts"}),
         ("4. site.toml", "key in `[accepts]`", Accepts, set[str]()),
         ("5. federation.toml", "key in `[federation]`", FederationConfig, set[str]()),
+        ("5. federation.toml", "key in `[[federation.sites]]`", Binding, set[str]()),
     ],
 )
 def test_a_table_has_every_key_with_its_default(
@@ -49,4 +51,5 @@ def test_the_examples_can_be_read(tmp_path: Path) -> None:
     assert (site.client, site.accepts.task, site.coordinator) == (0, "topics", "coordinator.example.org:9001")
     (tmp_path / "federation.toml").write_text(blocks["5."])
     config, federation = read_federation(tmp_path / "federation.toml")
+    assert [binding.client for binding in federation.sites] == [0, 1, 2]
     assert (config.clients, federation.stream) == (3, site.coordinator)

@@ -111,7 +111,8 @@ def sites(tmp_path: Path) -> list[Path]:
     write_sites(make_config(SETTINGS), tmp_path / "data")
     files = [tmp_path / f"site-{client}.toml" for client in range(2)]
     for client, file in enumerate(files):
-        file.write_text(tomli_w.dumps({"client": client, "data": str(site_folder(tmp_path / "data", client))}))
+        held = {"client": client, "data": str(site_folder(tmp_path / "data", client))}
+        file.write_text(tomli_w.dumps({**held, "accepts": {"mask_minimum": 1}}))  # or the mask is tried for seconds
     return files
 
 
@@ -151,7 +152,7 @@ def test_sites_that_agree_evaluate_on_their_own_rows(tmp_path: Path, sites: list
         data = site_folder(tmp_path / "data", client)
         rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
         (data / "validation.jsonl").write_text("".join(rows[: 5 + client]))
-        file.write_text(file.read_text() + "evaluate = true\n")
+        file.write_text("evaluate = true\n" + file.read_text())
     summary = run(federation_file(tmp_path, {"evaluate": "sites"}, rounds=1), tmp_path / "run", Grid(sites))
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [metric for metric in metrics if metric["kind"] == "evaluation"]
@@ -165,7 +166,7 @@ def test_sites_that_agree_evaluate_on_their_own_rows(tmp_path: Path, sites: list
 def test_a_site_that_does_not_agree_is_not_asked_again(
     tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sites[1].write_text(sites[1].read_text() + "[accepts]\nrounds = 1\n")
+    sites[1].write_text(sites[1].read_text() + "rounds = 1\n")
     grid = Grid(sites)
     with pytest.raises(RunFailed, match="1 client here and idle, 2 are needed"):
         run(federation_file(tmp_path, {"patience_s": 2.0, "start_s": 0.0}), tmp_path / "run", grid)
@@ -287,7 +288,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
     keys = [str(make_signing_key(tmp_path / f"{name}.key").private) for name in names]
     (tmp_path / "signers").write_text("".join((tmp_path / f"{name}.pub").read_text() for name in names[:2]))
     for file, key in zip(sites, keys, strict=False):
-        file.write_text(file.read_text() + f'signing_key = "{key}"\n')
+        file.write_text(f'signing_key = "{key}"\n' + file.read_text())
     grid = Rotating(sites, keys[1:])
     given = {"sign": True, "signers": "signers", "quorum": 2}
     summary = run(federation_file(tmp_path, given), tmp_path / "run", grid)

@@ -27,6 +27,7 @@ from meerkat.record import run_log
 from meerkat.record.run_log import LogReader, RunLog
 
 OTHER = "fedcba9876543210"
+SPENT = "epsilon: the privacy budget is spent: the site leaves"
 SIGMA, RATE, STEPS = 4.0, 4 / 16, 2
 """Of the setting below: 16 rows a client, batches of four, T = 2."""
 STEP = Charge(RATE, SIGMA, 1)
@@ -308,7 +309,9 @@ class Coordinator(Server):
 
 def site_of(setting: Setting, ledger: Path, run: str = RUN, **own: Any) -> Site:
     given = {"client": 0, "data": str(setting.folder / "0"), "model": str(setting.root / "model"), "device": "cpu"}
-    return Site(replace(setting.offer(), run=run), SiteConfig(**{**given, "ledger": str(ledger), **own}))
+    accepts = {"mask_minimum": 1, **own.pop("accepts", {})}
+    own = {**given, "ledger": str(ledger), **own, "accepts": accepts}
+    return Site(replace(setting.offer(), run=run), SiteConfig(**own))
 
 
 def cost(steps: int) -> float:
@@ -446,8 +449,7 @@ def test_a_site_leaves_before_its_budget_of_a_run_is_passed(setting: Setting, tm
     ours, ledger = setting.but(dp_epsilon=cost(5)), tmp_path / "ledger"
     server, site = Coordinator(ours), site_of(ours, ledger)
     trail = spend(site, server, 2)
-    said = r"epsilon: the run's budget of [\d.]+ at delta 1e-05 is spent \(1 steps left\): the site leaves"
-    with pytest.raises(Refused, match=said) as told:
+    with pytest.raises(Refused, match=SPENT) as told:
         site.answer(server.ask(trail[-1:]))
     assert len(str(told.value).splitlines()) == 1
     assert len(lines(ledger)) == 2
@@ -458,7 +460,7 @@ def test_a_site_leaves_before_its_budget_of_a_run_is_passed(setting: Setting, tm
     assert scalars_of(last).shape == (1, 2)
     assert stands_at(again, server.state)
     closed = server.close(scalars_of(last))
-    with pytest.raises(Refused, match="0 steps left"):
+    with pytest.raises(Refused, match=SPENT):
         again.answer(server.ask([closed], steps=1))
     again.close()
     another = site_of(ours, ledger, OTHER)  # another run has a budget of its own
@@ -473,17 +475,35 @@ def test_the_site_s_own_budget_is_over_all_runs(setting: Setting, tmp_path: Path
     first.close()
     second, server = site_of(setting, ledger, OTHER, **own), Coordinator(setting, OTHER)
     trail = spend(second, server, 1)
-    with pytest.raises(Refused, match=r"the site's budget .*0 steps left"):
+    with pytest.raises(Refused, match=SPENT):
         second.answer(server.ask(trail))
     second.close()
-    with pytest.raises(Refused, match=r"the site's budget .*0 steps left"):
+    with pytest.raises(Refused, match=SPENT):
         site_of(setting, ledger, "22" * 8, **own)
     site_of(setting, ledger, "22" * 8).close()  # the lock was given back
 
 
+@pytest.mark.parametrize("spent", [1, 3])
+def test_a_refusal_does_not_say_what_was_spent_on_others(
+    setting: Setting, tmp_path: Path, spent: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A coordinator hears the same words, whatever another one's run has cost."""
+    ledger, own, ours = tmp_path / "ledger", {"accepts": {"epsilon": cost(8)}}, setting.but(local_steps=8)
+    first = site_of(ours, ledger, **own)
+    first.answer(Coordinator(ours).ask(steps=spent))
+    first.close()
+    second = site_of(ours, ledger, OTHER, **own)
+    with pytest.raises(Refused) as told:
+        second.answer(Coordinator(ours, OTHER).ask())
+    second.close()
+    assert str(told.value) == SPENT
+    here = f"epsilon: the site's budget of {cost(8):g} at delta 1e-05 allows {8 - spent} more steps, not 8"
+    assert here in capsys.readouterr().err
+
+
 def test_a_run_of_hardly_any_noise_is_refused_by_a_budget(setting: Setting, tmp_path: Path) -> None:
     ours = setting.but(dp_noise_multiplier=1e-9, dp_epsilon=8.0)
-    with pytest.raises(Refused, match=r"the run's budget of 8 .*0 steps left"):
+    with pytest.raises(Refused, match=SPENT):
         site_of(ours, tmp_path / "ledger")
 
 
@@ -539,7 +559,7 @@ def test_a_federation_goes_on_without_a_site_whose_budget_is_spent(
     took_part = [sorted(federation.round().scalars) for _ in range(4)]
     assert took_part == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 2]]
     said = capsys.readouterr().err
-    assert "client 1 takes no part: epsilon: the site's budget of" in said
+    assert f"client 1 takes no part: {SPENT}" in said
     assert federation.replayed().state.round == 4
     assert [len(lines(tmp_path / f"ledger {client}")) for client in range(3)] == [4, 2, 4]
     federation.end()

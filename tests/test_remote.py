@@ -595,6 +595,73 @@ def test_where_everyone_fails_the_run_ends_at_once(setting: Setting, monkeypatch
     assert federation.wire.now == 0.0
 
 
+def test_a_lone_participant_that_fails_does_not_end_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client a round is asked, and one of the three fails whenever it is."""
+    federation = Federation.of(setting.but(clients_per_round=1, rounds=12), monkeypatch)
+    federation.wire.meddle = failing(federation, 1)
+    took_part = [answered(federation.round()) for _ in range(12)]
+    assert {client for (client,) in took_part} == {0, 2}
+    assert federation.engine.counts["failed"] == 3
+    assert federation.engine.available() == [0, 2]
+    assert federation.wire.now == 0.0
+    assert federation.replayed().state.round == 12
+
+
+def test_the_only_site_that_came_so_far_cannot_end_the_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, join=0)
+    federation.enter(1)
+    federation.wire.meddle = failing(federation, 1)
+    federation.wire.after(20.0, lambda: federation.enter(0) and None)
+    assert answered(federation.round()) == [0]
+    assert federation.engine.available() == [0]
+
+
+def test_to_come_back_does_not_undo_failures(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting.but(rounds=9), monkeypatch)
+    federation.wire.meddle = failing(federation, 1)
+    for _ in range(2):
+        assert answered(federation.round()) == [0, 2]
+    for failed in (3, 4):  # the third in a row; and whoever comes back after that has one more chance
+        federation.enter(1)
+        assert answered(federation.round()) == [0, 2]
+        assert federation.engine.counts["failed"] == failed
+        assert federation.engine.available() == [0, 2]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_lone_participant_that_says_nothing_does_not_end_the_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """It is asked, and keeps silent or hangs up and comes back, again and again."""
+    federation = Federation.of(setting.but(clients_per_round=1, rounds=12), monkeypatch)
+
+    def silent(client: int, data: bytes, up: bool) -> Sequence[tuple[float, bytes]] | None:
+        if client != 1 or not up:
+            return [(0.0, data)]
+        federation.wire.after(1.0, lambda: federation.enter(1) and None)
+        return None if leaves else []
+
+    federation.wire.meddle = silent
+    took_part = [answered(federation.round()) for _ in range(12)]
+    assert {client for (client,) in took_part} == {0, 2}
+    assert federation.wire.now < 12 * 10.0
+    assert federation.replayed().state.round == 12
+
+
+def test_where_everyone_here_fails_the_run_waits_for_others_and_says_why_it_ends(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch, join=2)
+    said = frames.encode_json({"why": "diverged"})
+    federation.wire.meddle = lambda k, data, up: [(0.0, frame(Kind.FAILED, k, federation.state, said) if up else data)]
+    with pytest.raises(RunFailed) as told:
+        federation.round()
+    words = "round 0: 0 clients here and idle, 1 are needed, and no more came for 30 s; clients 0, 1 could not make"
+    assert str(told.value).startswith(words)
+    assert "(diverged); where losses diverged, start a new run with a lower lr" in str(told.value)
+    assert federation.wire.now < 40
+
+
 def test_a_failure_that_is_told_twice_counts_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = Federation.of(setting.but(rounds=9), monkeypatch)
     once = failing(federation, 1)

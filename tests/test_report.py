@@ -287,7 +287,7 @@ def test_sites_that_said_their_budget_was_spent_are_named(tmp_path: Path) -> Non
         {
             "event": "declined",
             "client": 2,
-            "why": "epsilon: the site's budget of 1 at delta 1e-05 is spent (0 steps left)",
+            "why": "epsilon: the privacy budget is spent: the site leaves",
         },
         {"event": "declined", "client": 1, "why": "task: the run asks for another"},
         *({"event": "declined", "client": [], "why": "epsilon: "}, {"event": "left", "client": 0}),

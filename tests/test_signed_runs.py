@@ -81,7 +81,9 @@ class Staged:
         if client in self.sites:
             self.sites[client].close()
         self.sites[client] = site = Site(
-            replace(self.offer, token=self.admission.token(node)), SiteConfig(client=client, **{**held, **own}), node
+            replace(self.offer, token=self.admission.token(node)),
+            SiteConfig(client=client, **{**held, **own}, accepts={"mask_minimum": 1}),
+            node,
         )
         self.wire.connect(site)
 

@@ -2,14 +2,19 @@
 
 A node's first frame shows the token that it got over the control plane, which serves once. It gets a secret for this
 session, to come back with when its stream breaks. A site that shows neither is refused, and changes nothing.
+
+Bindings say which node and which key is which client. Where there are none, a client number belongs to the first node
+that claims it.
 """
 
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import Field
 
 from meerkat.federation import frames
 from meerkat.federation.frames import BadFrame, Frame, Kind
@@ -17,14 +22,26 @@ from meerkat.federation.site_settings import Refused
 from meerkat.federation.token_bucket import TokenBucket
 from meerkat.record.members import Member, Members
 from meerkat.record.signatures import BadSignature, fingerprint
+from meerkat.settings.validation import Settings
 
 _SECRET = 32
 _BURST, _EVERY_S = 10, 1.0
 """How often a node may come in quick succession, and seconds after which it may come once more."""
+ROWS_MAXIMUM = 1_000_000
+"""The most rows that a site may claim where nothing else is said: they are its weight."""
 
 
 class TooSoon(Refused):
     """A site comes back too often. It is let in if it tries again later."""
+
+
+class Binding(Settings):
+    """Who alone may be a client: an entry of [[federation.sites]] in federation.toml."""
+
+    client: int = Field(ge=0, lt=2**32, description="the client's number")
+    node: str = Field("", pattern="^[0-9]*$", description="its node, as 'flwr supernode register' prints it; or any")
+    key: str = Field("", description="its public signing key: a fingerprint or a .pub file; empty for any, or none")
+    rows_maximum: int = Field(0, ge=0, description="most rows that it may claim; 0 for the federation's rows_maximum")
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Admission:
         members: Members,
         clients: int,
         nodes: Mapping[int, str] | None = None,
+        bindings: Sequence[Binding] = (),
+        rows_maximum: int = ROWS_MAXIMUM,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """What a site must match.
@@ -63,6 +82,8 @@ class Admission:
             members: who signs with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
             nodes: the nodes of the client numbers that joined before.
+            bindings: the only clients, one each; empty for any. They outweigh `nodes`.
+            rows_maximum: the most rows that a client may claim whose binding says nothing else.
             clock: the time in seconds.
         """
         self.members = members
@@ -70,7 +91,10 @@ class Admission:
         self._run = bytes.fromhex(members.identity.run)
         self.clients = clients
         """Client numbers are below it."""
-        self._nodes = dict(nodes or {})
+        self._bindings = {binding.client: binding for binding in bindings}
+        self._rows_maximum = rows_maximum
+        bound = {binding.client: binding.node for binding in bindings if binding.node}
+        self._nodes = {client: node for client, node in (nodes or {}).items() if node not in bound.values()} | bound
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
         self._sessions: dict[bytes, tuple[int, str]] = {}
@@ -135,6 +159,7 @@ class Admission:
             if hello.get(name) != value:
                 raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
         member = self._member(client, node, hello)
+        self._check_rows(member)
         self._nodes[client] = node
         if not session:
             secret = secrets.token_bytes(_SECRET)
@@ -147,6 +172,8 @@ class Admission:
         """Raise Refused unless a node may be a client."""
         if client >= self.clients:
             raise Refused(f"client {client}: must be 0 to {self.clients - 1}; set 'client' in site.toml")
+        if self._bindings and client not in self._bindings:
+            raise Refused(f"client {client} is not among the coordinator's sites; set another 'client' in site.toml")
         if self._nodes.get(client, node) != node:
             raise Refused(f"client {client} is another node's; set another 'client' in site.toml")
         if other := [k for k, owner in self._nodes.items() if owner == node and k != client]:
@@ -155,18 +182,31 @@ class Admission:
     def _member(self, client: int, node: str, hello: dict[str, Any]) -> Member:
         """The member that a hello describes, if its key may sign for the client."""
         credentials = [hello.get(name, "") for name in ("key", "signature", "handover")]
+        bound = self._bindings[client].key if client in self._bindings else ""
         try:
             member = Member(0, client, hello.get("examples", 0), node, *credentials)
             if not self.members.needs_handover(member):
                 former = self.members.keys.get(client)
-                if former and former.hex() != member.key and self.members.listed is None:
+                if former and former.hex() != member.key and self.members.listed is None and not bound:
                     name = fingerprint(former)
                     raise Refused(f"key {name} was revoked: its successor must be in the coordinator's 'signers'")
                 member = replace(member, handover="")
             self.members.check(member)
         except (ValueError, BadSignature) as error:
             raise Refused(str(error)) from None
+        if bound and not member.key:
+            raise Refused(f"client {client} must sign, with key {bound}; set 'signing_key' in site.toml")
+        if bound and bound not in (lineage := self.members.lineage(member)):
+            held = f"the coordinator holds {bound} for it, which has not handed over"
+            raise Refused(f"key {lineage[0]} of client {client}: {held}; use that key, or 'signing_key_before'")
         return member
+
+    def _check_rows(self, member: Member) -> None:
+        """Raise Refused where a site claims more rows than it may."""
+        binding = self._bindings.get(member.client)
+        most = (binding.rows_maximum if binding else 0) or self._rows_maximum
+        if member.examples > most:
+            raise Refused(f"client {member.client}: more than {most:,} rows, the coordinator's 'rows_maximum' for it")
 
     def refusal(self, why: str, client: int = 0) -> bytes:
         """The frame that refuses a site."""

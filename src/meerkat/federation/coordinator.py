@@ -104,7 +104,7 @@ def _revoke(run: Run, names: Iterable[str]) -> None:
 def _coordinate(run: Run, problem: Problem, federation: FederationConfig, control: Control) -> dict[str, Any]:
     """Run the rounds that are left. Returns the network's part of the summary."""
     config, outcome = run.config, "the coordinator stopped"
-    admission = Admission(run.members, config.clients, run.nodes)
+    admission = Admission(run.members, config.clients, run.nodes, federation.sites, federation.rows_maximum)
     offer = Offer.of(config, run.mask, run.opening, federation.stream, federation.site_patience_s)
     run.folder.open_files()
     with closing(control), closing(control.link(admission)) as link:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.address import host_and_port
+from meerkat.federation.admission import ROWS_MAXIMUM, Binding
 from meerkat.federation.frames import LIMIT
 from meerkat.federation.link import WaitingRules
 from meerkat.record.signatures import check_fingerprint, read_keys
@@ -34,6 +35,8 @@ class FederationConfig(Settings):
     sign: bool = Field(False, description="whether every reply must be signed; sites without a key are then refused")
     signers: str = Field("", description="file of the sites' public keys, one a line; no other key may sign")
     revoked: tuple[str, ...] = Field((), description="keys that are no longer accepted: fingerprints or .pub files")
+    rows_maximum: int = Field(ROWS_MAXIMUM, ge=1, description="most rows that a site may claim: they are its weight")
+    sites: tuple[Binding, ...] = Field((), description="the only clients, with node, key and rows; empty for any")
     evaluate: Literal["coordinator", "sites"] = Field("coordinator", description="who evaluates, each on its own rows")
     extensions: tuple[str, ...] = Field((), description="extensions that the run needs: modules, or .py files")
 
@@ -64,7 +67,8 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
     federation = validate(FederationConfig, tables["federation"], f"{file}: [federation] ")
     names = ("certificate", "private_key", "signers")
     paths: dict[str, Any] = {name: existing_path(file, getattr(federation, name)) for name in names}
-    paths["revoked"] = tuple(name for entry in federation.revoked for name in _revoked_in(file, entry))
+    paths["revoked"] = tuple(name for entry in federation.revoked for name in _keys_in(file, entry, "revoked"))
+    paths["sites"] = tuple(_with_fingerprint(file, binding) for binding in federation.sites)
     paths["extensions"] = tuple(existing_path(file, name) for name in federation.extensions)
     federation = federation.model_copy(update=paths)
     for message in _conflicts(config, federation):
@@ -80,10 +84,19 @@ def most_scalars(config: RunConfig) -> int:
     return config.directions * max(config.local_steps, config.calibration_steps)
 
 
-def _revoked_in(file: Path, entry: str) -> list[str]:
-    """The fingerprints that an entry of `revoked` stands for: its own, or those of a file of public keys."""
-    where, path = f"{file}: revoked", existing_path(file, entry)
+def _keys_in(file: Path, entry: str, setting: str) -> list[str]:
+    """The fingerprints that an entry of a setting stands for: its own, or those of a file of public keys."""
+    where, path = f"{file}: {setting}", existing_path(file, entry)
     return sorted(read_keys(path, where)) if os.path.isfile(path) else [check_fingerprint(entry, where)]
+
+
+def _with_fingerprint(file: Path, binding: Binding) -> Binding:
+    """A binding whose key is a fingerprint, whatever the file gives."""
+    if not binding.key:
+        return binding
+    if len(names := _keys_in(file, binding.key, "sites: key")) != 1:
+        raise MeerkatError(f"{file}: sites: key '{binding.key}': has {len(names)} keys; give a file with one")
+    return binding.model_copy(update={"key": names[0]})
 
 
 def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]:
@@ -101,8 +114,23 @@ def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]
         yield "sign: dp client keeps no replies that signatures could be of; leave one of the two out"
     if federation.signers and not federation.sign:
         yield "signers: says whose replies are taken where sign = true; give that too"
+    yield from _binding_conflicts(config, federation)
     for name in ("clients_minimum", "clients_wanted", "quorum"):
         if (count := getattr(federation, name)) > config.clients:
             yield f"{name} {count}: must be at most [run] clients, {config.clients}"
     if 4 * (scalars := most_scalars(config)) > LIMIT // 2:
         yield f"{scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"
+
+
+def _binding_conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]:
+    """What is wrong with [[federation.sites]], a line each."""
+    for name in ("client", "node", "key"):
+        given = [value for binding in federation.sites if (value := getattr(binding, name)) != ""]
+        for value in {value for value in given if given.count(value) > 1}:
+            yield f"sites: {name} {value} is there twice; a site has one entry, and what it gives is its own"
+    listed = read_keys(federation.signers, "signers") if federation.signers else None
+    for binding in federation.sites:
+        if binding.client >= config.clients:
+            yield f"sites: client {binding.client}: must be below [run] clients, {config.clients}"
+        if binding.key and listed is not None and binding.key not in listed:
+            yield f"sites: key {binding.key} is not in signers; add it there, or leave signers out"

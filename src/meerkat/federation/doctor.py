@@ -32,18 +32,21 @@ from meerkat.federation import certificates
 from meerkat.federation.address import host_and_port
 from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.ledger import Ledger
+from meerkat.federation.private_rows import read_alone
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks import sparse_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.causal_lm import load_model
 from meerkat.problems.data import load_rows, read_texts
-from meerkat.problems.tasks import TASKS, check_rows, load_task
+from meerkat.problems.tasks import Task, check_rows
 from meerkat.progress import number_of
 from meerkat.record.signatures import fingerprint, read_keys
-from meerkat.run.setup import load_split, resolve
-from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
+from meerkat.run.setup import load_split, open_task, resolve
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 
 _TIMEOUT_S = 5.0
+_UNFIT_SHOWN = 10
+"""Rows that cannot be used, of which a line each is shown, at most."""
 _CERTIFICATE_CURES = {
     9: "it is not valid yet: check the clocks",
     10: "it has expired: make new ones with 'meerkat certify', or check the clock",
@@ -130,6 +133,7 @@ def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Resul
     return {
         "settings": iter([ok("settings", f"a site's: client {site.client}")]),
         "model": model(site.model, site.device, site.accepts.model),
+        "task": site_task(site),
         "data": site_rows(site),
         "ledger": site_ledger(Path(site.ledger)),
         "coordinator": site_coordinator(site.coordinator),
@@ -147,6 +151,7 @@ def _coordinator_checks(file: Path) -> dict[str, Results]:
         "model": model(config.model, config.device, mask=config.mask),
         "data": coordinator_rows(config, federation),
         "signers": coordinator_signers(federation),
+        "sites": coordinator_sites(config, federation),
     }
     if federation.stream:
         checks |= {"certificate": coordinator_certificate(federation), "port": port(federation)}
@@ -210,6 +215,8 @@ def coordinator_settings(config: RunConfig) -> Results:
     """The coordinator's settings, and those that have no effect."""
     size = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
     yield ok("settings", f"a coordinator's: {config.method} on {config.task}, {size}; threads: {config.threads}")
+    if config.problem == CLASSIFICATION:
+        yield ok("task", _task_in_words(open_task(config)))
     for line in config.idle().values():
         yield warn("settings", line, "a new run is refused with it")
 
@@ -248,13 +255,15 @@ def site_rows(site: SiteConfig) -> Results:
     """The site's own rows, and whether they fit the task if [accepts] names one that is known here."""
     if not Path(site.data).is_dir():
         raise MeerkatError(f"data '{site.data}': no such folder; give the folder with the site's train.jsonl")
-    name = site.accepts.task
-    task = demo.load_task(name) if name in demo.TASKS else load_task(name) if name in TASKS else None
+    task = site.known_task()
+    if site.accepts.epsilon:
+        yield from private_site_rows(site, task)
+        return
     for split in ("train", "validation") if site.evaluate else ("train",):
         rows = load_rows(site.data, split)
         if task is not None:
             check_rows(task, rows, f"data '{site.data}', {split}")
-        fits = f"that fit task {name}" if task else f"with {', '.join(sorted(rows[0]))}"
+        fits = f"that fit task {task.name}" if task else f"with {', '.join(sorted(rows[0]))}"
         yield ok("data", f"{split}: {len(rows)} rows {fits}")
 
 
@@ -274,6 +283,34 @@ def site_ledger(path: Path) -> Results:
         if "another process" not in str(error):
             raise
         yield ok("ledger", f"{path}: in use by a session")
+
+
+def private_site_rows(site: SiteConfig, task: Task | None) -> Results:
+    """The rows of a site with a privacy budget: those that cannot be used are in no run's way, and of no use."""
+    rows = read_alone(Path(site.data), task)
+    unfit = [row for row in rows if isinstance(row, MeerkatError)]
+    yield ok("data", f"train: {len(rows)} rows, {len(rows) - len(unfit)} that fit {task.name if task else 'any task'}")
+    for error in unfit[:_UNFIT_SHOWN]:
+        yield warn("data", str(error), "until it is corrected, the row is counted, with slopes of zero")
+
+
+def site_task(site: SiteConfig) -> Results:
+    """The task that the site pins, in the words that its rows are shown in."""
+    if (task := site.known_task()) is None:
+        if site.accepts.epsilon and not site.accepts.task_digest:
+            message = "none pinned: with an epsilon, runs of built-in tasks alone"
+            yield warn("task", message, "for another, give accepts.task the task's file, or accepts.task_digest")
+        return
+    yield ok("task", _task_in_words(task))
+    if site.accepts.task_digest not in ("", task.digest()):
+        pinned = site.accepts.task_digest
+        yield fail(
+            "task", f"its digest is not accepts.task_digest, {pinned}", "ask the coordinator for the task's file"
+        )
+
+
+def _task_in_words(task: Task) -> str:
+    return f"{task.name}, SHA-256 {task.digest()}"
 
 
 def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Results:
@@ -328,6 +365,17 @@ def coordinator_signers(federation: FederationConfig) -> Results:
         yield warn("signers", message, "list the sites' .pub files, or compare fingerprints afterwards")
     else:
         yield ok("signers", "sign = false: sites without a key do not sign")
+
+
+def coordinator_sites(config: RunConfig, federation: FederationConfig) -> Results:
+    """Which node and key is which client."""
+    bound = [binding for binding in federation.sites if binding.node or binding.key]
+    places = len(federation.sites) or config.clients
+    message = f"{len(bound)} of {number_of(places, 'client')} bound to a node or key"
+    if len(bound) == places:
+        yield ok("sites", message)
+    else:
+        yield warn("sites", f"{message}: the first node that claims another has it", "see [[federation.sites]]")
 
 
 def site_authority(path: str) -> Results:

@@ -49,10 +49,10 @@ class _Round:
 
     plan: RoundPlan
     replies: dict[int, Scalars] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
 
     def awaits(self, client: int) -> bool:
-        return client in self.plan.steps and client not in self.replies
+        return client in self.plan.steps and client not in self.replies and client not in self.failed
 
 
 @dataclass(eq=False)
@@ -79,6 +79,8 @@ class RemoteEngine(Attendance):
         self._members = self.admission.members
         self._arrived: dict[int, AdmittedSite] = {}
         """Sites that came since the last round opened."""
+        self._failing: dict[int, str] = {}
+        """The clients that could not make the steps that they were last asked for, and why."""
         self._begun = False
         self._round: _Round | None = None
         self._evaluating: set[int] = set()
@@ -104,7 +106,7 @@ class RemoteEngine(Attendance):
         """Wait until a round can open; the clients that are to be logged before it.
 
         Raises:
-            RunFailed: too few clients came in time.
+            RunFailed: too few clients came in time, or every client of the run failed until it was removed.
         """
         rules, began, reported = self.waiting, time.monotonic(), False
         least = rules.clients_minimum
@@ -116,8 +118,14 @@ class RemoteEngine(Attendance):
             if idle >= wanted:
                 break
             here = f"round {round}: {number_of(idle, 'client')} here and idle"
+            if len(self._failing) == self.settings.clients and not self.sessions.present():
+                raise RunFailed(f"round {round}: nobody could make their steps {self._why_failing()}")
             if idle < least and waited > rules.patience_s:
-                raise RunFailed(f"{here}, {least} are needed, and no more came for {waited:.0f} s; {_SAFE}")
+                waiting = f"{here}, {least} are needed, and no more came for {waited:.0f} s"
+                if self._failing:
+                    who = clients_in_words(sorted(self._failing))
+                    waiting += f"; {who} could not make their steps {self._why_failing()}"
+                raise RunFailed(f"{waiting}; {_SAFE}")
             if not reported and waited > 2:
                 self._report("waiting", f"{here}, waiting for {wanted}", here=idle)
                 reported = True
@@ -125,6 +133,11 @@ class RemoteEngine(Attendance):
             self._wait(_WAKE_S)
         self._begun = True
         return self._new_members(round)
+
+    def _why_failing(self) -> str:
+        """Why clients could not make their steps, and what may help."""
+        why = ", ".join(sorted({*self._failing.values()}))
+        return f"({why}); where losses diverged, start a new run with a lower lr"
 
     def _new_members(self, round: int) -> list[Member]:
         arrived, members = sorted(self._arrived.items()), []
@@ -158,7 +171,7 @@ class RemoteEngine(Attendance):
         Under client-level differential privacy a sample is drawn once: the round closes with whoever answered.
 
         Raises:
-            RunFailed: fewer than the quorum answered for too long, or nobody could make a step.
+            RunFailed: fewer than the quorum answered for too long.
         """
         self.sessions.state, self._round = state, (current := _Round(plan))
         began = time.monotonic()
@@ -194,16 +207,14 @@ class RemoteEngine(Attendance):
             owing = [client for client in plan.steps if sessions[client].asked == (plan.round, plan.phase)]
             if len(replies) >= least and (not owing or overdue):
                 break
-            if plan.steps.keys() == current.failures.keys():
-                why = ", ".join(sorted({*current.failures.values()}))
-                raise RunFailed(
-                    f"round {plan.round}: nobody could make their steps ({why}); "
-                    "where losses diverged, start a new run with a lower lr"
-                )
-            gone = any(not sessions[client].present for client in plan.steps if current.awaits(client))
-            if not owing and (overdue or not gone):
+            missing = [client for client in plan.steps if current.awaits(client)]
+            gone = any(not sessions[client].present for client in missing)
+            others = overdue and self._others_can_do(plan)
+            if others or (not owing and (overdue or not gone)):
                 text = f"round {plan.round}: {len(replies)} replies of {least} that it needs: it opens again"
                 self._report("void", text, here=len(replies))
+                for client in missing if others else ():
+                    self._count_failure(client, sessions[client], f"{_PATIENT} rounds in a row waited for it in vain")
                 return False
             if waited > rules.deadline_s + rules.patience_s:
                 raise RunFailed(
@@ -214,6 +225,11 @@ class RemoteEngine(Attendance):
             text = f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}"
             self._report("deadline", text, clients=owing)
         return True
+
+    def _others_can_do(self, plan: RoundPlan) -> bool:
+        """Whether enough clients are here and idle for a round without those that a plan waits for."""
+        idle = self.available()
+        return len(idle) >= self.waiting.quorum and not plan.steps.keys() >= {*idle}
 
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """Remember what clients need to follow a round that is on the disk, and say how the federation stands."""
@@ -322,7 +338,7 @@ class RemoteEngine(Attendance):
         self.sessions.begin(site)
         self._arrived[client] = site
         if self._round is not None:
-            self._round.failures.pop(client, None)
+            self._round.failed.discard(client)
         if not site.evaluates:
             self._evaluating.discard(client)
         if client in self._evaluating or self._is_logged(site):
@@ -379,6 +395,7 @@ class RemoteEngine(Attendance):
         except (ValueError, BadSignature) as error:
             raise BadFrame(str(error)) from None
         session.failures = 0
+        self._failing.pop(client, None)
         current.replies[client] = Scalars(client, scalars, pointer=pointer, signature=signature)
 
     def _receive_failure(self, client: int, session: Session, frame: Frame) -> None:
@@ -392,7 +409,8 @@ class RemoteEngine(Attendance):
         why = why if why in frames.FAILURES else "error"
         self._report("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
         if self._round is not None:
-            self._round.failures[client] = why
+            self._round.failed.add(client)
+        self._failing[client] = why
         self._fail(client, session, f"it could not make its steps {_PATIENT} times in a row ({why})")
 
     def _ask_again(self, client: int, session: Session, why: str) -> None:
@@ -404,9 +422,14 @@ class RemoteEngine(Attendance):
             self._send_awaited(client)
 
     def _fail(self, client: int, session: Session, why: str) -> None:
+        """Note that a client answered without a reply, which counts as a failure."""
+        session.asked = None
+        self._count_failure(client, session, why)
+
+    def _count_failure(self, client: int, session: Session, why: str) -> None:
         """Count one more failure in a row, and remove a client that has too many."""
-        session.asked, session.failures = None, session.failures + 1
-        if session.failures == _PATIENT:
+        session.failures += 1
+        if session.failures >= _PATIENT:
             self._remove(client, why)
 
     def _remove(self, client: int, why: str) -> None:

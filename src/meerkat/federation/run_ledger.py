@@ -16,6 +16,7 @@ from meerkat.federation.frames import BadFrame
 from meerkat.federation.ledger import Budget, Entry, Ledger, Request
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig, details_in_own_log
 from meerkat.privacy.mechanism import Mechanism
+from meerkat.progress import number_of, say
 from meerkat.settings import budget as run_budget
 from meerkat.settings.config import RunConfig
 
@@ -159,12 +160,16 @@ class RunLedger:
         return made
 
     def _check_bounds(self, steps: int, directions: int) -> None:
-        """Raise Refused unless every bound allows this many more steps."""
+        """Raise Refused unless every bound allows this many more steps.
+
+        The coordinator hears no number, and not whose budget it is: it would learn what was spent on others.
+        """
         for budget, left in zip(self._budgets, self._steps_left, strict=True):
             if steps > left:
                 whose = "the run's" if budget.run else "the site's"
                 amount = f"{budget.epsilon:g} at delta {budget.delta:g}"
-                raise Refused(f"epsilon: {whose} budget of {amount} is spent ({left} steps left): the site leaves")
+                say(f"epsilon: {whose} budget of {amount} allows {number_of(left, 'more step')}, not {steps}")
+                raise Refused("epsilon: the privacy budget is spent: the site leaves")
         if steps * directions > self._scalars_left:
             raise Refused("scalars: the site has sent as many as it agreed to, over all runs: the site leaves")
 

@@ -55,9 +55,10 @@ class Sessions:
         return [client for client in sorted(self.present()) if self.by_client[client].asked is None]
 
     def begin(self, site: AdmittedSite) -> None:
-        """Begin a site's session, in place of an earlier one."""
-        known = self.recent.recognises(site.round, site.digest)
-        self.by_client[site.client] = Session(site, site.round if known else None)
+        """Begin a site's session, in place of an earlier one, whose failures are not forgotten."""
+        known, earlier = self.recent.recognises(site.round, site.digest), self.by_client.get(site.client)
+        failures = earlier.failures if earlier else 0
+        self.by_client[site.client] = Session(site, site.round if known else None, failures=failures)
 
     def send(self, kind: Kind, work: dict[int, Work]) -> None:
         """Bring clients to the present theta; the last frame to each is of this kind, with its work."""

@@ -36,11 +36,12 @@ _QUESTION = struct.Struct("<32s32s32s32sBIId")
 class Site:
     """One client of one run, and theta as far as it has followed the run."""
 
-    def __init__(self, offer: Offer, settings: SiteConfig, node: str = "") -> None:
+    def __init__(self, offer: Offer, settings: SiteConfig, node: str = "", goes_on: bool = False) -> None:
         """Load everything that the run needs.
 
         Args:
             node: what the control plane calls this node; the site signs as it.
+            goes_on: whether another process of this site took the same offer, and did not refuse its mask.
 
         Raises:
             Refused: the site has not agreed to what is offered, or has no key to sign with where it must.
@@ -52,7 +53,7 @@ class Site:
             raise Refused(
                 "signing_key: the run takes signed replies alone; 'meerkat keygen' makes one, name it in site.toml"
             )
-        self._client = client = SiteClient(offer, settings)
+        self._client = client = SiteClient(offer, settings, goes_on)
         self.client = settings.client
         self.mask = client.mask
         self.ended = ""

@@ -3,12 +3,15 @@
 The functions are those of a simulation's clients, so that both have the same bits.
 """
 
+import hashlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
@@ -18,21 +21,29 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import MeerkatError
 from meerkat.extensions import load
 from meerkat.federation.offer import Offer
+from meerkat.federation.private_rows import prepare_alone
 from meerkat.federation.site_settings import SiteConfig, details_in_own_log
 from meerkat.privacy.mechanism import Mechanism
-from meerkat.problems.data import Row
+from meerkat.problems import causal_lm
+from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows
-from meerkat.problems.problem import Split, client_losses, primary
+from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.config import CLASSIFICATION
+
+_PUBLIC_EXAMPLES = 64
+"""Public examples whose losses show whether an entry moves any."""
 
 
 class SiteClient:
     """One client of one run, on its site."""
 
-    def __init__(self, offer: Offer, settings: SiteConfig) -> None:
+    def __init__(self, offer: Offer, settings: SiteConfig, goes_on: bool = False) -> None:
         """Load everything that the run needs.
+
+        Args:
+            goes_on: whether the offer's mask was tried before: that takes a few hundred forward passes.
 
         Raises:
             Refused: the site has not agreed to what is offered; no row was read.
@@ -42,12 +53,16 @@ class SiteClient:
         asked = offer.config({"model": settings.model, "data": settings.data, "device": settings.device})
         task = offer.load_task() if asked.problem == CLASSIFICATION else None
         settings.check_settings(asked, task.name if task else asked.problem)
+        if task is not None:
+            settings.check_task(task, built_in=not offer.task_text)
         self.number = settings.client
         self.config = resolve_machine(asked)
         self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)
         settings.check_mask(self.mask, self._problem.model)
+        if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
+            settings.check_live_entries(self.mask, self._problem.model, _public_outputs(self._problem))
         self._model = MaskedModel(self._problem.model, self.mask)
         self.theta_0 = self._model.read()
         if path.digest(self.theta_0) != offer.theta:
@@ -56,23 +71,28 @@ class SiteClient:
             )
         self.rules = rules(self.config)
         self.directions = directions(self.config, len(self.mask), self.theta_0.device)
-        rows = self._read_rows(settings, "train")
-        self.rows = ClientRows(self.number, np.arange(len(rows)), self.config.batch_size, self.config.seed)
-        examples = self._problem.prepare(rows)
-        self.rows_digest = bytes.fromhex(self._problem.digest(examples))
+        private = self.config.dp == "example"
+        examples = self._examples(settings.data, "train", private)
+        self.rows = ClientRows(self.number, np.arange(len(examples)), self.config.batch_size, self.config.seed)
+        self._is_fit = np.array([example is not None for example in examples])
+        fit = [example for example in examples if example is not None]
+        self.rows_digest = hashlib.sha256(self._is_fit.tobytes() + self._problem.digest(fit).encode()).digest()
         """SHA-256 of the rows as the model sees them; it stays on the site."""
-        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        self._losses_of = client_losses(self._problem, examples, each_row=private)
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None
         if self.evaluates:
-            examples = self._problem.prepare(self._read_rows(settings, "validation"))
-            self._validation = self._problem.batch(examples, "evaluation")
+            self._validation = self._problem.batch(self._examples(settings.data, "validation"), "evaluation")
 
-    def _read_rows(self, settings: SiteConfig, split: Split) -> list[Row]:
-        with details_in_own_log(f"the site's {split} rows are not fit for task '{self._problem.name}'"):
-            if not (settings.data and Path(settings.data).is_dir()):
-                raise MeerkatError(f"data '{settings.data}': no such folder; a site's rows are its own, not the hub's")
-            return self._problem.rows(split)
+    def _examples(self, data: str, split: Split, private: bool = False) -> list[Any]:
+        """The site's rows as the model sees them; with `private`, None for one that is unfit.
+
+        Whatever is wrong with rows, the coordinator hears the same words.
+        """
+        with details_in_own_log("the site's rows are not fit for the run", Exception):
+            if not (data and Path(data).is_dir()):
+                raise MeerkatError(f"data '{data}': no such folder; a site's rows are its own, not the hub's")
+            return prepare_alone(self._problem) if private else self._problem.prepare(self._problem.rows(split))
 
     def steps(self, replica: Replica, plan: RoundPlan, pointer: int, private: Mechanism | None) -> np.ndarray:
         """A plan's steps from a replica's theta: scalars, float32 [T_k, P].
@@ -101,7 +121,8 @@ class SiteClient:
     def _batch_losses(self, pointer: int, private: Mechanism | None) -> Callable[[int], Loss]:
         def batch_loss(step: int) -> Loss:
             if private:
-                return self._losses_of([private.sample(self.rows.rows)])
+                sampled = private.sample(self.rows.rows)
+                return self._losses_of([sampled[self._is_fit[sampled]]])
             losses = self._losses_of([self.rows.batch(pointer + step)])
             return lambda: losses()[0]
 
@@ -113,3 +134,13 @@ class SiteClient:
             self._model.write_(replica.theta)
         evaluation, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
         return score, evaluation.scores[score], evaluation.rows
+
+
+def _public_outputs(problem: Problem) -> Callable[[], Tensor] | None:
+    """What a problem's model gives at its present weights on inputs that anyone may know; None where there are none."""
+    if isinstance(problem, Classification):
+        return causal_lm.public_logits(problem.model)
+    if (public := problem.public()) is None:
+        return None
+    examples = list(islice(public.examples, _PUBLIC_EXAMPLES))
+    return lambda: torch.stack([public.loss(example) for example in examples])

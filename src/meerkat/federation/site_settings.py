@@ -5,24 +5,26 @@ data is read, in one line that both sides see.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from meerkat import extensions
-from meerkat.errors import MeerkatError, RunFailed
+from meerkat import demo, extensions
+from meerkat.algorithm.live_entries import count_live
+from meerkat.errors import MeerkatError, RunFailed, in_short
 from meerkat.federation.address import host_and_port
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Relation
+from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
 from meerkat.settings.auto import number
-from meerkat.settings.config import EMBEDDED, RunConfig, read_toml
+from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import Settings, existing_path, validate
 
 
@@ -34,10 +36,16 @@ class Accepts(Settings):
     """The limits of the runs that a site takes part in: table [accepts] of its site.toml."""
 
     extensions: tuple[str, ...] = Field((), description="extensions that a run may use: modules, or .py files")
-    task: str = Field("", description="the only task accepted, by name; empty for any")
+    task: str = Field("", description="the only task: a built-in's name, a file of the site's own, or another's name")
+    task_digest: str = Field(
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the only task's template and labels, as doctor prints it; with an epsilon, a task "
+        "that is not built in needs this, or the site's own file of it",
+    )
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
     mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
-    mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move; fewer reveal more of the rows")
+    mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move and matter: fewer reveal more")
     embeddings: bool = Field(False, description="whether embeddings may move: they reveal which tokens a site has")
     eps_minimum: float = Field(1e-6, gt=0, description="smallest perturbation size")
     eps_maximum: float = Field(1e-1, gt=0, description="largest perturbation size")
@@ -88,8 +96,10 @@ class SiteConfig(Settings):
         names = ("data", "model", "certificate_authority", "signing_key", "signing_key_before")
         paths = {name: _local_path(path, getattr(config, name)) for name in names}
         ledger = str((path.parent / (config.ledger or f"{path.stem}.ledger")).resolve())  # may not exist yet
-        extensions = tuple(_local_path(path, name) for name in config.accepts.extensions)
-        accepts = config.accepts.model_copy(update={"extensions": extensions})
+        accepts = config.accepts
+        extensions = tuple(_local_path(path, name) for name in accepts.extensions)
+        task = existing_path(path, accepts.task) if accepts.task.endswith(".toml") else accepts.task
+        accepts = accepts.model_copy(update={"extensions": extensions, "task": task})
         return config.model_copy(update={**paths, "ledger": ledger, "accepts": accepts})
 
     def signing_keys(self) -> tuple[SigningKey | None, SigningKey | None]:
@@ -113,7 +123,8 @@ class SiteConfig(Settings):
             known, named = extensions.BUILT_IN[kind], getattr(run, name)
             known |= extensions.defined_by(accepts.extensions, kind)
             _require(name, named, ", ".join(sorted(known)), named in known)
-        _require("task", task, accepts.task, accepts.task in ("", task))
+        by_words = accepts.task.endswith(".toml") and run.problem == CLASSIFICATION  # see `check_task`
+        _require("task", task, accepts.task, by_words or accepts.task in ("", task))
         for name, asked, least, most in (
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
             ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
@@ -126,6 +137,32 @@ class SiteConfig(Settings):
         budget = "dp example only, as it has a budget of epsilon"
         _require("dp", f"dp {run.dp}", budget, private or not accepts.epsilon)
 
+    def check_task(self, task: Task, built_in: bool) -> None:
+        """Raise Refused unless the site agrees to how a task shows its rows to the model.
+
+        Args:
+            built_in: whether the task came with the site's own meerkat, and not with the offer.
+        """
+        accepts, digest = self.accepts, task.digest()
+        with details_in_own_log("the site's own task file cannot be used"):
+            own = self.known_task()
+        only = accepts.task_digest or (own.digest() if own else "")
+        _require("task_digest", digest, only, only in ("", digest))
+        agreed = bool(only) or built_in or not accepts.epsilon
+        named = "with an epsilon only built-in ones, and the one that task_digest or a task file names"
+        _require("task_digest", f"a task of its own, of digest {digest}", named, agreed)
+
+    def known_task(self) -> Task | None:
+        """The only task accepted, where the site has its text: a built-in one, or a file of its own.
+
+        Raises:
+            MeerkatError: the file cannot be read, or is no task's.
+        """
+        name = self.accepts.task
+        if name in demo.TASKS:
+            return demo.load_task(name)
+        return load_task(name) if name in TASKS or name.endswith(".toml") else None
+
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
         """Raise Refused unless the site agrees to what would move in its model."""
         accepts, count = self.accepts, len(mask)
@@ -135,6 +172,19 @@ class SiteConfig(Settings):
         embeddings = sorted(mask.entries.keys() - eligible_parameters(model, ["embeddings"]))
         if embeddings and not accepts.embeddings:
             _require("embeddings", f"entries of '{embeddings[0]}' to move", "no embeddings in the mask", False)
+
+    def check_live_entries(self, mask: SparseMask, model: nn.Module, outputs: Callable[[], Tensor] | None) -> None:
+        """Raise Refused unless so many entries as the site demands move the outputs on public inputs.
+
+        Args:
+            outputs: at the model's present weights; None where nothing is public, and entries are taken as they are.
+        """
+        least = self.accepts.mask_minimum
+        if outputs is None:
+            say("note: mask_minimum counts entries whether they move a loss or not: the problem has no public inputs")
+        elif (live := count_live(model, mask, outputs, least)) < least:
+            found = f"{len(mask):,} parameters to move, of which {live} were seen to change what the model says"
+            _require("mask_minimum", found, f"at least {least} that do", False)
 
 
 def _local_path(file: Path, value: str) -> str:
@@ -147,11 +197,15 @@ def _require(name: str, asked: Any, allowed: Any, agreed: bool) -> None:
 
 
 @contextmanager
-def details_in_own_log(problem: str) -> Iterator[None]:
-    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`."""
+def details_in_own_log(problem: str, kinds: type[Exception] = MeerkatError) -> Iterator[None]:
+    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`.
+
+    Args:
+        kinds: the errors that are dealt with so.
+    """
     try:
         yield
-    except MeerkatError as error:
-        say(f"meerkat: {error}")
+    except kinds as error:
+        say(f"meerkat: {error if isinstance(error, MeerkatError) else in_short(error)}")
         kind = RunFailed if isinstance(error, RunFailed) else MeerkatError
         raise kind(f"{problem}; its own log says why") from None

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from meerkat import seeds
 from meerkat.errors import Diverged, MeerkatError
 from meerkat.problems.data import read_texts
 from meerkat.problems.problem import Evaluation
@@ -29,6 +30,9 @@ TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 
 Measured on the CPU: small passes stay in its caches. See benchmarks/client_batching.py.
 """
+
+_PUBLIC_TOKENS = (2, 8)
+"""Sequences of random tokens, and tokens of each, on which it shows whether a weight matters."""
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[nn.Module, Any]:
@@ -90,6 +94,18 @@ def _is_causal(model: nn.Module) -> bool:
 def longest_input(model: nn.Module, limit: int) -> int:
     """The longest sequence, in tokens, that both the limit and the model's position table allow."""
     return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def public_logits(model: nn.Module) -> Callable[[], Tensor]:
+    """A function of the model's present weights alone: its logits on random tokens, float32 [outputs]."""
+    ids = torch.from_numpy(seeds.generator(0, "public tokens").integers(vocabulary(model), size=_PUBLIC_TOKENS))
+    ids = ids.to(next(model.parameters()).device)
+    return lambda: model(input_ids=ids, use_cache=False).logits.float().flatten()
 
 
 # --- pre-training text ----------------------------------------------------------------------------

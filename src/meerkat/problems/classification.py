@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from meerkat.errors import MeerkatError
 from meerkat.problems import causal_lm
 from meerkat.problems.causal_lm import Batch
 from meerkat.problems.data import Row, load_rows
@@ -72,8 +73,17 @@ class Classification:
         return task_rows(self.task, self.data, split)
 
     def prepare(self, rows: Sequence[Row]) -> list[Example]:
-        """Rows, tokenised."""
-        return encode(self.task, rows, self.tokenizer, causal_lm.longest_input(self.model, self.max_length))
+        """Rows, tokenised. Raises MeerkatError: the model has no embedding for a token, or see `tasks.encode`."""
+        examples = encode(self.task, rows, self.tokenizer, causal_lm.longest_input(self.model, self.max_length))
+        known = causal_lm.vocabulary(self.model)
+        for example in examples:
+            tokens = (*example.sequences, *(candidate.targets for candidate in example.candidates))
+            if (last := max(int(each.max()) for each in tokens)) >= known:
+                raise MeerkatError(
+                    f"token {last} of a row: the model has embeddings for 0 to {known - 1}; "
+                    "use the tokenizer that it was trained with"
+                )
+        return examples
 
     def batch(self, examples: Sequence[Example], purpose: Purpose = "steps", /) -> Batch:
         """Examples in padded passes."""

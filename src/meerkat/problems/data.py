@@ -56,19 +56,23 @@ def _read_jsonl(file: Path) -> list[Row]:
     except UnicodeDecodeError:
         raise MeerkatError(f"data '{file}': not UTF-8 text") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number too long for Python
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else in_short(error)
-            raise MeerkatError(f"data '{file}', line {number}: not JSON ({reason})") from None
-        if not isinstance(row, dict):
-            raise MeerkatError(f"data '{file}', line {number}: must be a JSON object, not {type(row).__name__}")
-        rows.append(row)
+        if line.strip():
+            rows.append(parse_row(line, f"data '{file}', line {number}"))
     if not rows:
         raise MeerkatError(f"data '{file}': the file has no rows; give one JSON object a line")
     return rows
+
+
+def parse_row(line: str, where: str) -> Row:
+    """The row on one line of JSON lines; `where` stands in the message. Raises MeerkatError: it is no JSON object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number too long for Python
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else in_short(error)
+        raise MeerkatError(f"{where}: not JSON ({reason})") from None
+    if not isinstance(row, dict):
+        raise MeerkatError(f"{where}: must be a JSON object, not {type(row).__name__}")
+    return row
 
 
 def read_texts(source: str) -> Iterator[str]:

@@ -4,6 +4,8 @@ A task is a template that ends in `{label}`, and a label string for each class. 
 string; a label may be several tokens.
 """
 
+import hashlib
+import json
 import string
 import tomllib
 from collections.abc import Callable, Sequence
@@ -39,6 +41,10 @@ class Task:
     def prompt(self, row: Row) -> str:
         """Everything before the label."""
         return self.template.removesuffix("{label}").format_map(dict(self.prepare(row)))
+
+    def digest(self) -> str:
+        """SHA-256 of template and label strings, hexadecimal: equal for tasks that show a row in the same words."""
+        return hashlib.sha256(json.dumps([self.template, *self.labels]).encode()).hexdigest()
 
 
 def _boolq(row: Row) -> Row:

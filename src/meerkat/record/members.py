@@ -116,6 +116,8 @@ class Members:
         """The public key of each client that signs."""
         self._joining_digests: dict[int, bytes] = {}
         self._owners: dict[bytes, int] = {}
+        self._predecessors: dict[str, str] = {}
+        """Fingerprint of each key that another handed over to -> the fingerprint of that other."""
 
     def check(self, member: Member) -> None:
         """Raise BadSignature, with the key and the reason, unless a site may join."""
@@ -152,10 +154,21 @@ class Members:
         previous = self.keys.get(member.client)
         return previous is not None and previous.hex() != member.key and fingerprint(previous) not in self.revoked
 
+    def lineage(self, member: Member) -> list[str]:
+        """The fingerprints of a member's key and of those that handed over to it, one after the other, newest first."""
+        line = [fingerprint(bytes.fromhex(member.key))]
+        if self.needs_handover(member):
+            line.append(fingerprint(self.keys[member.client]))
+        while (before := self._predecessors.get(line[-1])) is not None and before not in line:
+            line.append(before)
+        return line
+
     def admit(self, member: Member) -> None:
         """Add a client. Raises BadSignature: see `check`."""
         self.check(member)
         if key := bytes.fromhex(member.key):
+            if self.needs_handover(member):
+                self._predecessors[fingerprint(key)] = fingerprint(self.keys[member.client])
             self.keys[member.client], self._owners[key] = key, member.client
             self._joining_digests[member.client] = hashlib.sha256(self._joining(member)).digest()
 

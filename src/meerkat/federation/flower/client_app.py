@@ -79,7 +79,7 @@ def _take_part(message: Message, context: Context) -> RecordDict:
 def _answer_frames(message: Message, context: Context) -> RecordDict:
     if "site" not in context.state:
         raise RunFailed("the site's state is gone; the next invitation begins anew")
-    with closing(Site(offer_in(context.state), _settings(context), str(context.node_id))) as site:
+    with closing(Site(offer_in(context.state), _settings(context), str(context.node_id), goes_on=True)) as site:
         if context.state["site"]["joined"] != site.joined:
             raise RunFailed("the site's key or rows are not those that it joined with; the next invitation begins anew")
         site.restore(context.state["site"])

@@ -1,0 +1,86 @@
+"""How many entries of a mask move a model's outputs at all, by forward passes alone.
+
+Some move none: a key's bias, in an attention layer without rotary positions, adds the same to all scores of a query,
+which softmax takes away again. A mask of many such entries and a few others is a mask of a few.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from meerkat import seeds
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.masks.sparse_mask import SparseMask
+
+_PERTURBATION = 0.3
+"""Of an entry, in root mean squares of its parameter: outputs change visibly, and nearly in proportion."""
+_OF_ZEROS = 0.02
+"""The same of a parameter that is zero throughout, as a value."""
+_DEALT = 1_000_000
+"""Entries that are dealt at all, evenly spread: of more, this many are plenty."""
+_OPPOSITE = -0.5
+"""The cosine below which two changes are opposite. By rounding alone it is near +.5: both share one term."""
+
+
+@torch.no_grad()
+def count_live(model: nn.Module, mask: SparseMask, outputs: Callable[[], Tensor], enough: int) -> int:
+    """A lower bound on the entries that move the outputs, counted up to `enough`.
+
+    Entries are dealt at random into at most 2 `enough` groups. A group is moved up and then down by the same amount: it
+    has a live entry if the outputs change in opposite directions. Where they only round differently they do not, since
+    both changes include the rounding of the outputs in between. Takes at most 4 `enough` + 1 evaluations, in float32.
+
+    Args:
+        model: its weights are the same afterwards; narrower ones are kept beside a float32 copy meanwhile.
+        outputs: what depends on the model's present weights, [outputs]: a few dozen numbers at least.
+    """
+    with _in_float32(model):
+        return _count_live(MaskedModel(model, mask), outputs, enough)
+
+
+def _count_live(model: MaskedModel, outputs: Callable[[], Tensor], enough: int) -> int:
+    theta, count = model.read(), len(model.mask)
+    dealt = min(count, _DEALT)
+    order = torch.from_numpy(seeds.permutation(dealt, 0, "live entries") * (count // dealt)).to(theta.device)
+    amounts = _perturbations(model).to(theta.device)
+    before, live = outputs().double(), 0
+    try:
+        for group in order.tensor_split(min(count, 2 * enough)):
+            step = torch.zeros_like(theta)
+            step[group] = amounts[group] / len(group) ** 0.5
+            model.write_(theta + step)
+            up = outputs().double() - before
+            model.write_(theta - step)
+            down = outputs().double() - before
+            live += bool(torch.cosine_similarity(up, down, dim=0) < _OPPOSITE)
+            if live == enough:
+                break
+    finally:
+        model.write_(theta)
+    return live
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """A model whose weights are float32 for as long as the context lasts, and then what they were."""
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in weights:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+
+
+def _perturbations(model: MaskedModel) -> Tensor:
+    """How far each entry is moved, every other one the other way: float32 [n], on the CPU."""
+    sizes = []
+    for parameter, (_, count) in zip(model.parameters(), model.mask.counts(), strict=True):
+        scale = float(torch.linalg.vector_norm(parameter, dtype=torch.float32)) / parameter.numel() ** 0.5
+        sizes.append(torch.full((count,), _PERTURBATION * scale or _OF_ZEROS))
+    amounts = torch.cat(sizes)
+    amounts[1::2] *= -1
+    return amounts
