@@ -119,7 +119,7 @@ def embedded() -> Ground:
     mask = make_mask(config, problem)
     rows = problem.rows("train")[:ROWS]
     rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(problem.labels)}
-    losses_of = client_losses(problem, problem.prepare(rows), each_row=True)
+    losses_of = client_losses(problem, problem.prepare(rows), "example")
     z = Directions(run_key(SEED), len(mask))
     return Ground(MaskedModel(problem.model, mask), z, losses_of, default_lr("meerkat", len(mask)), config.eps)
 

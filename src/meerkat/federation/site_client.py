@@ -59,7 +59,7 @@ class SiteClient:
         rows = self._read_rows(settings, "train")
         self.rows = ClientRows(self.number, np.arange(len(rows)), self.config.batch_size, self.config.seed)
         examples = self._problem.prepare(rows)
-        self._losses_of = client_losses(self._problem, examples, each_row=self.config.dp == "example")
+        self._losses_of = client_losses(self._problem, examples, self.config.dp)
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None
         if self.evaluates:
