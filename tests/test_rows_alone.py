@@ -87,7 +87,7 @@ def answered_by_a_site(
     """The slopes behind the reply of a site that has these rows, float64 [rows, P]."""
     write_rows(to / "rows", rows)
     own = {"data": str(to / "rows"), "model": EMBEDDED, "ledger": str(to / "ledger")}
-    site = setting.site(0, **own, accepts={"epsilon": 1.0, "eps_minimum": EPS})
+    site = setting.site(0, **own, accepts={"epsilon": 1.0, "eps_minimum": EPS, "dp_clip_minimum": CLIP})
     try:
         asked = Work(lr=0.0, steps=1, pointer=0).encode()
         answer = site.answer(frame(Kind.WORK, 0, ServerState(Replica(0, setting.theta_0)), asked))
