@@ -38,7 +38,23 @@ from meerkat.run.local_engine import LocalEngine
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import privacy_audit
-from privacy_audit import DELTA, ROWS, Case, Ground, cases, evidence, lower_bound, promised, scores
+from privacy_audit import (
+    BUDGET,
+    DELTA,
+    ROWS,
+    Case,
+    Ground,
+    Searched,
+    attack_on_sharing,
+    cases,
+    chosen,
+    evidence,
+    lower_bound,
+    promised,
+    scores,
+    search,
+    summed_up,
+)
 
 RARE = 1e-8
 CLIP, TRIALS = 0.05, 600
@@ -222,17 +238,44 @@ def test_a_broken_mechanism_is_caught(case: Case) -> None:
     assert lower_bound(*scores(small(), case, TRIALS), DELTA) > 1.1 * promised()
 
 
+@pytest.fixture(scope="module")
+def searched() -> Searched:
+    return Searched(text_sequences=4)
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_no_setting_leaks_more_than_promised_of_the_mechanism_as_it_is(searched: Searched) -> None:
+    found = summed_up(search(searched, chosen(40)[::6], 200))
+    assert found["exceeding"] == 0
+    assert found["others_moved"] == 0
+    assert 0.5 < found["movement"]["add-or-remove"] <= 1 + 1e-12
+    assert 1 < found["movement"]["replace"] <= 2 + 1e-12
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_rows_that_share_a_pass_are_caught(searched: Searched) -> None:
+    found = attack_on_sharing(searched, 5, 8_000)
+    assert found.movement > 1.5
+    assert found.others > 0
+    assert found.measured > 1.1 * BUDGET
+
+
+def test_at_least_fifty_settings_are_searched_and_none_twice() -> None:
+    assert len({*chosen(72)}) == 72
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("repeatable")
 def test_the_audit_of_the_embedded_model_gives_its_headline(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["privacy_audit.py", "--json", "--trials", "4000"])
+    monkeypatch.setattr(sys, "argv", ["privacy_audit.py", "--json", "--trials", "4000", "--settings", "50"])
     privacy_audit.main()
     found = json.loads(capsys.readouterr().out)
     assert found["name"] == "privacy_audit"
     assert 0 < found["ratio"] < 1
     assert found["measured_on"]
+    assert (found["search"]["settings"], found["search"]["exceeding"], found["search"]["others_moved"]) == (50, 0, 0)
     for name, measured in found["measured"].items():
         assert (measured > found["promised"]) == name.startswith("broken"), name
 
