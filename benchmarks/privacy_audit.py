@@ -284,7 +284,7 @@ QUIET = 1e-6, 1e-4
 
 
 def chosen(count: int) -> list[Setting]:
-    """The corners of what a site accepts by default, the quietest setting below it, then anything in between."""
+    """The quietest settings that a site accepts by default, a quieter one below, then any that it accepts."""
     limits, rng = Accepts.model_validate({}), seeds.generator(SEED, "search")
     eps, clip = (limits.eps_minimum, limits.eps_maximum), (limits.dp_clip_minimum, limits.dp_clip_maximum)
     corners = itertools.product(MASKS, NEIGHBOURS, (QUIET, (eps[0], clip[0]), (eps[0], 1.0)))
