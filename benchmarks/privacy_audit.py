@@ -440,7 +440,7 @@ def main() -> None:
     measured = {case.name: lower_bound(*scores(ground, case, arguments.trials), DELTA) for case in cases()}
     searched, settings = Searched(), chosen(arguments.settings)
     found = summed_up(search(searched, settings, arguments.trials // 2))
-    broken = attack_on_sharing(searched, arguments.settings // 3, 4 * arguments.trials)
+    broken = attack_on_sharing(searched, arguments.settings, arguments.trials)
     measured["broken: rows share a pass"] = broken.measured
     result = {
         "name": "privacy_audit",

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Mechanism, clipped
-from meerkat.run.local_engine import LocalEngine
+from meerkat.problems.problem import Problem
+from meerkat.run.local_engine import LocalEngine, LossesOf
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import privacy_audit
@@ -45,9 +47,10 @@ from privacy_audit import (
     Case,
     Ground,
     Searched,
-    attack_on_sharing,
+    alone,
     cases,
     chosen,
+    compare,
     evidence,
     lower_bound,
     promised,
@@ -252,10 +255,22 @@ def test_no_setting_leaks_more_than_promised_of_the_mechanism_as_it_is(searched:
     assert 1 < found["movement"]["replace"] <= 2 + 1e-12
 
 
+def coupled(problem: Problem, examples: Sequence[Any]) -> LossesOf:
+    """Rows whose losses depend on how many there are: what rounding does on some machine, made to happen on all."""
+    losses_of = alone(problem, examples)
+    weight = dict(problem.model.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+
+    def of(rows: Sequence[np.ndarray]) -> Loss:
+        losses, odd = losses_of(rows), len(examples) % 2
+        return lambda: losses() + odd * weight[0, 0].double()
+
+    return of
+
+
 @pytest.mark.usefixtures("repeatable")
-def test_rows_that_share_a_pass_are_caught(searched: Searched) -> None:
-    found = attack_on_sharing(searched, 5, 8_000)
-    assert found.movement > 1.5
+def test_rows_that_depend_on_each_other_are_caught(searched: Searched) -> None:
+    found = compare(searched, chosen(1)[0], coupled, 500, 0.95)
+    assert found.movement > 10
     assert found.others > 0
     assert found.measured > 1.1 * BUDGET
 
