@@ -263,7 +263,7 @@ def bins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 HARDEST = [
     # target, delta, q, sigma, relation
-    (190.0, 1e-5, 0.5, 30.0, "add-or-remove"),  # the audit's: 8,400,000 bins, 51 compositions
+    (190.0, 1e-5, 0.5, 30.0, "add-or-remove"),  # once 130,440,935 bins in all
     (50.0, 1e-5, 0.01, 0.6, "add-or-remove"),
     (50.0, 1e-5, 1e-4, 0.25, "add-or-remove"),
     # the hardest of random searches over everything that an offer can hold
