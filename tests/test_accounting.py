@@ -209,7 +209,9 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     assert steps_within(8.0, DELTA, 0.5, 0.0, "add-or-remove", 100) == 0
 
 
-@pytest.mark.parametrize("charge", [Charge(1.0, 1e-9, 1), Charge(0.5, 0.01, 1000), Charge(1.0, 0.3, 10**6)])
+@pytest.mark.parametrize(
+    "charge", [Charge(1.0, 1e-9, 1), Charge(0.1, 1e-200, 1), Charge(0.5, 0.01, 1000), Charge(1.0, 0.3, 10**6)]
+)
 def test_hardly_any_noise_is_found_hopeless_at_once(charge: Charge) -> None:
     """Whoever chooses a run's noise must not be able to fill a site's memory with it."""
     began = time.process_time()

@@ -17,6 +17,8 @@ from meerkat.privacy.mechanism import WEAK, Relation
 
 LARGEST_NOISE = 1e4
 """The largest noise multiplier that is tried."""
+_LEAST_NOISE = 1e-3
+"""Less noise than this counts as none."""
 LARGEST_EPSILON = WEAK
 """The largest budget that is counted."""
 SMALLEST_DELTA = 1e-12
@@ -61,7 +63,7 @@ def epsilon(charges: Sequence[Charge], delta: float, relation: Relation) -> floa
 def _epsilon(charges: tuple[Charge, ...], delta: float, relation: Relation) -> float:
     if not charges:
         return 0.0
-    if any(charge.noise_multiplier == 0 for charge in charges) or sum(c.steps for c in charges) > LONGEST:
+    if any(charge.noise_multiplier < _LEAST_NOISE for charge in charges) or sum(c.steps for c in charges) > LONGEST:
         return math.inf
     *earlier, last = charges
     before, coarse = tuple(earlier), _by_renyi((last,), delta)
