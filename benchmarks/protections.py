@@ -4,6 +4,9 @@
 
 A step is two forward passes and all around them, as in step_cost.py. Beside it, in turn in this process, the work that
 a protection adds for one client and step, on the site and on the server together; a figure is the median of the ratios.
+
+Under example-level privacy each row goes through the model alone: a whole step so, over one whose rows go together, is
+a ratio of its own, on this model and on the embedded one.
 """
 
 import functools
@@ -11,26 +14,33 @@ import json
 import secrets
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from step_cost import EPS, LENGTH, LR, ROWS, asked, batch_loss, llama, local_step, seconds
+from transformers import LlamaForCausalLM
 
+from meerkat.algorithm.client import local_steps
+from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.replies import Scalars, check_reply
 from meerkat.algorithm.robust import Aggregation
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import aggregate
-from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.federation.ledger import Ledger
 from meerkat.federation.run_ledger import RunLedger
 from meerkat.federation.site_settings import Accepts
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy.mechanism import Mechanism
+from meerkat.problems.classification import Classification
+from meerkat.problems.problem import Problem, client_losses
+from meerkat.problems.tasks import Candidate, Example
 from meerkat.record.members import Member, Members
 from meerkat.record.signatures import RunIdentity, Signer, SigningKey
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 CLIENTS = 10
@@ -61,6 +71,7 @@ def main() -> None:
         "share_percent": round(100 * sum(shares[name] for name in together), 3),
         "shares_percent": {name: round(100 * share, 4) for name, share in shares.items()},
         "together": together,
+        "private_step_ratio": private_steps(model, arguments.repeats),
         "measured_on": f"random Llama, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(masked.mask):,} moving, batch {ROWS} x {LENGTH}, {CLIENTS} clients, {torch.get_num_threads()} threads, "
         f"{arguments.repeats} repeats",
@@ -71,7 +82,47 @@ def main() -> None:
     for name, share in shares.items():
         print(f"{name.replace('_', ' '):24} {100 * share:.4f} % of a step")
     print(f"{' + '.join(together).replace('_', ' ')}: {result['share_percent']} %")
+    for name, ratio in result["private_step_ratio"].items():
+        print(f"a step under example-level privacy, {name}: {ratio} times one without")
     print(result["measured_on"])
+
+
+def private_steps(model: LlamaForCausalLM, repeats: int) -> dict[str, float]:
+    """The ratio on the random model, whose rows are as long as the step's, and on the embedded one."""
+    rng = np.random.default_rng(0)
+    candidates = tuple(Candidate(0, LENGTH - 1, np.array([token])) for token in (1, 2))
+    drawn = rng.integers(0, model.config.vocab_size, (ROWS_HELD, LENGTH))
+    embedded = open_problem(resolve(make_config({"device": "cpu"})))
+    return {
+        "random Llama": private_step(
+            Classification(model), [Example((tokens,), candidates, 0) for tokens in drawn], repeats
+        ),
+        "embedded model": private_step(embedded, embedded.prepare(embedded.rows("train")), repeats),
+    }
+
+
+def private_step(problem: Problem, examples: Sequence[Example], repeats: int) -> float:
+    """A client's step under example-level privacy, each row a pass, over one without, on the same rows in turn."""
+    masked = MaskedModel(problem.model, random_mask(problem.model, 1e-3))
+    directions, theta, mechanism = Directions(1, len(masked.mask)), masked.read(), Mechanism(1.0, 1.0, float(ROWS))
+    together, alone = client_losses(problem, examples), client_losses(problem, examples, "example")
+    rng = np.random.default_rng(0)
+
+    def step(number: int, loss: Callable[[int], Loss], private: Mechanism | None = None) -> None:
+        plan = RoundPlan(number, LR, EPS, 1, {0: 1})
+        local_steps(masked, theta, plan, 0, loss, directions, private=private)
+
+    ratios = []
+    for number in range(repeats + 1):
+        rows = [rng.permutation(len(examples))[:ROWS]]
+        plain = seconds(lambda: step(number, lambda _: mean_of(together(rows))))  # noqa: B023
+        ratios.append(seconds(lambda: step(number, lambda _: alone(rows), mechanism)) / plain)  # noqa: B023
+    return round(statistics.median(ratios[1:]), 2)  # the first one warms up
+
+
+def mean_of(losses: Loss) -> Loss:
+    """The one client's mean."""
+    return lambda: losses()[0]
 
 
 def on_the_server() -> dict[str, Callable[[], object]]:

@@ -199,7 +199,7 @@ def test_charges_add_up_in_any_order_and_of_any_sizes() -> None:
     one, other = Charge(0.1, 1.0, 30), Charge(0.5, 3.0, 7)
     whole = epsilon([one, other], DELTA, "add-or-remove")
     pieces = [Charge(0.5, 3.0, 7), *[Charge(0.1, 1.0, 1)] * 30, Charge(0.3, 1.0, 0)]
-    assert epsilon(pieces, DELTA, "add-or-remove") == whole
+    assert epsilon(pieces, DELTA, "add-or-remove") == pytest.approx(whole, rel=1e-12)
     assert max(epsilon([each], DELTA, "add-or-remove") for each in (one, other)) < whole
 
 
@@ -209,7 +209,9 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     assert steps_within(8.0, DELTA, 0.5, 0.0, "add-or-remove", 100) == 0
 
 
-@pytest.mark.parametrize("charge", [Charge(1.0, 1e-9, 1), Charge(0.5, 0.01, 1000), Charge(1.0, 0.3, 10**6)])
+@pytest.mark.parametrize(
+    "charge", [Charge(1.0, 1e-9, 1), Charge(0.1, 1e-200, 1), Charge(0.5, 0.01, 1000), Charge(1.0, 0.3, 10**6)]
+)
 def test_hardly_any_noise_is_found_hopeless_at_once(charge: Charge) -> None:
     """Whoever chooses a run's noise must not be able to fill a site's memory with it."""
     began = time.process_time()
@@ -239,3 +241,54 @@ def test_an_epsilon_grows_with_the_steps_and_a_count_goes_on_where_it_stopped() 
 
 def test_more_steps_than_are_counted_count_as_without_noise() -> None:
     assert epsilon([Charge(1.0, 5_000.0, 10_000_000)], 1e-5, "add-or-remove") == math.inf
+
+
+# --- what a coordinator's numbers can keep a site busy with ---
+
+
+@pytest.fixture
+def bins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bins each composition of a mechanism with itself has, which is what its time and memory follow."""
+    common = pytest.importorskip("dp_accounting.pld.common")
+    seen: list[int] = []
+    convolve = common.self_convolve
+
+    def counting(probabilities: np.ndarray, times: int, *rest: float) -> tuple[int, np.ndarray]:
+        start, composed = convolve(probabilities, times, *rest)
+        seen.append(len(probabilities) + len(composed))
+        return start, composed
+
+    monkeypatch.setattr(common, "self_convolve", counting)
+    accounting._epsilon.cache_clear()
+    return seen
+
+
+HARDEST = [
+    # target, delta, q, sigma, relation
+    (190.0, 1e-5, 0.5, 30.0, "add-or-remove"),  # once 130,440,935 bins in all
+    (50.0, 1e-5, 0.01, 0.6, "add-or-remove"),
+    (50.0, 1e-5, 1e-4, 0.25, "add-or-remove"),
+    # the hardest of random searches over everything that an offer can hold
+    (20.0, 1.6e-11, 0.195, 61.6, "add-or-remove"),
+    (32.6, 7e-11, 0.0104, 5.32, "replace"),
+    (6.94, 5.8e-11, 0.352, 143.6, "replace"),
+    (8.9, 2.8e-9, 6.6e-6, 0.124, "add-or-remove"),
+]
+
+
+@pytest.mark.parametrize(("target", "delta", "q", "sigma", "relation"), HARDEST)
+def test_counting_how_long_a_budget_lasts_is_bounded_work(
+    bins: list[int], target: float, delta: float, q: float, sigma: float, relation: Relation
+) -> None:
+    steps_within(target, delta, q, sigma, relation, 1_000_000)
+    print(f"{len(bins)} compositions, {max(bins, default=0):,} bins in the largest, {sum(bins):,} in all")
+    assert len(bins) <= 70
+    assert max(bins, default=0) <= 2_500_000
+    assert sum(bins) <= 20_000_000
+
+
+def test_what_was_spent_on_many_mechanisms_is_composed_once(bins: list[int]) -> None:
+    spent = [Charge(0.1, 20 + n / 10, 1) for n in range(30)]
+    assert 100 < steps_within(2.0, DELTA, 0.1, 5.0, "add-or-remove", 100_000, spent) < 100_000
+    print(f"{len(bins)} compositions of 30 mechanisms and one more")
+    assert len(bins) <= 2 * (30 + 40)

@@ -150,6 +150,40 @@ def test_a_bound_is_itself_accepted(bounds: dict[str, Any], run: dict[str, Any])
     site(**bounds).check_settings(asked(**run), "sst2")
 
 
+PRIVATE: dict[str, Any] = {"dp": "example", "dp_noise_multiplier": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "run", "said"),
+    [
+        ({}, {"eps": 1e-6}, "eps: the run asks for 1e-06, the site accepts at least 0.0001"),
+        ({}, {"dp_clip": 1e-4}, "dp_clip: the run asks for 0.0001, the site accepts at least 0.001"),
+        ({}, {"dp_clip": 1e4}, "dp_clip: the run asks for 10000.0, the site accepts at most 1000.0"),
+        ({"dp_clip_minimum": 2.0}, {}, "dp_clip: the run asks for 1.0, the site accepts at least 2.0"),
+        ({"dp_clip_maximum": 0.5}, {}, "dp_clip: the run asks for 1.0, the site accepts at most 0.5"),
+        ({}, {"dp_delta": 1e-4}, "dp_delta: the run asks for 0.0001, the site accepts at most 1e-05"),
+        ({"delta": 1e-7}, {}, "dp_delta: the run asks for 1e-05, the site accepts at most 1e-07"),
+        ({}, {"dp_epsilon": 190.0}, "dp_epsilon 190: at most 20 can be accounted for; lower it"),
+        ({}, {"dp_delta": 1e-300}, "dp_delta 1e-300: at least 1e-12 can be accounted for; raise it"),
+        ({}, {"dp_noise_multiplier": 1e9}, "dp_noise_multiplier 1e+09: at most 10,000 can be accounted for; lower it"),
+        (
+            {},
+            {"rounds": 100_000, "local_steps": 1_000},
+            "noisy steps 1e+08: at most 1e+06 can be accounted for; lower it",
+        ),
+    ],
+)
+def test_what_a_private_run_may_ask_is_bounded_before_a_row_is_read(
+    bounds: dict[str, Any], run: dict[str, Any], said: str
+) -> None:
+    own = site(**bounds).model_copy(update={"ledger": "ledger"})
+    with pytest.raises(Refused) as told:
+        own.check_settings(asked(**{**PRIVATE, **run}), "sst2")
+    assert str(told.value).startswith(said)
+    own = site().model_copy(update={"ledger": "ledger"})
+    own.check_settings(asked(**PRIVATE), "sst2")
+
+
 def embedding_mask(model: Any) -> SparseMask:
     name = "model.embed_tokens.weight"
     shapes = {name: tuple(dict(model.named_parameters())[name].shape)}

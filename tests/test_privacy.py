@@ -211,7 +211,7 @@ def test_a_row_whose_losses_are_not_numbers_counts_as_zero() -> None:
     model = torch.nn.Linear(1, 1)
     rows = Tensors(torch.ones(5, 1), losses)
     problem = ModuleProblem(model, lambda _, targets: targets, rows, rows)
-    losses_of = client_losses(problem, problem.prepare(problem.rows("train")), each_row=True)
+    losses_of = client_losses(problem, problem.prepare(problem.rows("train")), "example")
     assert losses_of([np.arange(2), np.arange(2, 5)])().tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
     assert losses_of([np.arange(0), np.arange(0)])().shape == (0,)
 

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +35,29 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.masks.baselines import random_mask
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.privacy.mechanism import Mechanism, clipped
-from meerkat.run.local_engine import LocalEngine
+from meerkat.problems.problem import Problem
+from meerkat.run.local_engine import LocalEngine, LossesOf
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import privacy_audit
-from privacy_audit import DELTA, ROWS, Case, Ground, cases, evidence, lower_bound, promised, scores
+from privacy_audit import (
+    BUDGET,
+    DELTA,
+    ROWS,
+    Case,
+    Ground,
+    Searched,
+    alone,
+    cases,
+    chosen,
+    compare,
+    evidence,
+    lower_bound,
+    promised,
+    scores,
+    search,
+    summed_up,
+)
 
 RARE = 1e-8
 CLIP, TRIALS = 0.05, 600
@@ -222,17 +241,56 @@ def test_a_broken_mechanism_is_caught(case: Case) -> None:
     assert lower_bound(*scores(small(), case, TRIALS), DELTA) > 1.1 * promised()
 
 
+@pytest.fixture(scope="module")
+def searched() -> Searched:
+    return Searched(text_sequences=4)
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_no_setting_leaks_more_than_promised_of_the_mechanism_as_it_is(searched: Searched) -> None:
+    found = summed_up(search(searched, chosen(40)[::6], 200))
+    assert found["exceeding"] == 0
+    assert found["others_moved"] == 0
+    assert 0.5 < found["movement"]["add-or-remove"] <= 1 + 1e-12
+    assert 1 < found["movement"]["replace"] <= 2 + 1e-12
+
+
+def coupled(problem: Problem, examples: Sequence[Any]) -> LossesOf:
+    """Rows whose losses depend on how many there are: what rounding does on some machine, made to happen on all."""
+    losses_of = alone(problem, examples)
+    weight = dict(problem.model.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+
+    def of(rows: Sequence[np.ndarray]) -> Loss:
+        losses, odd = losses_of(rows), len(examples) % 2
+        return lambda: losses() + odd * weight[0, 0].double()
+
+    return of
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_rows_that_depend_on_each_other_are_caught(searched: Searched) -> None:
+    found = compare(searched, chosen(1)[0], coupled, 500, 0.95)
+    assert found.movement > 10
+    assert found.others > 0
+    assert found.measured > 1.1 * BUDGET
+
+
+def test_at_least_fifty_settings_are_searched_and_none_twice() -> None:
+    assert len({*chosen(72)}) == 72
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("repeatable")
 def test_the_audit_of_the_embedded_model_gives_its_headline(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["privacy_audit.py", "--json", "--trials", "4000"])
+    monkeypatch.setattr(sys, "argv", ["privacy_audit.py", "--json", "--trials", "4000", "--settings", "50"])
     privacy_audit.main()
     found = json.loads(capsys.readouterr().out)
     assert found["name"] == "privacy_audit"
     assert 0 < found["ratio"] < 1
     assert found["measured_on"]
+    assert (found["search"]["settings"], found["search"]["exceeding"], found["search"]["others_moved"]) == (50, 0, 0)
     for name, measured in found["measured"].items():
         assert (measured > found["promised"]) == name.startswith("broken"), name
 

@@ -78,7 +78,7 @@ class SiteClient:
         fit = [example for example in examples if example is not None]
         self.rows_digest = hashlib.sha256(self._is_fit.tobytes() + self._problem.digest(fit).encode()).digest()
         """SHA-256 of the rows as the model sees them; it stays on the site."""
-        self._losses_of = client_losses(self._problem, examples, each_row=private)
+        self._losses_of = client_losses(self._problem, examples, self.config.dp)
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None
         if self.evaluates:

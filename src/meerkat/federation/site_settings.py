@@ -19,10 +19,12 @@ from meerkat.errors import MeerkatError, RunFailed, in_short
 from meerkat.federation.address import host_and_port
 from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.privacy.accounting import SMALLEST_DELTA
 from meerkat.privacy.mechanism import Relation
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
+from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
 from meerkat.settings.validation import Settings, existing_path, validate
@@ -47,7 +49,7 @@ class Accepts(Settings):
     mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
     mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move and matter: fewer reveal more")
     embeddings: bool = Field(False, description="whether embeddings may move: they reveal which tokens a site has")
-    eps_minimum: float = Field(1e-6, gt=0, description="smallest perturbation size")
+    eps_minimum: float = Field(1e-4, gt=0, description="smallest perturbation size: below it, slopes are rounding")
     eps_maximum: float = Field(1e-1, gt=0, description="largest perturbation size")
     batch_minimum: int = Field(1, ge=1, description="fewest rows of a batch")
     rounds: int = Field(100_000, ge=1, description="most rounds of a run")
@@ -62,8 +64,12 @@ class Accepts(Settings):
         description="privacy budget of the site's rows over all runs in its ledger; runs must then have dp example, "
         "and the site leaves before it is exceeded; 0 for none",
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="delta of that budget")
+    delta: float = Field(
+        1e-5, ge=SMALLEST_DELTA, lt=1, description="delta of that budget, and the largest dp_delta of a run"
+    )
     relation: Relation = Field("add-or-remove", description="which data sets are neighbours, as in a run's dp_relation")
+    dp_clip_minimum: float = Field(1e-3, gt=0, description="smallest dp_clip of a run with dp example")
+    dp_clip_maximum: float = Field(1e3, gt=0, description="largest dp_clip of a run with dp example")
 
 
 class SiteConfig(Settings):
@@ -125,17 +131,23 @@ class SiteConfig(Settings):
             _require(name, named, ", ".join(sorted(known)), named in known)
         by_words = accepts.task.endswith(".toml") and run.problem == CLASSIFICATION  # see `check_task`
         _require("task", task, accepts.task, by_words or accepts.task in ("", task))
-        for name, asked, least, most in (
+        limits = [
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
             ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
             ("directions", run.directions, 0, accepts.directions),
             ("rounds", run.rounds, 0, accepts.rounds),
             ("local_steps", steps, 0, accepts.local_steps),
-        ):
+        ]
+        if private:
+            limits.append(("dp_clip", run.dp_clip, accepts.dp_clip_minimum, accepts.dp_clip_maximum))
+            limits.append(("dp_delta", run.dp_delta, 0, accepts.delta))
+        for name, asked, least, most in limits:
             _require(name, asked, f"at least {least}", asked >= least)
             _require(name, asked, f"at most {most}", asked <= most)
-        budget = "dp example only, as it has a budget of epsilon"
-        _require("dp", f"dp {run.dp}", budget, private or not accepts.epsilon)
+        budgeted = "dp example only, as it has a budget of epsilon"
+        _require("dp", f"dp {run.dp}", budgeted, private or not accepts.epsilon)
+        if private and (why := budget.uncountable(run)):
+            raise Refused(why)
 
     def check_task(self, task: Task, built_in: bool) -> None:
         """Raise Refused unless the site agrees to how a task shows its rows to the model.

@@ -2,29 +2,36 @@
 
 A charge is a number of steps of one mechanism. Distributions are rounded up, so an epsilon is never too low.
 docs/privacy.md says why this library, and compares its numbers with others'.
+
+Whoever chooses a run's numbers must not be able to keep a site busy with them: what would take long counts as without
+any bound, and what was spent before is composed once, however many steps are tried after it.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 from meerkat.errors import MeerkatError
-from meerkat.privacy.mechanism import Relation
+from meerkat.privacy.mechanism import WEAK, Relation
 
 LARGEST_NOISE = 1e4
 """The largest noise multiplier that is tried."""
-_WIDTHS = ((0.02, 1e-3), (0.0, 1e-4))
-"""(least q / sigma, width of the bins to which privacy losses are rounded up): coarse bins are ten times faster. The
-width depends on the mechanism alone, so that an epsilon grows with the steps."""
-_LONGEST = 1_000_000
+_LEAST_NOISE = 1e-3
+"""Less noise than this counts as none."""
+LARGEST_EPSILON = WEAK
+"""The largest budget that is counted."""
+SMALLEST_DELTA = 1e-12
+"""The smallest delta that is counted: what is cut off distributions weighs 1e-15."""
+LONGEST = 1_000_000
 """The most steps that are accounted for; more of them count as steps without noise."""
-_HOPELESS = 200.0
-"""The epsilon, by Rényi orders, above which none is computed: distributions grow with it, to gigabytes and minutes."""
+_WIDTHS = 1e-4, 1e-3
+"""Narrowest and widest bins to which privacy losses are rounded up, at a noise multiplier of 1 or more."""
+_HOPELESS = 2 * WEAK
+"""The epsilon, by Rényi orders, above which none is computed: distributions grow with it."""
 _ORDERS = (2, 3, 4, 6, 8, 16, 32, 64)
 _TOLERANCE = 1e-3
-"""`noise_for` overestimates by at most this share."""
+"""`noise_for` overestimates by at most this share, and `steps_within` underestimates, beyond a thousand steps."""
 
 
 class Charge(NamedTuple):
@@ -43,36 +50,75 @@ def epsilon(charges: Sequence[Charge], delta: float, relation: Relation) -> floa
     Raises:
         MeerkatError: dp-accounting is not installed.
     """
-    counts: Counter[tuple[float, float]] = Counter()
+    steps: dict[tuple[float, float], int] = {}
     for charge in charges:
-        if charge.steps and charge.rate:
-            counts[charge.rate, charge.noise_multiplier] += charge.steps
-    return _epsilon(tuple(Charge(*key, steps) for key, steps in sorted(counts.items())), delta, relation)
+        if charge.steps and charge.rate:  # charged last, put last: what a search varies
+            key = charge.rate, charge.noise_multiplier
+            steps[key] = steps.pop(key, 0) + charge.steps
+    merged = [Charge(*key, count) for key, count in steps.items()]
+    return _epsilon((*sorted(merged[:-1]), *merged[-1:]), delta, relation)
 
 
 @lru_cache(4096)
 def _epsilon(charges: tuple[Charge, ...], delta: float, relation: Relation) -> float:
-    if any(charge.noise_multiplier == 0 for charge in charges) or sum(c.steps for c in charges) > _LONGEST:
+    if not charges:
+        return 0.0
+    if any(charge.noise_multiplier < _LEAST_NOISE for charge in charges) or sum(c.steps for c in charges) > LONGEST:
         return math.inf
-    dp, pld, rdp = _library()
-    neighbours, events = dp.NeighboringRelation, []
+    *earlier, last = charges
+    before, coarse = tuple(earlier), _by_renyi((last,), delta)
+    if coarse + (_by_renyi(before, delta) if before else 0.0) > _HOPELESS:
+        return math.inf
+    width = min(_width(charge) for charge in charges)
+    losses = _losses(last, width, relation)
+    if before:
+        losses = _composed(before, width, relation).compose(losses)
+    return float(losses.get_epsilon_for_delta(delta))
+
+
+@lru_cache(64)
+def _by_renyi(charges: tuple[Charge, ...], delta: float) -> float:
+    """A coarse epsilon of some charges, for adding or removing one: replacing one costs more still."""
+    dp, _, rdp = _library()
+    accountant = rdp.RdpAccountant(_ORDERS)
     for charge in charges:
         step = dp.PoissonSampledDpEvent(charge.rate, dp.GaussianDpEvent(charge.noise_multiplier))
-        events.append(dp.SelfComposedDpEvent(step, charge.steps))
-    coarse = rdp.RdpAccountant(_ORDERS)  # for adding or removing one; replacing one costs more still
-    if charges and coarse.compose(dp.ComposedDpEvent(events)).get_epsilon(delta) > _HOPELESS:
-        return math.inf
-    accountant = pld.PLDAccountant(
-        neighbours.ADD_OR_REMOVE_ONE if relation == "add-or-remove" else neighbours.REPLACE_ONE,
-        value_discretization_interval=min((_width(charge) for charge in charges), default=_WIDTHS[0][1]),
-    )
-    for event in events:
-        accountant.compose(event)
+        accountant.compose(dp.SelfComposedDpEvent(step, charge.steps))
     return float(accountant.get_epsilon(delta))
 
 
+def _losses(charge: Charge, width: float, relation: Relation) -> Any:
+    """The distribution of a charge's privacy loss, in bins of a width."""
+    return _step_losses(charge.rate, charge.noise_multiplier, width, relation).self_compose(charge.steps)
+
+
+@lru_cache(4)
+def _step_losses(rate: float, noise_multiplier: float, width: float, relation: Relation) -> Any:
+    """That of a single step."""
+    dp, pld, _ = _library()
+    neighbours = dp.NeighboringRelation
+    return pld.privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=width,
+        sampling_prob=rate,
+        neighboring_relation=neighbours.ADD_OR_REMOVE_ONE if relation == "add-or-remove" else neighbours.REPLACE_ONE,
+    )
+
+
+@lru_cache(4)
+def _composed(charges: tuple[Charge, ...], width: float, relation: Relation) -> Any:
+    """The distribution of several charges' loss together: kept, as a search needs it for every number of steps."""
+    return reduce(lambda total, one: total.compose(one), (_losses(charge, width, relation) for charge in charges))
+
+
 def _width(charge: Charge) -> float:
-    return next(width for least, width in _WIDTHS if charge.rate / charge.noise_multiplier >= least)
+    """Of the bins for a mechanism: a twentieth of its usual loss, or wider where little noise makes losses huge.
+
+    It depends on the mechanism alone, so that an epsilon grows with the steps.
+    """
+    narrowest, widest = _WIDTHS
+    usual = charge.rate / charge.noise_multiplier
+    return max(narrowest / charge.noise_multiplier**2, min(widest, max(narrowest, usual / 20)))
 
 
 def noise_for(target: float, delta: float, rate: float, steps: int, relation: Relation) -> float:
@@ -112,7 +158,10 @@ def steps_within(
     most: int,
     spent: Sequence[Charge] = (),
 ) -> int:
-    """How many more steps, at most `most`, keep the total, with what was `spent`, within a target epsilon."""
+    """How many more steps, at most `most`, keep the total, with what was `spent`, within a target epsilon.
+
+    Of more than a thousand steps, up to a thousandth is given away.
+    """
 
     def fits(steps: int) -> bool:
         return epsilon([*spent, Charge(rate, noise_multiplier, steps)], delta, relation) <= target
@@ -123,7 +172,7 @@ def steps_within(
     while high < most and fits(high):
         low, high = high, 2 * high
     high = min(high, most)
-    while high - low > 1:
+    while high - low > max(1, _TOLERANCE * high):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

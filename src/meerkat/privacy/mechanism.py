@@ -98,11 +98,12 @@ class Mechanism:
     def release(self, vectors: np.ndarray) -> np.ndarray:
         """The noisy mean, float64 [D], of vectors, float64 [sampled, D]: the only thing that may leave.
 
-        A vector that is not finite counts as zero, so one example's effect on the sum stays bounded.
+        A vector that is not finite counts as zero, so one example's effect on the sum stays bounded. The sum is exact:
+        it is rounded once, with the noise in it, so that no vector's part of it depends on the others.
         """
-        total = clipped(vectors, self.clip).sum(0)
-        noisy: np.ndarray = (total + self.noise_multiplier * self.clip * gaussian(len(total))) / self.expected
-        return noisy
+        noise = self.noise_multiplier * self.clip * gaussian(vectors.shape[1])
+        entries = zip(clipped(vectors, self.clip).T, noise, strict=True)
+        return np.array([math.fsum([*summands, drawn]) for summands, drawn in entries]) / self.expected
 
 
 def sampling_rate(expected: float, count: int) -> float:
@@ -111,12 +112,14 @@ def sampling_rate(expected: float, count: int) -> float:
 
 
 def clipped(vectors: np.ndarray, clip: float) -> np.ndarray:
-    """Vectors, float64 [count, D], each scaled down to an L2 norm of at most `clip`; zeros if it is not finite."""
-    vectors = np.where(np.isfinite(vectors).all(1, keepdims=True), vectors, 0.0)
-    largest = np.abs(vectors).max(1, keepdims=True, initial=0.0)
-    unit = vectors / np.where(largest > 0, largest, 1.0)  # so that squares do not overflow
-    shrunk = clip / np.sqrt((unit**2).sum(1, keepdims=True)).clip(min=1.0)
-    scaled: np.ndarray = np.where(largest > shrunk, unit * shrunk, vectors)
+    """Vectors, float64 [count, D], each scaled down to an L2 norm of at most `clip`; zeros if it is not finite.
+
+    Each is a function of its vector alone, bit for bit, and at most a few units in the last place longer than `clip`.
+    """
+    lengths = np.array([math.hypot(*vector) for vector in vectors]).reshape(-1, 1)
+    vectors = np.where(np.isfinite(lengths), vectors, 0.0)
+    longer = np.isfinite(lengths) & (lengths > clip)
+    scaled: np.ndarray = np.where(longer, vectors / np.where(longer, lengths, 1.0) * clip, vectors)
     return scaled
 
 

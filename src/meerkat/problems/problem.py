@@ -18,6 +18,9 @@ Split = Literal["train", "validation", "test"]
 
 Better = Literal["higher", "lower"]
 
+Hides = Literal["none", "example", "client"]
+"""Whose presence a run hides, as its setting `dp` has it: nobody's, each row's, or each whole client's."""
+
 Purpose = Literal["steps", "evaluation", "gradient"]
 """What a batch is for: clients' forward passes, an evaluation, or one example's gradient by backpropagation."""
 
@@ -83,7 +86,10 @@ class Problem(Protocol):
         """At least one example, laid out once for any number of passes at different weights."""
 
     def row_losses(self, batch: Any) -> Tensor:
-        """Each row's loss at the model's present weights, float32 [rows], in the order of its examples."""
+        """Each row's loss at the model's present weights, float32 [rows], in the order of its examples.
+
+        A function of weights and batch alone, bit for bit, whatever was computed before: privacy rests on it.
+        """
 
     def evaluate(self, batch: Any) -> Evaluation:
         """The scores of the model's present weights. Raises Diverged: a score is not finite."""
@@ -101,24 +107,30 @@ def primary(scores: Mapping[str, Any]) -> str:
 
 
 def client_losses(
-    problem: Problem, examples: Sequence[Any], each_row: bool = False
+    problem: Problem, examples: Sequence[Any], hides: Hides = "none"
 ) -> Callable[[Sequence[np.ndarray]], Callable[[], Tensor]]:
     """How an engine gets losses: row numbers of each of K clients -> their mean losses at the present weights.
 
-    The batch is laid out once; each call of what is returned goes through the model: float64 [K]. With `each_row` it
-    gives every row's loss, client by client: float64 [rows], where a loss that is not finite is zero, so that no row
-    can end a private run.
+    Batches are laid out once; each call of what is returned goes through the model: float64 [K]. Where examples are
+    hidden it gives every row's loss, client by client: float64 [rows], where a loss that is not finite is zero, so that
+    no row can end a private run.
+
+    Args:
+        hides: whose presence is hidden. A slope divides a loss' rounding by 2 eps, and rounding depends on what
+            shares a pass, so what is hidden shares none: each client's rows, or each row, are a batch of their own.
     """
 
     def losses_of(rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
-        wanted = [examples[row] for of_client in rows for row in of_client]
+        of_clients = [[examples[row] for row in of_client] for of_client in rows]
+        wanted = [example for of_client in of_clients for example in of_client]
         if not wanted:
             return lambda: torch.zeros(0, dtype=torch.float64)
-        batch, counts = problem.batch(wanted), [len(of_client) for of_client in rows]
+        alone = {"none": [wanted], "client": of_clients, "example": [[example] for example in wanted]}[hides]
+        batches, counts = [problem.batch(part) for part in alone if part], [len(of_client) for of_client in of_clients]
 
         def losses() -> Tensor:
-            each = problem.row_losses(batch).double()
-            if each_row:
+            each = torch.cat([problem.row_losses(batch).double() for batch in batches])
+            if hides == "example":
                 return each.nan_to_num(0.0, 0.0, 0.0)
             return torch.stack([part.mean() for part in each.split(counts)])
 

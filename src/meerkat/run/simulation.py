@@ -86,7 +86,7 @@ def _engine(run: Run, problem: Problem, split: Split, everyone: "_Everyone") -> 
     config = run.config
     clients = [ClientRows(k, rows, config.batch_size, config.seed) for k, rows in enumerate(split.partition.rows)]
     private = budget.mechanism(config) if config.dp == "example" else None
-    losses_of = client_losses(problem, split.examples, each_row=private is not None)
+    losses_of = client_losses(problem, split.examples, config.dp)
     honest = LocalEngine(
         model=run.model,
         directions=run.directions,

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 
 from meerkat.algorithm.replies import LARGEST_LOSS
 from meerkat.errors import MeerkatError
-from meerkat.privacy.accounting import Charge, epsilon, noise_for, steps_within
+from meerkat.privacy.accounting import (
+    LARGEST_EPSILON,
+    LARGEST_NOISE,
+    LONGEST,
+    SMALLEST_DELTA,
+    Charge,
+    epsilon,
+    noise_for,
+    steps_within,
+)
 from meerkat.privacy.mechanism import Guarantee, Mechanism, Relation, sampling_rate
 from meerkat.settings.auto import AUTO, number, number_or
 from meerkat.settings.config import RunConfig
@@ -27,6 +36,22 @@ def _expected(config: RunConfig) -> float:
     return float(config.batch_size if config.dp == "example" else config.clients_per_round or config.clients)
 
 
+def uncountable(config: RunConfig) -> str:
+    """What of a run's privacy asks too much of an accountant, in one line; empty if nothing does."""
+    for name, asked, least, most in (
+        ("dp_epsilon", config.dp_epsilon, 0.0, LARGEST_EPSILON),
+        ("dp_delta", config.dp_delta, SMALLEST_DELTA, 1.0),
+        ("dp_noise_multiplier", number_or(config.dp_noise_multiplier, 1.0), 0.0, LARGEST_NOISE),
+        ("noisy steps", steps_asked(config), 0, LONGEST),
+    ):
+        if not least <= asked <= most:
+            bound = f"at most {most:,g} can be accounted for; lower it"
+            if asked < least:
+                bound = f"at least {least:g} can be accounted for; raise it"
+            return f"{name} {asked:,g}: {bound}"
+    return ""
+
+
 def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
     """The settings with their noise multiplier; `auto` is the least that keeps every client within its budget.
 
@@ -34,10 +59,13 @@ def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
         sizes: rows of each client; empty where they are not known, in a federation.
 
     Raises:
-        MeerkatError: no noise is enough, or what is given lasts no client to the end, or the rows must be known.
+        MeerkatError: more is asked than can be accounted for, no noise is enough, what is given lasts no client to the
+            end, or the rows must be known.
     """
     if config.dp == "none":
         return config
+    if why := uncountable(config):
+        raise MeerkatError(why)
     asked = steps_asked(config)
     if config.dp_noise_multiplier == AUTO:
         if config.dp == "example" and not sizes:

@@ -52,9 +52,6 @@ def _in_privacy(config: "RunConfig") -> Iterator[str]:
         what = "sends gradients" if not recipe.sends_scalars else "makes its mask from clients' rows"
         yield f"dp {dp}: method {config.method} {what}, which no noise covers; use another method"
     if dp == "example":
-        if config.dtype != "float32":
-            why = "dp example bounds what one row does to the sum, and here it changes other rows' losses too"
-            yield f"dtype {config.dtype}: {why}; use float32"
         return
     kept = "clients' scalars, which dp client does not keep"
     if config.weights != "equal":
