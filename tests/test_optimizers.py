@@ -278,7 +278,8 @@ def test_a_round_of_many_clients_weighs_them_once_not_once_each(monkeypatch: pyt
     settings = config(clients=many, clients_per_round=many, examples=dict.fromkeys(range(many), 3))
     scalars = {k: np.ones((3, 2), np.float32) for k in range(many)}
     plan = RoundPlan(0, 0.1, 1e-3, 2, dict.fromkeys(range(many), 3))
-    record = RoundRecord(plan, dict.fromkeys(range(many), 1 / many), scalars, scalars[0], "", np.zeros((0, 2)))
+    weights, pointers = dict.fromkeys(range(many), 1 / many), dict.fromkeys(range(many), 0)
+    record = RoundRecord(plan, weights, scalars, scalars[0], "", np.zeros((0, 2)), pointers)
     calls = 0
 
     def counted(*arguments: object) -> dict[int, float]:

@@ -138,7 +138,7 @@ def test_without_labels_and_public_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Absolute error on validation rows went from" in page
     assert "Mean absolute error on validation rows; lower is better." in page
     assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
-    assert "| after round | absolute error | loss |" in (tmp_path / "delta" / "README.md").read_text()
+    assert "| after round | `absolute error` | `loss` |" in (tmp_path / "delta" / "README.md").read_text()
     for arguments, line in (
         (["--partition", "dirichlet:1"], "partition 'dirichlet:1': goes by labels, and these rows have none; use iid"),
         (["--attack", "label-flip", "--attackers", "1"], "attack label-flip: flips labels, and problem 'numbers' has"),
