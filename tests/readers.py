@@ -73,6 +73,28 @@ def chained(records: Sequence[bytes]) -> bytes:
     return b"".join(lines)
 
 
+def other_forms(text: bytes) -> SearchStrategy[bytes]:
+    """A JSON object's text in other forms: most say the same to a reader that is not strict."""
+    record = json.loads(text)
+    names, word = st.sampled_from(sorted(record)), st.text(max_size=3)
+    place = st.integers(1, len(text) - 1)
+    letter = place.filter(lambda at: text[at : at + 1].isalpha() and text[at - 1 : at] != b"\\")
+    return st.one_of(
+        st.permutations(list(record)).map(lambda order: as_json({name: record[name] for name in order})),
+        st.sampled_from([(", ", ":"), (",", ": "), (" ,", ":")]).map(
+            lambda by: json.dumps(record, separators=by).encode()
+        ),
+        st.tuples(names, word).map(lambda shadow: as_json(dict([shadow]))[:-1] + b"," + text[1:]),
+        st.tuples(names, word).map(lambda shadow: text[:-1] + b"," + as_json(dict([shadow]))[1:]),
+        word.map(lambda note: text[:-1] + as_json({"note": note}).replace(b"{", b",", 1)),
+        st.tuples(place, st.sampled_from([b" ", b"\t", b"\r"])).map(lambda at: text[: at[0]] + at[1] + text[at[0] :]),
+        letter.map(lambda at: text[:at] + b"\\u%04x" % text[at] + text[at + 1 :]),
+        names.filter(lambda name: type(record[name]) is int).map(
+            lambda name: as_json({**record, name: float(record[name])})
+        ),
+    )
+
+
 def replays(root: Path) -> None:
     """All that is ever done with a run's record without its model; the first refusal is kept for the end."""
     refusals: list[MeerkatError] = []
@@ -161,6 +183,23 @@ class World:
             replays(self.run_folder({**held[number], "rounds.log": log}))
 
         return Reader(st.one_of(*map(damaged, range(len(held)))), check, (0, held[0]["rounds.log"]))
+
+    def a_form(self) -> Reader:
+        """A run's log with a record in another form, under a whole chain: whatever it says, it is refused."""
+        run = self.runs[0]
+        held = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+        texts = [line[65:] for line in held["rounds.log"].splitlines()]
+
+        def check(changed: tuple[int, bytes]) -> None:
+            at, text = changed
+            verification.verify(self.run_folder({**held, "rounds.log": chained([*texts[:at], text, *texts[at + 1 :]])}))
+            assert text == texts[at], "a record in another form is taken"
+
+        def changed(at: int) -> SearchStrategy[tuple[int, bytes]]:
+            forms = other_forms(texts[at]).filter(lambda text: b"\n" not in text)
+            return st.tuples(st.just(at), forms)
+
+        return Reader(st.one_of(*map(changed, range(len(texts)))), check, (0, texts[0]))
 
     def a_folder(self) -> Reader:
         """A run's folder with other settings, mask or summary, and an opening that agrees with them."""
