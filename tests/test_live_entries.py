@@ -11,6 +11,7 @@ from federation import Setting
 from torch import Tensor, nn
 
 from meerkat.algorithm.live_entries import count_live
+from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Refused
 from meerkat.masks.baselines import random_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
@@ -56,6 +57,10 @@ def test_a_mask_of_entries_that_move_no_loss_is_refused(
     found = f"mask_minimum: the run asks for {64 + live} parameters to move, of which {live} were seen to change"
     assert str(told.value).startswith(found)
     assert "the site accepts at least 60 that do" in str(told.value)
+    with pytest.raises(
+        MeerkatError, match="not fit for the run"
+    ):  # it goes on to the rows: its operator knows the mask
+        setting.site(0, data="no such folder", accepts={"mask_minimum": 60, "mask": setting.mask.digest()})
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.2, 5.0])
