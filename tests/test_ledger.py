@@ -273,6 +273,24 @@ def test_a_damaged_end_may_be_dropped_after_the_machine_went_down(
         reboot("monday")
 
 
+def test_damage_before_the_last_reservation_is_refused(tmp_path: Path, reboot: Callable[[str], None]) -> None:
+    """What was synced is not lost by itself: dropped, later charges would be gone with it."""
+    path = tmp_path / "ledger"
+    reboot("monday")
+    ledger = Ledger(path)
+    reserved(ledger, 64)
+    asked(ledger, 0)
+    answered(ledger, 0)
+    reserved(ledger, 128)
+    asked(ledger, 1)
+    answered(ledger, 1)
+    ledger.close()
+    path.write_bytes(path.read_bytes().replace(b'"pointer":0', b'"pointer":1', 1))
+    reboot("tuesday")
+    with pytest.raises(RunFailed, match="line 2 is damaged"):
+        Ledger(path)
+
+
 # --- the site ---
 
 

@@ -174,9 +174,14 @@ class Ledger:
         self.of(run, _count(record["client"])).read(record)
 
     def _may_drop(self, reader: LogReader) -> bool:
-        """Whether a damaged end is a line whose reply never left, or what a reservation covers."""
+        """Whether a damaged end is a line whose reply never left, or lines that were not synced.
+
+        Those are after the last reservation, and it covers them.
+        """
+        if reader.damage.endswith("cut short"):
+            return True
         went_down = any(record.went_down(self.boot) for record in self._records.values())
-        return went_down or reader.damage.endswith("cut short")
+        return went_down and b'"kind":"reserve"' not in reader.path.read_bytes()[reader.end :]
 
     def of(self, run: str, client: int) -> ClientRecord:
         """What there is of a client of a run; nothing at first."""
