@@ -237,10 +237,12 @@ class World:
         ledger = Ledger(file)
         price = {"rate": 0.25, "noise_multiplier": 1.5}
         ledger.append(RUN, 1, "run", {"charter": "ab" * 32})
-        ledger.append(RUN, 1, "reserve", {"steps": 64, "boot": "monday", **price})
+        ledger.append(RUN, 1, "reserve", {"from": 0, "steps": 64, "directions": 2, "boot": "monday", **price})
         for at in range(2):
             asked = {"phase": "training", "round": at}
-            ledger.append(RUN, 1, "question", {**asked, "question": "cd" * 32, "pointer": 2 * at, "steps": 2})
+            ledger.append(
+                RUN, 1, "question", {**asked, "question": "cd" * 32, "theta": "ef" * 32, "pointer": 2 * at, "steps": 2}
+            )
             ledger.append(RUN, 1, "answer", {**asked, "scalars": 4, **price, "reply": "AAAA"})
         ledger.append(RUN, 1, "release", {})
         ledger.close()

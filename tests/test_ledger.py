@@ -45,7 +45,7 @@ def lines(path: Path, kind: str = "answer") -> list[dict[str, Any]]:
 
 
 def asked(ledger: Ledger, round: int, steps: int = 2, run: str = RUN, phase: str = "training") -> None:
-    about = {"phase": phase, "round": round, "question": "ab", "pointer": ledger.of(run, 0).pointer}
+    about = {"phase": phase, "round": round, "question": "ab", "theta": "cd", "pointer": ledger.of(run, 0).pointer}
     ledger.append(run, 0, "question", {**about, "steps": steps})
 
 
@@ -55,7 +55,8 @@ def answered(ledger: Ledger, round: int, reply: bytes = b"", price: dict[str, An
 
 
 def reserved(ledger: Ledger, steps: int, price: dict[str, Any] = CHARGE) -> None:
-    ledger.append(RUN, 0, "reserve", {"steps": steps, "boot": ledger.boot, **price})
+    fields = {"from": ledger.of(RUN, 0).pointer, "steps": steps, "directions": 2, "boot": ledger.boot}
+    ledger.append(RUN, 0, "reserve", {**fields, **price})
 
 
 @pytest.fixture
@@ -68,12 +69,12 @@ def test_what_was_asked_and_replied_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     ledger = Ledger(path)
     asked(ledger, 3)
-    assert ledger.of(RUN, 0).entries == {Request("training", 3): Entry("ab", 0, 2, None)}
+    assert ledger.of(RUN, 0).entries == {Request("training", 3): Entry("ab", "cd", 0, 2)}
     answered(ledger, 3, b"\x00reply\xff")
     ledger.close()
     again = Ledger(path)
     record = again.of(RUN, 0)
-    assert record.entries == {Request("training", 3): Entry("ab", 0, 2, b"\x00reply\xff")}
+    assert record.entries == {Request("training", 3): Entry("ab", "cd", 0, 2, b"\x00reply\xff")}
     assert (record.pointer, record.last, record.scalars, again.scalars) == (2, {"training": 3}, 4, 4)
     assert record.charges == [Charge(0.25, 4.0, 2)]
     for run, client in ((OTHER, 0), (RUN, 1)):
@@ -111,7 +112,7 @@ def test_a_torn_last_line_is_dropped_for_its_reply_never_left(
     path.write_bytes(path.read_bytes()[:-9])
     again = Ledger(path)
     assert "line 2 is cut short; it is dropped" in capsys.readouterr().err
-    assert again.of(RUN, 0).entries == {Request("training", 3): Entry("ab", 0, 2, None)}
+    assert again.of(RUN, 0).entries == {Request("training", 3): Entry("ab", "cd", 0, 2)}
     answered(again, 3, b"two")
     again.close()
     assert len(lines(path)) == 1
@@ -155,7 +156,7 @@ def test_a_damaged_ledger_is_refused_and_stays_as_it_is(tmp_path: Path, which: i
 def test_a_line_that_cannot_be_is_refused(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
     """Chained anew, as nobody but this program should."""
     question = {"kind": "question", "run": RUN, "client": 0, "phase": "training", "round": 3, "question": "ab"}
-    question |= {"pointer": 0, "steps": 2}
+    question |= {"theta": "cd", "pointer": 0, "steps": 2}
     answer = {
         "kind": "answer",
         "run": RUN,
@@ -232,6 +233,48 @@ def test_reserved_steps_count_once_the_machine_went_down(tmp_path: Path, reboot:
     reboot("wednesday")
     again = Ledger(path)
     assert again.of(RUN, 0).pointer == 64  # nothing was reserved
+    again.close()
+
+
+def test_a_question_without_a_reply_counts_once_the_machine_went_down(
+    tmp_path: Path, reboot: Callable[[str], None]
+) -> None:
+    """At the end of a run nothing more is reserved; the reply may have left, and its line be gone."""
+    path = tmp_path / "ledger"
+    reboot("monday")
+    ledger = Ledger(path)
+    reserved(ledger, 2)
+    asked(ledger, 0)
+    ledger.close()
+    again = Ledger(path)  # killed, the site had not replied
+    assert again.of(RUN, 0).charges == []
+    again.close()
+    reboot("tuesday")
+    for _ in range(2):
+        again = Ledger(path)
+        assert again.of(RUN, 0).charges == [Charge(0.25, 4.0, 2)]
+        assert again.of(RUN, 0).scalars == 4
+        again.close()
+    again = Ledger(path)
+    reserved(again, 4)
+    answered(again, 0)  # with noise of its own, and at a price of its own
+    again.close()
+    reboot("wednesday")
+    again = Ledger(path)
+    assert sum(charge.steps for charge in again.of(RUN, 0).charges) == 2 + 2 + 2
+    again.close()
+
+
+def test_steps_before_a_reservation_do_not_count_as_lost(tmp_path: Path, reboot: Callable[[str], None]) -> None:
+    """A site that begins where the coordinator says it was has not made those steps."""
+    reboot("monday")
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.of(RUN, 0).pointer = 10**7
+    reserved(ledger, 10**7 + 64)
+    ledger.close()
+    reboot("tuesday")
+    again = Ledger(tmp_path / "ledger")
+    assert again.of(RUN, 0).charges == [Charge(0.25, 4.0, 64)]
     again.close()
 
 
@@ -391,7 +434,7 @@ def test_steps_that_the_disk_does_not_know_of_are_not_made(
         patch.setattr(run_log.os, "fsync", failing)
         with pytest.raises(RunFailed, match="the site's ledger cannot be used"):
             spend(site, server, 2 * AHEAD)
-    assert AHEAD // 2 <= server.state.round <= AHEAD
+    assert server.state.round <= AHEAD
     site.close()
 
 
@@ -471,15 +514,14 @@ def test_a_site_leaves_before_its_budget_of_a_run_is_passed(setting: Setting, tm
         site.answer(server.ask(trail[-1:]))
     assert len(str(told.value).splitlines()) == 1
     assert len(lines(ledger)) == 2
-    assert scalars_of(site.answer(server.ask(steps=1))).shape == (1, 2)  # one step fits, and then none does
+    with pytest.raises(Refused, match="the site has left the run"):  # it does not tell whether one step would fit
+        site.answer(server.ask(steps=1))
     site.close()
-    again = site_of(ours, ledger)  # which has a reply to give again, and the end to hear
-    last = again.answer(server.ask(trail, steps=1))
-    assert scalars_of(last).shape == (1, 2)
+    again = site_of(ours, ledger)  # which has the end to hear
+    assert again.answer(server.ask(trail, Kind.CLOSED)) is None
     assert stands_at(again, server.state)
-    closed = server.close(scalars_of(last))
-    with pytest.raises(Refused, match=SPENT):
-        again.answer(server.ask([closed], steps=1))
+    with pytest.raises(Refused, match="the site has left the run"):
+        again.answer(server.ask(steps=1))
     again.close()
     another = site_of(ours, ledger, OTHER)  # another run has a budget of its own
     spend(another, Coordinator(ours, OTHER), 2)

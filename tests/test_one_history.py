@@ -1,6 +1,8 @@
 """A coordinator that would have a site answer twice: about many thetas, about one row, or in two histories."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from test_site import Server, decoded
 
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.server import ServerState
+from meerkat.errors import MeerkatError
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.frames import Answer, BadFrame, Kind
+from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused
 from meerkat.record.opening import FORMAT, steps_by_rows
@@ -117,6 +121,28 @@ def test_a_question_that_could_not_be_answered_is_still_the_only_one(
     site.close()
 
 
+def test_a_site_is_calibrated_where_the_run_says_so(invite: Callable[..., Site], setting: Setting) -> None:
+    ours = setting.but(early_stop="vp", calibration_steps=4, initial_steps=2, later_steps=2, recalibrate_every=2)
+    server, site = Server(ours), invite(ours)
+    for due in (True, False, True):
+        ask = server.ask(phase="calibration", steps=4)
+        if due:
+            assert decoded(site.answer(ask)).kind is Kind.SIGNED
+        else:
+            with pytest.raises(BadFrame, match="4 steps of calibration asked for in round 1: not as agreed"):
+                site.answer(ask)
+        assert site.answer(server.ask([server.close(None)], Kind.CLOSED)) is None
+    site.close()
+
+
+@pytest.mark.parametrize("task", ["/etc/..", "../mine.toml", "a\\b", "a\nb"])
+def test_a_task_s_name_is_no_path(setting: Setting, task: str) -> None:
+    """Whether there is such a file would show in what a site signs."""
+    text, mask = replace(setting.offer(), task_text="x").encode("00" * 32)
+    with pytest.raises(MeerkatError, match="the coordinator's offer cannot be read"):
+        Offer.decode(json.dumps({**json.loads(text), "task": task}), mask)
+
+
 def test_scalars_are_bounded_over_all_runs(setting: Setting, tmp_path: Path) -> None:
     ledger, agreed = tmp_path / "ledger", {"scalars": 14}
     first = site_of(setting, ledger, accepts=agreed)
@@ -141,3 +167,13 @@ def test_steps_that_came_too_late_still_cost_privacy(tmp_path: Path) -> None:
         log.append({"kind": "round", "clients": [0, 1], "made": made, "pointers": pointers})
     log.close()
     assert steps_by_rows(tmp_path / "rounds.log") == {(0, 16): 8, (1, 16): 8}
+
+
+def test_steps_before_a_change_of_rows_cost_what_fewer_rows_cost(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "rounds.log")
+    log.append({"kind": "open", "examples": [], "format": FORMAT})
+    for rows, pointer in ((16, 0), (1600, 10), (160, 20)):
+        log.append({"kind": "join", "client": 0, "examples": rows})
+        log.append({"kind": "round", "clients": [0], "made": [2], "pointers": [pointer]})
+    log.close()
+    assert steps_by_rows(tmp_path / "rounds.log") == {(0, 16): 2 + 8, (0, 1600): 2, (0, 160): 2 + 8}

@@ -27,6 +27,7 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.cli import main
 from meerkat.errors import MeerkatError, RunFailed
+from meerkat.federation import coordinator as coordinator_module
 from meerkat.federation import remote_engine
 from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import make_signing_key
@@ -38,7 +39,7 @@ from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.record.forks import fork
 from meerkat.record.members import KeyRevocation, Member
-from meerkat.record.run_log import LogReader
+from meerkat.record.run_log import LogReader, RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
 from meerkat.record.verification import StoredRun, verify
 from meerkat.settings.config import SITES, RunConfig
@@ -789,6 +790,39 @@ def test_two_histories_of_sites_that_keep_nothing_are_told_by_who_has_both(
     assert f"fork at line {parted.line} of rounds.log, after round {parted.round}; clients 0, 1 signed" in said
     assert main(["verify", str(one), "--against", str(one)]) == 0
     assert "the same history, as far as both go" in capsys.readouterr().err
+
+
+def test_a_forger_cannot_say_that_a_site_signed_twice(
+    course: Course, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A federation of the same id, with keys and replies of the forger's own."""
+    name = records(run)[0]["federation"]
+    monkeypatch.setattr(coordinator_module.secrets, "token_hex", lambda _: name)
+    keys = {k: {"signing_key": str(make_signing_key(tmp_path / f"{k}.key").private)} for k in range(3)}
+    coordinate(course.config(), course.federation(signers=""), tmp_path / "forged", Staged(course.setting, keys))
+    parted = fork(run, tmp_path / "forged")
+    assert parted is not None
+    assert parted.signed_both == ()
+    signers = ["--signers", str(course.keys / "signers")]
+    assert main(["verify", str(run), *signers, "--against", str(tmp_path / "forged")]) == 1
+    assert "is not among the listed ones" in capsys.readouterr().err
+
+
+def test_the_same_reply_under_a_new_key_is_no_second_one(run: Path, tmp_path: Path) -> None:
+    """A site that rotated its key signs the reply of an open round again."""
+    held = records(run)
+    at = next(i for i, record in enumerate(held) if record["kind"] == "round")
+    signatures, theta = held[at]["signatures"][::-1], held[at]["theta"][::-1]  # as others, which need not be sound here
+    held[at] = {**held[at], "signatures": signatures, "theta": theta}
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    (copied / "rounds.log").unlink()
+    log = RunLog(copied / "rounds.log")
+    for record in held[: at + 1]:
+        log.append(record)
+    log.close()
+    parted = fork(run, copied)
+    assert parted is None or parted.signed_both == ()
 
 
 def test_a_history_that_ends_sooner_is_no_fork(run: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     revoked = read_revoked(arguments.revoked, "--revoked")
     run = verify(arguments.folder, listed, revoked)
     if arguments.against is not None:
+        verify(arguments.against, listed, revoked)
         _compare_histories(arguments.folder, arguments.against)
     if revoked and not run.signed:
         say("note: --revoked: no reply of this run is signed, so there was nothing to check")
@@ -73,10 +74,8 @@ def _compare_histories(one: Path, other: Path) -> None:
     from meerkat.errors import RunFailed
     from meerkat.progress import say
     from meerkat.record.forks import fork
-    from meerkat.record.verification import verify
     from meerkat.run.sentences import clients_in_words
 
-    verify(other)
     if (parted := fork(one, other)) is not None:
         who = "nobody signed in both"
         if parted.signed_both:

@@ -156,8 +156,8 @@ class Work(NamedTuple):
             if not made:
                 raise BadFrame("a closed round without a step")
             closed.append(Closed(rate, share, _to_floats(body[start:at]).reshape(made, directions), bool(counted)))
-        if at != len(body) or phase >= len(_PHASES):
-            raise BadFrame("a body that does not end where it should")
+        if at != len(body) or phase >= len(_PHASES) or pointer >= _MOST_STEPS:
+            raise BadFrame("a body that does not end where it should, or of more steps than anybody makes")
         return cls(_PHASES[phase], lr, steps, pointer, tuple(closed))
 
 

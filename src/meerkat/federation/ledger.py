@@ -34,11 +34,15 @@ class Entry(NamedTuple):
 
     question: str
     """SHA-256 of all that the reply follows from, hexadecimal."""
+    theta: str
+    """SHA-256 of the theta that it is about, hexadecimal."""
     pointer: int
     """Local steps that were made before."""
     steps: int
     reply: bytes | None = None
     """None where there is none: the site was stopped, or could not make its steps."""
+    lost: bool = False
+    """Whether there may have been a reply that went down with the machine: it was charged."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,19 @@ class ClientRecord:
     pointer: int = 0
     """Local steps made, with those that may have been."""
     scalars: int = 0
-    """Scalars in all replies."""
+    """Scalars in all replies, with those that may have been."""
     charges: list[Charge] = field(default_factory=list)
+    left: bool = False
+    """Whether the site left the run because of a bound: it answers nothing more."""
     reserved: int = 0
     """The steps that may be made, as far as the disk says so; 0 where none are reserved."""
+    _first: int = 0
+    """The steps that were made when they were reserved."""
     _boot: str = ""
     _step: Charge | None = None
     """What a reserved step costs."""
+    _directions: int = 0
+    """The scalars of a reserved step."""
 
     def read(self, record: Mapping[str, Any]) -> None:
         """Take in a line of the file. Raises one of DAMAGE: it is malformed."""
@@ -79,18 +89,20 @@ class ClientRecord:
                 self.charter = str(record["charter"])
             case "reserve":
                 self.count_lost(record["boot"])
-                self.reserved, self._boot = _count(record["steps"]), record["boot"]
+                self._first, self.reserved = _count(record["from"]), _count(record["steps"])
+                self._boot, self._directions = record["boot"], _count(record["directions"])
                 self._step = _charge(record, 1)
             case "release":
                 self.reserved = 0
+            case "leave":
+                self.left = True
             case "question":
-                self._read_question(
-                    record, Entry(record["question"], _count(record["pointer"]), _count(record["steps"]))
-                )
+                pointer, steps = _count(record["pointer"]), _count(record["steps"])
+                self._read_question(record, Entry(record["question"], record["theta"], pointer, steps))
             case "answer":
                 self._read_answer(record)
             case "charge":  # of a version that kept noisy replies only, and nothing of what was asked
-                self._read_question(record, Entry("", self.pointer, _count(record["steps"])))
+                self._read_question(record, Entry("", record["theta"], self.pointer, _count(record["steps"])))
                 self._read_answer(record)
             case kind:
                 raise ValueError(f"a record of kind {kind!r}")
@@ -118,11 +130,18 @@ class ClientRecord:
         return bool(self.reserved) and (not boot or boot != self._boot)
 
     def count_lost(self, boot: str) -> None:
-        """Count reserved steps as made where the machine may have gone down since; none are reserved afterwards."""
-        if self.went_down(boot) and self.reserved > self.pointer:
-            if self._step is not None:
-                self.charges.append(self._step._replace(steps=self.reserved - self.pointer))
-            self.pointer = self.reserved
+        """Count as made what may have been, where the machine may have gone down since; nothing is reserved afterwards.
+
+        That is what was reserved, and what was asked and has no reply: the reply can have left without its line.
+        """
+        if self.went_down(boot):
+            waiting = {request: each for request, each in self.entries.items() if each.reply is None and not each.lost}
+            self.entries |= {request: each._replace(lost=True) for request, each in waiting.items()}
+            unused = max(0, self.reserved - max(self.pointer, self._first))
+            lost = unused + sum(each.steps for each in waiting.values())
+            self.pointer, self.scalars = max(self.pointer, self.reserved), self.scalars + lost * self._directions
+            if lost and self._step is not None:
+                self.charges.append(self._step._replace(steps=lost))
         self.reserved = 0
 
 

@@ -34,7 +34,7 @@ class Offer:
     """The federation's id: 8 bytes, hexadecimal."""
     settings: dict[str, Any]
     """The run's settings, except `LOCAL_SETTINGS`."""
-    task: str
+    task: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]*$", max_length=255)]
     """A task's name, or the name of its file."""
     task_text: str
     """The task file's text; empty for a built-in task."""

@@ -6,6 +6,7 @@ none: two histories of one federation cannot both have the site's replies.
 
 import base64
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,9 @@ AHEAD = 64
 EVALUATION: Literal["evaluation"] = "evaluation"
 """The phase of an evaluation, which takes no steps."""
 
+_PHASES = ("calibration", "training", EVALUATION)
+_SYNC_S = 1.0
+"""Seconds after which an answer is synced while it travels, if none was."""
 _EXACT: dict[str, float | None] = {"rate": None, "noise_multiplier": None}
 _UNUSABLE = "the site's ledger cannot be used"
 
@@ -41,7 +45,7 @@ class RunLedger:
         self.mechanism: Mechanism | None = run_budget.mechanism(config) if config.dp == "example" else None
         """What makes scalars noisy; None where they are exact."""
         self._key, self._record = (run, client), ledger.of(run, client)
-        self._ahead = AHEAD * config.local_steps
+        self._ahead, self._directions = AHEAD * config.local_steps, config.directions
         self._scalars_left = accepts.scalars - ledger.scalars if accepts.scalars else math.inf
         self._price, self._budgets = _EXACT, list[Budget]()
         self._steps_left: list[int] = []
@@ -60,7 +64,8 @@ class RunLedger:
         self._safe = 0
         """Steps that a reservation on the disk covers."""
         self._syncing: tuple[int, Future[None]] | None = None
-        """The steps that the next one covers, while it is on its way to the disk."""
+        """The steps that are covered once all lines are on the disk, while they are on their way."""
+        self._synced_at = -math.inf
         self._thread = ThreadPoolExecutor(1, "ledger")
 
     @classmethod
@@ -84,7 +89,7 @@ class RunLedger:
         try:
             opened = cls(ledger, config, site.accepts, run, site.client, rows)
             if not opened._record.entries:
-                opened._check_bounds(1, config.directions)
+                opened._check_bounds(1)
             opened._begin(charter)
         except BaseException:
             ledger.close()
@@ -121,13 +126,14 @@ class RunLedger:
             self._record.pointer = max(self._record.pointer, pointer)
 
     def answer(
-        self, phase: str, round: int, question: str, shape: tuple[int, int], reply: Callable[[int], bytes]
+        self, phase: str, round: int, question: str, theta: str, steps: int, reply: Callable[[int], bytes]
     ) -> bytes:
         """The reply to a question, which is new or was answered before.
 
         Args:
             question: SHA-256 of all that the reply follows from, hexadecimal.
-            shape: the local steps that it asks for, and the scalars of each.
+            theta: SHA-256 of the theta that it is about, hexadecimal.
+            steps: the local steps that it asks for; 0 for an evaluation.
             reply: makes the reply; given the local steps that were made before.
 
         Raises:
@@ -142,24 +148,41 @@ class RunLedger:
             return entry.reply
         if entry is None and round <= self._record.last.get(phase, -1):
             raise BadFrame(f"{phase} asked for in round {round}, after a later one: not as agreed")
-        self._check_bounds(*shape)
-        steps, scalars = shape[0], math.prod(shape)
+        thetas = {known.theta for each in _PHASES if (known := self.entry(each, round)) is not None}
+        if thetas - {theta}:
+            raise BadFrame(f"{phase} asked for in round {round}, about another theta than before: not as agreed")
+        self._stay_within_bounds(steps)
         if entry is None:
-            entry = Entry(question, self._record.pointer, steps)
+            entry = Entry(question, theta, self._record.pointer, steps)
             with details_in_own_log(_UNUSABLE):
                 self._reserve(entry.pointer + steps)
-                asked = {"question": question, "pointer": entry.pointer, "steps": steps}
+                asked = {"question": question, "theta": theta, "pointer": entry.pointer, "steps": steps}
                 self._append("question", phase=phase, round=round, **asked)
         made = reply(entry.pointer)
-        price = self._price if steps else _EXACT
+        price, scalars = self._price if steps else _EXACT, steps * self._directions
         with details_in_own_log(_UNUSABLE):
             encoded = base64.b64encode(made).decode()
             self._append("answer", phase=phase, round=round, scalars=scalars, **price, reply=encoded)
+            self._sync_soon(steps)
         self._steps_left = [left - steps for left in self._steps_left]
         self._scalars_left -= scalars
         return made
 
-    def _check_bounds(self, steps: int, directions: int) -> None:
+    def _stay_within_bounds(self, steps: int) -> None:
+        """Raise Refused unless the site is in the run, and every bound allows this many more steps.
+
+        A site that has left stays away. It could be asked for fewer and fewer steps, and tell how many are left.
+        """
+        if self._record.left:
+            raise Refused("the site has left the run")
+        try:
+            self._check_bounds(steps)
+        except Refused:
+            with details_in_own_log(_UNUSABLE):
+                self._append("leave")
+            raise
+
+    def _check_bounds(self, steps: int) -> None:
         """Raise Refused unless every bound allows this many more steps.
 
         The coordinator hears no number, and not whose budget it is: it would learn what was spent on others.
@@ -170,7 +193,8 @@ class RunLedger:
                 amount = f"{budget.epsilon:g} at delta {budget.delta:g}"
                 say(f"epsilon: {whose} budget of {amount} allows {number_of(left, 'more step')}, not {steps}")
                 raise Refused("epsilon: the privacy budget is spent: the site leaves")
-        if steps * directions > self._scalars_left:
+        if steps * self._directions > self._scalars_left:
+            say(f"scalars: {self._scalars_left:,} more may be sent, not {steps * self._directions:,}")
             raise Refused("scalars: the site has sent as many as it agreed to, over all runs: the site leaves")
 
     def _append(self, kind: str, **fields: Any) -> None:
@@ -187,10 +211,23 @@ class RunLedger:
             allowed = self._record.pointer + min(self._steps_left, default=2 * self._ahead)
             covered = min(steps + self._ahead, allowed)
             if covered > self._safe:
-                self._append("reserve", steps=covered, boot=self.ledger.boot, **self._price)
-                self._syncing = covered, self._thread.submit(self.ledger.sync)
+                reserved = {"from": self._record.pointer, "steps": covered, "directions": self._directions}
+                self._append("reserve", **reserved, boot=self.ledger.boot, **self._price)
+                self._begin_sync(covered)
         if self._syncing and steps > self._safe:
             self._wait_for_sync(*self._syncing)
+
+    def _sync_soon(self, steps: int) -> None:
+        """Have an answer synced while it travels, at most once a second; an evaluation, which is rare, before."""
+        if self._syncing and not steps:
+            self._wait_for_sync(*self._syncing)  # it began before this answer was written
+        if not self._syncing and (not steps or time.monotonic() - self._synced_at > _SYNC_S):
+            self._begin_sync(self._safe)
+        if self._syncing and not steps:
+            self._wait_for_sync(*self._syncing)
+
+    def _begin_sync(self, covered: int) -> None:
+        self._syncing, self._synced_at = (covered, self._thread.submit(self.ledger.sync)), time.monotonic()
 
     def _wait_for_sync(self, covered: int, synced: Future[None]) -> None:
         self._syncing = None

@@ -125,8 +125,10 @@ class Site:
 
     @property
     def joined(self) -> bytes:
-        """SHA-256 of the joining that the site signed, with its rows and key; empty where it does not sign."""
-        return b"" if self._signer is None else self._signer.joining_digest
+        """SHA-256 of what the site joined with: its rows, and the joining that it signed."""
+        return hashlib.sha256(
+            self._client.rows_digest + (self._signer.joining_digest if self._signer else b"")
+        ).digest()
 
     def answer(self, data: bytes) -> bytes | None:
         """The frame that answers one of the coordinator's, or None where none is due.
@@ -238,8 +240,8 @@ class Site:
             scalars = self._client.steps(self._replica, plan, pointer, self._ledger.mechanism)
             return Answer(work.phase, pointer, scalars).encode()
 
-        shape, question = (work.steps, plan.directions), self._question(work.phase, work.steps, work.lr)
-        reply = self._ledger.answer(work.phase, self.round, question, shape, compute)
+        question = self._question(work.phase, work.steps, work.lr)
+        reply = self._ledger.answer(work.phase, self.round, question, self._replica.digest, work.steps, compute)
         if self._signer is None:
             return self._frame(Kind.REPLY, reply)
         _, pointer, scalars = Answer.decode(reply)
@@ -258,7 +260,9 @@ class Site:
         config = self._client.config
         most = config.local_steps
         if work.phase == "calibration":
-            most = config.calibration_steps if config.stopping != "none" else 0
+            every = config.recalibrate_every
+            due = self.round == 0 or (every and self.round % every == 0)
+            most = config.calibration_steps if config.stopping != "none" and due else 0
         if not 0 < work.steps <= most or self.round >= config.rounds:
             raise BadFrame(f"{work.steps} steps of {work.phase} asked for in round {self.round}: not as agreed")
 
@@ -271,7 +275,8 @@ class Site:
         def compute(_: int) -> bytes:
             return frames.encode_score(*self._client.evaluate(self._replica))
 
-        reply = self._ledger.answer(EVALUATION, self.round, self._question(EVALUATION), (0, 1), compute)
+        question = self._question(EVALUATION)
+        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute)
         return self._frame(Kind.SCORE, reply)
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:

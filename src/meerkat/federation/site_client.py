@@ -56,7 +56,7 @@ class SiteClient:
         if task is not None:
             settings.check_task(task, built_in=not offer.task_text)
         self.number = settings.client
-        self.config = resolve_machine(asked)
+        self.config = resolve_machine(asked).model_copy(update={"task": asked.task})  # a name, and no path here
         self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)

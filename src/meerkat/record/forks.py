@@ -25,7 +25,7 @@ class Fork:
     round: int
     """Rounds that both have closed before it."""
     signed_both: tuple[int, ...]
-    """Clients that signed two different replies of one round, ascending."""
+    """Clients that signed two different replies of one round, with a key that both logs have, ascending."""
 
 
 def fork(one: Path, other: Path) -> Fork | None:
@@ -44,17 +44,32 @@ def fork(one: Path, other: Path) -> Fork | None:
     if line in (len(logs[0]), len(logs[1])):
         return None
     before = sum(record["kind"] == "round" for record in logs[0][:line])
-    here, there = (_signatures(log[line:]) for log in logs)
+    here, there = (_signed(log) for log in logs)
     both = {reply[0] for reply in here.keys() & there.keys() if here[reply] != there[reply]}
+    both = {client for client in both if _keys(logs[0], client) & _keys(logs[1], client)}
     return Fork(line + 1, before, tuple(sorted(both)))
 
 
-def _signatures(records: list[dict[str, Any]]) -> dict[tuple[int, str, int], bytes]:
-    """Every signature of a reply, by client, phase and round."""
+def _keys(records: list[dict[str, Any]], client: int) -> set[str]:
+    """The keys that a client joined with."""
+    return {each["key"] for each in records if each["kind"] == "join" and each["client"] == client}
+
+
+def _signed(records: list[dict[str, Any]]) -> dict[tuple[int, str, int], tuple[str, int, bytes]]:
+    """What was signed for each reply, by client, phase and round: theta, the steps made before, scalars.
+
+    Not the signatures: a site that rotated its key may sign the same reply again.
+    """
     kinds: dict[str, type[RoundRecord] | type[CalibrationRecord]] = {
         kind.kind: kind for kind in (RoundRecord, CalibrationRecord)
     }
-    read = [kinds[record["kind"]].from_json(record) for record in records if record["kind"] in kinds]
-    return {
-        (k, each.plan.phase, each.plan.round): signature for each in read for k, signature in each.signatures.items()
-    }
+    signed: dict[tuple[int, str, int], tuple[str, int, bytes]] = {}
+    theta = records[0]["theta"]
+    for values in records:
+        if values["kind"] in kinds:
+            record = kinds[values["kind"]].from_json(values)
+            for k in record.signatures:
+                about = k, record.plan.phase, record.plan.round
+                signed[about] = theta, record.pointers[k], record.scalars[k].tobytes()
+            theta = values.get("theta", theta)
+    return signed

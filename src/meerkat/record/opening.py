@@ -139,10 +139,11 @@ def meaning(config: RunConfig) -> str:
 def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
     """(client, its rows at the time) -> local steps that a log tells of: what privacy was spent on.
 
-    A pointer that jumps tells of steps that did not count: their reply came too late.
+    A pointer that jumps tells of steps that did not count: their reply came too late. If the client's rows changed
+    meanwhile, these steps count as made of the fewer: they cost more.
     """
     rows: dict[int, int] = {}
-    pointers: dict[int, int] = {}
+    counted: dict[int, tuple[int, int]] = {}  # of each client's last reply: rows at the time, steps after it
     made: Counter[tuple[int, int]] = Counter()
     for record in LogReader(log):
         if record["kind"] == "open":
@@ -152,8 +153,11 @@ def steps_by_rows(log: Path) -> Counter[tuple[int, int]]:
         elif record["kind"] in ("round", "calibration"):
             for k, steps, pointer in zip(record["clients"], record["made"], record["pointers"], strict=True):
                 if steps:
-                    made[k, rows[k]] += steps + max(0, pointer - pointers.get(k, 0))
-                    pointers[k] = pointer + steps
+                    before, after = counted.get(k, (rows[k], 0))
+                    made[k, rows[k]] += steps
+                    if pointer > after:
+                        made[k, min(before, rows[k])] += pointer - after
+                    counted[k] = rows[k], pointer + steps
     return made
 
 
