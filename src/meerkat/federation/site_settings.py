@@ -56,7 +56,7 @@ class Accepts(Settings):
     directions: int = Field(100, ge=1, description="most directions of a step: each reveals one number about its batch")
     local_steps: int = Field(1_000, ge=1, description="most local steps of a round or a calibration")
     scalars: int = Field(
-        0, ge=0, description="most scalars that leave the site, over all runs in its ledger; 0 for any number"
+        1_000_000, ge=0, description="most scalars that leave the site, over all runs in its ledger; 0 for any number"
     )
     epsilon: float = Field(
         0.0,
