@@ -1,6 +1,7 @@
 """The stream's port under attack: by somebody who was never admitted, and by a site that means ill."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -227,7 +228,8 @@ def test_a_site_cannot_pile_up_streams_that_it_does_not_read(
         callers.append(stranger(coordinator.port))
         assert admitted(callers[-1], site, keys["authority"])
         site.answer(callers[-1].messages[0])
-        coordinator.link.send({1: [bytes(1000), bytes(1000)]})
+        for _ in range(2):
+            coordinator.link.send({1: [bytes(1000)]})
         assert settles(lambda: coordinator.link._sessions[1].outgoing.qsize() == 1)  # it waits for the first
     beyond = stranger(coordinator.port)
     assert not admitted(beyond, site, keys["authority"])
@@ -262,3 +264,54 @@ def test_a_site_that_comes_back_all_the_time_is_let_in_once_in_a_while(
     assert settles(lambda: next(held.rounds(1)).scalars.keys() == {0})
     held.close()
     assert honest.end().error is None
+
+
+MALFORMED = """
+import sys
+from pathlib import Path
+from meerkat.federation.flower.stream import StreamLink
+from stub import Coordinator
+from stranger import Stranger, _frame, _headers
+
+keys = {name: Path(path) for name, path in zip(("authority", "server", "server key"), sys.argv[1:])}
+coordinator = Coordinator(keys, 1)
+stranger = Stranger(coordinator.port).shake_hands(keys["authority"]).begin()
+for call in range(50):
+    stranger.send(_frame(1, 5, 2 * call + 1, _headers().replace(b"POST", b"PUTX")))
+stranger.answer()
+honest = coordinator.attending(0)
+[record] = coordinator.rounds(1)
+coordinator.close()
+honest.end()
+print(*record.scalars)
+"""
+
+
+def test_malformed_calls_write_nothing_to_standard_error(keys: dict[str, Path]) -> None:
+    """Each would be a line, at 12 MB a second from one stranger."""
+    given = [str(keys[name]) for name in ("authority", "server", "server key")]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", MALFORMED, *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == ["0"]
+    assert "PUTX" not in done.stderr
+
+
+def test_a_session_that_reads_nothing_ends_before_it_takes_much_memory(coordinator: Coordinator) -> None:
+    """Of a site that does not read, and says time and again that it is behind: a whole state waits each time."""
+    link, session = coordinator.link, stream._Session(1)
+    link._sessions[1] = session
+    for _ in range(3 * stream._UNSENT):
+        link.send({1: [b"a state", b"and work"]})
+    assert settles(lambda: 1 not in link._sessions)
+    event = link.receive(SECONDS)
+    assert event is not None
+    assert (event.what, event.client) == ("left", 1)
+    assert session.outgoing.qsize() == 1  # the end

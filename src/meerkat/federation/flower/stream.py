@@ -59,6 +59,8 @@ _STREAMS = 8
 """Streams of one client at a time, with those that are over but for what it does not read."""
 _STABLE_S = 1.0
 """Seconds that a stream with no frame after the welcome must have lasted to count as a connection."""
+_UNSENT = 4
+"""Sendings to one site, of a whole state each at most, that may wait for it to read; at the next its session ends."""
 _UNREAD = 8
 """Events of one site, over all its streams, that may wait to be handled; more stay in the network."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
@@ -119,7 +121,8 @@ class _Session:
     """A site's stream, at the coordinator's end."""
 
     client: int
-    outgoing: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+    outgoing: asyncio.Queue[Sequence[bytes] | None] = field(default_factory=asyncio.Queue)
+    """What is sent together, one after the other; None at the end."""
 
     def retire(self) -> None:
         """End it, without what was not sent yet: its peer may never read it."""
@@ -228,16 +231,26 @@ class StreamLink:
 
     def _put(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         for client, each in frames.items():
-            if (session := self._sessions.get(client)) is not None:
-                for frame in each:
-                    session.outgoing.put_nowait(frame)
+            if (session := self._sessions.get(client)) is None:
+                continue
+            if session.outgoing.qsize() < _UNSENT:
+                session.outgoing.put_nowait(each)
+            else:
+                say(f"client {client}: reads nothing of what it is sent; its session ends")
+                self._end(client)
+                session.retire()
+
+    def _end(self, client: int) -> _Session | None:
+        """Take a client's session from it."""
+        if (session := self._sessions.pop(client, None)) is not None:
+            self._queue(Event("left", client))  # it may have come back since the caller last received events
+        return session
 
     def _drop(self, client: int, last: bytes) -> None:
-        if (session := self._sessions.pop(client, None)) is not None:
-            session.outgoing.put_nowait(last)
+        if (session := self._end(client)) is not None:
+            session.outgoing.put_nowait([last])
             session.outgoing.put_nowait(None)
             self._loop.call_later(_FLUSH_S, session.retire)
-            self._queue(Event("left", client))  # it may have come back since the caller last received events
 
     async def _attend(self, _: AsyncIterator[bytes], context: Any) -> None:
         """One stream, from its first frame to its end."""
@@ -272,13 +285,14 @@ class StreamLink:
         if (before := self._sessions.get(site.client)) is not None:
             before.retire()
         self._sessions[site.client] = session
-        session.outgoing.put_nowait(site.welcome)
+        session.outgoing.put_nowait([site.welcome])
         self._queue(Event("arrived", site.client, site=site))
         reader = asyncio.create_task(self._read(session, context))
         try:
-            while (frame := await session.outgoing.get()) is not None:
-                self.bytes_sent += len(frame)
-                await context.write(frame)
+            while (together := await session.outgoing.get()) is not None:
+                for frame in together:
+                    self.bytes_sent += len(frame)
+                    await context.write(frame)
         finally:
             reader.cancel()
             if self._sessions.get(site.client) is session:
