@@ -132,3 +132,26 @@ def test_a_record_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     log.close()
     assert path.read_bytes() == before
     assert json.loads(before.splitlines()[0][65:]) == RECORDS[0]
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"text": "a row", "label": 0}', b"precious", b"0" * 64 + b" no record", b"\x00" * 10]
+)
+def test_another_kind_of_file_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    """A last line that is cut short would be dropped of a log."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(RunFailed, match="is another kind of file, and is left as it is"):
+        RunLog(file)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("written", [1, 64, 65, 66, 80])
+def test_a_first_record_that_was_cut_short_is_dropped(tmp_path: Path, written: int) -> None:
+    log = RunLog(tmp_path / "log")
+    log.append({"kind": "open", "name": "a run"})
+    log.close()
+    (tmp_path / "log").write_bytes((tmp_path / "log").read_bytes()[:written])
+    again = RunLog(tmp_path / "log")
+    assert again.dropped == "line 1 is cut short"
+    again.close()

@@ -57,7 +57,8 @@ class SiteClient:
             settings.check_task(task, built_in=not offer.task_text)
         self.number = settings.client
         self.config = resolve_machine(asked).model_copy(update={"task": asked.task})  # a name, and no path here
-        self._problem = open_problem(self.config, task)
+        with details_in_own_log("the site's model cannot be loaded"):
+            self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)
         settings.check_mask(self.mask, self._problem.model)

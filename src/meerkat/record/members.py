@@ -159,8 +159,10 @@ class Members:
         line = [fingerprint(bytes.fromhex(member.key))]
         if self.needs_handover(member):
             line.append(fingerprint(self.keys[member.client]))
-        while (before := self._predecessors.get(line[-1])) is not None and before not in line:
+        known = {*line}
+        while (before := self._predecessors.get(line[-1])) is not None and before not in known:
             line.append(before)
+            known.add(before)
         return line
 
     def admit(self, member: Member) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from meerkat.errors import MeerkatError, RunFailed
 from meerkat.record.files import owned
 
 _START = "0" * 64
+_BEGINS = re.compile(rb'[0-9a-f]{64} \{"|[0-9a-f]{0,64} ?\{?$')
+"""How a log begins, or as much of that as was written."""
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -112,6 +115,8 @@ class RunLog:
                 raise RunFailed(
                     f"{path}: {reader.damage}, as no killed process leaves it; restore the file from a copy"
                 )
+            if reader.damage and not reader.count and not _BEGINS.match(path.read_bytes()):
+                raise RunFailed(f"{path}: is another kind of file, and is left as it is; give another name")
         except BaseException:
             self.close()
             raise

@@ -16,7 +16,7 @@ from meerkat.federation.flower.messages import offer_in, pack, unpack
 from meerkat.federation.flower.stream import attend
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
-from meerkat.federation.site_settings import SiteConfig
+from meerkat.federation.site_settings import SiteConfig, details_in_own_log
 from meerkat.progress import say
 
 app = ClientApp()
@@ -98,7 +98,8 @@ def _settings(context: Context) -> SiteConfig:
     file = str(context.node_config.get("site", ""))
     if not file:
         raise MeerkatError("node config 'site': missing; flower-supernode ... --node-config 'site=\"/path/site.toml\"'")
-    return SiteConfig.load(Path(file))
+    with details_in_own_log("the site's settings cannot be used"):
+        return SiteConfig.load(Path(file))
 
 
 def _stream(offer: Offer, settings: SiteConfig) -> tuple[str, bytes]:
