@@ -106,10 +106,8 @@ class Mechanism:
         deviation = self.noise_multiplier * self.clip
         noise = deviation * gaussian(vectors.shape[1])
         entries = zip(clipped(vectors, self.clip).T, noise, strict=True)
-        return (
-            _on_grid(np.array([math.fsum([*summands, drawn]) for summands, drawn in entries]), deviation)
-            / self.expected
-        )
+        sums = np.array([math.fsum([*summands, drawn]) for summands, drawn in entries])
+        return _on_grid(sums, deviation) / self.expected
 
 
 def _on_grid(sums: np.ndarray, deviation: float) -> np.ndarray:

@@ -93,7 +93,8 @@ class Problem(Protocol):
     def row_losses(self, batch: Any) -> Tensor:
         """Each row's loss at the model's present weights, float32 [rows], in the order of its examples.
 
-        A function of weights and batch alone, bit for bit, whatever was computed before: privacy rests on it.
+        A function of weights and batch alone, bit for bit, whatever was computed before: privacy rests on it. In a
+        client's steps, what it draws from torch's default generators is the same for every batch.
         """
 
     def evaluate(self, batch: Any) -> Evaluation:
@@ -165,7 +166,9 @@ class _RowsAlone:
 
     def _loss(self, row: int, batch: Any | None) -> Tensor:
         """One row's loss, float64 []."""
-        loss = None if batch is None else self._attempt(row, lambda: self._row_losses(batch).double().reshape(()))
+        loss = (
+            None if batch is None else self._attempt(row, lambda: self._row_losses(batch).to(self._nothing).reshape(()))
+        )
         return self._nothing if loss is None else loss.nan_to_num(0.0, 0.0, 0.0)
 
     def _attempt(self, row: int, compute: Callable[[], _T]) -> _T | None:
@@ -174,8 +177,8 @@ class _RowsAlone:
             return compute()
         except Exception as error:  # a machine out of memory raises several kinds, an extension any
             if not self._told:
-                say(f"note: row {row + 1} fails in the model, and counts with slopes of zero ({in_short(error)})")
-                say("  rows that fail later are not listed")
+                say(f"note: row {row + 1} fails in the model, and counts as nothing ({in_short(error)})")
+                say("  rows that fail after it are not listed")
                 self._told = True
             return None
 
