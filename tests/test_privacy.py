@@ -117,7 +117,7 @@ def test_without_noise_and_clip_it_is_training_on_the_mean(
     rules = rules_of(FedDyn(alpha) if alpha else FedAvg())
     settings = config(rounds=3, local_steps=steps, directions=directions, rules=rules, lr=0.02)
     plain = lived(engine_of(None, together), settings)
-    private = lived(engine_of(Sizes(HUGE, 1.0, 1.0), together), settings)
+    private = lived(engine_of(Sizes(HUGE, 0.0, 1.0), together), settings)
     for ours, theirs in zip(private, plain, strict=True):
         assert ours.keys() == theirs.keys()
         for client, scalars in ours.items():
@@ -252,7 +252,7 @@ def test_one_vector_moves_the_sum_by_the_clip_at_most(vectors: np.ndarray, anoth
         patch.setattr(mechanisms, "gaussian", ones)
         whole, without = mechanism.release(vectors), mechanism.release(vectors[1:])
         other = mechanism.release(np.vstack([another, vectors[1:]]))
-    slack = clip * 1e-9
+    slack = clip * 1e-6  # what is released is rounded to 2^-24 of the noise
     assert np.linalg.norm(expected * (whole - without)) <= clip + slack
     assert np.linalg.norm(expected * (whole - other)) <= 2 * clip + slack
 
@@ -342,7 +342,7 @@ def test_a_noisy_mean_of_clients_is_the_literal_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("no_noise")
 def test_without_noise_and_clip_everybody_s_mean_is_the_plain_one() -> None:
-    settings = hidden(Mechanism(HUGE, 1.0, 3.0), clients_per_round=0)
+    settings = hidden(Mechanism(HUGE, 0.0, 3.0), clients_per_round=0)
     engine = engine_of(None)
     state = ServerState(Replica(0, engine.model.read()))
     plan = open_round(state, settings, invited(settings, None))

@@ -231,5 +231,28 @@ def test_a_sum_is_exact_so_that_no_vector_s_part_in_it_depends_on_the_others(mon
     vectors = rng.normal(size=(2_000, 3)) * 10.0 ** rng.integers(-20, 1, (2_000, 1))
     kept = clipped(vectors, clip)
     exact = [sum(map(Fraction, column), Fraction(noise)) for column in kept.T.tolist()]
+    rounded = [round(total * 2**24) / 2**24 for total in exact]
     for order in (np.arange(2_000), rng.permutation(2_000)):
-        assert Mechanism(clip, 1.0, 1.0).release(vectors[order]).tolist() == [float(total) for total in exact]
+        assert Mechanism(clip, 1.0, 1.0).release(vectors[order]).tolist() == rounded
+
+
+def test_what_is_released_keeps_no_bits_that_the_noise_does_not_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise lies on a grid of 2^-54 or so: a vector's finer bits would show beside it."""
+    monkeypatch.setattr(mechanisms, "gaussian", lambda count: np.full(count, 0.375))
+    for clip, sigma, expected in ((1.0, 1.0, 1.0), (2.0**-20, 3.0, 16.0), (1e-3, 0.7, 3.0)):
+        mechanism = Mechanism(clip, sigma, expected)
+        quiet = mechanism.release(np.array([[0.0]]))
+        assert mechanism.release(np.array([[clip * sigma * 2.0**-50]])) == quiet
+        moved = float((mechanism.release(np.array([[0.25 * clip]])) - quiet)[0]) * expected
+        assert moved == pytest.approx(0.25 * clip, abs=2.0**-24 * sigma * clip)
+
+
+def test_noise_itself_is_released_on_a_grid_of_its_size() -> None:
+    released = Mechanism(1.0, 1.5, 1.0).release(np.zeros((0, 200))) * 2.0**24
+    assert np.array_equal(released, released.round())
+    assert len(set(released)) > 190
+
+
+def test_without_noise_nothing_is_rounded() -> None:
+    vectors = np.array([[1 / 3, 2.0**-60]])
+    assert Mechanism(1.0, 0.0, 1.0).release(vectors).tolist() == vectors[0].tolist()

@@ -17,20 +17,23 @@ from meerkat.algorithm import path
 from meerkat.algorithm.directions import PHASES, Phase, Place
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan, Update
-from meerkat.errors import Diverged, RunFailed
+from meerkat.errors import Diverged, RunFailed, in_short
 from meerkat.federation import frames
 from meerkat.federation.frames import Answer, BadFrame, Closed, Frame, Kind, StateParts, Work
 from meerkat.federation.offer import Offer
 from meerkat.federation.run_ledger import EVALUATION, RunLedger
 from meerkat.federation.site_client import SiteClient
 from meerkat.federation.site_settings import Refused, SiteConfig, details_in_own_log
-from meerkat.progress import one_line
+from meerkat.progress import one_line, say
 from meerkat.record.opening import meaning
 from meerkat.record.signatures import RunIdentity, Signer
 from meerkat.settings import auto
 
 _QUESTION = struct.Struct("<32s32s32s32sBIId")
 """All that a reply follows from: charter, rows, theta, what the client carries; phase, round, steps, rate."""
+
+_NO_MEMORY = "DefaultCPUAllocator: "
+"""How a RuntimeError of torch's reads where the CPU's memory is full."""
 
 
 class Site:
@@ -183,8 +186,10 @@ class Site:
             return self._evaluate() if frame.kind is Kind.EVALUATE else None
         except Diverged:
             failure = "diverged"
-        except (MemoryError, torch.OutOfMemoryError):
-            failure = "out of memory"
+        except (MemoryError, RuntimeError) as error:  # torch's own; its CPU allocator has no kind for itself
+            memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+            failure = "out of memory" if memory else "error"
+            say(f"client {self.client}: cannot make its steps ({in_short(error)})")
         return self._frame(Kind.FAILED, frames.encode_json({"why": failure}))
 
     def _plan(self, lr: float, steps: int, phase: Phase = "training") -> RoundPlan:

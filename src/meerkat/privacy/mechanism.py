@@ -99,11 +99,22 @@ class Mechanism:
         """The noisy mean, float64 [D], of vectors, float64 [sampled, D]: the only thing that may leave.
 
         A vector that is not finite counts as zero, so one example's effect on the sum stays bounded. The sum is exact:
-        it is rounded once, with the noise in it, so that no vector's part of it depends on the others.
+        it is rounded once, with the noise in it, so that no vector's part of it depends on the others. Then it is
+        rounded to multiples of about 2^-24 sigma C: noise that is a double has gaps between its values, and finer bits
+        of the sum would show in them.
         """
-        noise = self.noise_multiplier * self.clip * gaussian(vectors.shape[1])
+        deviation = self.noise_multiplier * self.clip
+        noise = deviation * gaussian(vectors.shape[1])
         entries = zip(clipped(vectors, self.clip).T, noise, strict=True)
-        return np.array([math.fsum([*summands, drawn]) for summands, drawn in entries]) / self.expected
+        sums = np.array([math.fsum([*summands, drawn]) for summands, drawn in entries])
+        return _on_grid(sums, deviation) / self.expected
+
+
+def _on_grid(sums: np.ndarray, deviation: float) -> np.ndarray:
+    """Sums rounded to multiples of a power of two, about 2^-24 of the noise's deviation; as they are if it is 0."""
+    _, exponent = math.frexp(deviation)
+    grid = math.ldexp(1.0, exponent - 25) if deviation else 0.0
+    return np.round(sums / grid) * grid if grid else sums
 
 
 def sampling_rate(expected: float, count: int) -> float:

@@ -6,13 +6,18 @@ runs, comparisons, reports) knows a problem by this page alone.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meerkat.errors import in_short
 from meerkat.problems.data import Row
+from meerkat.progress import say
+
+_T = TypeVar("_T")
 
 Split = Literal["train", "validation", "test"]
 
@@ -88,7 +93,8 @@ class Problem(Protocol):
     def row_losses(self, batch: Any) -> Tensor:
         """Each row's loss at the model's present weights, float32 [rows], in the order of its examples.
 
-        A function of weights and batch alone, bit for bit, whatever was computed before: privacy rests on it.
+        A function of weights and batch alone, bit for bit, whatever was computed before: privacy rests on it. In a
+        client's steps, what it draws from torch's default generators is the same for every batch.
         """
 
     def evaluate(self, batch: Any) -> Evaluation:
@@ -112,28 +118,84 @@ def client_losses(
     """How an engine gets losses: row numbers of each of K clients -> their mean losses at the present weights.
 
     Batches are laid out once; each call of what is returned goes through the model: float64 [K]. Where examples are
-    hidden it gives every row's loss, client by client: float64 [rows], where a loss that is not finite is zero, so that
-    no row can end a private run.
+    hidden it gives every row's loss, client by client: float64 [rows]. There a loss that is not finite is zero, and so
+    is that of a row whose layout or pass fails: no row can end a private run.
+
+    In every pass, torch draws the same random numbers: what a model draws for a row follows from no row before it.
 
     Args:
         hides: whose presence is hidden. A slope divides a loss' rounding by 2 eps, and rounding depends on what
             shares a pass, so what is hidden shares none: each client's rows, or each row, are a batch of their own.
     """
+    row_losses = _drawing_alike(problem)
+    if hides == "example":
+        return _RowsAlone(problem, row_losses, examples)
 
     def losses_of(rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
         of_clients = [[examples[row] for row in of_client] for of_client in rows]
-        wanted = [example for of_client in of_clients for example in of_client]
-        if not wanted:
-            return lambda: torch.zeros(0, dtype=torch.float64)
-        alone = {"none": [wanted], "client": of_clients, "example": [[example] for example in wanted]}[hides]
+        alone = of_clients if hides == "client" else [[example for of_client in of_clients for example in of_client]]
         batches, counts = [problem.batch(part) for part in alone if part], [len(of_client) for of_client in of_clients]
+        if not batches:
+            return lambda: torch.zeros(0, dtype=torch.float64)
 
         def losses() -> Tensor:
-            each = torch.cat([problem.row_losses(batch).double() for batch in batches])
-            if hides == "example":
-                return each.nan_to_num(0.0, 0.0, 0.0)
+            each = torch.cat([row_losses(batch).double() for batch in batches])
             return torch.stack([part.mean() for part in each.split(counts)])
 
         return losses
 
     return losses_of
+
+
+class _RowsAlone:
+    """Losses of rows that go through the model one by one, as `client_losses` gives them."""
+
+    def __init__(self, problem: Problem, row_losses: Callable[[Any], Tensor], examples: Sequence[Any]) -> None:
+        self._problem = problem
+        self._row_losses = row_losses
+        self._examples = examples
+        self._nothing = torch.zeros((), dtype=torch.float64, device=next(problem.model.parameters()).device)
+        self._told = False
+
+    def __call__(self, rows: Sequence[np.ndarray]) -> Callable[[], Tensor]:
+        wanted = [int(row) for of_client in rows for row in of_client]
+        if not wanted:
+            return lambda: torch.zeros(0, dtype=torch.float64)
+        batches = [self._attempt(row, partial(self._problem.batch, [self._examples[row]])) for row in wanted]
+        return lambda: torch.stack([self._loss(*each) for each in zip(wanted, batches, strict=True)])
+
+    def _loss(self, row: int, batch: Any | None) -> Tensor:
+        """One row's loss, float64 []."""
+        loss = (
+            None if batch is None else self._attempt(row, lambda: self._row_losses(batch).to(self._nothing).reshape(()))
+        )
+        return self._nothing if loss is None else loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def _attempt(self, row: int, compute: Callable[[], _T]) -> _T | None:
+        """What is computed of a row; None where that fails. The first failure is said here, in the site's own log."""
+        try:
+            return compute()
+        except Exception as error:  # a machine out of memory raises several kinds, an extension any
+            if not self._told:
+                say(f"note: row {row + 1} fails in the model, and counts as nothing ({in_short(error)})")
+                say("  rows that fail after it are not listed")
+                self._told = True
+            return None
+
+
+def _drawing_alike(problem: Problem) -> Callable[[Any], Tensor]:
+    """A problem's `row_losses`, for which torch's generators begin at the same place; they are left as they were."""
+    devices = {parameter.device for parameter in problem.model.parameters() if parameter.device.type == "cuda"}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
+
+    def row_losses(batch: Any) -> Tensor:
+        states = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(0)
+            return problem.row_losses(batch)
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    return row_losses
