@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from federation import Federation, Setting, counted
+from federation import Federation, Setting, counted, frame
 
 from meerkat.federation import frames
 from meerkat.federation.frames import Kind
@@ -104,3 +104,43 @@ def test_a_site_that_never_evaluates_costs_ever_fewer_evaluations(
 
 def is_score(data: bytes) -> bool:
     return frames.Frame.decode(data).kind is Kind.SCORE
+
+
+@pytest.mark.parametrize("what", ["its reply", "a score", "a failure"])
+def test_a_site_that_says_again_and_again_what_nobody_asked_for_is_removed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    unasked = {
+        "a score": frame(Kind.SCORE, 1, federation.state, frames.encode_score("accuracy", 0.5, 4)),
+        "a failure": frame(Kind.FAILED, 1, federation.state, frames.encode_json({"why": "diverged"})),
+    }
+    federation.wire.meddle = lambda client, data, up: (
+        [(0.0, data), *[(0.0, unasked.get(what, data))] * 200] if up and client == 1 else [(0.0, data)]
+    )
+    for _ in range(3):
+        federation.round()
+        federation.wire.now += 1.0
+    federation.gather()
+    assert federation.engine.sessions.present() == [0, 2]
+    assert sum(federation.engine.counts[each] for each in ("duplicate", "late")) <= 20
+
+
+def test_what_comes_twice_now_and_then_is_borne(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch)
+    federation.wire.meddle = lambda client, data, up: [(0.0, data)] * (5 if up and client == 1 else 1)
+    durations(federation, 30)
+    assert federation.engine.sessions.present() == [0, 1, 2]
+
+
+def test_a_score_on_more_rows_than_a_site_may_claim_does_not_count(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation.of(setting, monkeypatch, join=0)
+    for client in range(2):
+        federation.enter(client, evaluate=True)
+    federation.round()
+    boast = frame(Kind.SCORE, 1, federation.state, frames.encode_score("accuracy", 1.0, 2**40 - 1))
+    federation.wire.meddle = lambda client, data, up: [(0.0, boast if up and client == 1 else data)]
+    assert counted(federation)[1] == setting.sizes[0]
+    assert federation.engine.sessions.present() == [0]

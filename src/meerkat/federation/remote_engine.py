@@ -41,6 +41,8 @@ _STATUS_S = 10.0
 """Seconds between lines on how the federation stands."""
 _PATIENT = 3
 """How often in a row a client may fail, or have another theta, before it is removed."""
+_MOST_UNASKED = 16
+"""How many frames in a row a client may send that nobody asked for: a broken connection repeats one or two."""
 _SAFE = "what was logged is safe: start again with the same run folder to go on"
 
 
@@ -386,12 +388,14 @@ class RemoteEngine(Attendance):
             case Kind.FAILED:
                 self._receive_failure(client, session, frame)
             case Kind.SCORE:
-                evaluation = frames.decode_score(frame.body, primary(self.better))
+                most = self.admission.rows_maximum(client)
+                evaluation = frames.decode_score(frame.body, primary(self.better), most)
                 if client in self._evaluating and frame.digest == self.sessions.recent.digest:
+                    session.unasked = 0
                     self._evaluating.remove(client)
                     self._evaluations[client] = evaluation
                 else:
-                    self.counts["late"] += 1
+                    self._count_unasked(session, "late")
             case Kind.REFUSAL:
                 why = one_line(frames.decode_json(frame.body)[1].get("why"))
                 self._report("declined", f"client {client} takes no part: {why}", client=client, why=why)
@@ -403,9 +407,9 @@ class RemoteEngine(Attendance):
         (phase, pointer, scalars), signature = frames.decode_reply(frame)
         key, current, theta = (frame.round, phase), self._round, self.sessions.recent.digest
         if session.asked != key:
-            self.counts["duplicate"] += 1
+            self._count_unasked(session, "duplicate")
             return
-        session.asked = None
+        session.asked, session.unasked = None, 0
         if current is None or (current.plan.round, current.plan.phase) != key or client not in current.plan.steps:
             self.counts["late"] += 1
             return
@@ -426,7 +430,7 @@ class RemoteEngine(Attendance):
         if client in self._evaluating:
             self._evaluating.remove(client)
         elif session.asked is None or session.asked[0] != frame.round:
-            self.counts["duplicate"] += 1
+            self._count_unasked(session, "duplicate")
             return
         self.counts["failed"] += 1
         why = why if why in frames.FAILURES else "error"
@@ -435,6 +439,13 @@ class RemoteEngine(Attendance):
             self._round.failed.add(client)
         self._failing[client] = why
         self._fail(client, session, f"it could not make its steps {_PATIENT} times in a row ({why})")
+
+    def _count_unasked(self, session: Session, reason: str) -> None:
+        """Note a frame that nobody asked for. Raises BadFrame where too many came in a row."""
+        self.counts[reason] += 1
+        session.unasked += 1
+        if session.unasked > _MOST_UNASKED:
+            raise BadFrame(f"more than {_MOST_UNASKED} frames in a row that nobody asked for")
 
     def _ask_again(self, client: int, session: Session, why: str) -> None:
         """Send the whole state to a client with another theta, and ask again for what is awaited of it."""

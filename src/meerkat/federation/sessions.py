@@ -55,6 +55,8 @@ class Session:
     """The round and phase that it was asked for and has not answered."""
     failures: int = 0
     """How often in a row it failed, or had another theta."""
+    unasked: int = 0
+    """Frames in a row that nobody had asked it for."""
     rounds: Punctuality = field(default_factory=Punctuality)
     """In rounds, whose turns are their numbers."""
     evaluations: Punctuality = field(default_factory=Punctuality)
