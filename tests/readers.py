@@ -393,7 +393,7 @@ class World:
             readers: list[Check] = [
                 Work.decode,
                 frames.Answer.decode,
-                lambda body: frames.decode_score(body, "accuracy"),
+                lambda body: frames.decode_score(body, "accuracy", 1000),
                 frames.decode_json,
             ]
             for read in (*readers, lambda body: frames.decode_json(body, 32), StateParts(len(self.setting.mask)).add):

@@ -339,7 +339,7 @@ def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind
 def test_it_evaluates_where_it_has_agreed_to(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
     found = decoded(site.answer(server.ask(kind=Kind.EVALUATE)))
-    accuracy, rows = frames.decode_score(found.body, "accuracy")
+    accuracy, rows = frames.decode_score(found.body, "accuracy", 1000)
     assert (found.kind, rows) == (Kind.SCORE, setting.sizes[0])
     assert 0 < accuracy < 1
     assert accuracy * rows == pytest.approx(round(accuracy * rows))
@@ -494,7 +494,7 @@ def test_the_embedded_model_takes_part(tmp_path: Path) -> None:
     closed = server.close(scalars_of(site.answer(server.ask())))
     scalars_of(site.answer(server.ask([closed])))
     assert stands_at(site, server.state)
-    assert frames.decode_score(decoded(site.answer(server.ask(kind=Kind.EVALUATE))).body, "accuracy")[1] == 8
+    assert frames.decode_score(decoded(site.answer(server.ask(kind=Kind.EVALUATE))).body, "accuracy", 1000)[1] == 8
 
 
 def embedded() -> Any:

@@ -104,6 +104,11 @@ class Admission:
         """How often each node may come still."""
         self._lock = threading.Lock()
 
+    def rows_maximum(self, client: int) -> int:
+        """The most rows that a client may claim, of those it trains on and of those it evaluates on."""
+        binding = self._bindings.get(client)
+        return (binding.rows_maximum if binding else 0) or self._rows_maximum
+
     def token(self, node: str) -> str:
         """A token for a node's first frame, hexadecimal. Tokens that it got before become void."""
         token = secrets.token_bytes(_SECRET)
@@ -203,9 +208,7 @@ class Admission:
 
     def _check_rows(self, member: Member) -> None:
         """Raise Refused where a site claims more rows than it may."""
-        binding = self._bindings.get(member.client)
-        most = (binding.rows_maximum if binding else 0) or self._rows_maximum
-        if member.examples > most:
+        if member.examples > (most := self.rows_maximum(member.client)):
             raise Refused(f"client {member.client}: more than {most:,} rows, the coordinator's 'rows_maximum' for it")
 
     def refusal(self, why: str, client: int = 0) -> bytes:

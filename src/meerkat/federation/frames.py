@@ -201,8 +201,11 @@ def encode_score(name: str, value: float, rows: int) -> bytes:
     return _SCORE.pack(value, rows) + name.encode()
 
 
-def decode_score(body: bytes, name: str) -> tuple[float, int]:
+def decode_score(body: bytes, name: str, most: int) -> tuple[float, int]:
     """The value of the score of that name, and the number of rows that it is a mean over.
+
+    Args:
+        most: rows that the site may claim: they are its score's weight.
 
     Raises:
         BadFrame: it is malformed or another score, or its value or number of rows is impossible.
@@ -211,8 +214,8 @@ def decode_score(body: bytes, name: str) -> tuple[float, int]:
     if body[_SCORE.size :] != name.encode():
         raise BadFrame(f"an evaluation by another score than the run's, {name}")
     low, high = RANGES.get(name, (-_MOST, _MOST))
-    if not low <= value <= high or not 0 < rows < 2**40:
-        raise BadFrame(f"an evaluation with {name} {value:g} on {rows} rows")
+    if not low <= value <= high or not 0 < rows <= most:
+        raise BadFrame(f"an evaluation with {name} {value:g} on {rows:,} rows: 1 to {most:,} are accepted")
     return value, rows
 
 

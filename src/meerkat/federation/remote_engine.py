@@ -1,8 +1,9 @@
 """Rounds over a network: who is asked, whose replies count, when a round closes.
 
 A round asks the clients that are present and idle, and closes when all have answered, or at its deadline with a
-quorum. A slower client is not asked again before it has answered; then it catches up, with the rounds closed since or
-with theta itself where that is shorter. Frames go through a `Link`: a stream, or the control plane's messages.
+quorum. A slower client is not asked again before it has answered, nor in the next rounds, ever more of them; then it
+catches up, with the rounds closed since or with theta itself where that is shorter. Frames go through a `Link`: a
+stream, or the control plane's messages.
 """
 
 import math
@@ -40,6 +41,8 @@ _STATUS_S = 10.0
 """Seconds between lines on how the federation stands."""
 _PATIENT = 3
 """How often in a row a client may fail, or have another theta, before it is removed."""
+_MOST_UNASKED = 16
+"""How many frames in a row a client may send that nobody asked for: a broken connection repeats one or two."""
 _SAFE = "what was logged is safe: start again with the same run folder to go on"
 
 
@@ -87,6 +90,7 @@ class RemoteEngine(Attendance):
         """The clients whose evaluation is awaited."""
         self._evaluations: dict[int, tuple[float, int]] = {}
         """Each client's score and the rows that it is a mean over."""
+        self._evaluations_made = 0
         self._stopped = ""
         self._tasks: deque[Callable[[], None]] = deque()
         self._round_s, self._answered_at, self._deferred_at, self._status_at = 0.0, 0.0, -math.inf, 0.0
@@ -156,6 +160,15 @@ class RemoteEngine(Attendance):
         return members
 
     def available(self) -> list[int]:
+        """The clients that are present and idle, ascending, without those that were late and are to be spared.
+
+        Where too few are left for a round, those that are to be spared are asked as well.
+        """
+        idle, sessions = self._logged(), self.sessions.by_client
+        ready = [client for client in idle if not sessions[client].rounds.rests(self.sessions.recent.round)]
+        return ready if len(ready) >= max(self.waiting.clients_minimum, self.waiting.quorum) else idle
+
+    def _logged(self) -> list[int]:
         """The clients that are present and idle, ascending. Those not logged yet wait for the next round."""
         return [client for client in self.sessions.idle() if self._is_logged(self.sessions.by_client[client].site)]
 
@@ -224,6 +237,11 @@ class RemoteEngine(Attendance):
         if owing:
             text = f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}"
             self._report("deadline", text, clients=owing)
+        for client in plan.steps:
+            if client in replies:
+                sessions[client].rounds.was_in_time()
+            elif current.awaits(client):
+                sessions[client].rounds.was_late(plan.round)
         return True
 
     def _others_can_do(self, plan: RoundPlan) -> bool:
@@ -244,15 +262,22 @@ class RemoteEngine(Attendance):
 
     def evaluate(self, _: Tensor, rounds: int) -> EvaluationMetric:
         """An evaluation on sites' own rows, over the sites that agreed to it and answer before the deadline."""
-        self._evaluations = {}
-        asked = self.available() if rounds == self.sessions.recent.round else []  # sites hold no theta of the past
-        self._evaluating = {client for client in asked if self.sessions.by_client[client].site.evaluates}
+        self._evaluations, sessions, turn = {}, self.sessions.by_client, self._evaluations_made
+        self._evaluations_made += 1
+        asked = self._logged() if rounds == self.sessions.recent.round else []  # sites hold no theta of the past
+        asked = [k for k in asked if sessions[k].site.evaluates and not sessions[k].evaluations.rests(turn)]
+        self._evaluating = {*asked}
         self.sessions.send(Kind.EVALUATE, dict.fromkeys(sorted(self._evaluating), NO_WORK))
         end = time.monotonic() + self.waiting.deadline_s
         while self._evaluating and (left := end - time.monotonic()) > 0:
             self._wait(left)
             self._evaluating.intersection_update(self.sessions.present())
         self._evaluating = set()
+        for client in asked:
+            if client in self._evaluations:
+                sessions[client].evaluations.was_in_time()
+            else:
+                sessions[client].evaluations.was_late(turn)
         # by client, whatever order they answered in: the mean has the same bits
         scores = [self._evaluations[client] for client in sorted(self._evaluations)]
         return EvaluationMetric.of_sites(scores, self.better, rounds)
@@ -363,12 +388,14 @@ class RemoteEngine(Attendance):
             case Kind.FAILED:
                 self._receive_failure(client, session, frame)
             case Kind.SCORE:
-                evaluation = frames.decode_score(frame.body, primary(self.better))
+                most = self.admission.rows_maximum(client)
+                evaluation = frames.decode_score(frame.body, primary(self.better), most)
                 if client in self._evaluating and frame.digest == self.sessions.recent.digest:
+                    session.unasked = 0
                     self._evaluating.remove(client)
                     self._evaluations[client] = evaluation
                 else:
-                    self.counts["late"] += 1
+                    self._count_unasked(session, "late")
             case Kind.REFUSAL:
                 why = one_line(frames.decode_json(frame.body)[1].get("why"))
                 self._report("declined", f"client {client} takes no part: {why}", client=client, why=why)
@@ -380,9 +407,9 @@ class RemoteEngine(Attendance):
         (phase, pointer, scalars), signature = frames.decode_reply(frame)
         key, current, theta = (frame.round, phase), self._round, self.sessions.recent.digest
         if session.asked != key:
-            self.counts["duplicate"] += 1
+            self._count_unasked(session, "duplicate")
             return
-        session.asked = None
+        session.asked, session.unasked = None, 0
         if current is None or (current.plan.round, current.plan.phase) != key or client not in current.plan.steps:
             self.counts["late"] += 1
             return
@@ -403,7 +430,7 @@ class RemoteEngine(Attendance):
         if client in self._evaluating:
             self._evaluating.remove(client)
         elif session.asked is None or session.asked[0] != frame.round:
-            self.counts["duplicate"] += 1
+            self._count_unasked(session, "duplicate")
             return
         self.counts["failed"] += 1
         why = why if why in frames.FAILURES else "error"
@@ -412,6 +439,13 @@ class RemoteEngine(Attendance):
             self._round.failed.add(client)
         self._failing[client] = why
         self._fail(client, session, f"it could not make its steps {_PATIENT} times in a row ({why})")
+
+    def _count_unasked(self, session: Session, reason: str) -> None:
+        """Note a frame that nobody asked for. Raises BadFrame where too many came in a row."""
+        self.counts[reason] += 1
+        session.unasked += 1
+        if session.unasked > _MOST_UNASKED:
+            raise BadFrame(f"more than {_MOST_UNASKED} frames in a row that nobody asked for")
 
     def _ask_again(self, client: int, session: Session, why: str) -> None:
         """Send the whole state to a client with another theta, and ask again for what is awaited of it."""

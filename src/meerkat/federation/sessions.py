@@ -1,6 +1,6 @@
 """The coordinator's sessions with sites: who is present, which theta each has, and frames that bring it up to date."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from meerkat.algorithm.directions import Phase
 from meerkat.algorithm.replica import Rules
@@ -12,6 +12,35 @@ from meerkat.federation.frames import Frame, Kind, Work
 from meerkat.federation.link import Link
 
 NO_WORK = Work()
+_FORGIVEN = 0.01
+"""How much of one lateness an answer in time makes up for."""
+_MOST_LATE = 31
+
+
+@dataclass
+class Punctuality:
+    """How often a client was late, and how many turns it is spared for that: twice as many each time.
+
+    Whoever is late on purpose so costs a run of R turns about log2(R) deadlines; whoever was late for a while is asked
+    again, and from then on in every turn.
+    """
+
+    late: float = 0.0
+    asked_from: int = 0
+    """The first turn that it is asked in."""
+
+    def was_late(self, turn: int) -> None:
+        """A turn ended without its answer."""
+        self.late = min(self.late + 1, _MOST_LATE)
+        self.asked_from = turn + 2 ** int(self.late)
+
+    def was_in_time(self) -> None:
+        """It answered."""
+        self.late = max(self.late - _FORGIVEN, 0.0)
+
+    def rests(self, turn: int) -> bool:
+        """Whether a turn is to go on without it."""
+        return turn < self.asked_from
 
 
 @dataclass
@@ -26,6 +55,12 @@ class Session:
     """The round and phase that it was asked for and has not answered."""
     failures: int = 0
     """How often in a row it failed, or had another theta."""
+    unasked: int = 0
+    """Frames in a row that nobody had asked it for."""
+    rounds: Punctuality = field(default_factory=Punctuality)
+    """In rounds, whose turns are their numbers."""
+    evaluations: Punctuality = field(default_factory=Punctuality)
+    """In evaluations, whose turns the engine counts."""
 
 
 @dataclass(eq=False)
@@ -55,10 +90,10 @@ class Sessions:
         return [client for client in sorted(self.present()) if self.by_client[client].asked is None]
 
     def begin(self, site: AdmittedSite) -> None:
-        """Begin a site's session, in place of an earlier one, whose failures are not forgotten."""
-        known, earlier = self.recent.recognises(site.round, site.digest), self.by_client.get(site.client)
-        failures = earlier.failures if earlier else 0
-        self.by_client[site.client] = Session(site, site.round if known else None, failures=failures)
+        """Begin a site's session, in place of an earlier one, whose failures and lateness are not forgotten."""
+        stands_at = site.round if self.recent.recognises(site.round, site.digest) else None
+        earlier = self.by_client.get(site.client, Session(site, stands_at))
+        self.by_client[site.client] = replace(earlier, site=site, round=stands_at, present=True, asked=None)
 
     def send(self, kind: Kind, work: dict[int, Work]) -> None:
         """Bring clients to the present theta; the last frame to each is of this kind, with its work."""

@@ -4,7 +4,7 @@ Node config: `site`, the path of the site's own site.toml.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.flower.messages import offer_in, pack, unpack
 from meerkat.federation.flower.stream import attend
+from meerkat.federation.frames import BadFrame
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig, details_in_own_log
@@ -78,20 +79,40 @@ def _take_part(message: Message, context: Context) -> RecordDict:
 
 def _answer_frames(message: Message, context: Context) -> RecordDict:
     if "site" not in context.state:
-        raise RunFailed("the site's state is gone; the next invitation begins anew")
+        raise RunFailed("no session goes on here; the next invitation begins anew")
     with closing(Site(offer_in(context.state), _settings(context), str(context.node_id), goes_on=True)) as site:
         if context.state["site"]["joined"] != site.joined:
             raise RunFailed("the site's key or rows are not those that it joined with; the next invitation begins anew")
         site.restore(context.state["site"])
         try:
-            answers = [site.answer(frame) for frame in unpack(message.content)]
+            answers = list(_answers(site, unpack(message.content)))
         except MeerkatError as error:
-            answers = [site.refusal(str(error))]
             say(f"meerkat: {error}")
-    context.state["site"] = ConfigRecord(site.snapshot())
+            del context.state["site"]
+            return pack([site.refusal(str(error))])
     if site.ended:
         say(f"meerkat: {site.ended}, after round {site.round}")
-    return pack([answer for answer in answers if answer is not None])
+        del context.state["site"]
+    else:
+        context.state["site"] = ConfigRecord(site.snapshot())
+    return pack(answers)
+
+
+def _answers(site: Site, asked: Iterable[bytes]) -> Iterator[bytes]:
+    """The answer to the one question among a message's frames, if there is one.
+
+    Raises:
+        BadFrame: there are more, whose answers would be far longer than they; or what `Site.answer` raises.
+    """
+    answered = False
+    for data in asked:
+        if site.ended:
+            return
+        if answered:
+            raise BadFrame("a message of more than one question")
+        if (answer := site.answer(data)) is not None:
+            answered = True
+            yield answer
 
 
 def _settings(context: Context) -> SiteConfig:

@@ -63,6 +63,8 @@ _UNSENT = 4
 """Sendings to one site, of a whole state each at most, that may wait for it to read; at the next its session ends."""
 _UNREAD = 8
 """Events of one site, over all its streams, that may wait to be handled; more stay in the network."""
+_UNREAD_ANSWERS = 8
+"""Answers of a site that may wait to be read; a coordinator that asks on is misbehaving."""
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10, 5
 NOTICED_S = _KEEPALIVE_S + _KEEPALIVE_TIMEOUT_S
 """Seconds after which a silent peer counts as gone."""
@@ -406,6 +408,11 @@ class _Call:
         """Send a frame; None ends this side of the stream, after all frames sent before."""
         self._outgoing.put(frame)
 
+    def check_read(self) -> None:
+        """Raise BadFrame where the coordinator does not read what it asked for: a reply is longer than a question."""
+        if self._outgoing.qsize() >= _UNREAD_ANSWERS:
+            raise BadFrame(f"{_UNREAD_ANSWERS} answers wait unread, and more is asked: read them first")
+
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._idle_s)):
             if time.monotonic() - self._last_frame_at > (self._idle_s if self.answered else self._answer_s):
@@ -417,6 +424,7 @@ class _Call:
 def _answer(site: Site, call: _Call, data: bytes) -> bytes | None:
     """The site's answer. A frame that it cannot answer ends its session, and the coordinator hears why in one line."""
     try:
+        call.check_read()
         return site.answer(data)
     except Exception as error:
         call.send(site.refusal(str(error) if isinstance(error, MeerkatError) else "error"))
