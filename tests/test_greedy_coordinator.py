@@ -1,16 +1,20 @@
 """What a coordinator can make a site hold or do: never more than a few answers, whatever it asks and leaves unread."""
 
 import asyncio
+import json
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 
 pytest.importorskip("flwr")
 
@@ -20,12 +24,17 @@ from federation import Setting
 from stub import RUN, Attending, StubSite
 from test_site import Server
 
-from meerkat.errors import RunFailed
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
 from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower import client_app, stream
 from meerkat.federation.flower.messages import offer_record, pack, unpack
-from meerkat.federation.frames import BadFrame, Frame, Kind, Work
+from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.federation.offer import Offer
+from meerkat.federation.site_client import SiteClient
+from meerkat.federation.site_settings import Accepts, Refused, SiteConfig
+from meerkat.problems.tasks import Task, encode
 
 QUESTIONS = 300
 
@@ -136,3 +145,70 @@ def test_a_session_that_is_over_answers_no_more(setting: Setting, tmp_path: Path
     assert said == ([] if last == "the end" else [Kind.REFUSAL])
     with pytest.raises(RunFailed, match="no session goes on here"):
         site.answers(question)
+
+
+@pytest.mark.parametrize("seconds", [1e300, 86_401])
+def test_no_coordinator_keeps_a_site_calling_for_longer_than_a_day(setting: Setting, seconds: float) -> None:
+    text, mask = setting.offer().encode("00" * 32)
+    with pytest.raises(MeerkatError, match="the coordinator's offer cannot be read"):
+        Offer.decode(json.dumps({**json.loads(text), "patience_s": seconds}), mask)
+    with pytest.raises(ValidationError, match="site_patience_s"):
+        FederationConfig.model_validate({"site_patience_s": seconds})
+
+
+@pytest.mark.parametrize("kind", [Kind.CLOSED, Kind.STATE])
+def test_a_site_follows_no_round_beyond_the_run_s_last(setting: Setting, kind: Kind) -> None:
+    site, beyond = setting.site(0), setting.config.rounds + 1
+    closed = [Closed(1e-6, 1.0, np.ones((1, 1), np.float32), counted=False)] * beyond
+    body = Work(closed=closed).encode() if kind is Kind.CLOSED else frames.encode_state(setting.theta_0.numpy())[0]
+    with pytest.raises(BadFrame, match=f"round {beyond} of a run of {setting.config.rounds}"):
+        site.answer(Frame(kind, bytes.fromhex(setting.run), 0, beyond, body=body).encode())
+    assert site.round == 0
+
+
+def test_a_site_uses_no_more_threads_than_its_machine_has_cpus(setting: Setting) -> None:
+    before, offer = torch.get_num_threads(), setting.but(threads=1024).offer()
+    try:
+        settings = SiteConfig(client=0, data=str(setting.folder / "0"), model=str(setting.root / "model"), device="cpu")
+        SiteClient(offer, settings.model_copy(update={"accepts": Accepts(mask_minimum=1)}))
+        assert torch.get_num_threads() <= (os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_site_takes_no_larger_batches_than_it_agreed_to(setting: Setting) -> None:
+    with pytest.raises(Refused, match="batch_size: the run asks for 20000, the site accepts at most 10000"):
+        setting.but(batch_size=20_000).site(0)
+    setting.but(batch_size=20_000).site(0, accepts={"batch_maximum": 20_000}).close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('template = "{sentence} {label}"\nlabels = [' + ",".join(f'"{i}"' for i in range(1000)) + "]", "256 labels"),
+        (f'template = "{"x" * 10_000} {{sentence}} {{label}}"\nlabels = ["a", "b"]', "4,000 characters"),
+        (f'template = "{{sentence}} {{label}}"\nlabels = ["a", "{"x" * 1000}"]', "200 characters"),
+        (f'template = "{"{sentence}" * 300} {{label}}"\nlabels = ["a", "b"]', "16 fields"),
+    ],
+    ids=["labels", "template", "label", "fields"],
+)
+def test_an_offered_task_makes_few_and_short_texts_of_a_row(setting: Setting, text: str, said: str) -> None:
+    offer = replace(setting.offer(), task="mine.toml", task_text=text)
+    with pytest.raises(MeerkatError, match=f"task file 'mine.toml': .*at most {said}"):
+        offer.load_task()
+
+
+def test_rows_of_many_labels_are_tokenised_a_few_at_a_time(tokenizer: Any) -> None:
+    task = Task("many", "{text} {label}", tuple(f"{i:x}" for i in range(256)))
+    together: list[int] = []
+
+    class Counted:
+        is_fast = True
+
+        def __call__(self, texts: list[str], **more: Any) -> Any:
+            together.append(len(texts))
+            return tokenizer(texts, **more)
+
+    examples = encode(task, [{"text": f"row {i}", "label": i} for i in range(20)], Counted(), 64)
+    assert len(examples) == 20
+    assert max(together) <= 2000

@@ -13,6 +13,7 @@ from meerkat.federation.address import host_and_port
 from meerkat.federation.admission import ROWS_MAXIMUM, Binding
 from meerkat.federation.frames import LIMIT
 from meerkat.federation.link import WaitingRules
+from meerkat.federation.offer import LONGEST_PATIENCE_S
 from meerkat.record.signatures import check_fingerprint, read_keys
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
 from meerkat.settings.validation import Settings, existing_path, validate
@@ -31,7 +32,9 @@ class FederationConfig(Settings):
     quorum: int = Field(1, ge=1, description="replies with which a round may close without the others")
     deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without slower clients")
     patience_s: float = Field(600.0, gt=0, description="seconds that it waits for more where too few clients are left")
-    site_patience_s: float = Field(30.0, gt=0, description="seconds for which a site tries to reconnect")
+    site_patience_s: float = Field(
+        30.0, gt=0, le=LONGEST_PATIENCE_S, description="seconds for which a site tries to reconnect"
+    )
     sign: bool = Field(False, description="whether every reply must be signed; sites without a key are then refused")
     signers: str = Field("", description="file of the sites' public keys, one a line; no other key may sign")
     revoked: tuple[str, ...] = Field((), description="keys that are no longer accepted: fingerprints or .pub files")

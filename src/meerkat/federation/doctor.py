@@ -186,8 +186,8 @@ def programs() -> Results:
 
 
 def resources(folder: Path) -> Results:
-    """The CPUs, and free space beside the file and in the hub's cache. The run says how many threads all sites use."""
-    yield ok("threads", f"{os.cpu_count()} CPUs; the coordinator sets how many threads every machine uses")
+    """The CPUs, and free space beside the file and in the hub's cache. The run says how many threads to use."""
+    yield ok("threads", f"{os.cpu_count()} CPUs; the coordinator says how many threads to use of them")
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for name, path in (("disk", folder), ("hub cache", cache)):
         free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free

@@ -26,6 +26,10 @@ LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", 
 """Settings of a run that each side chooses for itself."""
 
 
+LONGEST_PATIENCE_S = 86_400.0
+"""Seconds for which an offer may bind a site that its coordinator has left, at most: a day."""
+
+
 @dataclass(frozen=True, config={"strict": True, "extra": "forbid"})
 class Offer:
     """A run, as it is offered to a node."""
@@ -47,7 +51,7 @@ class Offer:
     stream: str
     """host:port of the session stream, as the coordinator calls it; empty if frames travel in the control plane's
     messages. A site connects to the address in its own settings."""
-    patience_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    patience_s: Annotated[float, Field(ge=0, le=LONGEST_PATIENCE_S)]
     """Seconds for which a site tries to reconnect, before it is free for another run."""
     sign: bool = False
     """Whether replies without a signature are refused."""

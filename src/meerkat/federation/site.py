@@ -147,6 +147,8 @@ class Site:
         # a coordinator that turns a site away may not know which client it is
         if frame.run != self._run or (frame.client != self.client and frame.kind is not Kind.REFUSAL):
             raise BadFrame("a frame of another run, or for another client")
+        if frame.round > (rounds := self._client.config.rounds):
+            raise BadFrame(f"a frame of round {frame.round} of a run of {rounds} rounds: not as agreed")
         match frame.kind:
             case Kind.WELCOME:
                 self._secret, _ = frames.decode_json(frame.body, 32)
@@ -274,8 +276,6 @@ class Site:
     def _evaluate(self) -> bytes:
         if not self._client.evaluates:
             raise BadFrame("asked to evaluate, which this site has not agreed to (its site.toml, evaluate)")
-        if self.round > self._client.config.rounds:
-            raise BadFrame(f"an evaluation asked for in round {self.round}: not as agreed")
 
         def compute(_: int) -> bytes:
             return frames.encode_score(*self._client.evaluate(self._replica))

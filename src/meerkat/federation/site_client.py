@@ -4,6 +4,7 @@ The functions are those of a simulation's clients, so that both have the same bi
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
+from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION
 
 _PUBLIC_EXAMPLES = 64
@@ -56,7 +58,9 @@ class SiteClient:
         if task is not None:
             settings.check_task(task, built_in=not offer.task_text)
         self.number = settings.client
-        self.config = resolve_machine(asked).model_copy(update={"task": asked.task})  # a name, and no path here
+        resolved = resolve_machine(asked.model_copy(update={"task": ""}))  # a task's name is no path here
+        threads = min(number(resolved.threads), os.cpu_count() or 1)  # far more of them than CPUs take far longer
+        self.config = resolved.model_copy(update={"task": asked.task, "threads": threads})
         with details_in_own_log("the site's model cannot be loaded"):
             self._problem = open_problem(self.config, task)
         self.mask = offer.load_mask()

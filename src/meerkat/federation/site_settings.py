@@ -4,7 +4,6 @@ The site's operator writes it, and no coordinator can override it. A run that as
 data is read, in one line that both sides see.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +51,7 @@ class Accepts(Settings):
     eps_minimum: float = Field(1e-4, gt=0, description="smallest perturbation size: below it, slopes are rounding")
     eps_maximum: float = Field(1e-1, gt=0, description="largest perturbation size")
     batch_minimum: int = Field(1, ge=1, description="fewest rows of a batch")
+    batch_maximum: int = Field(10_000, ge=1, description="most rows of a batch: a step takes time and memory for each")
     rounds: int = Field(100_000, ge=1, description="most rounds of a run")
     directions: int = Field(100, ge=1, description="most directions of a step: each reveals one number about its batch")
     local_steps: int = Field(1_000, ge=1, description="most local steps of a round or a calibration")
@@ -133,7 +133,7 @@ class SiteConfig(Settings):
         _require("task", task, accepts.task, by_words or accepts.task in ("", task))
         limits = [
             ("eps", eps, accepts.eps_minimum, accepts.eps_maximum),
-            ("batch_size", run.batch_size, accepts.batch_minimum, math.inf),
+            ("batch_size", run.batch_size, accepts.batch_minimum, accepts.batch_maximum),
             ("directions", run.directions, 0, accepts.directions),
             ("rounds", run.rounds, 0, accepts.rounds),
             ("local_steps", steps, 0, accepts.local_steps),

@@ -20,8 +20,10 @@ from meerkat.problems.data import Row, is_utf8
 
 Objective = Literal["classification", "language-modelling"]
 
-_ROWS_TOGETHER = 1000
-"""Rows tokenised at a time: the tokenizer's output takes far more memory than the tokens."""
+_TEXTS_TOGETHER = 2000
+"""Texts tokenised at a time: the tokenizer's output takes far more memory than the tokens."""
+_MOST_LABELS, _LONGEST_LABEL, _LONGEST_TEMPLATE, _MOST_FIELDS = 256, 200, 4000, 16
+"""What a row becomes: so many texts, one for each label. A site takes tasks from its coordinator."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,22 @@ def _fields(template: object, labels: object) -> tuple[str, ...]:
         raise ValueError("needs labels = [...] with at least two strings")
     if len(set(labels)) < len(labels):
         raise ValueError("labels must differ from each other")
+    if len(labels) > _MOST_LABELS:
+        raise ValueError(f"has {len(labels):,} labels; give at most {_MOST_LABELS} labels")
+    if (longest := max(map(len, labels))) > _LONGEST_LABEL:
+        raise ValueError(f"has a label of {longest:,} characters; give at most {_LONGEST_LABEL} characters")
+    if len(template) > _LONGEST_TEMPLATE:
+        raise ValueError(
+            f"the template has {len(template):,} characters; give at most {_LONGEST_TEMPLATE:,} characters"
+        )
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"the template's braces do not match ({error})") from None
+    if len(parts) > _MOST_FIELDS:
+        raise ValueError(
+            f"the template has {len(parts)} fields; give at most {_MOST_FIELDS} fields, the label included"
+        )
     for _, field, spec, conversion in parts:
         if not str(field).isidentifier():
             raise ValueError(f"'{{{field}}}' in the template is not a field name")
@@ -191,7 +205,8 @@ def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
         raise MeerkatError(
             f"tokenizer {type(tokenizer).__name__} reports no offsets; use the model's fast tokenizer (tokenizer.json)"
         )
-    parts = (rows[first : first + _ROWS_TOGETHER] for first in range(0, len(rows), _ROWS_TOGETHER))
+    together = max(1, _TEXTS_TOGETHER // len(task.labels))
+    parts = (rows[first : first + together] for first in range(0, len(rows), together))
     return [example for part in parts for example in _encode(task, part, tokenizer, max_length)]
 
 
