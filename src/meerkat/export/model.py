@@ -70,8 +70,8 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             tuned_fingerprint = "" if content == "adapters" else fingerprint(model)
             card = model_card(RunFolder(root), run, problem, content, tuned_fingerprint)
             (part / CARD_FILE).write_text(card, encoding="utf-8")
-            for file in part.iterdir():  # a model is for sharing: whoever may list the folder may read what is in it
-                file.chmod(part.stat().st_mode & 0o666)
+            for file in part.rglob("*"):  # a model is for sharing: whoever may list the folder may read what is in it
+                file.chmod(part.stat().st_mode & (0o777 if file.is_dir() else 0o666))
             part.rename(to)
     return to / DELTA_FILE if content == "delta" else to
 
