@@ -173,6 +173,7 @@ def test_a_card_in_a_folder_does_not_say_which_files_are_read(
     (elsewhere / "secret.jsonl").write_text('{"text": "a row of ours", "label": 0}\n')
     files = f'{{split: train, path: "{named.format(elsewhere=elsewhere)}"}}'
     settings = f"configs:\n- {{config_name: default, data_files: [{files}]}}\n"
+    (parquet / "dataset_infos.json").write_text("{}")  # as data sets have it
     (parquet / card).write_text(f"---\n{settings}---\n" if card == "README.md" else settings)
     assert load_rows(str(parquet), "train") == [{"text": "one", "label": 0}, {"text": "two", "label": 1}]
 

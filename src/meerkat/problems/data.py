@@ -12,7 +12,14 @@ Row = Mapping[str, Any]
 """One row; where a problem has labels, its `label` is an index into them, counted from 0."""
 
 _SPLITS = ("train", "validation", "test")
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
 """A file's ending -> what the `datasets` library calls its format."""
 
 HUB_SPLITS = {"validation": ("validation", "test")}
@@ -141,16 +148,14 @@ def _files_by_split(folder: Path, what: str) -> tuple[str, Mapping[str, list[str
     """
     # '::' in a name would be the start of an address
     files = [file for file in sorted(folder.rglob("*")) if file.suffix in _FORMATS and "::" not in str(file)]
-    if len(formats := {file.suffix for file in files}) != 1:
+    splits = {split: [file for file in files if file.name.startswith(split)] for split in _SPLITS}
+    splits = {split: held for split, held in splits.items() if held} or {"train": files}
+    if len(formats := {_FORMATS[file.suffix] for held in splits.values() for file in held}) != 1:
         raise MeerkatError(
             f"{what} '{folder}': cannot be loaded (files of {len(formats)} formats); give a folder with files of one: "
             f"{', '.join(_FORMATS)}"
         )
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        if (split := next((split for split in _SPLITS if file.name.startswith(split)), None)) is not None:
-            splits.setdefault(split, []).append(glob.escape(str(file)))
-    return _FORMATS[formats.pop()], splits or {"train": [glob.escape(str(file)) for file in files]}
+    return formats.pop(), {split: [glob.escape(str(file)) for file in held] for split, held in splits.items()}
 
 
 def _load_dataset(source: str, what: str, **options: Any) -> Any:
