@@ -187,7 +187,8 @@ class SparseMask:
         for name, shape in self.shapes.items():
             # before any product of them, whose digits would be as many as theirs together
             if len(shape) > _DIMENSIONS or not all(type(size) is int and 0 <= size < _SIZE for size in shape):
-                raise ValueError(f"'{name}' of shape {list(shape)}: at most {_DIMENSIONS} sizes, each below {_SIZE}")
+                allowed = f"at most {_DIMENSIONS} sizes, each below {_SIZE}"
+                raise ValueError(f"a tensor has {allowed}, not {len(shape)}: {list(shape)}")
             indices = self.entries[name]
             if indices is None:
                 continue
