@@ -50,7 +50,7 @@ from meerkat.run.mask import make_mask, store_mask
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.run import carry_on
 from meerkat.run.setup import open_problem, resolve
-from meerkat.settings.config import RunConfig, make_config
+from meerkat.settings.config import SITES, RunConfig, make_config
 
 RUN = "0123456789abcdef"
 _NUMBER = count()
@@ -441,7 +441,7 @@ class Federation:
     def lived(self, folder: Path) -> ServerState:
         """The whole run by loop.run_rounds, with a log on the disk."""
         opening, problem = self.setting.opening, open_problem(self.setting.config)
-        made = RunFolder.create(folder, self.setting.config)
+        made = RunFolder.create(folder, self.setting.config.model_copy(update={"partition": SITES}))
         store_mask(made, self.setting.mask, problem)
         with carry_on(made, problem, federation=opening.federation, signed=opening.signed) as run:
             run_rounds(run, self.engine, evaluated_nothing, attendance=self.engine)

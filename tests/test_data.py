@@ -160,6 +160,34 @@ def test_nothing_stands_in_for_a_missing_training_split(parquet: Path) -> None:
     one_line(refusal)
 
 
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "named", ["{elsewhere}/secret.jsonl", "../elsewhere/secret.jsonl", "http://127.0.0.1:9/x.jsonl"]
+)
+def test_a_card_in_a_folder_does_not_say_which_files_are_read(
+    parquet: Path, tmp_path: Path, card: str, named: str
+) -> None:
+    """A data set's card may name files anywhere, on the network too, and the library would read them."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret.jsonl").write_text('{"text": "a row of ours", "label": 0}\n')
+    files = f'{{split: train, path: "{named.format(elsewhere=elsewhere)}"}}'
+    settings = f"configs:\n- {{config_name: default, data_files: [{files}]}}\n"
+    (parquet / "dataset_infos.json").write_text("{}")  # as data sets have it
+    (parquet / card).write_text(f"---\n{settings}---\n" if card == "README.md" else settings)
+    assert load_rows(str(parquet), "train") == [{"text": "one", "label": 0}, {"text": "two", "label": 1}]
+
+
+@pytest.mark.usefixtures("real_datasets")
+def test_files_of_other_names_are_the_training_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "folder [1]" / "data").mkdir(parents=True)
+    (tmp_path / "folder [1]" / "data" / "part-0.csv").write_text("text,label\none,0\n")
+    assert load_rows(str(tmp_path / "folder [1]"), "train") == [{"text": "one", "label": 0}]
+
+
 @pytest.mark.usefixtures("real_datasets")
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeerkatError, match="cannot be loaded") as refusal:

@@ -3,13 +3,16 @@
 Each attack is a link, or a file with a name that we might use, in a folder that was made before us.
 """
 
+import errno
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from meerkat.cli import main
 from meerkat.federation.ledger import Ledger
@@ -138,6 +141,34 @@ def test_something_that_is_neither_file_nor_folder_is_refused(theirs: Path, caps
     assert "neither a file nor a folder" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_listed_is_refused(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mode 0311, as an archive can make it: its files can be opened by name, so that a link in it goes unseen."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (theirs / "figures").symlink_to(elsewhere)
+    listed = os.scandir
+
+    def scandir(path: str) -> "os._ScandirIterator[str]":  # no permission binds root, who may run this test
+        if Path(path) == theirs:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    status = main(["report", str(theirs)])
+    assert not [*elsewhere.iterdir()]
+    assert status == 2
+    assert "cannot be listed (Permission denied)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_s_folder_may_itself_be_a_link(theirs: Path, tmp_path: Path) -> None:
+    """As runs/latest often is: whoever names it knows it."""
+    (tmp_path / "latest").symlink_to(theirs)
+    assert main(["report", str(tmp_path / "latest")]) == 0
+    assert (theirs / "report.html").is_file()
+
+
 def test_a_log_is_not_opened_through_a_link(victim: Path, tmp_path: Path) -> None:
     (tmp_path / "rounds.log").symlink_to(victim)
     with pytest.raises(OSError, match="is a link"):
@@ -240,6 +271,23 @@ def test_an_exported_model_can_be_shared(finished: Path, tmp_path: Path) -> None
     assert main(["export", str(finished), "--to", str(tmp_path / "model")]) == 0
     assert modes(tmp_path / "model")["model"] == "0o755"
     assert modes(tmp_path / "model")["model/model.safetensors"] == "0o644"
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_folder_in_an_exported_model_can_be_entered(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer with several chat templates is saved with a folder of them."""
+
+    def save_pretrained(_: Any, folder: Path, **__: Any) -> None:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+    assert main(["export", str(finished), "--to", str(tmp_path / "model")]) == 0
+    found = modes(tmp_path / "model")
+    assert found["model/additional_chat_templates"] == "0o755"
+    assert found["model/additional_chat_templates/tool_use.jinja"] == "0o644"
 
 
 # --- what a killed process leaves -----------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Every method over the tiny federation: run, resumed anywhere, verified, forged, counted by hand."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
+from meerkat.record.summary import as_text
 from meerkat.report import summary_in_words
 from meerkat.run.setup import classification
 from meerkat.run.split import training_and_evaluation_rows
@@ -302,7 +302,7 @@ def forged_last_round(run: Path, delta: np.ndarray) -> None:
 
     rewrite(run, forge)
     summary = summary_of(run)
-    (run / "summary.json").write_text(json.dumps(summary | {"theta_digest": theta}))
+    (run / "summary.json").write_text(as_text(summary | {"theta_digest": theta}))
 
 
 def test_verify_refuses_a_delta_where_scalars_say_what_moved_though_all_digests_agree(

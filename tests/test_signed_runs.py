@@ -39,8 +39,11 @@ from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
 from meerkat.record.forks import fork
 from meerkat.record.members import KeyRevocation, Member
+from meerkat.record.opening import file_digest
+from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
+from meerkat.record.summary import as_text
 from meerkat.record.verification import StoredRun, verify
 from meerkat.settings.config import SITES, RunConfig
 
@@ -180,7 +183,7 @@ def forged(run: Path, copied: Path, held: list[Record], theta: str = "") -> Path
     damaged(run, copied, b"".join(lines))
     if theta:
         summary = json.loads((run / "summary.json").read_text())
-        (copied / "summary.json").write_text(json.dumps({**summary, "theta_digest": theta}))
+        (copied / "summary.json").write_text(as_text({**summary, "theta_digest": theta}))
     return copied
 
 
@@ -272,13 +275,52 @@ def test_a_federation_s_scores_are_computed_anew_on_the_coordinator_s_rows(
     assert not [each for each in unchecked if "scores" in each]
     summary = json.loads((copied / "summary.json").read_text())
     scores = {**summary["scores"], "accuracy": 0.999}
-    (copied / "summary.json").write_text(json.dumps(summary | {"scores": scores, "accuracy": 0.999}))
+    (copied / "summary.json").write_text(as_text(summary | {"scores": scores, "accuracy": 0.999}))
     assert main(["verify", str(copied)]) == 0
     assert main(["verify", str(copied), "--evaluate"]) == 1
-    (copied / "summary.json").write_text(json.dumps(summary | {"evaluated_on": "sites"}))
+    (copied / "summary.json").write_text(as_text(summary | {"evaluated_on": "sites"}))
     capsys.readouterr()
     assert main(["verify", str(copied), "--evaluate"]) == 2
     assert "evaluated by its sites" in capsys.readouterr().err
+
+
+def with_settings(run: Path, copied: Path, **values: Any) -> Path:
+    """A copy with other settings, and all that follows from them in log and summary."""
+    shutil.copytree(run, copied)
+    config = RunFolder(copied).config().model_copy(update=values)
+    (copied / "config.toml").write_text(config.to_toml())
+    held = records(run)
+    held[0]["config"] = file_digest(copied / "config.toml")
+    summary = json.loads((run / "summary.json").read_text())
+    attacking = list(config.attacking_clients)
+    summary |= {"partition": config.partition, "attack": config.attack, "attacking_clients": attacking}
+    (copied / "summary.json").write_text(as_text(summary))
+    return forged(run, copied, held)
+
+
+def test_a_site_is_not_said_to_have_attacked(run: Path, tmp_path: Path) -> None:
+    """Attacks are simulated, on a partition of one data set: a federation has its sites' rows, and no attackers."""
+    accused = with_settings(run, tmp_path / "run", partition="iid", attack="sign-flip", attackers=1)
+    assert json.loads((accused / "summary.json").read_text())["attacking_clients"]
+    fails(accused, "config.toml: partition: recorded 'iid', found 'sites'")
+
+
+def test_who_evaluated_is_checked_as_far_as_the_log_and_the_settings_tell(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That sites evaluated is not: `verify` says so. Rows that nobody held back are."""
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    summary = json.loads((copied / "summary.json").read_text())
+    assert main(["verify", str(copied)]) == 0
+    assert "evaluated_on, scores and extreme_clients in summary.json (--evaluate)" in capsys.readouterr().out
+    (copied / "summary.json").write_text(as_text(summary | {"evaluated_on": "held-back"}))
+    fails(copied, "summary.json: evaluated_on: recorded 'held-back', found 'validation'")
+    (copied / "summary.json").write_text(as_text(summary | {"evaluated_on": "sites"}))
+    assert main(["verify", str(copied)]) == 0
+    said = "evaluated_on, scores and extreme_clients in summary.json (made by the sites, it says)"
+    assert said in capsys.readouterr().out
+    assert main(["verify", str(copied), "--evaluate"]) == 2
+    assert "as its summary says and no log" in capsys.readouterr().err.splitlines()[-1]
 
 
 # who holds the folder, and changes it where it stands

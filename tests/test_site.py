@@ -295,6 +295,18 @@ def test_a_task_of_a_known_name_has_its_own_text(setting: Setting) -> None:
         Site(replace(setting.offer(), task="own.toml", task_text=text), own)
 
 
+def test_a_task_s_name_is_no_file_s_name(setting: Setting, tmp_path: Path) -> None:
+    """No file could be called so: nothing looks for one."""
+    text = 'template = "{sentence} {label}"\nlabels = ["a", "b"]\n'
+    paths = {
+        "data": str(setting.folder / "0"),
+        "model": str(setting.root / "model"),
+        "ledger": str(tmp_path / "ledger"),
+    }
+    own = SiteConfig(client=0, device="cpu", **paths, accepts={"mask_minimum": 1})
+    Site(replace(setting.offer(), task="\u20ac" * 250 + ".toml", task_text=text), own).close()
+
+
 def test_a_round_of_other_directions_is_refused(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0)
     server.close(None)

@@ -12,6 +12,7 @@ import pytest
 
 from meerkat.cli import main
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.record.summary import as_text
 
 Texts = list[bytes]
 """The JSON text of each record."""
@@ -104,7 +105,7 @@ def test_an_opening_s_versions_are_versions(run: Path, name: str, value: Any) ->
 
 def changed_summary(run: Path, **values: Any) -> None:
     path = run / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(as_text(json.loads(path.read_text()) | values))
 
 
 FORGED = {
@@ -150,7 +151,7 @@ def test_a_promise_in_the_summary_is_computed_anew(run: Path) -> None:
 def test_a_summary_without_all_that_it_must_say_is_refused(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     del summary["privacy"]
-    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "summary.json").write_text(as_text(summary))
     assert main(["verify", str(run)]) == 1
 
 

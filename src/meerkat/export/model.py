@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meerkat.algorithm.zeroth_order import MaskedModel
-from meerkat.errors import DAMAGE, MeerkatError, in_short
+from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
 from meerkat.export.model_card import CARD_FILE, Content, model_card
 from meerkat.masks.lora import merge_lora_, save_adapter
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
@@ -68,10 +68,14 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             else:
                 _save_delta(part / DELTA_FILE, run.mask, run.theta)
             tuned_fingerprint = "" if content == "adapters" else fingerprint(model)
-            card = model_card(RunFolder(root), run, problem, content, tuned_fingerprint)
+            try:
+                card = model_card(RunFolder(root), run, problem, content, tuned_fingerprint)
+            except (MemoryError, *DAMAGE) as error:
+                reason = in_short(error)
+                raise RunFailed(f"run folder '{root}': a file in it is damaged ({reason}); restore a copy") from None
             (part / CARD_FILE).write_text(card, encoding="utf-8")
-            for file in part.iterdir():  # a model is for sharing: whoever may list the folder may read what is in it
-                file.chmod(part.stat().st_mode & 0o666)
+            for file in part.rglob("*"):  # a model is for sharing: whoever may list the folder may read what is in it
+                file.chmod(part.stat().st_mode & (0o777 if file.is_dir() else 0o666))
             part.rename(to)
     return to / DELTA_FILE if content == "delta" else to
 

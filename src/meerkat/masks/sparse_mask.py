@@ -21,6 +21,8 @@ from meerkat.masks.kinds import Kind
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
 """Entries hashed together, so that no float32 copy of a whole tensor is made."""
+_DIMENSIONS, _SIZE = 8, 2**40
+"""No tensor of a model has more sizes, nor one as large."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,10 @@ class SparseMask:
     def check_form(self) -> None:
         """Raise ValueError unless this can be the mask of some model."""
         for name, shape in self.shapes.items():
-            if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-                raise ValueError(f"a tensor of shape {list(shape)}")
+            # before any product of them, whose digits would be as many as theirs together
+            if len(shape) > _DIMENSIONS or not all(type(size) is int and 0 <= size < _SIZE for size in shape):
+                allowed = f"at most {_DIMENSIONS} sizes, each below {_SIZE}"
+                raise ValueError(f"a tensor has {allowed}, not {len(shape)}: {list(shape)}")
             indices = self.entries[name]
             if indices is None:
                 continue

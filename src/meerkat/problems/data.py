@@ -1,5 +1,6 @@
 """Labelled rows and texts: JSON-lines files, or data sets of the Hugging Face hub."""
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,17 @@ from meerkat.errors import DAMAGE, MeerkatError, in_short
 Row = Mapping[str, Any]
 """One row; where a problem has labels, its `label` is an index into them, counted from 0."""
 
+_SPLITS = ("train", "validation", "test")
+_FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+"""A file's ending -> what the `datasets` library calls its format."""
+
 HUB_SPLITS = {"validation": ("validation", "test")}
 """Split -> hub splits to use, the first that exists: a test split replaces a missing validation split."""
 
@@ -18,8 +30,8 @@ def load_rows(source: str, split: str) -> list[Row]:
     """The rows of one split.
 
     Args:
-        source: a folder with SPLIT.jsonl files. Any other folder or name goes to `datasets.load_dataset`,
-            with an optional configuration after a colon, as in `aps/super_glue:boolq`.
+        source: a folder with SPLIT.jsonl files. The files of any other folder, and any other name, go to
+            `datasets.load_dataset`; a name may have a configuration after a colon, as in `aps/super_glue:boolq`.
         split: "train", "validation" or "test".
 
     Raises:
@@ -128,6 +140,24 @@ def _from_hub(source: str, split: str) -> list[Row]:
     return [dict(row) for row in splits[name]]
 
 
+def _files_by_split(folder: Path, what: str) -> tuple[str, Mapping[str, list[str]]]:
+    """The format of a folder's files, and which belong to which split by the start of their names.
+
+    Where no name starts with a split's, all are for training. Left to itself, the library would read the folder's card,
+    which may name files elsewhere.
+    """
+    # '::' in a name would be the start of an address
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in _FORMATS and "::" not in str(file)]
+    splits = {split: [file for file in files if file.name.startswith(split)] for split in _SPLITS}
+    splits = {split: held for split, held in splits.items() if held} or {"train": files}
+    if len(formats := {_FORMATS[file.suffix] for held in splits.values() for file in held}) != 1:
+        raise MeerkatError(
+            f"{what} '{folder}': cannot be loaded (files of {len(formats)} formats); give a folder with files of one: "
+            f"{', '.join(_FORMATS)}"
+        )
+    return formats.pop(), {split: [glob.escape(str(file)) for file in held] for split, held in splits.items()}
+
+
 def _load_dataset(source: str, what: str, **options: Any) -> Any:
     """A data set from the hub or a folder; rows are plain dictionaries."""
     try:
@@ -137,7 +167,9 @@ def _load_dataset(source: str, what: str, **options: Any) -> Any:
             f"{what} '{source}': hub data needs the 'datasets' package; pip install 'meerkat-fl[hub]'"
         ) from None
     name, configuration = source, None
-    if not Path(source).exists() and ":" in source:
+    if Path(source).is_dir():
+        name, options["data_files"] = _files_by_split(Path(source), what)
+    elif not Path(source).exists() and ":" in source:
         name, configuration = source.rsplit(":", 1)
     try:
         return datasets.load_dataset(name, configuration, **options)

@@ -81,8 +81,18 @@ def is_leftover(name: str) -> bool:
 
 
 def check_no_links(root: Path) -> None:
-    """Raise MeerkatError where anything under a folder is a link, a pipe or the like: such as nobody here writes."""
-    for folder, folders, files in os.walk(root):
+    """Raise MeerkatError where anything under a folder is a link, a pipe or the like: such as nobody here writes.
+
+    The folder itself may be a link, as `runs/latest` often is: whoever names it knows it. A folder that cannot be
+    listed, but entered, is refused: nobody knows what is in it.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            where = f"'{root}': '{Path(error.filename or root).relative_to(root)}'"
+            raise MeerkatError(f"{where} cannot be listed ({error.strerror}), so it may hold links; chmod u+r it")
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
         for path in (Path(folder) / name for name in sorted([*folders, *files])):
             inside = f"'{root}': '{path.relative_to(root)}' is"
             try:

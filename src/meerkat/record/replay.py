@@ -238,6 +238,8 @@ class Replay:
         kept = "kept" if record.scalars or not record.made else "not kept"
         if plan.sends == "scalars" and settings.aggregation.keeps_replies:
             self._agree(f"the scalars of {where}", kept, "kept")
+            # first of all: a record is as large as its aggregate, but a plan may ask for any number of steps
+            self._agree(f"the aggregate's form in {where}", record.aggregate.shape, (plan.longest, plan.directions))
             replies = [Scalars(k, g) for k, g in record.scalars.items()]
             again = aggregate(replies, record.weights, plan, settings.aggregation, settings.step_limit)
             self._agree(f"the aggregate of {where}", _hex(record.aggregate), _hex(again))
@@ -259,9 +261,10 @@ class Replay:
         self._agree(f"who is extreme in {where}", record.selection.extreme, again.selection.extreme)
         for part in fields(record.selection):
             then, now = getattr(record.selection, part.name), getattr(again.selection, part.name)
-            # logarithms may differ in their last bits between machines
-            if np.shape(then) != np.shape(now) or not np.allclose(then, now, rtol=1e-9, atol=0):
-                self._agree(f"{part.name} of {where}", then, now)
+            # logarithms may differ in their last bits between machines, but in neither type nor sign
+            same = np.shape(then) == np.shape(now) and _kinds(then) == _kinds(now)
+            if not same or not np.allclose(then, now, rtol=1e-9, atol=0):
+                self._agree(f"{part.name} of {where}", json.dumps(then), json.dumps(now))
 
     def _check_inner(self, plan: RoundPlan, inner: np.ndarray, where: str) -> None:
         gradient = self.gradient if self.settings.aggregation.keeps_replies else None
@@ -294,6 +297,12 @@ def _description(values: dict[str, Any]) -> str:
         key = Member.from_json(values).key
     named = f", key {fingerprint(bytes.fromhex(key))}" if key else ""
     return one_line(f"join of client {values.get('client')}{named}")
+
+
+def _kinds(value: float | tuple[float, ...]) -> list[tuple[type, bool]]:
+    """Of a number, or of each in a tuple: its type, and whether a minus stands before it. 1, 1.0 and true differ."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return [(type(number), str(number).startswith("-")) for number in numbers]
 
 
 def _hex(values: np.ndarray) -> str:

@@ -112,6 +112,11 @@ class Summary:
         return summary
 
 
+def as_text(summary: Mapping[str, Any]) -> str:
+    """The text of summary.json: one for each outcome, and no key twice."""
+    return json.dumps(summary, indent=2) + "\n"
+
+
 @dataclass(frozen=True)
 class Work:
     """What all clients together did and sent, in bytes of payload and local steps."""

@@ -21,10 +21,10 @@ from meerkat.record.opening import Opening, file_digest, gradient_digest, steps_
 from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.record.summary import Summary, Work, alike, outcome
+from meerkat.record.summary import Summary, Work, alike, as_text, outcome
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
-from meerkat.settings.config import RunConfig
+from meerkat.settings.config import SITES, RunConfig
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ class VerifiedRun:
             return unchecked
         if self.opening.federation:
             unchecked.append("the network's counts and clients_without_budget in summary.json")
-        if not evaluated:
-            sites = "made by the sites" if self.summary.evaluated_on == "sites" else "--evaluate"
-            unchecked.append(f"scores and extreme_clients in summary.json ({sites})")
+        if not evaluated and self.summary.evaluated_on == "sites":
+            unchecked.append("evaluated_on, scores and extreme_clients in summary.json (made by the sites, it says)")
+        elif not evaluated:
+            who = "evaluated_on, " if self.opening.federation else ""
+            unchecked.append(f"{who}scores and extreme_clients in summary.json (--evaluate)")
         return [*unchecked, "times and memory in summary.json"]
 
 
@@ -109,11 +111,14 @@ class StoredRun:
             opening = Opening.from_json(first, log)
             agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
             config, mask = folder.config(), folder.mask()
-            if not opening.federation:
+            if opening.federation:
+                agree(folder.config_path, "partition", config.partition, SITES)
+            else:
                 agree(log, "the number of clients", str(len(opening.examples)), str(config.clients))
             if mask.theta_0 is None:
                 raise RunFailed(f"{mask_file}: has no base values; restore it from a copy")
             agree(log, "the directions' key", opening.run_key, f"{run_key(config.seed):032x}")
+            agree(folder.config_path, "density", config.density, mask.density)
             agree(mask_file, "model", opening.model, mask.fingerprint)
             agree(mask_file, "entries", opening.mask, mask.digest())
             agree(mask_file, "what it says of itself", opening.about_mask, mask.description_digest())
@@ -162,6 +167,8 @@ def _checked_summary(folder: RunFolder, run: VerifiedRun) -> Summary | None:
         return None
     try:
         summary = Summary.from_json(stated)
+        if folder.summary_path.read_bytes() != as_text(stated).encode():
+            raise ValueError("it is not written as this version writes a summary")
     except ValueError as error:
         raise RunFailed(f"{folder.summary_path}: {one_line(error)}; restore the folder from a copy") from None
     if not run.finished:
@@ -170,8 +177,10 @@ def _checked_summary(folder: RunFolder, run: VerifiedRun) -> Summary | None:
             "restore the file from a copy"
         )
     expected = outcome(run.config, run.mask, run.work, run.early_stopped, path.digest(run.theta), run.guarantee)
-    if not run.opening.federation:
+    # sites may have evaluated, in a federation without dp: no log says so
+    if summary.evaluated_on != "sites" or not run.opening.federation or run.config.dp != "none":
         expected["evaluated_on"] = "held-back" if run.config.held_back else "validation"
+    if not run.opening.federation:
         expected["clients_without_budget"] = budget.ending_early(run.config, run.opening.allowance)
     for name, value in expected.items():
         if not alike(getattr(summary, name), value, within=1e-6):  # accounting may differ in its last digits

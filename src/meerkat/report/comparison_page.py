@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meerkat.errors import RunFailed
+from meerkat.errors import DAMAGE, RunFailed, in_short
 from meerkat.report import comparison_figures as draw
 from meerkat.report.facts import Row, Study, distinct_names, finite, mean, read_comparison, value_in_words
 from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, paragraph, pill, table
@@ -26,8 +26,8 @@ def write_comparison_report(root: Path) -> Path:
     """
     try:
         return comparison_page(Path(root)).write(Path(root))
-    except (LookupError, TypeError) as error:
-        raise RunFailed(f"comparison '{root}': compare.json is damaged ({error!r}); compare again") from None
+    except (MemoryError, *DAMAGE) as error:
+        raise RunFailed(f"comparison '{root}': a file in it is damaged ({in_short(error)}); compare again") from None
 
 
 def comparison_page(root: Path) -> Page:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meerkat.errors import RunFailed
+from meerkat.errors import DAMAGE, RunFailed, in_short
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import RANGES
 from meerkat.progress import number_of
@@ -32,8 +32,9 @@ def write_run_report(root: Path) -> Path:
     """
     try:
         return run_page(RunFacts.read(Path(root))).write(Path(root))
-    except (LookupError, TypeError) as error:
-        raise RunFailed(f"run folder '{root}': a file in it is damaged ({error!r}); restore it from a copy") from None
+    except (MemoryError, *DAMAGE) as error:
+        reason = in_short(error)
+        raise RunFailed(f"run folder '{root}': a file in it is damaged ({reason}); restore it from a copy") from None
 
 
 def run_page(run: RunFacts) -> Page:

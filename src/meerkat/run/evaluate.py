@@ -61,7 +61,10 @@ def check_scores(root: Path, run: VerifiedRun) -> None:
     if summary is None:
         raise MeerkatError(f"{root}: not finished, so there is no summary whose scores could be checked; resume it")
     if summary.evaluated_on == "sites":
-        raise MeerkatError(f"{root}: evaluated by its sites, on rows that are theirs alone; leave --evaluate out")
+        raise MeerkatError(
+            f"{root}: evaluated by its sites, as its summary says and no log, on rows that are theirs alone; leave "
+            "--evaluate out, and use 'meerkat evaluate' for its scores on your rows"
+        )
     problem, model = _opened(root, run)
     batch, extreme = _evaluation_rows(folder, run, problem)
     agree(folder.summary_path, "extreme_clients", summary.extreme_clients, extreme)

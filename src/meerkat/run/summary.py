@@ -1,6 +1,5 @@
 """Writing a finished run's outcome into its folder."""
 
-import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from meerkat.record.files import write_text
 from meerkat.record.opening import steps_by_rows
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.record.summary import Summary, outcome, work_by_kind
+from meerkat.record.summary import Summary, as_text, outcome, work_by_kind
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.run import Run
 from meerkat.settings import budget
@@ -35,7 +34,7 @@ def write_summary(run: Run, extreme: Sequence[int] = (), network: Mapping[str, A
         clients_without_budget=without_budget(folder),
         network=network,
     ).to_json()
-    write_text(folder.summary_path, json.dumps(summary, indent=2) + "\n", folder.cure)
+    write_text(folder.summary_path, as_text(summary), folder.cure)
     return summary
 
 
