@@ -28,7 +28,7 @@ _work = st.builds(
     st.sampled_from(["training", "calibration"]),
     _rates,
     st.integers(0, 2**32 - 1),
-    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**62 - 1),
     st.lists(_closed, max_size=5).map(tuple),
 )
 _frames = st.builds(

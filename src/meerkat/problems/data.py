@@ -151,8 +151,9 @@ def _files_by_split(folder: Path, what: str) -> tuple[str, Mapping[str, list[str
     splits = {split: [file for file in files if file.name.startswith(split)] for split in _SPLITS}
     splits = {split: held for split, held in splits.items() if held} or {"train": files}
     if len(formats := {_FORMATS[file.suffix] for held in splits.values() for file in held}) != 1:
+        found = "files of several formats" if formats else "no file that can be read"
         raise MeerkatError(
-            f"{what} '{folder}': cannot be loaded (files of {len(formats)} formats); give a folder with files of one: "
+            f"{what} '{folder}': cannot be loaded ({found}); give a .jsonl file, or a folder with files of one format: "
             f"{', '.join(_FORMATS)}"
         )
     return formats.pop(), {split: [glob.escape(str(file)) for file in held] for split, held in splits.items()}
