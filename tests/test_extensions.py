@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_what_is_not_there_is_said_by_every_command(tmp_path: Path, capsys: pyte
     assert "cannot be imported" in capsys.readouterr().err
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What a test loads is not known after it: a comparison's processes load all that is."""
+    known, kinds = {**extensions._loaded}, {kind: {**values} for kind, values in extensions.KINDS.items()}
+    yield
+    for now, before in ((extensions._loaded, known), *((extensions.KINDS[kind], kinds[kind]) for kind in kinds)):
+        now.clear()
+        now.update(before)
+
+
+@pytest.mark.usefixtures("forgotten")
 def test_a_module_by_its_name_and_twice_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_partition_of_rows.py").write_text("PARTITIONERS = {'all-to-one': lambda *_: None}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -134,6 +146,7 @@ def test_a_module_by_its_name_and_twice_is_loaded_once(tmp_path: Path, monkeypat
     assert extensions.defined_by(["my_partition_of_rows"], "ESTIMATORS") == frozenset()
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_installed_packages_name_extensions_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "an_installed_extension.py").write_text("PARTITIONERS = {'by-entry-point': lambda *_: None}")
     metadata = tmp_path / "an_extension-1.0.dist-info"
