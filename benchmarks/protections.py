@@ -154,7 +154,7 @@ def example_privacy(ledger: Ledger) -> dict[str, Callable[[], object]]:
     rounds = iter(range(10**9))
 
     def noted() -> None:
-        of_run.answer("training", next(rounds), secrets.token_hex(32), (1, 1), lambda _: bytes(19))
+        of_run.answer("training", next(rounds), secrets.token_hex(32), secrets.token_hex(32), 1, lambda _: bytes(19))
 
     return {
         "example_privacy": lambda: (mechanism.sample(held), mechanism.release(slopes)),
