@@ -115,8 +115,9 @@ def private_step(problem: Problem, examples: Sequence[Example], repeats: int) ->
     ratios = []
     for number in range(repeats + 1):
         rows = [rng.permutation(len(examples))[:ROWS]]
-        plain = seconds(lambda: step(number, lambda _: mean_of(together(rows))))  # noqa: B023
-        ratios.append(seconds(lambda: step(number, lambda _: alone(rows), mechanism)) / plain)  # noqa: B023
+        plain = seconds(functools.partial(step, number, lambda _, rows=rows: mean_of(together(rows))))
+        private = functools.partial(step, number, lambda _, rows=rows: alone(rows), mechanism)
+        ratios.append(seconds(private) / plain)
     return round(statistics.median(ratios[1:]), 2)  # the first one warms up
 
 

@@ -789,7 +789,10 @@ def test_a_federation_where_some_sign_is_gone_through(course: Course, monkeypatc
 
 def half_lived(course: Course, out: Path, keys: dict[int, dict[str, str]]) -> None:
     """The first rounds of a federation."""
-    stop = lambda staged: staged.wire.after(4.5, lambda: staged.stop("enough"))  # noqa: E731
+
+    def stop(staged: Staged) -> None:
+        staged.wire.after(4.5, lambda: staged.stop("enough"))
+
     with pytest.raises(RunFailed, match="enough"):
         coordinate(course.config(), course.federation(), out, Staged(course.setting, keys, stop))
 
@@ -805,7 +808,10 @@ def two_histories(course: Course, folder: Path, keys: dict[int, dict[str, str]])
     half_lived(course, one, keys)
     shutil.copytree(one, other)
     coordinate(course.config(), course.federation(), one, Staged(course.setting, keys))
-    back = lambda staged: staged.wire.after(3.5, lambda: staged.enter(2, **keys[2]))  # noqa: E731
+
+    def back(staged: Staged) -> None:
+        staged.wire.after(3.5, lambda: staged.enter(2, **keys[2]))
+
     without = {client: own for client, own in keys.items() if client != 2}
     coordinate(course.config(), course.federation(start_s=1.0), other, Staged(course.setting, without, back))
     return one, other

@@ -115,10 +115,10 @@ def _locked(root: Path) -> Iterator[None]:
     try:
         for folder in (root, *(root / name for name in ("cells", "search", "masks", "logs"))):
             make_folder(folder)
-        lock = open(root / "logs" / "lock", "a", opener=owned)  # noqa: SIM115 (closed by the `with` below)
+        descriptor = owned(root / "logs" / "lock", os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise MeerkatError(f"'{root}': {error.strerror}; give another --out") from None
-    with lock:
+    with os.fdopen(descriptor, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
