@@ -4,13 +4,13 @@ Some move none: a key's bias, in an attention layer without rotary positions, ad
 which softmax takes away again. A mask of many such entries and a few others is a mask of a few.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from meerkat import seeds
+from meerkat.algorithm.precision import weights_as
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.sparse_mask import SparseMask
 
@@ -36,7 +36,7 @@ def count_live(model: nn.Module, mask: SparseMask, outputs: Callable[[], Tensor]
         model: its weights are the same afterwards; narrower ones are kept beside a float32 copy meanwhile.
         outputs: what depends on the model's present weights, [outputs]: a few dozen numbers at least.
     """
-    with _in_float32(model):
+    with weights_as(model, torch.float32):
         return _count_live(MaskedModel(model, mask), outputs, enough)
 
 
@@ -60,19 +60,6 @@ def _count_live(model: MaskedModel, outputs: Callable[[], Tensor], enough: int) 
     finally:
         model.write_(theta)
     return live
-
-
-@contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """A model whose weights are float32 for as long as the context lasts, and then what they were."""
-    weights = [(parameter, parameter.data) for parameter in model.parameters()]
-    try:
-        for parameter, data in weights:
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in weights:
-            parameter.data = data
 
 
 def _perturbations(model: MaskedModel) -> Tensor:

@@ -6,7 +6,7 @@ Weights are always written from theta, which stays float32. Nothing is added to 
 restoring is exact and no drift builds up (numeric contracts 2 and 3).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,8 +77,26 @@ def slopes(
     Raises:
         Diverged: a loss is not finite.
     """
+    return slopes_along(model, theta, plan.along(step, directions), plan.eps, loss, estimator)
+
+
+def slopes_along(
+    model: MaskedModel,
+    theta: Tensor,
+    along: Iterable[Tensor],
+    eps: float,
+    loss: Loss,
+    estimator: Estimator = PLAIN,
+) -> Slopes:
+    """The loss' slopes at theta along P directions, float32 [n] each, on one batch.
+
+    theta and the weights afterwards are as in `slopes`.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
     with _near(model, theta, loss) as loss_at:
-        return estimator.slopes(loss_at, theta, plan.along(step, directions), plan.eps)
+        return estimator.slopes(loss_at, theta, along, eps)
 
 
 def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float, loss: Loss) -> Slopes:
@@ -89,8 +107,7 @@ def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float,
     Raises:
         Diverged: a loss is not finite.
     """
-    with _near(model, theta, loss) as loss_at:
-        (g,), (level,) = PLAIN.slopes(loss_at, theta, [z], eps)
+    (g,), (level,) = slopes_along(model, theta, [z], eps, loss)
     return Slopes(g, level)
 
 

@@ -138,7 +138,7 @@ def _portable(config: RunConfig) -> RunConfig:
     return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
-_OF_A_PROBLEM = ("problem", "model", "dtype", "device", "task", "data", "max_length")
+_OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length")
 _OF_ITS_TEXT = ("text", "text_sequences", "text_length")
 _OF_THE_ROWS = ("partition", "clients", "mask")
 
@@ -205,7 +205,7 @@ def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
     """The settings with their sensitivity mask as a file, made once for all runs; other methods make their own."""
     if config.mask or config.recipe.moves != "sensitivity":
         return config
-    names = {"problem", "model", "density", "mask_scope", "exclude", "dtype", *_OF_ITS_TEXT}
+    names = {"problem", "model", "density", "mask_scope", "exclude", *_OF_ITS_TEXT}
     path = folder / f"{settings_hash(config.model_dump(mode='json', include=names))}.safetensors"
     if not path.exists():
         resolved = resolve(config)

@@ -146,7 +146,7 @@ def _loading_code(config: RunConfig, problem: Problem, content: Content) -> list
     base = f"base = {json.dumps(config.model)}" + "  # its path on the run's machine" * _is_local(config.model)
     if config.model == EMBEDDED:
         imports, base = [*imports[:-1], "from meerkat import demo", imports[-1]], "base = demo.MODEL"
-    model = f'model = AutoModelForCausalLM.from_pretrained(base, dtype="{config.dtype}")'
+    model = 'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")'
     return [*imports, auto, "", folder, base, model, tuned, "tokenizer = AutoTokenizer.from_pretrained(base)"]
 
 

@@ -78,7 +78,10 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
     """Raise MeerkatError where settings given now differ from those that the run began with."""
     began = folder.config()
-    left_open = {"density", *(name for name in ("lr", "dp_noise_multiplier") if getattr(config, name) == AUTO)}
+    left_open = {
+        "density",
+        *(name for name in ("lr", "eps", "dtype", "dp_noise_multiplier") if getattr(config, name) == AUTO),
+    }
     for name, value in config.model_dump().items():
         if name not in left_open and value != (then := getattr(began, name)):
             _refuse_change(folder, f"{name} {then!r}, not {value!r}")

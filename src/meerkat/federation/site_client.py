@@ -29,6 +29,7 @@ from meerkat.problems import causal_lm
 from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, Split, client_losses, primary
+from meerkat.run.precision import cast_model
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.auto import number
@@ -68,12 +69,12 @@ class SiteClient:
         settings.check_mask(self.mask, self._problem.model)
         if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
             settings.check_live_entries(self.mask, self._problem.model, _public_outputs(self._problem))
-        self._model = MaskedModel(self._problem.model, self.mask)
-        self.theta_0 = self._model.read()
+        self.theta_0 = MaskedModel(self._problem.model, self.mask).read()
         if path.digest(self.theta_0) != offer.theta:
             raise MeerkatError(
                 f"model '{settings.model}': its values at the mask are not the coordinator's; use the same model"
             )
+        self._model = cast_model(self.config, self._problem, self.mask)
         self.rules = rules(self.config)
         self.directions = directions(self.config, len(self.mask), self.theta_0.device)
         private = self.config.dp == "example"

@@ -23,8 +23,6 @@ from meerkat.problems.data import read_texts
 from meerkat.problems.problem import Evaluation
 from meerkat.problems.tasks import Example, Objective
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
 """Padded tokens that go through the model together where sequences are sorted by length.
 
@@ -35,8 +33,10 @@ _PUBLIC_TOKENS = (2, 8)
 """Sequences of random tokens, and tokens of each, on which it shows whether a weight matters."""
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[nn.Module, Any]:
+def load_model(name: str, device: str = "cpu") -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer from a local folder or the hub, ready for evaluation.
+
+    Weights have the type that the checkpoint gives them.
 
     Nothing that comes with the model is run: no code of its own, and no pickled weights, which are code too.
 
@@ -59,7 +59,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, dtype=DTYPES[dtype], output_loading_info=True
+            name, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True
         )
     except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -5,22 +5,29 @@ Method, section 9. Prompts are made in `tasks.py`, losses and scores in `causal_
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from meerkat import seeds
 from meerkat.errors import MeerkatError
 from meerkat.problems import causal_lm
 from meerkat.problems.causal_lm import Batch
-from meerkat.problems.data import Row, load_rows
+from meerkat.problems.data import Row, load_rows, read_texts
 from meerkat.problems.problem import Better, Evaluation, Public, Purpose, Split
 from meerkat.problems.tasks import Example, Objective, Task, check_rows, encode
 
 NO_TASK = Task("", "{label}", ())
 """Stands where no rows are needed: a mask can be made from public text alone."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+_LONGEST_SENTENCE = 400
+"""Characters of a public row's field."""
 
 
 def task_rows(task: Task, data: str, split: Split) -> list[Row]:
@@ -32,6 +39,21 @@ def task_rows(task: Task, data: str, split: Split) -> list[Row]:
     rows = load_rows(data, split)
     check_rows(task, rows, f"data '{data}', {split}")
     return rows
+
+
+def public_rows(task: Task, text: str, count: int) -> list[Row]:
+    """The first sentences of so many public texts as rows of a task, each with a label drawn at random."""
+    if not task.labels:
+        return []
+    sentences = [
+        _SENTENCE_END.split(each.strip(), 1)[0][:_LONGEST_SENTENCE] for each in islice(read_texts(text), count)
+    ]
+    labels = seeds.generator(0, "public labels").integers(len(task.labels), size=len(sentences)).tolist()
+    in_turn = [sentences[i:] + sentences[:i] for i in range(len(task.needs))]
+    return [
+        {**dict(zip(task.needs, fields, strict=True)), "label": label}
+        for *fields, label in zip(*in_turn, labels, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -126,4 +148,5 @@ class Classification:
             causal_lm.load_text(self.text, self.tokenizer, self.text_sequences, length),
             causal_lm.language_modelling_loss(self.model),
             {"text": Path(self.text).name, "text_length": str(length)},
+            public_rows(self.task, self.text, self.text_sequences),
         )

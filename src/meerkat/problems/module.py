@@ -72,6 +72,9 @@ class ModuleProblem:
         tensors: Tensors | None = getattr(self, split)
         if tensors is None:
             raise MeerkatError(f"split '{split}': the problem has no such rows; use another split")
+        return self._as_rows(tensors)
+
+    def _as_rows(self, tensors: Tensors) -> list[Row]:
         if self.labels:
             return [{"input": i, "label": t} for i, t in zip(tensors.inputs, tensors.targets.tolist(), strict=True)]
         return [{"input": i, "target": t} for i, t in zip(*tensors, strict=True)]
@@ -117,7 +120,11 @@ class ModuleProblem:
         if self.public_data is None:
             return None
         examples = [Tensors(*row) for row in zip(*self.public_data, strict=True)]
-        return Public(examples, lambda example: self.row_losses(self.batch([example], "gradient"))[0])
+        return Public(
+            examples,
+            lambda example: self.row_losses(self.batch([example], "gradient"))[0],
+            rows=self._as_rows(self.public_data),
+        )
 
     def _outputs(self, batch: Tensors) -> Tensor:
         return torch.cat([self.model(inputs) for inputs in batch.inputs.split(_TOGETHER)])

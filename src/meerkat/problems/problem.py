@@ -53,6 +53,8 @@ class Public:
     """One of the examples -> its loss at the model's present weights, float32 []."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What the mask's file says of it."""
+    rows: Sequence[Row] = ()
+    """The same as rows of the problem, for `--eps auto` to be measured on; empty where there are none."""
 
 
 class Problem(Protocol):

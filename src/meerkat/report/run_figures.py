@@ -224,3 +224,17 @@ def concentration(points: Sequence[tuple[float, float]], density: float) -> Figu
             axes.annotate(text, (density, share), xytext=(-6, 6), textcoords="offset points", ha="right", color=RED)
         legend_above(axes)
     return figure
+
+
+def perturbation(eps: Sequence[float], errors: Sequence[float], chosen: float) -> Figure:
+    """The error of projected gradients, as a share of the exact slopes, by the size of the perturbation."""
+    with drawing() as (figure, axes):
+        axes.plot(eps, errors, color=BLUE, marker="o", ms=4)
+        plain_log(axes, "x")
+        plain_log(axes, "y")
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value))
+        axes.axvline(chosen, color=RED, lw=1.1, ls=":")
+        axes.set(xlabel="eps", ylabel="error of g")
+        note = {"xytext": (5, -10), "textcoords": "offset points", "color": RED}
+        axes.annotate(f"eps = {chosen:g}", (chosen, max(errors)), **note)
+    return figure

@@ -20,6 +20,7 @@ from meerkat.report.sentences import as_sentence, data_size, duration, percent, 
 from meerkat.report.style import CYCLE
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import budgets_in_words, defence_in_words
+from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig
 
 
@@ -221,11 +222,26 @@ def _mask(page: Page, run: RunFacts) -> None:
             "further the curve lies above the dashed line, the less is lost by moving only a few."
         )
         figures.append(CaptionedFigure("concentration", figure, "Sensitivity is concentrated", caption))
+    figures += _perturbation(run)
     if figures:
         page.figures(*figures)
     if len(points) <= 1:
         page.add(absent("No curve of sensitivity: this mask was not chosen by sensitivity, or does not say how."))
     page.add(folded(f"The {len(counts):,} tensors", _tensors(counts, len(mask))))
+
+
+def _perturbation(run: RunFacts) -> list[CaptionedFigure]:
+    """How eps was chosen, where it was measured."""
+    return [
+        CaptionedFigure(
+            "perturbation",
+            draw.perturbation(metric["eps"], metric["error"], number(run.config.eps)),
+            "How large a perturbation",
+            f"How far projected gradients are from exact slopes on public data, with {run.config.dtype} weights, as a "
+            "share of these slopes: small perturbations drown in rounding, large ones in the loss' curvature.",
+        )
+        for metric in run.of_kind("perturbation")[-1:]
+    ]
 
 
 def _mask_in_words(config: RunConfig, mask: SparseMask, tensors: int) -> str:

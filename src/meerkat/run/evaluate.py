@@ -15,6 +15,7 @@ from meerkat.record.summary import alike
 from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.loop import evaluation_of
 from meerkat.run.mask import check_model
+from meerkat.run.precision import cast_model
 from meerkat.run.setup import open_problem
 from meerkat.run.split import Split as Rows
 from meerkat.run.summary import evaluated
@@ -39,7 +40,7 @@ def _opened(root: Path, run: VerifiedRun) -> tuple[Problem, MaskedModel]:
         config = config.model_copy(update={"device": "cpu"})
     problem = open_problem(config)
     check_model(RunFolder(root), run.mask, config, problem)
-    return problem, MaskedModel(problem.model, run.mask)
+    return problem, cast_model(config, problem, run.mask)
 
 
 def evaluate(root: Path, split: Split = "validation") -> Evaluation:

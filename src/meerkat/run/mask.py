@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meerkat import seeds
 from meerkat.algorithm import path
+from meerkat.algorithm.precision import weights_as
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
@@ -22,11 +25,16 @@ from meerkat.settings.methods import METHODS, Method
 
 
 def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
-    """The mask that the method calls for, on the problem's model.
+    """The mask that the method calls for, on the problem's model, by float32 backpropagation.
 
     Raises:
         MeerkatError: a mask that was given does not fit, or one cannot be made.
     """
+    with weights_as(problem.model, torch.float32):
+        return _make_mask(config, problem)
+
+
+def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     model, density, kind = problem.model, config.density, config.recipe.moves
     given: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude}
     if config.mask:

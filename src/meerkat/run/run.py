@@ -30,7 +30,8 @@ from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
-from meerkat.run.metrics import metric_of
+from meerkat.run.metrics import PerturbationMetric, metric_of
+from meerkat.run.precision import cast_model, with_precision
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.auto import number_or
@@ -101,9 +102,13 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
         )
     # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
     rate = number_or(config.lr, default_lr(config.method, len(mask)))
+    config, curve = with_precision(config, problem, mask)
     config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density, "lr": rate})
     folder = RunFolder.create(out, config)
     store_mask(folder, mask, problem)
+    if curve is not None:
+        with closing(folder):
+            folder.append_metric(PerturbationMetric.of(curve).to_json())
     return folder
 
 
@@ -135,8 +140,9 @@ def carry_on(
         folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        model = MaskedModel(problem.model, load_mask(folder, config, problem))
-        mask, theta_0 = model.mask, model.read()
+        mask = load_mask(folder, config, problem)
+        theta_0 = MaskedModel(problem.model, mask).read()
+        model = cast_model(config, problem, mask)
         z = directions(config, len(mask), model.device)
         gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
         opening = Opening(

@@ -43,7 +43,6 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     filled = {
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
-        "eps": number_or(config.eps, config.recipe.eps),
         "early_stop": config.stopping,
         "server_lr": number_or(config.server_lr, {"adam": 1e-2}.get(config.update_rule, 1.0)),
     }
@@ -101,11 +100,9 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
     Raises:
         MeerkatError: task or model cannot be loaded.
     """
-    if config.dtype != "float32":
-        say(f"note: with {config.dtype} weights small perturbations are rounded away; float32 is what was measured")
     embedded = config.model == EMBEDDED
     task = task or (open_task(config) if config.task else NO_TASK)
-    model, tokenizer = causal_lm.load_model(str(demo.MODEL) if embedded else config.model, config.device, config.dtype)
+    model, tokenizer = causal_lm.load_model(str(demo.MODEL) if embedded else config.model, config.device)
     return Classification(
         model=model,
         tokenizer=tokenizer,

@@ -78,7 +78,7 @@ def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
         config = config.model_copy(update={"dp_noise_multiplier": math.ceil(1e4 * noise) / 1e4})
     sigma = number(config.dp_noise_multiplier)
     noisy = config.dp_clip * (1 + 6 * sigma) / config.batch_size
-    if config.dp == "example" and noisy > (most := LARGEST_LOSS / number_or(config.eps, config.recipe.eps)):
+    if config.dp == "example" and noisy > (most := LARGEST_LOSS / number(config.eps)):
         raise MeerkatError(
             f"dp_clip {config.dp_clip:g} with dp_noise_multiplier {sigma:g}: makes scalars of up "
             f"to {noisy:.3g}, where {most:.3g} is allowed; use less of one, or larger batches"

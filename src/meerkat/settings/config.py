@@ -85,15 +85,15 @@ class RunConfig(  # pydantic takes the fields of the last base first
             raise MeerkatError(line)
 
     def check_resolved(self, where: str, but: Collection[str] = ()) -> None:
-        """Raise MeerkatError for a setting, except those of `but`, that says auto: a run that has begun has a number.
+        """Raise MeerkatError for a setting, except those of `but`, that says auto: a run that has begun has a value.
 
         `where` stands before the setting's name in the message.
         """
-        needed = ["lr", "eps", "server_lr", "threads", "tokens_per_pass"]
+        needed = ["lr", "eps", "dtype", "server_lr", "threads", "tokens_per_pass"]
         needed += ["dp_noise_multiplier"] if self.dp != "none" else []
         for name in needed:
             if name not in but and getattr(self, name) == AUTO:
-                raise MeerkatError(f"{where}{name} auto: must be a number, as this run has begun; restore it")
+                raise MeerkatError(f"{where}{name} auto: must be what this run began with; restore it")
 
     def to_toml(self) -> str:
         """The settings as TOML."""

@@ -85,7 +85,7 @@ class MethodSettings(Settings):
     directions: int = Field(1, ge=1)
     """P: directions a step, averaged"""
     eps: Annotated[float, Field(ge=1e-6)] | Auto = AUTO
-    """size of a perturbation; auto is the method's: 1e-3, for LoRA 1e-2"""
+    """size of a perturbation; auto is the one of smallest error on public text, measured when the run starts"""
     lr: _Positive | Auto = AUTO
     """eta: learning rate; auto fits it to the number of parameters that move"""
     lr_schedule: Schedule = "constant"
@@ -196,8 +196,9 @@ class MachineSettings(Settings):
 
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto for the GPU where there is one"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of the weights; theta is always float32"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = AUTO
+    """type of the weights in forward passes; theta is always float32; auto is bfloat16 for a language model that is
+    large enough, where the device multiplies it natively, and float32 otherwise"""
     batching: Literal["auto", "off"] = "auto"
     """auto sends all clients' rows through the model together, sorted by length; off takes client by client"""
     micro_batch: int = Field(0, ge=0)

@@ -1,0 +1,99 @@
+"""How precisely a run computes: the type of its weights, and the size of its perturbations.
+
+Both are settled once, when a run begins; whoever takes part in it later, or resumes it, follows.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meerkat.algorithm.perturbation import PerturbationCurve, perturbation_curve
+from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weights_as
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.masks.sensitivity import pretraining_gradient
+from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.problem import Problem, client_losses
+from meerkat.progress import say
+from meerkat.settings.algorithm import estimator
+from meerkat.settings.config import CLASSIFICATION, RunConfig
+
+WORTH_CASTING = 50_000_000
+"""Parameters from which on a model is faster in bfloat16."""
+
+_BATCHES = 2
+"""Batches that eps is measured on."""
+_IN_HALF_PRECISION = 3e-3
+"""The usual eps where weights are rounded to half precision."""
+
+
+def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, PerturbationCurve | None]:
+    """The settings with the weights' type and eps, and how eps was measured, if it was.
+
+    Args:
+        config: resolved settings.
+        problem: its model's weights are as the checkpoint has them.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": _fitting_dtype(config, problem.model)})
+    if config.eps != "auto":
+        return config, None
+    curve = _measured(config, problem, mask) if config.recipe.sends_scalars else None
+    usual = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
+    eps = usual if curve is None else curve.chosen(usual)
+    return config.model_copy(update={"eps": eps}), curve
+
+
+def cast_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
+    """A problem's model, cast in place to what the run computes with.
+
+    Adapters stay float32, as PEFT has it, and a problem that is not built in makes its own model.
+    """
+    if config.problem == CLASSIFICATION:
+        cast_(problem.model, DTYPES[config.dtype], _never_cast(config, mask))
+    return MaskedModel(problem.model, mask)
+
+
+def _never_cast(config: RunConfig, mask: SparseMask) -> Collection[str]:
+    return mask.entries.keys() if config.recipe.moves == "lora" else ()
+
+
+def _fitting_dtype(config: RunConfig, model: nn.Module) -> str:
+    weights = [*model.parameters()]
+    large = sum(parameter.numel() for parameter in weights) >= WORTH_CASTING
+    gains = config.problem == CLASSIFICATION and large and multiplies_bfloat16(weights[0].device)
+    return "bfloat16" if gains else "float32"
+
+
+def _measured(config: RunConfig, problem: Problem, mask: SparseMask) -> PerturbationCurve | None:
+    """The error of g by eps on public rows; None where there are none."""
+    public = problem.public()
+    examples = problem.prepare(public.rows) if public is not None and public.rows else []
+    if not examples:
+        return None
+    say("measuring the size of perturbations on public data")
+    rows = np.arange(_BATCHES * config.batch_size).reshape(_BATCHES, -1) % len(examples)
+    losses_of = client_losses(problem, examples, config.dp)
+
+    def loss_of(batch: np.ndarray) -> Loss:
+        losses = losses_of([batch])
+        return lambda: losses().mean()
+
+    def loss_of_example(example: Any) -> Tensor:
+        return problem.row_losses(problem.batch([example], "gradient"))[0]
+
+    with weights_as(problem.model, torch.float32):
+        batches = [
+            (
+                pretraining_gradient(problem.model, mask, [examples[row] for row in batch], loss_of_example),
+                loss_of(batch),
+            )
+            for batch in rows
+        ]
+    dtype = DTYPES[config.dtype if config.problem == CLASSIFICATION else "float32"]
+    return perturbation_curve(problem.model, mask, batches, dtype, estimator(config), _never_cast(config, mask))
