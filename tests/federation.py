@@ -93,6 +93,8 @@ class Setting:
             "rounds": 4,
             "batch_size": 4,
             "lr": 0.01,
+            "eps": 1e-3,
+            "dtype": "float32",
             "threads": 1,
             "device": "cpu",
             **changes,

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -401,8 +402,13 @@ def test_a_loaded_model_is_the_saved_one_ready_for_evaluation(model_folder: Path
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_a_model_is_loaded_in_the_asked_precision(model_folder: Path, name: str, dtype: torch.dtype) -> None:
-    model, _ = load_model(str(model_folder), dtype=name)
+def test_a_model_is_loaded_as_its_checkpoint_has_it(
+    tmp_path: Path, model_folder: Path, name: str, dtype: torch.dtype
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(model_folder, folder)
+    tiny_model().to(dtype).save_pretrained(folder)
+    model, _ = load_model(str(folder))
     saved = dict(tiny_model().named_parameters())
     assert all(torch.equal(p, saved[n].to(dtype)) and p.dtype == dtype for n, p in model.named_parameters())
 

@@ -89,7 +89,7 @@ MASK = SparseMask(
 )
 
 
-RESOLVED = {"lr": 0.1, "eps": 1e-3, "server_lr": 1.0, "threads": 1, "tokens_per_pass": 4096}
+RESOLVED = {"lr": 0.1, "eps": 1e-3, "dtype": "float32", "server_lr": 1.0, "threads": 1, "tokens_per_pass": 4096}
 """Numbers in place of auto, as a run that has begun has them."""
 BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 

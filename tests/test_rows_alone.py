@@ -57,7 +57,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     config = resolve(
         make_config(
             {"task": "topics", "partition": "sites", "clients": 1, "rounds": 1, "batch_size": ROWS, "lr": 0.1}
-            | {"threads": 1, "device": "cpu", **QUIET}
+            | {"dtype": "float32", "eps": 1e-3, "threads": 1, "device": "cpu", **QUIET}
         )
     )
     model = open_problem(config).model
@@ -150,7 +150,11 @@ def test_a_client_s_scalars_depend_on_no_other_client_that_is_sampled(
 
 def topics(**changes: Any) -> Problem:
     """The embedded model and task."""
-    return open_problem(resolve(make_config({"task": "topics", "threads": 1, "device": "cpu", **changes})))
+    return open_problem(
+        resolve(
+            make_config({"task": "topics", "dtype": "float32", "eps": 1e-3, "threads": 1, "device": "cpu", **changes})
+        )
+    )
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

@@ -106,7 +106,7 @@ class Offer:
         """
         offered = {name: value for name, value in self.settings.items() if name not in LOCAL_SETTINGS}
         config = make_config({**offered, "task": self.task, **local}, where="the offered ")
-        config.check_resolved("the offered ", but=MachineSettings.model_fields.keys())
+        config.check_resolved("the offered ", but=MachineSettings.model_fields.keys() - {"dtype"})
         return config
 
     def load_task(self) -> Task:

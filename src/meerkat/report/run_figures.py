@@ -235,6 +235,6 @@ def perturbation(eps: Sequence[float], errors: Sequence[float], chosen: float) -
         axes.yaxis.set_major_formatter(lambda value, _: percent(value))
         axes.axvline(chosen, color=RED, lw=1.1, ls=":")
         axes.set(xlabel="eps", ylabel="error of g")
-        note = {"xytext": (5, -10), "textcoords": "offset points", "color": RED}
+        note: dict[str, Any] = {"xytext": (5, -10), "textcoords": "offset points", "color": RED}
         axes.annotate(f"eps = {chosen:g}", (chosen, max(errors)), **note)
     return figure

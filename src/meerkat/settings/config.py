@@ -93,7 +93,8 @@ class RunConfig(  # pydantic takes the fields of the last base first
         needed += ["dp_noise_multiplier"] if self.dp != "none" else []
         for name in needed:
             if name not in but and getattr(self, name) == AUTO:
-                raise MeerkatError(f"{where}{name} auto: must be what this run began with; restore it")
+                what = "a type" if name == "dtype" else "a number"
+                raise MeerkatError(f"{where}{name} auto: must be {what}, as this run has begun; restore it")
 
     def to_toml(self) -> str:
         """The settings as TOML."""
