@@ -55,6 +55,8 @@ CALIBRATED = {"early_stop": "vp", "calibration_steps": 8, "initial_steps": 3, "l
     [
         {},
         {"directions": 2},
+        {"dtype": "bfloat16", "eps": 3e-3},
+        {"dtype": "float16", "local_steps": 2, "rounds": 2},
         {"local_steps": 5, "rounds": 2},
         {"local_steps": 5, "directions": 2, "rounds": 2, "lr_schedule": "linear"},
         {"clients_per_round": 2, "rounds": 5},

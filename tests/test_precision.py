@@ -1,0 +1,250 @@
+"""The weights' type and the size of perturbations: cast late, chosen once, followed by everybody."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from meerkat import seeds
+from meerkat.algorithm.directions import Directions, Place
+from meerkat.algorithm.estimators import PLAIN
+from meerkat.algorithm.perturbation import SIZES, PerturbationCurve, perturbation_curve
+from meerkat.algorithm.precision import cast_, weights_as
+from meerkat.algorithm.zeroth_order import MaskedModel
+from meerkat.cli import main
+from meerkat.export.model import apply_delta
+from meerkat.masks.baselines import magnitude_mask
+from meerkat.masks.sparse_mask import fingerprint
+from meerkat.problems.causal_lm import language_modelling_loss, load_model
+from meerkat.problems.classification import public_rows
+from meerkat.problems.tasks import TASKS
+from meerkat.record.run_folder import RunFolder
+from meerkat.record.run_log import LogReader
+from meerkat.run import precision
+from meerkat.run.setup import open_problem
+
+TOKENS = [torch.arange(3, 20), torch.arange(40, 60)]
+
+
+def simulated(arguments: list[str], out: Path, *options: str) -> dict[str, Any]:
+    assert main([*arguments, "--out", str(out), *options]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+def opening(run: Path) -> dict[str, Any]:
+    return next(iter(LogReader(run / "rounds.log")))
+
+
+# --- casting ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_are_cast_and_buffers_are_not(architecture: str) -> None:
+    model, before = tiny_model(architecture), tiny_model(architecture)
+    cast_(model, torch.bfloat16)
+    for parameter, original in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, original.bfloat16())
+    for buffer, original in zip(model.buffers(), before.buffers(), strict=True):
+        assert buffer.dtype == original.dtype
+        assert torch.equal(buffer, original)
+    assert model.lm_head.weight is model.get_input_embeddings().weight or architecture == "llama"
+
+
+def test_weights_come_back_bit_for_bit_whatever_happens() -> None:
+    model, before = tiny_model(), list(tiny_model().parameters())
+
+    def fail_midway() -> None:
+        with weights_as(model, torch.float16, keep=["model.norm.weight"]):
+            types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            assert types.pop("model.norm.weight") == torch.float32
+            assert set(types.values()) == {torch.float16}
+            raise RuntimeError("midway")
+
+    pytest.raises(RuntimeError, fail_midway)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+# --- the size of perturbations ---
+
+
+def exact_gradients(model: Any, masked: MaskedModel) -> list[Tensor]:
+    loss, gradients = language_modelling_loss(model), []
+    for tokens in TOKENS:
+        model.zero_grad()
+        loss(tokens).backward()
+        gradients.append(masked.gather([parameter.grad for parameter in masked.parameters()]))
+    return gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_curve_is_the_literal_one(dtype: torch.dtype) -> None:
+    model = tiny_model()
+    mask = magnitude_mask(model, 0.05)
+    gradients = exact_gradients(model, MaskedModel(model, mask))
+    loss = language_modelling_loss(model)
+    batches = [(gradient, lambda each=tokens: loss(each)) for gradient, tokens in zip(gradients, TOKENS, strict=True)]
+    curve = perturbation_curve(model, mask, batches, dtype, PLAIN)
+
+    literal, theta = tiny_model(), MaskedModel(model, mask).read()
+    for parameter in literal.parameters():
+        parameter.data = parameter.data.to(dtype)
+    weights = {name: parameter.detach().view(-1) for name, parameter in literal.named_parameters()}
+    directions = Directions(seeds.key(0, "perturbation"), len(mask))
+
+    def loss_at(point: Tensor, tokens: Tensor) -> float:
+        for (name, at), values in zip(mask.entries.items(), point.split([n for _, n in mask.counts()]), strict=True):
+            weights[name][at] = values.to(dtype)
+        with torch.no_grad():
+            return float(language_modelling_loss(literal)(tokens))
+
+    for eps, error in zip(curve.eps, curve.error, strict=True):
+        off, of_all = 0.0, 0.0
+        for number, (gradient, tokens) in enumerate(zip(gradients, TOKENS, strict=True)):
+            for p in range(4):
+                z = directions(Place("training", number, 0, p))
+                slope = float(gradient.double() @ z.double())
+                g = (loss_at(theta + eps * z, tokens) - loss_at(theta - eps * z, tokens)) / (2 * eps)
+                off, of_all = off + (g - slope) ** 2, of_all + slope**2
+        assert error == pytest.approx(math.sqrt(off / of_all), rel=1e-3)
+    assert fingerprint(model) == fingerprint(tiny_model())
+
+
+def test_rounding_asks_for_a_larger_perturbation() -> None:
+    model = tiny_model()
+    mask = magnitude_mask(model, 0.05)
+    gradients = exact_gradients(model, MaskedModel(model, mask))
+    loss = language_modelling_loss(model)
+    batches = [(gradient, lambda each=tokens: loss(each)) for gradient, tokens in zip(gradients, TOKENS, strict=True)]
+    in_full, in_half = (perturbation_curve(model, mask, batches, t, PLAIN) for t in (torch.float32, torch.bfloat16))
+    assert in_half.chosen(0.0) > in_full.chosen(0.0)
+    assert min(in_half.error) > min(in_full.error)
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [((0.5, 0.019, 0.001), 1e-3), ((0.5, 0.021, 0.001), 3e-3), ((0.5, 0.4, 0.5), 1e-3), ((0.3, 0.4, 0.5), 3e-4)],
+)
+def test_the_usual_size_stays_where_its_error_is_negligible(errors: tuple[float, ...], chosen: float) -> None:
+    assert PerturbationCurve(SIZES[:3], errors).chosen(1e-3) == chosen
+
+
+def test_public_text_becomes_rows_of_a_task(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It ends. Then not.\nNo end\nWhy? Because!\n")
+    rows = public_rows(TASKS["boolq"], str(tmp_path / "text.txt"), 3)
+    assert [row["question"] for row in rows] == ["It ends.", "No end", "Why?"]
+    assert [row["passage"] for row in rows] == ["No end", "Why?", "It ends."]
+    assert {row["label"] for row in rows} <= {0, 1}
+    assert all(TASKS["boolq"].prompt(row) for row in rows)
+
+
+# --- a run ---
+
+
+def test_one_mask_serves_every_type(simulate_arguments: list[str], tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        simulated(simulate_arguments, tmp_path / dtype, "--dtype", dtype, "--eps", "3e-3")
+    openings = [opening(tmp_path / dtype) for dtype in ("float32", "bfloat16", "float16")]
+    for name in ("model", "mask", "theta", "gradient", "about_mask"):
+        assert len({each[name] for each in openings}) == 1
+    assert len({each["config"] for each in openings}) == 3
+    mask = ["--mask", str(tmp_path / "float32" / "mask.safetensors"), "--dtype", "bfloat16", "--eps", "3e-3"]
+    again = simulated(simulate_arguments, tmp_path / "again", *mask)
+    assert again["theta_digest"] == json.loads((tmp_path / "bfloat16" / "summary.json").read_text())["theta_digest"]
+    assert main(["verify", str(tmp_path / "again"), "--evaluate"]) == 0
+
+
+def test_a_run_in_half_precision_leaves_the_run_s_own_theta(simulate_arguments: list[str], tmp_path: Path) -> None:
+    """What is exported evaluates as the run did, and a delta applies to the base as its checkpoint has it."""
+    summary = simulated(simulate_arguments, tmp_path / "run", "--dtype", "bfloat16", "--lr", "0.1")
+    for form in ("merged", "delta"):
+        assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / form), "--form", form]) == 0
+    merged, _ = load_model(str(tmp_path / "merged"))
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    config = RunFolder(tmp_path / "run").config()
+    base, _ = load_model(config.model)
+    cast_(apply_delta(base, tmp_path / "delta" / "delta.safetensors"), torch.bfloat16)
+    assert all(map(torch.equal, base.parameters(), merged.parameters()))
+    problem = open_problem(config.model_copy(update={"model": str(tmp_path / "merged")}))
+    rows = problem.batch(problem.prepare(problem.rows("validation")), "evaluation")
+    assert problem.evaluate(rows).scores == summary["scores"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_a_half_precision_checkpoint_has_the_mask_of_its_float32_copy(
+    simulate_arguments: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        folder = tmp_path / str(dtype)
+        tiny_model().bfloat16().to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        simulated(simulate_arguments, tmp_path / f"run {dtype}", "--model", str(folder), "--dtype", "float32")
+    one, other = (RunFolder(tmp_path / f"run {dtype}") for dtype in (torch.bfloat16, torch.float32))
+    assert one.mask().digest() == other.mask().digest()
+    assert one.summary()["theta_digest"] == other.summary()["theta_digest"]  # type: ignore[index]
+
+
+def chosen(run: Path) -> tuple[str, float]:
+    config = RunFolder(run).config()
+    assert isinstance(config.eps, float)
+    return config.dtype, config.eps
+
+
+def test_auto_is_settled_once_and_resumed_with(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "WORTH_CASTING", 1)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: True)
+    summary = simulated(simulate_arguments, tmp_path / "run")
+    dtype, eps = chosen(tmp_path / "run")
+    assert dtype == "bfloat16"
+    (curve,) = [m for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "perturbation"]
+    assert PerturbationCurve(curve["eps"], curve["error"]).chosen(3e-3) == eps
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "How large a perturbation" in (tmp_path / "run" / "report.html").read_text()
+
+    log = tmp_path / "run" / "rounds.log"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: False)  # a slower machine follows
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert RunFolder(tmp_path / "run").summary()["theta_digest"] == summary["theta_digest"]  # type: ignore[index]
+    assert chosen(tmp_path / "run") == (dtype, eps)
+
+
+@pytest.mark.parametrize(
+    ("native", "worth", "options"), [(False, 1, []), (True, 10**9, []), (True, 1, ["--dtype", "float32"])]
+)
+def test_float32_where_bfloat16_gains_nothing(
+    native: bool,
+    worth: int,
+    options: list[str],
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "WORTH_CASTING", worth)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: native)
+    simulated(simulate_arguments, tmp_path / "run", "--rounds", "1", *options)
+    assert chosen(tmp_path / "run") == ("float32", 1e-3)
+
+
+def test_without_public_text_eps_is_the_usual_one(simulate_arguments: list[str], tmp_path: Path) -> None:
+    at = simulate_arguments.index("--text")
+    arguments = [*simulate_arguments[:at], *simulate_arguments[at + 2 :], "--method", "random-mask", "--rounds", "1"]
+    for dtype, eps in (("float32", 1e-3), ("bfloat16", 3e-3)):
+        simulated(arguments, tmp_path / dtype, "--dtype", dtype)
+        assert chosen(tmp_path / dtype) == (dtype, eps)
+        assert not [m for m in RunFolder(tmp_path / dtype).metrics() if m["kind"] == "perturbation"]
+
+
+@pytest.mark.parametrize("method", ["lora-fedzo", "full-fedzo", "fo-fedavg", "feddyn", "task-mask"])
+def test_every_method_runs_in_half_precision(method: str, simulate_arguments: list[str], tmp_path: Path) -> None:
+    options = ["--method", method, "--dtype", "bfloat16", "--rounds", "2", "--lr", "1e-3"]
+    simulated(simulate_arguments, tmp_path / "run", *options)
+    assert main(["verify", str(tmp_path / "run"), "--evaluate"]) == 0
