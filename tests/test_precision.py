@@ -66,7 +66,8 @@ def test_weights_come_back_bit_for_bit_whatever_happens() -> None:
             assert set(types.values()) == {torch.float16}
             raise RuntimeError("midway")
 
-    pytest.raises(RuntimeError, fail_midway)
+    with pytest.raises(RuntimeError):
+        fail_midway()
     assert all(map(torch.equal, model.parameters(), before))
 
 
