@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("gradip", ["--repeats", "1"]),
         ("selection", ["mixed:2/4/0/1", "iid/4/0/1", "--traces"]),
         ("mask_overlap", []),
+        ("perturbed_entries", []),
         ("catch_up", ["--rounds", "2"]),
         ("protections", ["--repeats", "1"]),
         ("same_bits", ["HEAD", "--only", "optimizer momentum"]),

@@ -3,7 +3,7 @@
 Both are settled once, when a run begins; whoever takes part in it later, or resumes it, follows.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weig
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.masks.sensitivity import pretraining_gradient
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, client_losses
 from meerkat.progress import say
 from meerkat.settings.algorithm import estimator
@@ -71,13 +72,24 @@ def _fitting_dtype(config: RunConfig, model: nn.Module) -> str:
 
 
 def _measured(config: RunConfig, problem: Problem, mask: SparseMask) -> PerturbationCurve | None:
-    """The error of g by eps on public rows; None where there are none."""
+    """The error of g by eps on public data; None where there is none."""
     public = problem.public()
-    examples = problem.prepare(public.rows) if public is not None and public.rows else []
-    if not examples:
+    if public is None or not public.rows:
         return None
     say("measuring the size of perturbations on public data")
-    rows = np.arange(_BATCHES * config.batch_size).reshape(_BATCHES, -1) % len(examples)
+    batches = public_batches(config, problem, mask, public.rows)
+    dtype = DTYPES[config.dtype if config.problem == CLASSIFICATION else "float32"]
+    return perturbation_curve(problem.model, mask, batches, dtype, estimator(config), _never_cast(config, mask))
+
+
+def public_batches(
+    config: RunConfig, problem: Problem, mask: SparseMask, rows: Sequence[Row]
+) -> list[tuple[Tensor, Loss]]:
+    """Batches of the run's size of public rows: their exact gradients at the moving entries, and their losses.
+
+    Gradients, float32 [n], are of the weights as they are, in float32; losses, float64 [], of whatever they become.
+    """
+    examples = problem.prepare(rows)
     losses_of = client_losses(problem, examples, config.dp)
 
     def loss_of(batch: np.ndarray) -> Loss:
@@ -87,13 +99,9 @@ def _measured(config: RunConfig, problem: Problem, mask: SparseMask) -> Perturba
     def loss_of_example(example: Any) -> Tensor:
         return problem.row_losses(problem.batch([example], "gradient"))[0]
 
+    def gradient_of(batch: np.ndarray) -> Tensor:
+        return pretraining_gradient(problem.model, mask, [examples[row] for row in batch], loss_of_example)
+
     with weights_as(problem.model, torch.float32):
-        batches = [
-            (
-                pretraining_gradient(problem.model, mask, [examples[row] for row in batch], loss_of_example),
-                loss_of(batch),
-            )
-            for batch in rows
-        ]
-    dtype = DTYPES[config.dtype if config.problem == CLASSIFICATION else "float32"]
-    return perturbation_curve(problem.model, mask, batches, dtype, estimator(config), _never_cast(config, mask))
+        batches = np.arange(_BATCHES * config.batch_size).reshape(_BATCHES, -1) % len(examples)
+        return [(gradient_of(batch), loss_of(batch)) for batch in batches]
