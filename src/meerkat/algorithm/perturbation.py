@@ -18,7 +18,7 @@ from meerkat.algorithm.precision import weights_as
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes_along
 from meerkat.masks.sparse_mask import SparseMask
 
-SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Values of eps that are tried."""
 
 _NEGLIGIBLE = 0.02
