@@ -12,6 +12,7 @@ from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
 from meerkat.problems.data import Row
+from meerkat.problems.models import load_model
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
@@ -105,7 +106,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         say(f"note: with {config.dtype} weights small perturbations are rounded away; float32 is what was measured")
     embedded = config.model == EMBEDDED
     task = task or (open_task(config) if config.task else NO_TASK)
-    model, tokenizer = causal_lm.load_model(str(demo.MODEL) if embedded else config.model, config.device, config.dtype)
+    model, tokenizer = load_model(str(demo.MODEL) if embedded else config.model, config.device, config.dtype)
     return Classification(
         model=model,
         tokenizer=tokenizer,

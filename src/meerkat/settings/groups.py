@@ -36,7 +36,7 @@ class ModelAndData(Settings):
     """What is learned, from which rows, and who holds them."""
 
     model: str = EMBEDDED
-    """pre-trained causal LM: a local folder or a hub name; embedded is the demo model"""
+    """pre-trained causal LM: a local folder, a GGUF file or a hub name; embedded is the demo model"""
     task: str = ""
     """sst2, ag_news, yelp_polarity, boolq, rte, wsc, wic, or a TOML file of your own; with the embedded model topics
     [its default] or reviews"""
