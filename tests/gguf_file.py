@@ -7,12 +7,8 @@ from typing import Any
 
 import gguf
 import numpy as np
+from conftest import CHAT_TEMPLATE
 from gguf.quants import quantize
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 
 
 def write_gguf(

@@ -1,17 +1,21 @@
 """A GGUF file is a model like any other: loaded, trained, resumed, exported, or refused in one line."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import CHAT_TEMPLATE, VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
+import gguf
+from federation import Federation, Setting
 from gguf.quants import dequantize, quantize
 from gguf_file import write_gguf
 
@@ -52,6 +56,7 @@ def test_the_model_and_the_tokenizer_are_those_that_were_written(file: Path, tok
     assert loaded.is_fast
     assert loaded(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert loaded(TEXT)["input_ids"][0] == tokenizer.bos_token_id
+    assert loaded.chat_template == CHAT_TEMPLATE
 
 
 def test_quantised_weights_are_dequantised_to_float32(tmp_path: Path, tokenizer: Any) -> None:
@@ -92,7 +97,7 @@ def test_safetensors_are_taken_where_a_folder_has_both(file: Path, tmp_path: Pat
 
 
 def test_a_missing_package_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'meerkat-fl[gguf]'" in refusal(file)
 
 
@@ -158,7 +163,7 @@ def test_code_beside_a_gguf_file_is_not_run(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_gguf_file_is_the_run_on_its_folder_and_goes_home_like_one(
-    file: Path, federation: Path, simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_folder, at = tmp_path / "folder", simulate_arguments.index("--model") + 1
     assert main([*simulate_arguments, "--out", str(on_folder)]) == 0
@@ -183,6 +188,20 @@ def test_a_run_on_a_gguf_file_is_the_run_on_its_folder_and_goes_home_like_one(
     card = (tmp_path / "delta" / "README.md").read_text()
     assert f'from_pretrained(base, gguf_file="{file.name}", dtype="float32")' in card
     assert f"`{file.name}`, fingerprint `{fingerprint(tiny_model())}`" in card
+
+
+def test_sites_with_a_gguf_file_are_the_simulation_on_its_folder(
+    file: Path, federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(federation, root)
+    expected = Setting.make(root, tmp_path / "expected").simulated()
+    shutil.rmtree(root / "model")
+    (root / "model").mkdir()
+    shutil.copy(file, root / "model")
+    run = Federation.of(Setting.make(root, tmp_path / "sites"), monkeypatch)
+    run.lived(tmp_path / "run")
+    assert [record["theta"] for record in run.records if record["kind"] == "round"] == expected
 
 
 def test_a_doctor_weighs_a_gguf_file_as_float32(file: Path) -> None:

@@ -123,9 +123,10 @@ def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
     if not isinstance(problem, Classification):
         return f"```python\n{code}\n```"
     labels = ", ".join(f"{index} {_code(json.dumps(label))}" for index, label in enumerate(problem.task.labels))
+    chat = "\n\nas the user's message in its chat template, without the blanks around it, and answers" * problem.chat
     return (
         f"```python\n{code}\n```\n\n"
-        f"The model reads a row as\n\n    {json.dumps(problem.task.template)}\n\n"
+        f"The model reads a row as\n\n    {json.dumps(problem.task.template)}{chat}\n\n"
         f"with one of the labels ({labels}); the one whose tokens have the highest mean log-probability is the answer."
     )
 

@@ -107,6 +107,11 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
     embedded = config.model == EMBEDDED
     task = task or (open_task(config) if config.task else NO_TASK)
     model, tokenizer = load_model(str(demo.MODEL) if embedded else config.model, config.device, config.dtype)
+    chat = config.chat_template == "on"
+    if chat and not tokenizer.chat_template:
+        raise MeerkatError(
+            f"chat_template on: model '{config.model}' has no chat template; use off, or a model tuned for chats"
+        )
     return Classification(
         model=model,
         tokenizer=tokenizer,
@@ -116,6 +121,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         text_sequences=config.text_sequences,
         text_length=config.text_length,
         max_length=config.max_length,
+        chat=chat,
         objective=config.objective,
         together=config.batching == "auto",
         sequences_per_pass=config.micro_batch,
