@@ -101,11 +101,16 @@ def find_model(name: str) -> Source:
 def _gguf_source(name: str, file: Path) -> Source:
     if file.suffix != ".gguf":
         raise MeerkatError(f"model '{name}': is no .gguf file; give one, the folder of a model, or a hub name")
+    require_gguf(name)
+    return Source(str(file.parent), file.name)
+
+
+def require_gguf(name: str) -> None:
+    """Raise MeerkatError unless the packages are here that read GGUF files, as the model of this name is."""
     if not (find_spec("gguf") and find_spec("accelerate")):
         raise MeerkatError(
             f"model '{name}': GGUF files need the 'gguf' and 'accelerate' packages; pip install 'meerkat-fl[gguf]'"
         )
-    return Source(str(file.parent), file.name)
 
 
 def load_tokenizer(source: Source) -> Any:
