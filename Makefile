@@ -1,14 +1,14 @@
 # Each target first sets up what it needs in .venv: a fresh clone needs git, Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := flower,hub,lora,privacy,tensorboard,dev
+EXTRAS := flower,gguf,hub,lora,privacy,tensorboard,dev
 
 FUZZ_SECONDS ?= 600
 
 # a file's tests stay together, for what they share; the longest file comes first
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo federation check test test-all test-lowest lock fuzz clean
+.PHONY: demo federation llm check test test-all test-lowest lock fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,11 @@ demo: .venv/ready
 federation: OUT ?= runs/federation
 federation: .venv/ready
 	$(BIN)/python examples/federation/run --out $(OUT)
+
+# Rows and text come from the Hugging Face hub, or from here: make llm DATA=FOLDER TEXT=FILE.jsonl
+llm: .venv/ready
+	$(BIN)/python scripts/get_model.py smollm2-135m
+	$(BIN)/python examples/llm.py $(if $(DATA),--data '$(DATA)') $(if $(TEXT),--text '$(TEXT)')
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

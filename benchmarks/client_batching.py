@@ -20,9 +20,10 @@ from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.baselines import random_mask
-from meerkat.problems.causal_lm import TOKENS_PER_PASS, collate, load_model, row_losses
+from meerkat.problems.causal_lm import TOKENS_PER_PASS, collate, row_losses
 from meerkat.problems.classification import Classification
 from meerkat.problems.data import load_rows
+from meerkat.problems.models import load_model
 from meerkat.problems.partition import ClientRows, partition
 from meerkat.problems.problem import client_losses
 from meerkat.problems.tasks import encode, load_task

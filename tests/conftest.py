@@ -32,6 +32,13 @@ hypothesis.settings.load_profile("busy")
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}the plot"
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>yes\n{% endif %}"
+)
+"""In the manner of the real ones: it trims a message and writes BOS itself."""
+
 VOCABULARY = 384
 _SMALL = {
     "vocab_size": VOCABULARY,

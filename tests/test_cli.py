@@ -73,6 +73,8 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--exclude", "heads", "must be 'embeddings' or 'norms'"),
         ("--device", "tpu", "device 'tpu'"),
         ("--max-length", "2", "leaves no prompt"),
+        ("--chat-template", "yes", "--chat-template yes: must be 'off' or 'on'"),
+        ("--chat-template", "on", "has no chat template; use off"),
         ("--held-back", "0.001", "leaves no rows on one side"),
         ("--batch", "3", "unrecognized arguments: --batch"),
     ],

@@ -10,6 +10,7 @@ from meerkat import demo
 from meerkat.cli import main
 from meerkat.problems import causal_lm
 from meerkat.problems.data import load_rows
+from meerkat.problems.models import load_model
 from meerkat.problems.tasks import encode
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -24,7 +25,7 @@ def test_the_embedded_data_is_what_the_script_makes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("task", "chance"), [("topics", 0.25), ("reviews", 0.5)])
 def test_the_embedded_model_stands_near_chance_before_fine_tuning(task: str, chance: float) -> None:
-    model, tokenizer = causal_lm.load_model(str(demo.MODEL))
+    model, tokenizer = load_model(str(demo.MODEL))
     held = demo.load_task(task)
     examples = encode(held, load_rows(str(demo.TASKS[task]), "validation"), tokenizer, 256)
     found = causal_lm.evaluate(model, causal_lm.collate(examples, tokens_per_pass=2048), held.labels)

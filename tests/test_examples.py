@@ -19,6 +19,19 @@ def test_the_library_example_learns_in_sixty_lines() -> None:
     assert after > before + 0.05
 
 
+@pytest.mark.parametrize(("data", "status", "said"), [("data", 0, "Report: "), ("nowhere", 2, "make llm: data ")])
+def test_a_language_model_is_tuned_and_its_page_is_shown(
+    federation: Path, tmp_path: Path, data: str, status: int, said: str
+) -> None:
+    named = ["--model", "model", "--data", f"./{data}", "--text", "text.jsonl", "--rounds", "2"]
+    command = [sys.executable, str(EXAMPLES / "llm.py"), *named, "--out", str(tmp_path / "run")]
+    outcome = subprocess.run(command, cwd=federation, capture_output=True, text=True, check=False)
+    assert outcome.returncode == status, outcome.stderr
+    [line] = [line for line in (outcome.stdout + outcome.stderr).splitlines() if line.startswith(said)]
+    if not status:
+        assert Path(line.removeprefix(said)).is_file()
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("claims/**/*.toml")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_claim_s_comparison_can_be_read(file: Path, quick: bool) -> None:

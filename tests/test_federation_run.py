@@ -37,7 +37,9 @@ def run() -> Any:
         (["--out", "{here}/new", "--rounds", "0"], "--rounds 0: must be"),
         (["--out", "{here}/new", "--sites", "many"], "--sites many: must be"),
         (["--out", "{here}/new", "--sites", "5000"], "at most the number of training rows"),
-        (["--out", "{here}/new", "--task", "sst2"], "invalid choice: 'sst2'"),
+        (["--out", "{here}/new", "--task", "sst2"], "--data: needed with task 'sst2'"),
+        (["--out", "{here}/new", "--model", "./nowhere", "--task", "sst2"], "model './nowhere': no such folder"),
+        (["--out", "{here}/new", "--dtype", "int4"], "--dtype int4: must be"),
         (["--out", "{here}/new", "--speed", "9"], "unrecognized arguments: --speed"),
     ],
 )
@@ -55,6 +57,16 @@ def test_bad_arguments_are_told_in_one_line(
     assert len(err.strip().splitlines()) == 1
     assert said in err
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
+def test_a_model_of_one_s_own_is_the_simulation_to_the_bit(federation: Path, tmp_path: Path) -> None:
+    own = ["--model", "model", "--task", "sst2", "--data", "data", "--text", "text.jsonl", "--dtype", "bfloat16"]
+    small = ["--rounds", "3", "--sites", "2", "--eps", "3e-2", "--batch-size", "4", "--density", "0.01"]
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "new"), *own, *small]
+    outcome = subprocess.run(command, cwd=federation, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "equal: theta after 3 rounds" in outcome.stdout
 
 
 def test_without_meerkat_it_runs_in_the_project_s_own_environment(tmp_path: Path) -> None:

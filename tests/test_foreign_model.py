@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 
 from meerkat.errors import MeerkatError
-from meerkat.problems.causal_lm import load_model
+from meerkat.problems.models import load_model
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from meerkat.problems.causal_lm import (
     collate,
     evaluate,
     language_modelling_loss,
-    load_model,
     load_text,
     longest_input,
     row_losses,
 )
+from meerkat.problems.models import load_model
 from meerkat.problems.tasks import Candidate, Example, Row, Task, encode
 
 TASK = Task("films", "{text} it was {label}", ("great", "terrible film", "No"), needs=("text",))

@@ -1,5 +1,6 @@
 """A federation over a wire: equal to the simulation to the bit where all is well, and sound where it is not."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import CHAT_TEMPLATE
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
 
 from meerkat.algorithm import path, server
@@ -82,6 +84,20 @@ def test_a_federation_is_the_simulation_to_the_bit(
     assert path.digest(state.theta) == digests[-1] != path.digest(setting.theta_0)
     assert [record["kind"] for record in federation.records[:3]] == ["join"] * 3
     assert replay(ours, federation.records).closed
+
+
+def test_sites_follow_the_run_s_chat_template(
+    federation: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(federation, root)
+    plain = Setting.make(root, tmp_path / "plain").simulated()
+    (root / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    ours = Setting.make(root, tmp_path / "sites", chat_template="on")
+    chats = Federation.of(ours, monkeypatch)
+    chats.lived(tmp_path / "run")
+    digests = [record["theta"] for record in chats.records if record["kind"] == "round"]
+    assert digests == ours.simulated() != plain
 
 
 def test_metrics_are_noted_once_a_second_and_none_is_missing(

@@ -112,6 +112,7 @@ def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:
         "method": "full-fedzo",
         "task": "rte",
         "objective": "language-modelling",
+        "chat_template": "on",
         "estimator": "another",
         "dtype": "bfloat16",
         "eps": 2e-3,

@@ -1,11 +1,12 @@
 import re
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import CHAT_TEMPLATE, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
@@ -235,6 +236,60 @@ def test_the_smallest_max_length_keeps_one_token_of_the_prompt(tokenizer: Any) -
     kept = tokenizer.convert_ids_to_tokens(ids_of(example, example.candidates[1]))
     assert kept[2:] == ["Ġterrible", "Ġfilm"]
     assert len(kept) == 4
+
+
+# --- chats ---
+
+BEFORE, AFTER = "<s>the plot<s>user\n", "\n<s>yes\n"
+"""What the template puts around the user's message."""
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer: Any) -> Any:
+    made = deepcopy(tokenizer)
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def test_a_prompt_is_the_user_s_message_and_the_label_begins_the_reply(chatty: Any) -> None:
+    [example] = encode(LETTERS, [{"text": " the film", "label": 1}], chatty, 128, chat=True)
+    for label, candidate in zip(LETTERS.labels, example.candidates, strict=True):
+        whole = chatty(f"{BEFORE}the film is{AFTER}{label}", add_special_tokens=False)["input_ids"]
+        assert ids_of(example, candidate) == whole
+        assert whole.count(chatty.bos_token_id) == 3  # the template's own: none is added
+        assert chatty.decode(candidate.targets) == label
+
+
+def test_a_cut_leaves_what_the_chat_template_puts_around_the_message(chatty: Any) -> None:
+    text = "the film it was " * 9
+    [whole], [cut] = (encode(LETTERS, [{"text": text, "label": 0}], chatty, n, chat=True) for n in (500, 40))
+    before, after = (chatty(part, add_special_tokens=False)["input_ids"] for part in (BEFORE, AFTER))
+    for full, short in zip(whole.candidates, cut.candidates, strict=True):
+        ids, kept = ids_of(whole, full), ids_of(cut, short)
+        assert kept[: len(before)] == ids[: len(before)] == before
+        assert kept[len(before) :] == ids[len(before) - len(kept) :]
+        assert kept[-len(after) - len(short.targets) : -len(short.targets)] == after
+    assert max(len(ids_of(cut, candidate)) for candidate in cut.candidates) == 40
+    room = len(before) + len(after) + max(len(candidate.targets) for candidate in cut.candidates)
+    with pytest.raises(MeerkatError, match=f"max_length {room} leaves no prompt"):
+        encode(LETTERS, [{"text": text, "label": 0}], chatty, room, chat=True)
+    encode(LETTERS, [{"text": text, "label": 0}], chatty, room + 1, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{{ messages[0].content | upper }}", "does not show the user's message as it is"),
+        ("{% for", "fails"),
+    ],
+)
+def test_a_chat_template_that_cannot_show_a_prompt_is_refused(chatty: Any, template: str, said: str) -> None:
+    broken = deepcopy(chatty)
+    broken.chat_template = template
+    with pytest.raises(MeerkatError, match=said) as refusal:
+        encode(LETTERS, [{"text": "the film", "label": 0}], broken, 128, chat=True)
+    assert one_line(refusal).endswith("use off")
 
 
 # --- a task of one's own ---

@@ -138,7 +138,7 @@ def _portable(config: RunConfig) -> RunConfig:
     return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
-_OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length")
+_OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length", "chat_template")
 _OF_ITS_TEXT = ("text", "text_sequences", "text_length")
 _OF_THE_ROWS = ("partition", "clients", "mask")
 

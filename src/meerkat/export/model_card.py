@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from meerkat.algorithm import path
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.classification import Classification
+from meerkat.problems.models import Source, find_model
 from meerkat.problems.problem import Problem
 from meerkat.progress import number_of, one_line
 from meerkat.record.run_folder import RunFolder
@@ -122,9 +123,10 @@ def _loading(config: RunConfig, problem: Problem, content: Content) -> str:
     if not isinstance(problem, Classification):
         return f"```python\n{code}\n```"
     labels = ", ".join(f"{index} {_code(json.dumps(label))}" for index, label in enumerate(problem.task.labels))
+    chat = "\n\nas the user's message in its chat template, without the blanks around it, and answers" * problem.chat
     return (
         f"```python\n{code}\n```\n\n"
-        f"The model reads a row as\n\n    {json.dumps(problem.task.template)}\n\n"
+        f"The model reads a row as\n\n    {json.dumps(problem.task.template)}{chat}\n\n"
         f"with one of the labels ({labels}); the one whose tokens have the highest mean log-probability is the answer."
     )
 
@@ -143,11 +145,14 @@ def _loading_code(config: RunConfig, problem: Problem, content: Content) -> list
         imports, tuned = with_delta, 'apply_delta(model, Path(folder) / "delta.safetensors")'
     else:
         imports, tuned = ["from peft import PeftModel"], "model = PeftModel.from_pretrained(model, folder)"
-    base = f"base = {json.dumps(config.model)}" + "  # its path on the run's machine" * _is_local(config.model)
+    source = Source("") if config.model == EMBEDDED else find_model(config.model)
+    base = f"base = {json.dumps(source.place)}" + "  # its path on the run's machine" * _is_local(config.model)
     if config.model == EMBEDDED:
         imports, base = [*imports[:-1], "from meerkat import demo", imports[-1]], "base = demo.MODEL"
-    model = 'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")'
-    return [*imports, auto, "", folder, base, model, tuned, "tokenizer = AutoTokenizer.from_pretrained(base)"]
+    named = f"base, gguf_file={json.dumps(source.gguf_file)}" if source.gguf_file else "base"
+    stored = "float32" if source.gguf_file else "auto"  # a delta is of the weights as they are stored
+    model = f'model = AutoModelForCausalLM.from_pretrained({named}, dtype="{stored}")'
+    return [*imports, auto, "", folder, base, model, tuned, f"tokenizer = AutoTokenizer.from_pretrained({named})"]
 
 
 def _tuning(run: VerifiedRun) -> str:

@@ -36,8 +36,8 @@ from meerkat.federation.private_rows import read_alone
 from meerkat.federation.site_settings import SiteConfig
 from meerkat.masks import sparse_mask
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.causal_lm import load_model
 from meerkat.problems.data import load_rows, read_texts
+from meerkat.problems.models import find_model, load_model
 from meerkat.problems.tasks import Task, check_rows
 from meerkat.progress import number_of
 from meerkat.record.signatures import fingerprint, read_keys
@@ -47,6 +47,8 @@ from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_to
 _TIMEOUT_S = 5.0
 _UNFIT_SHOWN = 10
 """Rows that cannot be used, of which a line each is shown, at most."""
+_DEQUANTISED = 8
+"""Bytes of float32 weights for each byte of a GGUF file of the usual four bits a weight."""
 _CERTIFICATE_CURES = {
     9: "it is not valid yet: check the clocks",
     10: "it has expired: make new ones with 'meerkat certify', or check the clock",
@@ -223,24 +225,27 @@ def coordinator_settings(config: RunConfig) -> Results:
 
 def model(name: str, device: str, pinned: str = "", mask: str = "") -> Results:
     """That the model fits into memory, loads, and has the pinned fingerprint; that a mask fits it."""
-    folder = demo.MODEL if name == EMBEDDED else Path(name)
-    weights = sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
+    named = str(demo.MODEL) if name == EMBEDDED else name
+    source = find_model(named)
+    patterns = (source.gguf_file,) if source.gguf_file else ("*.safetensors", "*.bin")
+    weights = sum(file.stat().st_size for pattern in patterns for file in Path(source.place).glob(pattern))
+    weights *= _DEQUANTISED if source.gguf_file else 1
     message = f"{_size(weights)} of weights, {_size(free := _available())} free"
     if weights > free:
         yield fail("memory", message, "use a larger machine; the model was not loaded")
         return
-    if folder.exists():
+    if Path(named).exists():
         yield ok("memory", message)
     elif _is_hub_name(name):
         try:
-            folder = Path(snapshot_download(name, local_files_only=True))
+            named = snapshot_download(name, local_files_only=True)
         except LocalEntryNotFoundError:
             missing = f"'{name}': not a folder, and not in the hub's cache"
             yield warn("model", missing, "a run would download it, if the hub has it")
             return
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded, _ = load_model(str(folder), place)
+    loaded, _ = load_model(named, place)
     actual, size = sparse_mask.fingerprint(loaded), sum(parameter.numel() for parameter in loaded.parameters())
     yield ok("model", f"{name}: {size:,} parameters on {place}, fingerprint {actual}")
     if pinned and actual != pinned:

@@ -77,7 +77,7 @@ class SiteConfig(Settings):
 
     client: int = Field(ge=0, description="the site's number among the federation's clients, from 0")
     data: str = Field(description="folder with the site's rows: train.jsonl, .csv or .parquet")
-    model: str = Field(EMBEDDED, description="the pre-trained model: a local folder or a hub name")
+    model: str = Field(EMBEDDED, description="the pre-trained model: a local folder, a GGUF file or a hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     coordinator: str = Field("", description="host:port of the coordinator's stream; needed for the stream")
     certificate_authority: str = Field("", description="the federation's CA certificate, PEM; needed for the stream")

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: loading, losses, evaluation. Knows prompts' tokens, not the method.
+"""Hugging Face causal language models: losses and evaluation. Knows prompts' tokens, not the method.
 
 Scores are the length-normalised log-probabilities of the label strings; the training loss is the
 cross-entropy over them (method, section 9). Sequences are padded on the right, where a causal model
@@ -9,12 +9,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from meerkat import seeds
@@ -31,64 +29,6 @@ Measured on the CPU: small passes stay in its caches. See benchmarks/client_batc
 
 _PUBLIC_TOKENS = (2, 8)
 """Sequences of random tokens, and tokens of each, on which it shows whether a weight matters."""
-
-
-def load_model(name: str, device: str = "cpu") -> tuple[nn.Module, Any]:
-    """Load a causal LM and its tokenizer from a local folder or the hub, ready for evaluation.
-
-    Weights have the type that the checkpoint gives them.
-
-    Nothing that comes with the model is run: no code of its own, and no pickled weights, which are code too.
-
-    Raises:
-        MeerkatError: there is no such model, or it has no tokenizer or no causal-LM head, or it is one to be run.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise MeerkatError(
-            f"model '{name}': no such folder; give a folder with config.json, or a hub name like org/model"
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise MeerkatError(f"model '{name}': the folder has no config.json; give the folder of a Hugging Face model")
-    if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise MeerkatError(
-            f"model '{name}': the folder has no tokenizer; save it there with tokenizer.save_pretrained()"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True
-        )
-    except Exception as error:  # the library raises many kinds: its own, safetensors', the tokenizers'
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason:
-            reason = "it needs code of its own, which is not run; give a kind of model that transformers knows"
-        elif "safetensors" in reason and not isinstance(error, SafetensorError):
-            reason = (
-                "its weights must be in model.safetensors: pickled ones can hold code; save it with save_pretrained()"
-            )
-        where = "" if folder.is_dir() else "no such folder, and from the hub it "
-        raise MeerkatError(f"model '{name}': {where}cannot be loaded as a causal language model ({reason})") from None
-    if missing := min(loading["missing_keys"], default=""):
-        raise MeerkatError(f"model '{name}': cannot be loaded as a causal language model (no weights for {missing})")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
-    model.requires_grad_(False)
-    if not _is_causal(model.eval()):
-        raise MeerkatError(f"model '{name}': its tokens see later ones; give a causal language model")
-    return model, tokenizer
-
-
-@torch.no_grad()
-def _is_causal(model: nn.Module) -> bool:
-    """Whether a later token leaves an earlier one's logits alone; encoders such as BERT load as causal models too."""
-    ids = torch.tensor([[1, 2], [1, 3]], device=next(model.parameters()).device)
-    one, other = model(input_ids=ids).logits[:, 0].float()
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def longest_input(model: nn.Module, limit: int) -> int:

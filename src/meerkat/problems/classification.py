@@ -72,6 +72,8 @@ class Classification:
     """Tokens of a pre-training sequence, at most."""
     max_length: int = 2048
     """Tokens of a prompt with its label, at most."""
+    chat: bool = False
+    """Whether a prompt goes into the tokenizer's chat template."""
     objective: Objective = "classification"
     together: bool = True
     """Whether clients' rows go through the model sorted by length, `tokens_per_pass` at a time."""
@@ -96,7 +98,8 @@ class Classification:
 
     def prepare(self, rows: Sequence[Row]) -> list[Example]:
         """Rows, tokenised. Raises MeerkatError: the model has no embedding for a token, or see `tasks.encode`."""
-        examples = encode(self.task, rows, self.tokenizer, causal_lm.longest_input(self.model, self.max_length))
+        length = causal_lm.longest_input(self.model, self.max_length)
+        examples = encode(self.task, rows, self.tokenizer, length, self.chat)
         known = causal_lm.vocabulary(self.model)
         for example in examples:
             tokens = (*example.sequences, *(candidate.targets for candidate in example.candidates))

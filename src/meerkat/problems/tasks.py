@@ -1,7 +1,7 @@
 """Tasks: rows of data -> prompts, label words and token ids (method, section 9).
 
 A task is a template that ends in `{label}`, and a label string for each class. Prompt and label are tokenised as one
-string; a label may be several tokens.
+string; a label may be several tokens. In a chat, the prompt is the user's message and the label the assistant's reply.
 """
 
 import hashlib
@@ -193,13 +193,18 @@ class Example:
     label: int
 
 
-def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
+def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, chat: bool = False) -> list[Example]:
     """Tokenise rows: each prompt with each label string as one text, cut from the left to max_length.
 
-    `tokenizer` is a fast Hugging Face one. Special tokens that it puts in front (BOS) survive the cut.
+    `tokenizer` is a fast Hugging Face one. Special tokens that it puts in front (BOS) survive the cut, as does all that
+    its chat template puts around the prompt.
+
+    Args:
+        chat: put the prompt into the tokenizer's chat template, which then writes all special tokens itself.
 
     Raises:
-        MeerkatError: the tokenizer reports no offsets, or max_length leaves no room for a prompt.
+        MeerkatError: the tokenizer reports no offsets, or max_length leaves no room for a prompt, or the chat template
+            cannot show one.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise MeerkatError(
@@ -207,19 +212,44 @@ def encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
         )
     together = max(1, _TEXTS_TOGETHER // len(task.labels))
     parts = (rows[first : first + together] for first in range(0, len(rows), together))
-    return [example for part in parts for example in _encode(task, part, tokenizer, max_length)]
+    return [example for part in parts for example in _encode(task, part, tokenizer, max_length, chat)]
 
 
-def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
-    prompts = [task.prompt(row) for row in rows]
-    texts = [prompt + label for prompt in prompts for label in task.labels]
-    tokenised = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    """Everything before the label."""
+    start: int
+    end: int
+    """The task's own prompt is text[start:end]; the rest is a chat template's."""
+
+
+def _as_chat(prompt: str, tokenizer: Any) -> _Prompt:
+    """A prompt as the user's message, up to where the assistant's reply begins; blanks around it are left out."""
+    message = prompt.strip()
+    said = [{"role": "user", "content": message}]
+    try:
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template's author wrote
+        raise MeerkatError(f"chat_template on: the model's template fails ({in_short(error)}); use off") from None
+    if (start := text.rfind(message)) < 0:
+        raise MeerkatError("chat_template on: the model's template does not show the user's message as it is; use off")
+    return _Prompt(text, start, start + len(message))
+
+
+def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, chat: bool) -> list[Example]:
+    plain = [task.prompt(row) for row in rows]
+    prompts = [_as_chat(text, tokenizer) if chat else _Prompt(text, 0, len(text)) for text in plain]
+    texts = [prompt.text + label for prompt in prompts for label in task.labels]
+    tokenised = tokenizer(
+        texts, add_special_tokens=not chat, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     tokens = list(zip(tokenised["input_ids"], tokenised["offset_mapping"], strict=True))
     width = len(task.labels)
     examples = []
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         candidates = tokens[i * width : (i + 1) * width]
-        pieces = [_label_span(ids, offsets, len(prompt)) for ids, offsets in candidates]
+        pieces = [_label_span(ids, offsets, prompt) for ids, offsets in candidates]
         examples.append(_share_prefixes(_cut_left(pieces, max_length, task), row["label"]))
     return examples
 
@@ -227,26 +257,32 @@ def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) ->
 @dataclass(frozen=True)
 class _LabelledText:
     ids: list[int]
-    special: int
-    """Number of special tokens in front."""
+    start: int
+    end: int
+    """The prompt's own tokens are ids[start:end]: what is in front of them and after them is not cut."""
     label_at: int
     """Index of the label's first token; all tokens from there on are the label's."""
 
 
-def _label_span(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> _LabelledText:
-    """Split one tokenised text: a token belongs to the label if it covers any character after the boundary."""
-    special = next((i for i, (start, end) in enumerate(offsets) if end > start), 0)
-    of_label = [i for i, (_, end) in enumerate(offsets) if end > boundary]
-    return _LabelledText(ids[: of_label[-1] + 1], special, of_label[0])
+def _label_span(ids: list[int], offsets: list[tuple[int, int]], prompt: _Prompt) -> _LabelledText:
+    """Split one tokenised text: a token that covers characters of two parts belongs to the later one."""
+
+    def tokens_beyond(character: int) -> list[int]:
+        return [i for i, (_, end) in enumerate(offsets) if end > character]
+
+    of_label = tokens_beyond(len(prompt.text))
+    start, end = tokens_beyond(prompt.start)[0], tokens_beyond(prompt.end)[0]
+    return _LabelledText(ids[: of_label[-1] + 1], start, end, of_label[0])
 
 
 def _cut_left(pieces: list[_LabelledText], max_length: int, task: Task) -> list[_LabelledText]:
     """Cut the same number of prompt tokens from all candidates, so that they keep the same prompt."""
     excess = max(0, max(len(piece.ids) for piece in pieces) - max_length)
     cut = [
-        _LabelledText(p.ids[: p.special] + p.ids[p.special + excess :], p.special, p.label_at - excess) for p in pieces
+        _LabelledText(p.ids[: p.start] + p.ids[p.start + excess :], p.start, p.end - excess, p.label_at - excess)
+        for p in pieces
     ]
-    if any(p.label_at <= p.special and excess for p in cut) or any(p.label_at < 1 for p in cut):
+    if any(p.end <= p.start and excess for p in cut) or any(p.label_at < 1 for p in cut):
         raise MeerkatError(
             f"max_length {max_length} leaves no prompt before the labels of task '{task.name}'; use a larger one"
         )

@@ -27,7 +27,7 @@ _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
 """A package's version, such as 2.13.0+cpu."""
 
 MEANING = (
-    *("method", "task", "objective", "max_length", "batch_size", "eps", "directions"),
+    *("method", "task", "objective", "max_length", "chat_template", "batch_size", "eps", "directions"),
     *("local_steps", "rounds", "dtype", "seed", "estimator"),
     *("dp", "dp_epsilon", "dp_delta", "dp_clip", "dp_noise_multiplier", "dp_relation"),
 )

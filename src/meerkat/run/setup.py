@@ -12,6 +12,7 @@ from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
 from meerkat.problems.data import Row
+from meerkat.problems.models import load_model
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
@@ -102,7 +103,12 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
     """
     embedded = config.model == EMBEDDED
     task = task or (open_task(config) if config.task else NO_TASK)
-    model, tokenizer = causal_lm.load_model(str(demo.MODEL) if embedded else config.model, config.device)
+    model, tokenizer = load_model(str(demo.MODEL) if embedded else config.model, config.device)
+    chat = config.chat_template == "on"
+    if chat and not tokenizer.chat_template:
+        raise MeerkatError(
+            f"chat_template on: model '{config.model}' has no chat template; use off, or a model tuned for chats"
+        )
     return Classification(
         model=model,
         tokenizer=tokenizer,
@@ -112,6 +118,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         text_sequences=config.text_sequences,
         text_length=config.text_length,
         max_length=config.max_length,
+        chat=chat,
         objective=config.objective,
         together=config.batching == "auto",
         sequences_per_pass=config.micro_batch,

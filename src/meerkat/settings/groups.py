@@ -36,7 +36,7 @@ class ModelAndData(Settings):
     """What is learned, from which rows, and who holds them."""
 
     model: str = EMBEDDED
-    """pre-trained causal LM: a local folder or a hub name; embedded is the demo model"""
+    """pre-trained causal LM: a local folder, a GGUF file or a hub name; embedded is the demo model"""
     task: str = ""
     """sst2, ag_news, yelp_polarity, boolq, rte, wsc, wic, or a TOML file of your own; with the embedded model topics
     [its default] or reviews"""
@@ -52,6 +52,8 @@ class ModelAndData(Settings):
     """cross-entropy over the labels' scores, or over the whole vocabulary"""
     max_length: int = Field(2048, ge=2)
     """tokens of a prompt with its label, at most; longer ones are cut on the left"""
+    chat_template: Literal["off", "on"] = "off"
+    """on puts the prompt into the model's chat template as the user's message, and the label begins the reply"""
     text_sequences: int = Field(256, ge=1)
     """sequences of pre-training text that the mask is made from"""
     text_length: int = Field(256, ge=2)
