@@ -21,8 +21,9 @@ from meerkat.cli import main
 from meerkat.export.model import apply_delta
 from meerkat.masks.baselines import magnitude_mask
 from meerkat.masks.sparse_mask import fingerprint
-from meerkat.problems.causal_lm import language_modelling_loss, load_model
+from meerkat.problems.causal_lm import language_modelling_loss
 from meerkat.problems.classification import public_rows
+from meerkat.problems.models import load_model
 from meerkat.problems.tasks import TASKS
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
