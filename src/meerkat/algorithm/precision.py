@@ -1,4 +1,7 @@
-"""The type of a model's weights. theta stays float32, whatever it is.
+"""Mixed precision: layers multiply in half precision, and all between them is float32, as theta is.
+
+Where a half-precision model rounds between its layers, and in its logits, the losses at theta +- eps z differ by noise
+that 1 / (2 eps) magnifies; rounding the operands of a product does much less harm (docs/log.md has the figures).
 
 A mask, its fingerprint and theta_0 are of the weights as their checkpoint has them. These are cast afterwards, so that
 one mask serves every type.
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """By the name that --dtype takes."""
@@ -18,17 +22,42 @@ _NATIVE_ON_CPU = ("amx_bf16", "avx512_bf16", "bf16", "sme")
 """What torch calls the instructions of x86 and Arm processors that multiply bfloat16."""
 
 
-def cast_(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ()) -> None:
-    """Give a model's weights a type, in place.
+def cast_(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ()) -> list[RemovableHandle]:
+    """Let a model's layers multiply in a type, in place. Returns the hooks that do it.
 
-    Buffers keep theirs: among them are the frequencies of rotary positions, which half precision would spoil.
+    Weights of layers that multiply by a matrix get the type, and passes run under `torch.autocast`. All else
+    becomes float32: embeddings, norms, what layers add to, and the output layer. Buffers stay as they are.
 
     Args:
-        keep: names of parameters that stay as they are.
+        keep: names of weights that become float32, whatever the type.
     """
-    for name, parameter in model.named_parameters():
-        if name not in keep:
-            parameter.data = parameter.data.to(dtype)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head, names = find_head() if find_head else None, {p: name for name, p in model.named_parameters()}
+    never = {module for module in model.modules() if isinstance(module, nn.Embedding)} | ({head} if head else set())
+    shared = {parameter for module in never for parameter in module.parameters()}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        multiplies = weight is not None and weight.dim() == 2 and weight not in shared and names[weight] not in keep
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype if multiplies else torch.float32)
+    if dtype == torch.float32:
+        return []
+    return [*_autocast(model, dtype), *(_autocast(head, dtype, enabled=False) if head else ())]
+
+
+def _autocast(module: nn.Module, dtype: torch.dtype, enabled: bool = True) -> list[RemovableHandle]:
+    """Run a module's passes under `torch.autocast`, or not."""
+    contexts: list[torch.autocast] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        device = next(module.parameters()).device.type
+        contexts.append(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
+        contexts[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 @contextmanager
@@ -38,10 +67,13 @@ def weights_as(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ())
     Weights of another type are in memory twice meanwhile.
     """
     before = [(parameter, parameter.data) for parameter in model.parameters()]
+    hooks: list[RemovableHandle] = []
     try:
-        cast_(model, dtype, keep)
+        hooks = cast_(model, dtype, keep)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, data in before:
             parameter.data = data
 
