@@ -137,7 +137,7 @@ def load_weights(source: Source) -> nn.Module:
         raise ValueError(f"no weights for {missing}")
     if source.gguf_file:  # dequantised: nothing is left of what says otherwise, and keeps it from being saved
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     return model  # type: ignore[no-any-return]
 
 
