@@ -6,9 +6,8 @@ never looks, and logits are computed only at the positions that a label is read 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +172,8 @@ class Batch:
     """int64 [rows]"""
     candidates: int
     """C"""
+    tokens: Tensor | None
+    """Where candidates are single tokens that a row reads at one position: those tokens, ascending, int64."""
 
 
 def collate(
@@ -205,7 +206,23 @@ def collate(
             longest = lengths[place]
         groups[-1].append(place)
     labels = torch.tensor([example.label for example in examples], device=device)
-    return Batch(tuple(_lay_out(examples, group, device) for group in groups), labels, len(examples[0].candidates))
+    tokens = _single_tokens(examples)
+    return Batch(
+        passes=tuple(_lay_out(examples, group, device) for group in groups),
+        labels=labels,
+        candidates=len(examples[0].candidates),
+        tokens=None if tokens is None else torch.from_numpy(tokens).to(device),
+    )
+
+
+def _single_tokens(examples: Sequence[Example]) -> np.ndarray | None:
+    """All candidates' tokens, ascending, where each is one and a row's are read at one position; None elsewhere."""
+    for example in examples:
+        if len({(c.sequence, c.start) for c in example.candidates}) > 1 or any(
+            len(c.targets) > 1 for c in example.candidates
+        ):
+            return None
+    return np.unique(np.concatenate([c.targets for example in examples for c in example.candidates]))
 
 
 def _lay_out(examples: Sequence[Example], places: Sequence[tuple[int, int]], device: torch.device | str) -> _Pass:
@@ -237,9 +254,13 @@ def _lay_out(examples: Sequence[Example], places: Sequence[tuple[int, int]], dev
     return _Pass(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def _kept_logits(model: nn.Module, batch: _Pass) -> Tensor:
-    """Logits at the kept positions, float32 [sequences * W, V]."""
-    forward = partial(model, input_ids=batch.input_ids, use_cache=False)
+def _kept_logits(model: nn.Module, batch: _Pass, head: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Logits at the kept positions, float32 [sequences * W, V], or of the tokens that `head` is for."""
+
+    def forward(**arguments: Any) -> Any:
+        arguments |= {"input_ids": batch.input_ids, "use_cache": False}
+        return torch.func.functional_call(model, dict(head or {}), kwargs=arguments, tie_weights=False)
+
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         logits: Tensor = forward().logits.take_along_dim(batch.keep[..., None], dim=1)
     elif _keeps_by_sequence():
@@ -258,6 +279,15 @@ def _keeps_by_sequence() -> bool:
     return hasattr(modeling_utils, "slice_logits_to_keep")
 
 
+def _head_for(model: Any, tokens: Tensor) -> dict[str, Tensor] | None:
+    """The output layer's parameters, by name, cut down to some tokens; None where that layer is of a kind of its own."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        return None
+    name = next(name for name, module in model.named_modules() if module is head)
+    return {f"{name}.{part}": parameter[tokens] for part, parameter in head.named_parameters()}
+
+
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     """Mean log-probability of each label string's tokens: float32 [rows, C]."""
     scores = torch.zeros(len(batch.labels) * batch.candidates, device=batch.labels.device)
@@ -268,16 +298,31 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     return scores.view(-1, batch.candidates)
 
 
+def _compared_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Scores that within a row differ as `candidate_scores` do, all that a softmax over them sees: float32 [rows, C].
+
+    What all candidates of a row share is left out where it can be. Single tokens read at one position share the
+    logarithm of a sum over the vocabulary, so that the output layer computes their logits and no others.
+    """
+    head = None if batch.tokens is None else _head_for(model, batch.tokens)
+    if batch.tokens is None or head is None:
+        return candidate_scores(model, batch)
+    scores = torch.zeros(len(batch.labels) * batch.candidates, device=batch.labels.device)
+    for one in batch.passes:
+        logits = _kept_logits(model, one, head)
+        scores[one.slots] = logits[one.read[:, 0], torch.searchsorted(batch.tokens, one.targets[:, 0])]
+    return scores.view(-1, batch.candidates)
+
+
 def row_losses(model: nn.Module, batch: Batch, objective: Objective = "classification") -> Tensor:
     """Each row's loss, float32 [rows].
 
     "classification" is the cross-entropy over the candidates' scores; "language-modelling" that of the
     right label's tokens over the whole vocabulary.
     """
-    scores = candidate_scores(model, batch)
     if objective == "classification":
-        return nn.functional.cross_entropy(scores, batch.labels, reduction="none")
-    return -scores.gather(1, batch.labels[:, None])[:, 0]
+        return nn.functional.cross_entropy(_compared_scores(model, batch), batch.labels, reduction="none")
+    return -candidate_scores(model, batch).gather(1, batch.labels[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -287,7 +332,7 @@ def evaluate(model: nn.Module, batch: Batch, labels: Sequence[str]) -> Evaluatio
     Raises:
         Diverged: a score is not finite.
     """
-    scores = candidate_scores(model, batch)
+    scores = _compared_scores(model, batch)
     if not torch.isfinite(scores).all():
         raise Diverged(
             "the model's scores are not finite on the evaluation rows; "
