@@ -12,6 +12,7 @@ from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
 from meerkat.problems.data import Row
+from meerkat.problems.packing import packs
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
@@ -117,6 +118,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         max_length=config.max_length,
         objective=config.objective,
         together=config.batching == "auto",
+        packed=packs(model),
         sequences_per_pass=config.micro_batch,
         tokens_per_pass=number(config.tokens_per_pass),
     )
