@@ -328,6 +328,9 @@ def test_models_whose_tokens_see_others_than_attention_tells_them_are_not_packed
     assert packs(tiny_model())
     assert not packs(tiny_model("gemma2"))  # its attention is not sdpa
     assert not packs(STUB)
+    without_positions = WithoutLogitsToKeep(tiny_model())
+    without_positions.config = without_positions.inner.config
+    assert not packs(without_positions)
     leaking = tiny_model()
     leaking.model.layers[1].register_forward_pre_hook(lambda _, inputs: (inputs[0].cumsum(1), *inputs[1:]))
     assert not packs(leaking)
