@@ -3,6 +3,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,14 @@ from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, modeling_utils
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    MistralConfig,
+    MistralForCausalLM,
+    modeling_utils,
+)
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.problems.causal_lm import (
@@ -28,6 +36,7 @@ from meerkat.problems.causal_lm import (
     row_losses,
 )
 from meerkat.problems.models import load_model
+from meerkat.problems.packing import packs
 from meerkat.problems.tasks import Candidate, Example, Row, Task, encode
 
 TASK = Task("films", "{text} it was {label}", ("great", "terrible film", "No"), needs=("text",))
@@ -44,6 +53,12 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tokens_per_pass": 40, "sort": False},
     {"tokens_per_pass": 1},
     {"tokens_per_pass": 60, "sequences_per_pass": 2},
+]
+PACKED: list[dict[str, Any]] = [
+    {"packed": True},
+    {"packed": True, "sort": False},
+    {"packed": True, "tokens_per_pass": 40},
+    {"packed": True, "sequences_per_pass": 2},
 ]
 
 
@@ -110,6 +125,30 @@ def test_scores_are_those_of_unpadded_single_passes(
     assert expected.std(1).min() > 0.01
 
 
+@pytest.mark.parametrize("layout", PACKED, ids=str)
+def test_scores_in_packs_are_those_of_unpadded_single_passes(
+    scored: tuple[nn.Module, Tensor], examples: list[Example], layout: dict[str, Any]
+) -> None:
+    model, expected = scored
+    if not packs(model):
+        pytest.skip("its attention knows no trees")
+    torch.testing.assert_close(candidate_scores(model, collate(examples, **layout)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [collate, partial(collate, packed=True)])
+def test_losses_of_single_tokens_are_those_of_their_log_probabilities(batch: Callable[..., Any]) -> None:
+    """The output layer computes the candidates' logits alone."""
+    model = tiny_model()
+    rows = batch([token_row_of_one_prompt(length, 7, 8, 30) for length in (9, 4, 6)])
+    shapes: list[torch.Size] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: shapes.append(logits.shape))
+    losses = row_losses(model, rows)
+    assert {shape[-1] for shape in shapes} == {3}
+    expected = nn.functional.cross_entropy(candidate_scores(model, rows), rows.labels, reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.01
+
+
 def test_scores_are_the_same_where_all_sequences_keep_the_same_positions(
     scored: tuple[nn.Module, Tensor], examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +198,12 @@ def token_row(length: int, *labels: Sequence[int], label: int = 0, first: int = 
         candidates=tuple(Candidate(i, length - 1, np.array(tokens)) for i, tokens in enumerate(labels)),
         label=label,
     )
+
+
+def token_row_of_one_prompt(length: int, *labels: int) -> Example:
+    """A prompt of `length` made-up tokens and candidates of one token each."""
+    prompt = np.array([1 + (length * i) % 11 for i in range(length)])
+    return Example((prompt,), tuple(Candidate(0, length - 1, np.array([token])) for token in labels), label=0)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +301,40 @@ def test_sorting_saves_forward_passes_at_a_limit_of_tokens() -> None:
     by_length = passes_through(model, collate(MIXED_LENGTHS, tokens_per_pass=82))
     assert [tuple(shape) for shape in unsorted] == [(2, 40), (2, 38), (2, 41), (2, 39)]
     assert [tuple(shape) for shape in by_length] == [(4, 6), (2, 39), (2, 41)]
+
+
+def test_a_pack_has_no_padding_and_each_prompt_once() -> None:
+    model = tiny_model()
+    rows = [token_row(length, [7, 8, 9], [10, 11], [12]) for length in (5, 20, 9)]  # branches of 2, 1 and 0 tokens
+    assert [tuple(shape) for shape in passes_through(model, collate(rows, packed=True))] == [(1, 5 + 20 + 9 + 3 * 3)]
+    by_limit = passes_through(model, collate(rows, packed=True, tokens_per_pass=21))
+    assert [tuple(shape) for shape in by_limit] == [(1, 5 + 3 + 9 + 3), (1, 20 + 3)]
+
+
+@pytest.mark.parametrize("lengths", [(3, 5), (12, 40), (12, 12, 7)])
+def test_a_window_reaches_as_far_back_in_a_pack_as_in_a_pass_alone(lengths: tuple[int, ...]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=6, **sizes)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    assert packs(model)
+    rows = [token_row(length, [7, 8, 9], [10, 11], first=length) for length in lengths]
+    expected = torch.cat([candidate_scores(model, collate([row], sequences_per_pass=1)) for row in rows])
+    torch.testing.assert_close(candidate_scores(model, collate(rows, packed=True)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_models_whose_tokens_see_others_than_attention_tells_them_are_not_packed() -> None:
+    assert packs(tiny_model())
+    assert not packs(tiny_model("gemma2"))  # its attention is not sdpa
+    assert not packs(STUB)
+    without_positions = WithoutLogitsToKeep(tiny_model())
+    without_positions.config = without_positions.inner.config
+    assert not packs(without_positions)
+    leaking = tiny_model()
+    leaking.model.layers[1].register_forward_pre_hook(lambda _, inputs: (inputs[0].cumsum(1), *inputs[1:]))
+    assert not packs(leaking)
 
 
 def test_short_sequences_after_a_long_one_fill_their_pass() -> None:

@@ -77,6 +77,8 @@ class Classification:
     objective: Objective = "classification"
     together: bool = True
     """Whether clients' rows go through the model sorted by length, `tokens_per_pass` at a time."""
+    packed: bool = False
+    """Whether rows lie one behind another in a pass, in place of being padded: see `packing.packs`."""
     sequences_per_pass: int = 0
     tokens_per_pass: int = 0
 
@@ -111,17 +113,18 @@ class Classification:
         return examples
 
     def batch(self, examples: Sequence[Example], purpose: Purpose = "steps", /) -> Batch:
-        """Examples in padded passes."""
+        """Examples in passes; one whose gradient is asked for is padded."""
         device = next(self.model.parameters()).device
         if purpose == "gradient":
             return causal_lm.collate(examples, device)
-        sort = self.together or purpose == "evaluation"
+        together = self.together or purpose == "evaluation"
         return causal_lm.collate(
             examples,
             device,
-            sort=sort,
+            packed=self.packed,
+            sort=together or self.packed,
             sequences_per_pass=self.sequences_per_pass,
-            tokens_per_pass=self.tokens_per_pass if sort else 0,
+            tokens_per_pass=self.tokens_per_pass if together else 0,
         )
 
     def row_losses(self, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
 from meerkat.problems.data import Row
 from meerkat.problems.models import load_model
+from meerkat.problems.packing import packs
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
@@ -121,6 +122,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         chat=chat,
         objective=config.objective,
         together=config.batching == "auto",
+        packed=packs(model),
         sequences_per_pass=config.micro_batch,
         tokens_per_pass=number(config.tokens_per_pass),
     )

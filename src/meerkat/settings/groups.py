@@ -206,7 +206,7 @@ class MachineSettings(Settings):
     micro_batch: int = Field(0, ge=0)
     """sequences in one forward pass, at most; 0 for any number"""
     tokens_per_pass: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """padded tokens in one forward pass, at most; auto suits the device"""
+    """tokens in one forward pass, padded ones counted, at most; auto suits the device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = AUTO
     """CPU threads of the forward passes; auto is torch's choice"""
     tracker: Literal["none", "tensorboard"] = "none"
