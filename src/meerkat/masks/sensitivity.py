@@ -1,13 +1,18 @@
 """The paper's mask: the parameters most sensitive on pre-training text (method, section 2).
 
 Every parameter is ranked by its mean squared gradient on pre-training text, the empirical Fisher diagonal; the
-n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs.
+n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs, and the sums of a large
+model's squares lie in files: beside inference, one tensor's gradient and sums are in memory at a time.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import disk_usage
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
@@ -18,6 +23,11 @@ from meerkat.masks.eligible import check_density, eligible_parameters, largest
 from meerkat.masks.kinds import Exclusion, Kind, Scope
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
+
+_IN_MEMORY = 2**30
+"""Bytes of sums that are kept in the CPU's memory; more lie in files. On a GPU half of what is free is used."""
+_CHUNK = 1 << 22
+"""Entries squared together, so that no float32 copy of a whole gradient is made."""
 
 _Item = TypeVar("_Item")
 """What a loss is taken of: token ids [length] of pre-training text, or a task's example."""
@@ -53,35 +63,79 @@ def sensitivity_mask(
         facts: what else the mask's file says of how it was made.
         track: wraps the sequences of each pass, for a progress bar.
 
-    Memory: the weights, one float32 accumulator of their size and the largest tensor's gradient, beside
-    one sequence's activations.
+    Memory: the weights, one sequence's activations, the largest tensor's gradient, and the sums of the squares, four
+    bytes an entry. Sums above a gibibyte on the CPU, or half of a GPU's free memory, lie in files in TMPDIR, and one
+    tensor's at a time is in memory.
 
     Raises:
-        MeerkatError: a density out of range, no sequence, or a loss or gradient that is not finite.
+        MeerkatError: a density out of range, no sequence, a loss or gradient that is not finite, or no room for the
+            files.
     """
     check_density(density)
     parameters = eligible_parameters(model, exclude)
-    squares = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+    with _sums_for(parameters) as squares:
 
-    def add_square(name: str, gradient: Tensor) -> None:
-        gradient = gradient.float()
-        squares[name].addcmul_(gradient, gradient)
+        def add_square(name: str, gradient: Tensor) -> None:
+            total = squares[name].view(-1)
+            for part, of_gradient in zip(total.split(_CHUNK), gradient.reshape(-1).split(_CHUNK), strict=True):
+                of_gradient = of_gradient.to(total.device, torch.float32)
+                part.addcmul_(of_gradient, of_gradient)
 
-    with stream_gradients(model, squares, add_square):
-        count = _backward(loss, track(sequences, "sensitivity"))
-    # sums rank as means do: all are over the same count
-    entries = largest(model, squares, density, scope)
-    made = {
-        **{"scope": scope, "sequences": str(count), "excluded": ",".join(exclude), **(facts or {})},
-        "eligible": str(sum(tensor.numel() for tensor in squares.values())),
-        "concentration": json.dumps(concentration(squares)),
-    }
-    squares.clear()
+        with stream_gradients(model, parameters, add_square):
+            count = _backward(loss, track(sequences, "sensitivity"))
+        # sums rank as means do: all are over the same count
+        entries = largest(model, squares, density, scope)
+        made = {
+            **{"scope": scope, "sequences": str(count), "excluded": ",".join(exclude), **(facts or {})},
+            "eligible": str(_entries(parameters)),
+            "concentration": json.dumps(concentration(squares)),
+        }
     mask = SparseMask.of(model, entries, kind, density, made)
     if kind == "task":
         return mask
     gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
     return replace(mask, pretraining_gradient=gradient)
+
+
+def _entries(parameters: Mapping[str, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
+
+
+@contextmanager
+def _sums_for(parameters: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """A sum for each entry of the parameters, float32, 0 at first: beside them while there is room, or in files."""
+    device = next(iter(parameters.values())).device
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _IN_MEMORY
+    if 4 * _entries(parameters) <= room:
+        yield {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+        return
+    with TemporaryDirectory(prefix="meerkat-mask-") as folder:
+        wanted, free = 4 * _entries(parameters), disk_usage(folder).free
+        if wanted > free:
+            raise MeerkatError(
+                f"{Path(folder).parent}: {free / 2**30:.1f} GiB are free, and making a mask of this model takes "
+                f"{wanted / 2**30:.1f} for a while; set TMPDIR to a folder on a disk that has them"
+            )
+        yield _InFiles(Path(folder), {name: p.shape for name, p in parameters.items()})
+
+
+@dataclass(frozen=True)
+class _InFiles(Mapping[str, Tensor]):
+    """Float32 tensors on the CPU by name, each a file of zeros at first; one is in memory while it is held."""
+
+    folder: Path
+    shapes: Mapping[str, Sequence[int]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        file = str(self.folder / name)
+        return torch.from_file(file, shared=True, size=math.prod(shape), dtype=torch.float32).view(*shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def pretraining_gradient(
