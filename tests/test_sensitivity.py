@@ -179,6 +179,33 @@ def test_sums_in_files_are_in_memory_one_tensor_at_a_time(
     assert not mapped_files()
 
 
+def kept_for_backpropagation(model: nn.Module, sequences: list[Tensor]) -> int:
+    """Bytes that the graphs of all passes keep, beside the weights and what a layer that is computed again makes."""
+    weights, kept = {p.data_ptr() for p in model.parameters()}, 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes * (tensor.data_ptr() not in weights)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        sensitivity(model, sequences)
+    return kept
+
+
+def test_a_large_model_keeps_no_activations_of_its_layers(
+    random_sequences: list[Tensor], request: pytest.FixtureRequest
+) -> None:
+    shallow, deep = tiny_model("llama"), tiny_model("llama")
+    del shallow.model.layers[1:]
+    before = {vars(layer).get("forward") for layer in deep.model.layers}
+    of_layers = kept_for_backpropagation(deep, random_sequences) - kept_for_backpropagation(shallow, random_sequences)
+    request.getfixturevalue("in_files")
+    left = kept_for_backpropagation(deep, random_sequences) - kept_for_backpropagation(shallow, random_sequences)
+    assert left < 0.1 * of_layers
+    assert {vars(layer).get("forward") for layer in deep.model.layers} == before
+
+
 def test_sums_that_no_disk_has_room_for_are_an_error(
     in_files: Path, random_sequences: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

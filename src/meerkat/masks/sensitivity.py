@@ -1,15 +1,17 @@
 """The paper's mask: the parameters most sensitive on pre-training text (method, section 2).
 
 Every parameter is ranked by its mean squared gradient on pre-training text, the empirical Fisher diagonal; the
-n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs, and the sums of a large
-model's squares lie in files: beside inference, one tensor's gradient and sums are in memory at a time.
+n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs. The sums of a large
+model's squares lie in files, and each of its layers is computed again before its gradients are: so backpropagation
+needs the memory of inference and of one layer.
 """
 
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meerkat.errors import MeerkatError
 from meerkat.masks.eligible import check_density, eligible_parameters, largest
@@ -25,7 +28,7 @@ from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
 
 _IN_MEMORY = 2**30
-"""Bytes of sums that are kept in the CPU's memory; more lie in files. On a GPU half of what is free is used."""
+"""Bytes of sums that are kept in the CPU's memory; a model with more is large. On a GPU, half of what is free."""
 _CHUNK = 1 << 22
 """Entries squared together, so that no float32 copy of a whole gradient is made."""
 
@@ -63,9 +66,9 @@ def sensitivity_mask(
         facts: what else the mask's file says of how it was made.
         track: wraps the sequences of each pass, for a progress bar.
 
-    Memory: the weights, one sequence's activations, the largest tensor's gradient, and the sums of the squares, four
-    bytes an entry. Sums above a gibibyte on the CPU, or half of a GPU's free memory, lie in files in TMPDIR, and one
-    tensor's at a time is in memory.
+    Memory: the weights, one sequence's activations, the largest tensor's gradient, and the sums of squares, four bytes
+    an entry. Where these take more than a gibibyte on the CPU, or half of a GPU's free memory, they lie in files in
+    TMPDIR, one tensor's at a time is in memory, and so are one layer's activations. The mask is the same to the bit.
 
     Raises:
         MeerkatError: a density out of range, no sequence, a loss or gradient that is not finite, or no room for the
@@ -73,7 +76,7 @@ def sensitivity_mask(
     """
     check_density(density)
     parameters = eligible_parameters(model, exclude)
-    with _sums_for(parameters) as squares:
+    with _sums_for(model, parameters) as squares:
 
         def add_square(name: str, gradient: Tensor) -> None:
             total = squares[name].view(-1)
@@ -82,12 +85,12 @@ def sensitivity_mask(
                 part.addcmul_(of_gradient, of_gradient)
 
         with stream_gradients(model, parameters, add_square):
-            count = _backward(loss, track(sequences, "sensitivity"))
+            count = _backward(model, loss, track(sequences, "sensitivity"))
         # sums rank as means do: all are over the same count
         entries = largest(model, squares, density, scope)
         made = {
             **{"scope": scope, "sequences": str(count), "excluded": ",".join(exclude), **(facts or {})},
-            "eligible": str(_entries(parameters)),
+            "eligible": str(_entries(parameters.values())),
             "concentration": json.dumps(concentration(squares)),
         }
     mask = SparseMask.of(model, entries, kind, density, made)
@@ -97,20 +100,29 @@ def sensitivity_mask(
     return replace(mask, pretraining_gradient=gradient)
 
 
-def _entries(parameters: Mapping[str, Tensor]) -> int:
-    return sum(p.numel() for p in parameters.values())
+def _entries(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _is_large(model: nn.Module) -> bool:
+    """Whether a sum for each of its parameters is more than is kept in memory."""
+    device = next(model.parameters()).device
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _IN_MEMORY
+    return 4 * _entries(model.parameters()) > room
 
 
 @contextmanager
-def _sums_for(parameters: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
-    """A sum for each entry of the parameters, float32, 0 at first: beside them while there is room, or in files."""
-    device = next(iter(parameters.values())).device
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _IN_MEMORY
-    if 4 * _entries(parameters) <= room:
+def _sums_for(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """A sum for each entry of some parameters, float32, 0 at first: beside them, or in files where the model is large.
+
+    Raises:
+        MeerkatError: the disk has no room for the files.
+    """
+    if not _is_large(model):
         yield {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
         return
     with TemporaryDirectory(prefix="meerkat-mask-") as folder:
-        wanted, free = 4 * _entries(parameters), disk_usage(folder).free
+        wanted, free = 4 * _entries(parameters.values()), disk_usage(folder).free
         if wanted > free:
             raise MeerkatError(
                 f"{Path(folder).parent}: {free / 2**30:.1f} GiB are free, and making a mask of this model takes "
@@ -156,25 +168,42 @@ def pretraining_gradient(
         sums[name] += flat if at is None else flat[at]
 
     with stream_gradients(model, sums, add):
-        count = _backward(loss, track(sequences, "pre-training gradient"))
+        count = _backward(model, loss, track(sequences, "pre-training gradient"))
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 
 
-def _backward(loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
+def _backward(model: nn.Module, loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
     """Backpropagate each sequence's loss; how many there were."""
     count = 0
-    for sequence in sequences:
-        with torch.enable_grad():
-            value = loss(sequence)
-        if not torch.isfinite(value):
-            raise MeerkatError(
-                f"the loss of pre-training sequence {count} is {value.item()}; check the model's weights"
-            )
-        value.backward()
-        count += 1
+    with _layers_recomputed(model) if _is_large(model) else nullcontext():
+        for sequence in sequences:
+            with torch.enable_grad():
+                value = loss(sequence)
+            if not torch.isfinite(value):
+                raise MeerkatError(
+                    f"the loss of pre-training sequence {count} is {value.item()}; check the model's weights"
+                )
+            value.backward()
+            count += 1
     if count == 0:
         raise MeerkatError("no pre-training sequence was given; a sensitivity mask needs at least one")
     return count
+
+
+@contextmanager
+def _layers_recomputed(model: nn.Module) -> Iterator[None]:
+    """While open, a model's layers keep their inputs alone for backpropagation, which computes the rest again."""
+    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager
