@@ -44,6 +44,7 @@ def random_model(config: LlamaConfig) -> LlamaForCausalLM:
     for name, parameter in model.named_parameters():
         nn.init.ones_(parameter) if "norm" in name else parameter.normal_(std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were empty
+    model.tie_weights()
     return model
 
 
