@@ -23,7 +23,8 @@ def test_ten_thousand_clients_take_no_gibibyte(asked: int, rounds: int, tmp_path
     data.mkdir()
     rows = (embedded / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(rows * (CLIENTS // rows.count("\n")))
-    (data / "validation.jsonl").write_text("".join((embedded / "validation.jsonl").open().readlines()[:20]))
+    few = (embedded / "validation.jsonl").read_text().splitlines(keepends=True)[:20]
+    (data / "validation.jsonl").write_text("".join(few))
     root = str(tmp_path / "run")
     given = {"task": demo.DEFAULT_TASK, "data": data, "clients": CLIENTS, "clients-per-round": asked}
     given |= {
