@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("step_cost", ["--repeats", "2"]),
         ("client_batching", ["--repeats", "2"]),
         ("memory", []),
+        ("mask_memory", ["--layers", "1", "--sequences", "1"]),
         ("gradip", ["--repeats", "1"]),
         ("selection", ["mixed:2/4/0/1", "iid/4/0/1", "--traces"]),
         ("mask_overlap", []),

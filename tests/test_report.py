@@ -23,7 +23,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.record.summary import Summary, outcome, work_by_kind
 from meerkat.report import write_comparison_report, write_run_report
-from meerkat.report.client_figures import binned, grouped, running_mean, thinned
+from meerkat.report.client_figures import binned, grouped, running_mean, signal, split, thinned
 from meerkat.report.comparison_page import comparison_page
 from meerkat.report.facts import RunFacts
 from meerkat.report.run_figures import layer_and_kind
@@ -240,6 +240,23 @@ def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> 
     assert "one label, stopped early (20)" in found.words
     assert "client 500" not in found.words
     assert len(found.words) < 30_000
+
+
+def test_many_clients_of_one_step_have_bands_that_are_seen() -> None:
+    values = {client: np.array([1.0 + client]) for client in range(20)}
+    figure = signal(np.array([3.0]), values, grouped(range(20), (), ()), "local step", "|g|")
+    axes = figure.axes[0]
+    assert all(np.ptp(band.get_paths()[0].vertices[:, 0]) == 1 for band in axes.collections)
+    assert [np.ptp(line.get_xdata()) for line in axes.lines] == [1]
+    assert axes.get_xlim()[0] < 2.5 < 3.5 < axes.get_xlim()[1]
+
+
+def test_columns_of_clients_with_equal_shares_stand_together() -> None:
+    generator = np.random.default_rng(0)
+    counts = np.eye(4, dtype=np.int64)[generator.integers(4, size=(1000, 2))].sum(1)  # two rows each
+    image = split(["a", "b", "c", "d"], counts, ()).axes[0].images[0].get_array()
+    changes = (np.diff(image, axis=1) != 0).any(0).sum()
+    assert changes == len(np.unique(counts, axis=0)) - 1
 
 
 @pytest.mark.draws

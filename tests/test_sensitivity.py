@@ -1,4 +1,7 @@
 import math
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +120,99 @@ def test_gradients_are_freed_while_backpropagation_runs(random_sequences: list[T
         patch.setattr(choosing, "stream_gradients", watching)
         sensitivity(model, random_sequences)
     assert set(alive) == {0}
+
+
+# --- sums in files ---
+
+
+def mapped_files() -> set[str]:
+    """The files of sums that this process has in memory."""
+    maps = Path("/proc/self/maps").read_text()
+    return {line.split()[-1] for line in maps.splitlines() if "/meerkat-mask-" in line}
+
+
+@pytest.fixture
+def in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """However small the model, its sums lie in files in this folder."""
+    monkeypatch.setattr(choosing, "_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("scope", ["global", "per-tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_mask_is_the_same_whether_its_sums_lie_in_files_or_in_memory(
+    architecture: str, dtype: torch.dtype, scope: str, random_sequences: list[Tensor], request: pytest.FixtureRequest
+) -> None:
+    model = tiny_model(architecture).to(dtype)
+    expected = sensitivity(model, random_sequences, scope=scope)
+    folder = request.getfixturevalue("in_files")
+    mask = sensitivity(model, random_sequences, scope=scope)
+    assert mask.digest() == expected.digest()
+    assert mask.facts == expected.facts
+    assert expected.pretraining_gradient is not None
+    assert mask.pretraining_gradient is not None
+    assert torch.equal(mask.pretraining_gradient, expected.pretraining_gradient)
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.usefixtures("in_files")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are in memory")
+def test_sums_in_files_are_in_memory_one_tensor_at_a_time(
+    random_sequences: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, from_file = tiny_model("llama"), torch.from_file
+    seen: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        tensor = from_file(*arguments, **options)
+        seen.append(len(mapped_files()))
+        return tensor
+
+    monkeypatch.setattr(torch, "from_file", watched)
+    sensitivity(model, random_sequences)
+    # each tensor for each sequence, in backpropagation, and again where entries are counted and chosen
+    assert len(seen) > len(random_sequences) * len(list(model.parameters()))
+    # a loop over tensors holds one until it has the next
+    assert max(seen) <= 2
+    assert not mapped_files()
+
+
+def kept_for_backpropagation(model: nn.Module, sequences: list[Tensor]) -> int:
+    """Bytes that the graphs of all passes keep, beside the weights and what a layer that is computed again makes."""
+    weights, kept = {p.data_ptr() for p in model.parameters()}, 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes * (tensor.data_ptr() not in weights)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        sensitivity(model, sequences)
+    return kept
+
+
+def test_a_large_model_keeps_no_activations_of_its_layers(
+    random_sequences: list[Tensor], request: pytest.FixtureRequest
+) -> None:
+    shallow, deep = tiny_model("llama"), tiny_model("llama")
+    del shallow.model.layers[1:]
+    before = {vars(layer).get("forward") for layer in deep.model.layers}
+    of_layers = kept_for_backpropagation(deep, random_sequences) - kept_for_backpropagation(shallow, random_sequences)
+    request.getfixturevalue("in_files")
+    left = kept_for_backpropagation(deep, random_sequences) - kept_for_backpropagation(shallow, random_sequences)
+    assert left < 0.1 * of_layers
+    assert {vars(layer).get("forward") for layer in deep.model.layers} == before
+
+
+def test_sums_that_no_disk_has_room_for_are_an_error(
+    in_files: Path, random_sequences: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(MeerkatError, match=r"0\.0 GiB are free.*set TMPDIR"):
+        sensitivity(tiny_model(), random_sequences)
+    assert not any(in_files.iterdir())
 
 
 def test_the_model_is_left_as_it_was(random_sequences: list[Tensor]) -> None:

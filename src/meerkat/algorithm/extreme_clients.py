@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -161,7 +162,12 @@ def _lively_count(places: np.ndarray, price: float) -> int:
     equally likely beforehand, so that which ones they are has K over m possibilities.
     """
     clients = len(places)
-    counts = np.arange(math.ceil(_LIVELY * clients), clients + 1)
+    least = math.ceil(_LIVELY * clients)
+    counts = np.arange(least, clients + 1)
     misfits = [float(np.square(places[:m] - places[:m].mean(0)).sum()) for m in counts]
-    choices = [math.log(math.comb(clients, m)) for m in counts]
-    return int(counts[np.argmin(misfits + price * (clients - counts) + 2 * np.array(choices))])
+    # K over m + 1 from K over m: with 10,000 clients, each anew takes seconds
+    choices = accumulate(
+        range(least, clients), lambda ways, m: ways * (clients - m) // (m + 1), initial=math.comb(clients, least)
+    )
+    surprise = 2 * np.array([*map(math.log, choices)])
+    return int(counts[np.argmin(misfits + price * (clients - counts) + surprise)])

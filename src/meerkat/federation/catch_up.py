@@ -6,6 +6,9 @@ the state would arrive over a slow line. The coordinator estimates the time to f
 """
 
 from collections import deque
+from collections.abc import Collection
+
+import numpy as np
 
 from meerkat.federation import frames
 from meerkat.federation.frames import Closed, Work
@@ -29,13 +32,19 @@ class RecentRounds:
         self._bytes = 0
         self._longest_s = _NEGLIGIBLE_S + state_bytes / SLOW_LINE
         self._round_s = 0.0
-        self._rounds: deque[tuple[bytes, Closed, frozenset[int]]] = deque()
-        """Of each round: theta's digest at its start, the round, and the clients whose replies counted."""
+        self._rounds: deque[tuple[bytes, Closed, int]] = deque()
+        """Of each round: theta's digest at its start, the round, and a bit for each client whose reply counted."""
 
-    def add(self, closed: Closed, counted: frozenset[int], digest: bytes, made_s: float = 0.0) -> None:
-        """Add a round, after which theta has this digest; it took `made_s` seconds to close."""
+    def add(self, closed: Closed, counted: Collection[int], digest: bytes, made_s: float = 0.0) -> None:
+        """Add a round with the clients whose replies counted, after which theta has this digest.
+
+        It took `made_s` seconds to close.
+        """
         self._round_s += _SMOOTHING * (made_s - self._round_s)
-        self._rounds.append((self.digest, closed, counted))
+        flags = np.zeros(max(counted, default=0) + 1, bool)
+        flags[[*counted]] = True
+        bits = int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+        self._rounds.append((self.digest, closed, bits))
         self.round, self.digest, self._bytes = self.round + 1, digest, self._bytes + len(closed.encode())
         while self._bytes > self._most_bytes:
             self._bytes -= len(self._rounds.popleft()[1].encode())
@@ -50,7 +59,7 @@ class RecentRounds:
     def missed_since(self, round: int, client: int) -> list[Closed]:
         """The rounds from one on, in the form that a client needs."""
         missed = [self._rounds[-behind] for behind in range(self.round - round, 0, -1)]
-        return [closed._replace(counted=client in counted) for _, closed, counted in missed]
+        return [closed._replace(counted=bool(bits >> client & 1)) for _, closed, bits in missed]
 
     def shorter_than_state(self, round: int) -> bool:
         """Whether the rounds from one on are all kept, and are followed sooner than the state would arrive."""

@@ -214,11 +214,16 @@ class RemoteEngine(Attendance):
         """Wait for replies. Returns whether a round can close; if not, it is to be opened again."""
         plan, replies, rules = current.plan, current.replies, self.waiting
         least = min(rules.quorum, len(plan.steps)) if self.settings.aggregation.keeps_replies else 0
+        sessions, asked = self.sessions.by_client, (plan.round, plan.phase)
+        last_first = [*plan.steps][::-1]  # who was asked last mostly answers last, and is found at once
         while True:
-            sessions, waited = self.sessions.by_client, time.monotonic() - began
+            waited = time.monotonic() - began
             overdue = waited >= rules.deadline_s
-            owing = [client for client in plan.steps if sessions[client].asked == (plan.round, plan.phase)]
-            if len(replies) >= least and (not owing or overdue):
+            if not overdue and any(sessions[client].asked == asked for client in last_first):
+                self._wait(rules.deadline_s - waited)
+                continue
+            owing = [client for client in plan.steps if sessions[client].asked == asked]
+            if len(replies) >= least:
                 break
             missing = [client for client in plan.steps if current.awaits(client)]
             gone = any(not sessions[client].present for client in missing)
@@ -254,8 +259,8 @@ class RemoteEngine(Attendance):
         self.sessions.state = state
         closed = Closed(record.plan.lr, share_of(self.settings, record.made), record.aggregate, counted=False)
         now = time.monotonic()
-        digest, counted = bytes.fromhex(record.theta_digest), frozenset(record.made)
-        self.sessions.recent.add(closed, counted, digest, now - self._answered_at)
+        digest = bytes.fromhex(record.theta_digest)
+        self.sessions.recent.add(closed, record.made, digest, now - self._answered_at)
         if now - self._status_at >= _STATUS_S:
             self._status_at = now
             self._say_status()

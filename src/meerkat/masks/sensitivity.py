@@ -1,23 +1,36 @@
 """The paper's mask: the parameters most sensitive on pre-training text (method, section 2).
 
 Every parameter is ranked by its mean squared gradient on pre-training text, the empirical Fisher diagonal; the
-n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs.
+n = ceil(u d) largest move. Gradients are consumed tensor by tensor while backpropagation runs. The sums of a large
+model's squares lie in files, and each of its layers is computed again before its gradients are: so backpropagation
+needs the memory of inference and of one layer.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from shutil import disk_usage
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meerkat.errors import MeerkatError
 from meerkat.masks.eligible import check_density, eligible_parameters, largest
 from meerkat.masks.kinds import Exclusion, Kind, Scope
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.masks.top_entries import concentration
+
+_IN_MEMORY = 2**30
+"""Bytes of sums that are kept in the CPU's memory; a model with more is large. On a GPU, half of what is free."""
+_CHUNK = 1 << 22
+"""Entries squared together, so that no float32 copy of a whole gradient is made."""
 
 _Item = TypeVar("_Item")
 """What a loss is taken of: token ids [length] of pre-training text, or a task's example."""
@@ -53,35 +66,88 @@ def sensitivity_mask(
         facts: what else the mask's file says of how it was made.
         track: wraps the sequences of each pass, for a progress bar.
 
-    Memory: the weights, one float32 accumulator of their size and the largest tensor's gradient, beside
-    one sequence's activations.
+    Memory: the weights, one sequence's activations, the largest tensor's gradient, and the sums of squares, four bytes
+    an entry. Where these take more than a gibibyte on the CPU, or half of a GPU's free memory, they lie in files in
+    TMPDIR, one tensor's at a time is in memory, and so are one layer's activations. The mask is the same to the bit.
 
     Raises:
-        MeerkatError: a density out of range, no sequence, or a loss or gradient that is not finite.
+        MeerkatError: a density out of range, no sequence, a loss or gradient that is not finite, or no room for the
+            files.
     """
     check_density(density)
     parameters = eligible_parameters(model, exclude)
-    squares = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+    with _sums_for(model, parameters) as squares:
 
-    def add_square(name: str, gradient: Tensor) -> None:
-        gradient = gradient.float()
-        squares[name].addcmul_(gradient, gradient)
+        def add_square(name: str, gradient: Tensor) -> None:
+            total = squares[name].view(-1)
+            for part, of_gradient in zip(total.split(_CHUNK), gradient.reshape(-1).split(_CHUNK), strict=True):
+                of_gradient = of_gradient.to(total.device, torch.float32)
+                part.addcmul_(of_gradient, of_gradient)
 
-    with stream_gradients(model, squares, add_square):
-        count = _backward(loss, track(sequences, "sensitivity"))
-    # sums rank as means do: all are over the same count
-    entries = largest(model, squares, density, scope)
-    made = {
-        **{"scope": scope, "sequences": str(count), "excluded": ",".join(exclude), **(facts or {})},
-        "eligible": str(sum(tensor.numel() for tensor in squares.values())),
-        "concentration": json.dumps(concentration(squares)),
-    }
-    squares.clear()
+        with stream_gradients(model, parameters, add_square):
+            count = _backward(model, loss, track(sequences, "sensitivity"))
+        # sums rank as means do: all are over the same count
+        entries = largest(model, squares, density, scope)
+        made = {
+            **{"scope": scope, "sequences": str(count), "excluded": ",".join(exclude), **(facts or {})},
+            "eligible": str(_entries(parameters.values())),
+            "concentration": json.dumps(concentration(squares)),
+        }
     mask = SparseMask.of(model, entries, kind, density, made)
     if kind == "task":
         return mask
     gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
     return replace(mask, pretraining_gradient=gradient)
+
+
+def _entries(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _is_large(model: nn.Module) -> bool:
+    """Whether a sum for each of its parameters is more than is kept in memory."""
+    device = next(model.parameters()).device
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _IN_MEMORY
+    return 4 * _entries(model.parameters()) > room
+
+
+@contextmanager
+def _sums_for(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """A sum for each entry of some parameters, float32, 0 at first: beside them, or in files where the model is large.
+
+    Raises:
+        MeerkatError: the disk has no room for the files.
+    """
+    if not _is_large(model):
+        yield {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+        return
+    with TemporaryDirectory(prefix="meerkat-mask-") as folder:
+        wanted, free = 4 * _entries(parameters.values()), disk_usage(folder).free
+        if wanted > free:
+            raise MeerkatError(
+                f"{Path(folder).parent}: {free / 2**30:.1f} GiB are free, and making a mask of this model takes "
+                f"{wanted / 2**30:.1f} for a while; set TMPDIR to a folder on a disk that has them"
+            )
+        yield _InFiles(Path(folder), {name: p.shape for name, p in parameters.items()})
+
+
+@dataclass(frozen=True)
+class _InFiles(Mapping[str, Tensor]):
+    """Float32 tensors on the CPU by name, each a file of zeros at first; one is in memory while it is held."""
+
+    folder: Path
+    shapes: Mapping[str, Sequence[int]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        file = str(self.folder / name)
+        return torch.from_file(file, shared=True, size=math.prod(shape), dtype=torch.float32).view(*shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def pretraining_gradient(
@@ -102,25 +168,42 @@ def pretraining_gradient(
         sums[name] += flat if at is None else flat[at]
 
     with stream_gradients(model, sums, add):
-        count = _backward(loss, track(sequences, "pre-training gradient"))
+        count = _backward(model, loss, track(sequences, "pre-training gradient"))
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 
 
-def _backward(loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
+def _backward(model: nn.Module, loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
     """Backpropagate each sequence's loss; how many there were."""
     count = 0
-    for sequence in sequences:
-        with torch.enable_grad():
-            value = loss(sequence)
-        if not torch.isfinite(value):
-            raise MeerkatError(
-                f"the loss of pre-training sequence {count} is {value.item()}; check the model's weights"
-            )
-        value.backward()
-        count += 1
+    with _layers_recomputed(model) if _is_large(model) else nullcontext():
+        for sequence in sequences:
+            with torch.enable_grad():
+                value = loss(sequence)
+            if not torch.isfinite(value):
+                raise MeerkatError(
+                    f"the loss of pre-training sequence {count} is {value.item()}; check the model's weights"
+                )
+            value.backward()
+            count += 1
     if count == 0:
         raise MeerkatError("no pre-training sequence was given; a sensitivity mask needs at least one")
     return count
+
+
+@contextmanager
+def _layers_recomputed(model: nn.Module) -> Iterator[None]:
+    """While open, a model's layers keep their inputs alone for backpropagation, which computes the rest again."""
+    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Clients that stand out are in colour, the others in grey. A small group has a li
 its median and a band.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,14 +47,18 @@ def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[in
     """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
     early, one = set(stopped), set(extreme or ())
     known = "several labels, " if extreme is not None else ""
+
+    def among(members: Collection[int]) -> tuple[int, ...]:
+        return tuple(client for client in clients if client in members)
+
     groups = [
-        Group(f"{known}continues", tuple(k for k in clients if k not in one | early), GREY),
-        Group("one label, stopped early", tuple(k for k in clients if k in one & early), RED, "-", "X"),
-        Group("one label, continues", tuple(k for k in clients if k in one - early), PURPLE, "--", "D"),
-        Group("several labels, stopped early", tuple(k for k in clients if k in early - one), BLUE, "-.", "s"),
+        Group(f"{known}continues", among({*clients} - one - early), GREY),
+        Group("one label, stopped early", among(one & early), RED, "-", "X"),
+        Group("one label, continues", among(one - early), PURPLE, "--", "D"),
+        Group("several labels, stopped early", among(early - one), BLUE, "-.", "s"),
     ]
     if extreme is None:
-        groups[1:] = [Group("stopped early", tuple(k for k in clients if k in early), RED, "-", "X")]
+        groups[1:] = [Group("stopped early", among(early), RED, "-", "X")]
     return [group for group in groups if group.clients]
 
 
@@ -110,7 +114,7 @@ def split(labels: Sequence[str], counts: np.ndarray, extreme: Sequence[int]) -> 
     if len(counts) <= _MOST_BARS and len(labels) <= len(CYCLE):
         return _bars(labels, counts, extreme)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    order = np.lexsort((-shares.max(1), shares.argmax(1)))
+    order = np.lexsort((*-shares.T[::-1], -shares.max(1), shares.argmax(1)))
     with drawing(9.6, min(1.3 + 0.22 * len(labels), 5)) as (figure, axes):
         axes.imshow(shares[order].T, cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="none")
         axes.grid(visible=False)
@@ -210,6 +214,8 @@ def _draw_lines(axes: Axes, x: np.ndarray, values: Signals, groups: Sequence[Gro
 def _draw_bands(axes: Axes, x: np.ndarray, lines: np.ndarray, group: Group) -> None:
     known = np.isfinite(lines).any(0)
     x, lines = x[known], lines[:, known]
+    if len(x) == 1:  # as wide as a step: a band of one point would not be seen
+        x, lines = x + np.array([-0.5, 0.5]), np.repeat(lines, 2, axis=1)
     low, quarter, median, three_quarters, high = np.nanquantile(lines, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
     if group.colour == GREY:  # a second pale band would hide the first
         axes.fill_between(x, low, high, color=group.colour, alpha=0.2, lw=0)
