@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.precision import DTYPES, cast_
+from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
