@@ -127,6 +127,8 @@ def _serve(ranks: Ranks) -> int:
             follow(ranks)
     except RankLost:
         return 1
+    finally:
+        _leave()
     return 0
 
 

@@ -13,7 +13,7 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
-from meerkat.errors import MeerkatError
+from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, client_losses
 from meerkat.progress import say
@@ -26,7 +26,7 @@ from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.mask import load_mask
 from meerkat.run.metrics import SplitMetric
-from meerkat.run.ranks import Ranks
+from meerkat.run.ranks import RankLost, Ranks
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import budgets_in_words, defence_in_words, plan_in_words
 from meerkat.run.setup import open_problem, resolve
@@ -90,7 +90,7 @@ def follow(ranks: Ranks) -> None:
 
     Raises:
         MeerkatError: model or rows are not those of the run.
-        RunFailed: a record is not what follows from this rank's own state.
+        RunFailed: this rank's state is not rank 0's after a record, or a loss is not finite.
     """
     start = ranks.hear()
     if start is None:
@@ -117,7 +117,12 @@ def follow(ranks: Ranks) -> None:
 
     settings, members = opening.settings(config, theta_0), Members(opening.identity(config))
     replay = Replay(records(), theta_0, settings, z, gradient, folder.log_path, members)
-    replay.run()
+    try:
+        replay.run()
+    except (Diverged, RankLost):
+        raise
+    except RunFailed as error:
+        raise RunFailed(f"does not follow rank 0, so the run stops; resume it with fewer workers ({error})") from None
 
 
 def _go_on(folder: RunFolder, problem: Problem, split: Split, ranks: Ranks | None) -> dict[str, Any]:
