@@ -256,6 +256,7 @@ def test_a_killed_worker_ends_the_run_and_any_number_resumes_it(simulate_argumen
 
 @pytest.mark.slow
 def test_no_process_outlives_the_first(simulate_arguments: list[str], tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and what it starts
     out, log = tmp_path / "run", tmp_path / "run" / "rounds.log"
     run = ("meerkat", *simulate_arguments, *LONG, "--rounds", "2000", "--out", str(out))
     shared = Shared(*run, "--workers", "3")

@@ -110,7 +110,8 @@ def _worker(rank: int, size: int, folder: Path, extensions: Sequence[str]) -> No
         os._exit(1)
 
     threading.Thread(target=end_with_the_first, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process may wait for this one, and wakes when it ends
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first may wait for this process, and wakes when it ends
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     load(extensions)
     _take_gpu(rank)
