@@ -1,75 +1,97 @@
-"""Rounds by several processes, against the best of one: seconds a round, side by side, in turns.
+"""Rounds shared by several processes, against the best of one: seconds, in turns, on the same plan.
 
-    python benchmarks/workers.py [--workers 2] [--repeats 3] [--local-steps 1,10] [--json] [-- --SETTING VALUE ...]
+    python benchmarks/workers.py [--workers 2] [--repeats 5] [--json] [-- --SETTING VALUE ...]
 
-What follows -- are settings of the run, as `meerkat simulate` takes them. Each turn makes the same run four ways: one
-process on one thread, one on as many as there are workers with and without --batching, and the workers on one thread
-each. A round's time is the median of `wall_s` in metrics.jsonl without the first round; mask, loading and evaluations
-are not in it. Digests of the first and the last way must be equal.
+What follows -- are settings of a run, as `meerkat simulate` takes them. With --batching off and auto, each turn
+makes the clients' steps of the first round three times: by one process on one thread, by one on as many threads as there
+are workers, and by the workers on one thread each, whose replies must be those of one thread to the bit, client by
+client. Loading, mask, evaluations and the round's close are not in it.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-ROUNDS = 11
+import torch
+
+from meerkat.algorithm.replies import Scalars
+from meerkat.algorithm.rounds import pack
+from meerkat.algorithm.server import open_round
+from meerkat.cli import build_parser
+from meerkat.cli.parser import given_settings
+from meerkat.cli.workers import sharing
+from meerkat.errors import MeerkatError
+from meerkat.problems.problem import client_losses
+from meerkat.run.run import begin, carry_on
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.shared_engine import SharedEngine
+from meerkat.run.simulation import honest_clients
+from meerkat.run.split import Split
+from meerkat.settings.config import RunConfig, make_config
 
 
-def run(settings: list[str], out: Path) -> tuple[float, str]:
-    """Make a run; its median seconds a round after the first, and its digest."""
-    command = [sys.executable, "-m", "meerkat", "simulate", *settings, "--out", str(out), "--json"]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode:
-        sys.exit(f"workers: {made.stderr.splitlines()[-1]}")
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = [metric["wall_s"] for metric in metrics if metric["kind"] == "round"][1:]
-    return statistics.median(seconds), json.loads(made.stdout)["theta_digest"]
+def measure(config: RunConfig, workers: int, repeats: int, out: Path) -> dict[str, list[float]]:
+    """Seconds of each way, turn by turn, after one that warms up."""
+    config = resolve(config)
+    with sharing(workers) as ranks:
+        assert ranks is not None
+        problem = open_problem(config)
+        split = Split.of(config, problem)
+        folder = begin(config, out, problem, split.sizes)
+        with carry_on(folder, problem, data=split.digest, examples=split.sizes) as run:
+            ranks.tell({"folder": str(out), "records": 1})
+            losses_of = client_losses(problem, split.examples, config.dp)
+            alone = honest_clients(config, run.model, run.directions, split, losses_of)
+            plan = open_round(run.state, run.settings)
+            ways = {
+                "1 process, 1 thread": (1, alone),
+                f"1 process, {workers} threads": (workers, alone),
+                f"{workers} workers, 1 thread each": (1, SharedEngine(alone, ranks)),
+            }
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(repeats + 1):
+                replies = []
+                for way, (threads, engine) in ways.items():
+                    torch.set_num_threads(threads)
+                    began = time.perf_counter()
+                    made = engine.run(run.state, plan)
+                    seconds[way].append(time.perf_counter() - began)
+                    replies.append([pack(reply.scalars) for reply in made if isinstance(reply, Scalars)])
+                if config.batching == "off" and replies[0] != replies[-1]:
+                    raise MeerkatError("the workers' replies are not those of one process")
+    return {way: times[1:] for way, times in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--local-steps", default="1,10")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("settings", nargs="*", help="settings of the run, after --")
     arguments = parser.parse_args()
-    n = str(arguments.workers)
-    ways = {
-        "1 process, 1 thread": ("--threads", "1", "--batching", "off"),
-        f"1 process, {n} threads": ("--threads", n, "--batching", "off"),
-        f"1 process, {n} threads, batching": ("--threads", n, "--batching", "auto"),
-        f"{n} workers, 1 thread each, batching": ("--threads", "1", "--batching", "auto", "--workers", n),
-        f"{n} workers, 1 thread each": ("--threads", "1", "--batching", "off", "--workers", n),
-    }
-    results = []
-    for steps in arguments.local_steps.split(","):
-        common = [*arguments.settings, "--local-steps", steps, "--rounds", str(arguments.rounds), "--eval-every", "0"]
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        digests: dict[str, set[str]] = {way: set() for way in ways}
+    given = given_settings(build_parser().parse_args(["simulate", *arguments.settings])) | {"threads": "1"}
+    seconds: dict[str, list[float]] = {}
+    try:
         with tempfile.TemporaryDirectory() as folder:
-            for turn in range(arguments.repeats):
-                for number, (way, flags) in enumerate(ways.items()):
-                    took, digest = run([*common, *flags], Path(folder) / f"{turn}-{number}")
-                    seconds[way].append(took)
-                    digests[way].add(digest)
-        first, *_, last = digests.values()
-        best = min(statistics.median(times) for way, times in seconds.items() if way.startswith("1 "))
-        for way, times in seconds.items():
-            ratio = statistics.median(times) / best
-            results.append({"local_steps": int(steps), "way": way, "round_s": times, "over_best_of_one": ratio})
-            if not arguments.json:
-                spread = f"{min(times):.3f} to {max(times):.3f}"
-                print(f"T = {steps:>2}  {way:<40} {statistics.median(times):7.3f} s ({spread})  {ratio:.2f}")
-        if first != last:
-            sys.exit("workers: digests differ")
+            for batching in ("off", "auto"):
+                config = make_config(given | {"batching": batching})
+                found = measure(config, arguments.workers, arguments.repeats, Path(folder) / batching)
+                seconds |= {f"{way}, batching {batching}": times for way, times in found.items()}
+    except MeerkatError as error:
+        sys.exit(f"workers: {error}")
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    best = {kind: min(medians[way] for way in medians if kind in way) for kind in ("process", "workers")}
+    ratio = best["workers"] / best["process"]
     if arguments.json:
-        print(json.dumps({"workers": arguments.workers, "results": results}))
+        print(json.dumps({"seconds": seconds, "workers_over_best_of_one": ratio}))
+        return
+    for way, times in seconds.items():
+        print(f"{way:<40} {medians[way]:7.3f} s ({min(times):.3f} to {max(times):.3f})")
+    print(f"workers over the best of one process: {ratio:.2f}")
 
 
 if __name__ == "__main__":

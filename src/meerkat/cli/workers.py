@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from meerkat.errors import MeerkatError
 from meerkat.extensions import load, loaded
+from meerkat.progress import use_thread_lock
 from meerkat.run.ranks import PATIENCE, RankLost, Ranks
 from meerkat.run.simulation import follow
 
@@ -61,6 +62,7 @@ def sharing(workers: int) -> Iterator[Ranks | None]:
 @contextmanager
 def _started(workers: int) -> Iterator[Ranks]:
     """This process as rank 0, and the others."""
+    use_thread_lock()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # what `--threads auto` takes
     os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
     _take_gpu(0)
@@ -113,6 +115,7 @@ def _worker(rank: int, size: int, folder: Path, extensions: Sequence[str]) -> No
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first may wait for this process, and wakes when it ends
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    use_thread_lock()
     load(extensions)
     _take_gpu(rank)
     sys.exit(_serve(Ranks(rank, size, lambda: _meet(rank, size, folder))))

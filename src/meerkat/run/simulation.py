@@ -105,7 +105,7 @@ def follow(ranks: Ranks) -> None:
     logged = islice(LogReader(folder.log_path), start["records"])
     opening = Opening.from_json(next(logged), folder.log_path)
     agree(folder.log_path, "the rows, and which client has which", opening.data, split.digest)
-    engine = _honest_clients(config, model, z, split, client_losses(problem, split.examples, config.dp))
+    engine = honest_clients(config, model, z, split, client_losses(problem, split.examples, config.dp))
 
     def records() -> Iterator[dict[str, Any]]:
         yield from logged
@@ -137,12 +137,12 @@ def _go_on(folder: RunFolder, problem: Problem, split: Split, ranks: Ranks | Non
             run.lost.append(SplitMetric.of(problem.labels, split.label_counts(len(problem.labels))).to_json())
         everyone, evaluate = _Everyone(ranks), evaluation_of(problem, run.model, split.evaluation)
         losses_of = everyone.timed(client_losses(problem, split.examples, config.dp))
-        honest = _honest_clients(config, run.model, run.directions, split, losses_of)
+        honest = honest_clients(config, run.model, run.directions, split, losses_of)
         run_rounds(run, _clients(config, honest, ranks), evaluate, everyone)
         return write_summary(run, split.partition.extreme)
 
 
-def _honest_clients(
+def honest_clients(
     config: RunConfig, model: MaskedModel, z: Directions, split: Split, losses_of: LossesOf
 ) -> LocalEngine:
     """The clients of a simulation, each as its rows have it."""
