@@ -2,10 +2,11 @@
 
     python benchmarks/workers.py [--workers 2] [--repeats 5] [--json] [-- --SETTING VALUE ...]
 
-What follows -- are settings of a run, as `meerkat simulate` takes them. With --batching off and auto, each turn
-makes the clients' steps of the first round three times: by one process on one thread, by one on as many threads as there
-are workers, and by the workers on one thread each, whose replies must be those of one thread to the bit, client by
-client. Loading, mask, evaluations and the round's close are not in it.
+What follows -- are settings of a run, as `meerkat simulate` takes them. With --batching off and auto, each turn makes
+the clients' steps of the first round three times: by one process on one thread, by one on as many threads as there are
+workers, and by the workers on one thread each. With --batching off these must reply as one thread does, bit for bit.
+Loading, mask, evaluations and the round's close are not in it. The ratio is the workers' better time over the best of
+one process.
 """
 
 import argparse
@@ -84,14 +85,20 @@ def main() -> None:
     except MeerkatError as error:
         sys.exit(f"workers: {error}")
     medians = {way: statistics.median(times) for way, times in seconds.items()}
-    best = {kind: min(medians[way] for way in medians if kind in way) for kind in ("process", "workers")}
-    ratio = best["workers"] / best["process"]
+    best = [min(medians[way] for way in medians if kind in way) for kind in ("process", "workers")]
+    result = {
+        "name": "workers",
+        "ratio": round(best[1] / best[0], 4),
+        "seconds": {way: [round(each, 4) for each in times] for way, times in seconds.items()},
+        "measured_on": f"{Path(config.model).name}, {config.clients} clients, T = {config.local_steps}, "
+        f"{config.batch_size} rows, {arguments.repeats} repeats",
+    }
     if arguments.json:
-        print(json.dumps({"seconds": seconds, "workers_over_best_of_one": ratio}))
+        print(json.dumps(result))
         return
     for way, times in seconds.items():
         print(f"{way:<40} {medians[way]:7.3f} s ({min(times):.3f} to {max(times):.3f})")
-    print(f"workers over the best of one process: {ratio:.2f}")
+    print(f"workers over the best of one process: {result['ratio']}; {result['measured_on']}")
 
 
 if __name__ == "__main__":
