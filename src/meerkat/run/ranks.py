@@ -76,6 +76,7 @@ class Ranks:
 
     def answer(self, answer: Any, failure: str | None = None) -> None:
         """Answer what was asked."""
+        self._asked = False
         for rank in range(1, self.size):
             self._broadcast(rank, [failure, answer])
 
