@@ -25,6 +25,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("perturbed_entries", []),
         ("catch_up", ["--rounds", "2"]),
         ("protections", ["--repeats", "1"]),
+        ("workers", ["--repeats", "1", "--", "--text-sequences", "2", "--batch-size", "2"]),
         ("same_bits", ["HEAD", "--only", "optimizer momentum"]),
         ("reconstruction", ["--candidates", "100", "--steps", "4", "--ratio", "0.03"]),
     ],

@@ -28,21 +28,38 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="file of settings; flags override it")
     first = add_run_settings(parser)
     first.add_argument("--out", metavar="RUN", help="folder for the run; new or empty [default: a new one under runs/]")
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    about = "processes that share the clients of each round; any number may resume the run [default: 1]"
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help=about)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
     given = with_names_of_today(read_toml(Path(arguments.config))) if arguments.config else {}
     config = make_config(given | given_settings(arguments))
+    from meerkat.cli.workers import sharing
     from meerkat.run.simulation import simulate
 
     out = _new_folder(arguments, config.method)
-    _show_run(arguments, simulate(config, out), out)
+    with sharing(arguments.workers) as ranks:
+        summary = simulate(config, out, ranks)
+    _show_run(arguments, summary, out)
+
+
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    _add_workers(parser)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
+    from meerkat.cli.workers import sharing
     from meerkat.run.simulation import resume
 
-    _show_run(arguments, resume(arguments.folder), arguments.folder)
+    with sharing(arguments.workers) as ranks:
+        summary = resume(arguments.folder, ranks)
+    _show_run(arguments, summary, arguments.folder)
 
 
 def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Path) -> None:
@@ -148,7 +165,7 @@ def _mask(arguments: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command("simulate", "Fine-tune a model in a federation simulated on this machine.", _simulate_arguments, _simulate),
-    Command("resume", "Continue an interrupted run.", run_argument, _resume),
+    Command("resume", "Continue an interrupted run.", _resume_arguments, _resume),
     Command("compare", "Compare methods and settings, each at its own learning rate.", _compare_arguments, _compare),
     Command("mask", "Choose the most sensitive parameters of a model from pre-training text.", _mask_arguments, _mask),
 )

@@ -6,6 +6,7 @@ carries one. So a thousand clients need the memory of one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.privacy.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    from meerkat.run.shared_engine import SharedEngine
 
 BatchOf = Callable[[int, int], np.ndarray]
 """(client, step since the run began) -> the rows of that batch."""
@@ -99,7 +103,7 @@ _WITHIN = 0.999
 class AttackedEngine:
     """Clients some of which do what honest ones do, and send something else. See `loop.Engine`."""
 
-    engine: LocalEngine
+    engine: "LocalEngine | SharedEngine"
     attack: Attack
     clients: Sequence[int]
     """The attackers."""

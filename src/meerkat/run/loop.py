@@ -61,6 +61,9 @@ class Attendance:
     def run_deferred(self) -> None:
         """Do it now."""
 
+    def logged(self, record: RoundRecord | CalibrationRecord) -> None:
+        """A round or a calibration is on the disk."""
+
     def closed(self, state: ServerState, record: RoundRecord) -> None:
         """A round is on the disk, and this is the state after it."""
 
@@ -131,6 +134,7 @@ class _Loop:
         # not synced: lines that are lost with the machine are made again from the log
         present.defer(lambda: run.folder.append_metric(metric_of(record, facts, replies), sync=False))
         run.append(record)
+        present.logged(record)
         if isinstance(record, CalibrationRecord):
             say(stopped_in_words(record.early_stopped, len(plan.steps)))
         else:
