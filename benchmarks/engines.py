@@ -2,8 +2,8 @@
 
 Neither is a dependency of the project. Where they are installed, they take part:
 
-    pip install openvino              # wheels of 60 MB; converts the model in memory, in float32 and bfloat16
-    pip install llama-cpp-python      # built by a C++ compiler for this machine's CPU, in some minutes; needs a GGUF file
+    pip install openvino            # wheels of 60 MB; converts the model in memory, in float32 and bfloat16
+    pip install llama-cpp-python    # a C++ compiler builds it for this machine's CPU, in minutes; needs a GGUF file
 """
 
 import ctypes
