@@ -82,6 +82,7 @@ def test_what_is_measured_of_a_gpu_is_measured_of_a_cpu_and_goes_on_where_it_sto
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--device", "cpu", "--shapes", "tiny"]
     command += ["--model", str(demo.MODEL), "--data", str(tmp_path), "--text", str(demo.TEXT), "--rounds", "10"]
+    command += ["--minutes", "60"]
     found = []
     for methods in ("meerkat", "meerkat,random-mask"):
         subprocess.run([*command, "--methods", methods], capture_output=True, check=True)
