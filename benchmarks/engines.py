@@ -20,17 +20,19 @@ Read = Callable[[], np.ndarray]
 """All rows go through the model once: the last token's logits, float32 [rows, words]."""
 
 
-def engines(model: nn.Module, tokens: np.ndarray, threads: int, gguf: Path | None = None) -> dict[str, Read]:
+def engines(
+    model: Callable[[], nn.Module], tokens: np.ndarray, threads: int, gguf: Path | None = None
+) -> dict[str, Read]:
     """The engines that are installed, by name.
 
     Args:
-        model: a causal language model, which the engine's is made from; it may be the caller's last use of it.
+        model: loads the causal language model that an engine's is made from.
         tokens: int64 [rows, length].
         gguf: the same model for llama.cpp; it is read in the precision of the file.
     """
     found: dict[str, Read] = {}
     if importlib.util.find_spec("openvino"):
-        found |= openvino(model, tokens, threads)
+        found |= openvino(model(), tokens, threads)
     if gguf and importlib.util.find_spec("llama_cpp"):
         found[f"llama.cpp {gguf.stem}"] = llama_cpp(gguf, tokens, threads)
     return found

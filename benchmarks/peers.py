@@ -25,7 +25,9 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +184,13 @@ def likeness(model: nn.Module, tokens: np.ndarray, logits: np.ndarray) -> float:
     return round(float(np.corrcoef(own.numpy().ravel(), logits.ravel())[0, 1]), 4)
 
 
-def in_turns(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(
+    works: dict[str, Callable[[int], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each work, which take turns; the first turn warms up and is not told."""
-    turns = [{name: seconds(lambda: work(number)) for name, work in works.items()} for number in range(repeats + 1)]  # noqa: B023
+    turns = [
+        {name: seconds(partial(work, number), clock) for name, work in works.items()} for number in range(repeats + 1)
+    ]
     return {name: [turn[name] for turn in turns[1:]] for name in works}
 
 
@@ -204,27 +210,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--gguf", type=Path, help="the same model as llama.cpp reads it")
+    parser.add_argument("--methods", default=",".join(METHODS), help="beside inference and meerkat [default: all]")
+    about = "CPU seconds in place of the clock's, where other programs take the CPU as well; with --threads 1"
+    parser.add_argument("--cpu-time", action="store_true", help=about)
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--case", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.case:
         print(peak_mb(arguments))
         return
 
     model = opened(arguments)
     tokens = random_rows(vocabulary(model), arguments.rows, arguments.length)
-    adapted = opened(arguments)
-    of = {name: adapted if name == "lora" else model for name in METHODS}
-    works = {name: method(of[name], batch_loss(of[name], tokens)) for name, method in METHODS.items()}
-    others = engines(opened(arguments), tokens, arguments.threads, arguments.gguf)
+    chosen = [name for name in METHODS if name in ("inference", "meerkat", *arguments.methods.split(","))]
+    works = {}
+    for name in chosen:
+        mine = opened(arguments) if name == "lora" else model
+        works[name] = METHODS[name](mine, batch_loss(mine, tokens))
+    others = engines(lambda: opened(arguments), tokens, arguments.threads, arguments.gguf)
     alike = {name: likeness(model, tokens, read()) for name, read in others.items()}
     times = in_turns(
-        {**works, **{name: lambda _, read=read: read() for name, read in others.items()}}, arguments.repeats
+        {**works, **{name: lambda _, read=read: read() for name, read in others.items()}}, arguments.repeats, clock
     )
-    methods = {name: over(times[name], times["inference"]) for name in METHODS if name != "inference"}
+    methods = {name: over(times[name], times["inference"]) for name in chosen if name != "inference"}
     if not arguments.no_memory:
-        for name, peak in peaks(list(METHODS)).items():
+        for name, peak in peaks(chosen).items():
             methods.get(name, {})["memory"] = peak
     result = {
         "name": "peers",
@@ -241,7 +253,8 @@ def main() -> None:
         },
         "measured_on": f"{Path(arguments.model).name or 'random Llama'}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {arguments.dtype}, batch {arguments.rows} x "
-        f"{arguments.length}, {arguments.threads} threads, {arguments.repeats} repeats",
+        f"{arguments.length}, {arguments.threads} threads, {arguments.repeats} repeats, "
+        f"{'CPU' if arguments.cpu_time else 'clock'} seconds",
     }
     if arguments.json:
         print(json.dumps(result))
