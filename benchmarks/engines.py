@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meerkat.errors import in_short
+from meerkat.progress import say
+
 Read = Callable[[], np.ndarray]
 """All rows go through the model once: the last token's logits, float32 [rows, words]."""
 
@@ -32,7 +35,10 @@ def engines(
     """
     found: dict[str, Read] = {}
     if importlib.util.find_spec("openvino"):
-        found |= openvino(model(), tokens, threads)
+        try:
+            found |= openvino(model(), tokens, threads)
+        except Exception as error:  # its converter raises many kinds, and takes not every architecture
+            say(f"note: OpenVINO is left out: it cannot take this model ({in_short(error)})")
     if gguf and importlib.util.find_spec("llama_cpp"):
         found[f"llama.cpp {gguf.stem}"] = llama_cpp(gguf, tokens, threads)
     return found
