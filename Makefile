@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 600
 # a file's tests stay together, for what they share; the longest file comes first
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo federation llm check test test-all test-lowest lock fuzz clean
+.PHONY: demo federation llm bench check test test-all test-lowest lock fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ federation: .venv/ready
 llm: .venv/ready
 	$(BIN)/python scripts/get_model.py smollm2-135m
 	$(BIN)/python examples/llm.py $(if $(DATA),--data '$(DATA)') $(if $(TEXT),--text '$(TEXT)')
+
+# On a model of your own: make bench MODEL=DIR TASK=sst2 DATA=DIR [GGUF=FILE] [DTYPE=bfloat16]
+bench: .venv/ready
+	$(BIN)/python benchmarks/all.py $(foreach name,MODEL TASK DATA GGUF DTYPE,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -54,7 +54,7 @@ def batch_loss(model: LlamaForCausalLM) -> Callable[[], Tensor]:
 
 def local_step(masked: MaskedModel, loss: Callable[[], Tensor]) -> Callable[[int], None]:
     """A client's whole Meerkat step, of the round of the number given."""
-    directions, theta = Directions(1, len(masked.mask)), masked.read()
+    directions, theta = Directions(1, len(masked.mask), masked.device), masked.read()
 
     def step(number: int) -> None:
         local_steps(masked, theta, RoundPlan(number, LR, EPS, 1, {0: 1}), 0, lambda _: loss, directions)
@@ -63,12 +63,12 @@ def local_step(masked: MaskedModel, loss: Callable[[], Tensor]) -> Callable[[int
 
 
 def mezo_step(model: nn.Module, loss: Callable[[], Tensor], seed: int) -> None:
-    """MeZO as published (Malladi et al. 2023, algorithm 1): four passes over all parameters."""
+    """MeZO as published (Malladi et al. 2023, algorithm 1): four passes over all parameters, z made anew in each."""
 
     def perturb(scale: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         for parameter in model.parameters():
-            z = torch.normal(0.0, 1.0, size=parameter.shape, generator=generator)
+            z = torch.empty_like(parameter).normal_(generator=generator)
             parameter.data.add_(z, alpha=scale)
 
     perturb(EPS)
@@ -80,10 +80,10 @@ def mezo_step(model: nn.Module, loss: Callable[[], Tensor], seed: int) -> None:
     perturb(-LR * g)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def asked(doc: str) -> argparse.Namespace:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import SHARED
 
+from meerkat import demo
 from meerkat.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -27,12 +28,15 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("protections", ["--repeats", "1"]),
         ("workers", ["--repeats", "1", "--", "--text-sequences", "2", "--batch-size", "2"]),
         ("same_bits", ["HEAD", "--only", "optimizer momentum"]),
+        ("peers", ["--repeats", "1", "--length", "8"]),
         ("reconstruction", ["--candidates", "100", "--steps", "4", "--ratio", "0.03"]),
     ],
 )
 def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_path: Path) -> None:
     if name == "client_batching" and not SHARED.is_dir():
         pytest.skip("the real model and data are not beside this checkout")
+    if name == "peers":
+        pytest.importorskip("peft")
     if name == "selection":
         options = [*options, str(tmp_path)]
     if name == "mask_overlap":
@@ -68,3 +72,42 @@ def test_every_benchmark_of_the_network_gives_its_headlines(name: str, options: 
     assert all(found[headline] > 0 for headline in headlines)
     if name == "round_latency":
         assert 138 <= found["bytes"] <= 200  # a frame, its gRPC, HTTP/2 and TLS framing; and the goal
+
+
+@pytest.mark.slow
+def test_what_is_measured_of_a_gpu_is_measured_of_a_cpu_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    rows = {"sst2": {"sentence": "a film"}, "boolq": {"passage": "It is.", "question": "is it"}}
+    for task, row in rows.items():
+        (tmp_path / task).mkdir()
+        for split in ("train", "validation"):
+            lines = [json.dumps({**row, "label": number % 2}) for number in range(40)]
+            (tmp_path / task / f"{split}.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--device", "cpu", "--shapes", "tiny"]
+    command += ["--model", str(demo.MODEL), "--data", str(tmp_path), "--text", str(demo.TEXT), "--rounds", "10"]
+    command += ["--minutes", "60"]
+    found = []
+    for methods in ("meerkat", "meerkat,random-mask"):
+        subprocess.run([*command, "--methods", methods], capture_output=True, check=True)
+        found.append(json.loads(out.read_text()))
+    assert all(found[0]["bits"].values())
+    assert found[0]["shapes"]["tiny"]["backpropagation"]["ratio"] > 0
+    reached = [{(line["task"], line["local_steps"]): line for line in each["accuracy"]} for each in found]
+    assert reached[0].keys() == {(task, steps) for task in rows for steps in (1, 10)}
+    assert len(found[1]["accuracy"]) == 8
+    for line in found[0]["accuracy"]:
+        again = next(each for each in found[1]["accuracy"] if each | {"seconds": 0} == line | {"seconds": 0})
+        assert again["rates"]
+
+
+@pytest.mark.slow
+def test_the_table_of_all_benchmarks_has_figures_and_says_what_could_not_run(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "all.py"), "--out", str(tmp_path), "--turns", "1"]
+    command += ["--only", "catch_up,client_batching", "--model", "/nowhere", "--task", "sst2", "--data", "/nowhere"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == (tmp_path / "bench.md").read_text()
+    assert "| 100 missed rounds over theta, n = 1,240,000: bytes | " in printed
+    assert "| not run: " in printed
+    told = json.loads((tmp_path / "bench.json").read_text())["programs"]
+    assert told["catch_up"][0]["ratio"] > 0
+    assert "/nowhere" in told["client_batching"][0]
