@@ -46,7 +46,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.run.local_engine import LocalEngine
 from meerkat.run.loop import run_rounds
-from meerkat.run.mask import make_mask, store_mask
+from meerkat.run.mask import make_mask, masked_model, store_mask
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.run import carry_on
 from meerkat.run.setup import open_problem, resolve
@@ -172,7 +172,7 @@ class Setting:
     def in_one_process(self) -> LocalEngine:
         """The same clients without sites, one after another."""
         problem = open_problem(self.config)
-        model, z = MaskedModel(problem.model, self.mask), self.directions
+        model, z = masked_model(self.config, problem, self.mask), self.directions
         rows = problem.rows("train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]

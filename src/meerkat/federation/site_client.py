@@ -18,7 +18,7 @@ from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
-from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.algorithm.zeroth_order import Loss
 from meerkat.errors import MeerkatError
 from meerkat.extensions import load
 from meerkat.federation.offer import Offer
@@ -29,6 +29,7 @@ from meerkat.problems import causal_lm
 from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, Split, client_losses, primary
+from meerkat.run.mask import masked_model
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.auto import number
@@ -66,9 +67,9 @@ class SiteClient:
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)
         settings.check_mask(self.mask, self._problem.model)
+        self._model = masked_model(self.config, self._problem, self.mask)
         if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
             settings.check_live_entries(self.mask, self._problem.model, _public_outputs(self._problem))
-        self._model = MaskedModel(self._problem.model, self.mask)
         self.theta_0 = self._model.read()
         if path.digest(self.theta_0) != offer.theta:
             raise MeerkatError(

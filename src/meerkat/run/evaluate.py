@@ -14,7 +14,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.summary import alike
 from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.loop import evaluation_of
-from meerkat.run.mask import check_model
+from meerkat.run.mask import check_model, masked_model
 from meerkat.run.setup import open_problem
 from meerkat.run.split import Split as Rows
 from meerkat.run.summary import evaluated
@@ -23,23 +23,29 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """How far scores of the same weights may lie apart on two machines, by the weights' type."""
 
 
-def load_run(root: Path) -> tuple[VerifiedRun, Problem]:
-    """A verified run, and its problem with the run's theta in the model."""
+def load_run(root: Path, quantised: bool = True) -> tuple[VerifiedRun, Problem]:
+    """A verified run, and its problem with the run's theta in the model.
+
+    Args:
+        quantised: whether the base of a run with one is quantised here, too.
+    """
     run = verify(root)
-    problem, model = _opened(root, run)
+    problem, model = _opened(root, run, quantised)
     model.write_(run.theta.to(model.device))
     return run, problem
 
 
-def _opened(root: Path, run: VerifiedRun) -> tuple[Problem, MaskedModel]:
+def _opened(root: Path, run: VerifiedRun, quantised: bool = True) -> tuple[Problem, MaskedModel]:
     """A verified run's problem, and its model, which is the one that the run began with."""
     config = run.config
     if config.device != "cpu" and not torch.cuda.is_available():
         say(f"note: the run was made on {config.device}, which is not here; its model is loaded on the CPU")
         config = config.model_copy(update={"device": "cpu"})
+    if not quantised:
+        config = config.model_copy(update={"quantize": "none"})
     problem = open_problem(config)
     check_model(RunFolder(root), run.mask, config, problem)
-    return problem, MaskedModel(problem.model, run.mask)
+    return problem, masked_model(config, problem, run.mask)
 
 
 def evaluate(root: Path, split: Split = "validation") -> Evaluation:

@@ -6,6 +6,7 @@ from typing import Any
 
 from meerkat import seeds
 from meerkat.algorithm import path
+from meerkat.algorithm.quantised import quantise_
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
@@ -93,6 +94,17 @@ def load_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseM
             f"{folder.mask_path}: its base values are not the model's; delete it, and 'meerkat resume' makes it again"
         )
     return mask
+
+
+def masked_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
+    """The problem's model with the mask's entries to move, the rest of it quantised in place where the settings say so.
+
+    Raises:
+        MeerkatError: it cannot be quantised.
+    """
+    if config.quantize != "none":
+        quantise_(problem.model, mask, config.quantize)
+    return MaskedModel(problem.model, mask)
 
 
 def check_model(folder: RunFolder, mask: SparseMask, config: RunConfig, problem: Problem) -> None:

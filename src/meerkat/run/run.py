@@ -29,7 +29,7 @@ from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
-from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
+from meerkat.run.mask import default_lr, load_mask, make_mask, masked_model, store_mask
 from meerkat.run.metrics import metric_of
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
@@ -135,7 +135,7 @@ def carry_on(
         folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        model = MaskedModel(problem.model, load_mask(folder, config, problem))
+        model = masked_model(config, problem, load_mask(folder, config, problem))
         mask, theta_0 = model.mask, model.read()
         z = directions(config, len(mask), model.device)
         gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)

@@ -198,6 +198,9 @@ class MachineSettings(Settings):
     """cpu, cuda, cuda:N, or auto for the GPU where there is one"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights; theta is always float32"""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """freeze the weights that do not move in 8 or 4 bits: a large model's step then fits into little memory; takes the
+    bitsandbytes package"""
     batching: Literal["auto", "off"] = "auto"
     """auto sends all clients' rows through the model together, sorted by length; off takes client by client"""
     micro_batch: int = Field(0, ge=0)
