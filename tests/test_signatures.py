@@ -114,6 +114,7 @@ def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:
         "objective": "language-modelling",
         "estimator": "another",
         "dtype": "bfloat16",
+        "quantize": "nf4",
         "eps": 2e-3,
         "dp": "example",
         "dp_noise_multiplier": 1.5,
