@@ -26,6 +26,9 @@ Bits = Literal["int8", "nf4"]
 BLOCK = 64
 """Weights that share one float32 scale: half a bit for each of them."""
 
+_AT_ONCE = 2048
+"""Blocks that are packed together: on the CPU, packing takes some twenty bytes a weight."""
+
 
 def packing() -> Any:
     """The library's functions. Raises MeerkatError where it is not installed."""
@@ -58,7 +61,11 @@ class QuantisedLinear(nn.Module):
         self._shape = weight.shape
         blocks = weight.reshape(-1, BLOCK)  # on the CPU, 4-bit rows that end within a block are unpacked wrongly
         if bits == "nf4":
-            self._packed, self._scales = library.quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4")
+            parts = [library.quantize_4bit(p, blocksize=BLOCK, quant_type="nf4") for p in blocks.split(_AT_ONCE)]
+            self._packed = torch.cat([packed for packed, _ in parts])
+            self._scales = parts[0][1]
+            self._scales.absmax = torch.cat([scales.absmax for _, scales in parts])
+            self._scales.shape = blocks.shape
             self._unpack = library.dequantize_4bit
         else:
             levels = library.create_linear_map().to(weight.device)
