@@ -26,7 +26,7 @@ Bits = Literal["int8", "nf4"]
 BLOCK = 64
 """Weights that share one float32 scale: half a bit for each of them."""
 
-_AT_ONCE = 2048
+_AT_ONCE = 16_384
 """Blocks that are packed together: on the CPU, packing takes some twenty bytes a weight."""
 
 
