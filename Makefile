@@ -1,7 +1,7 @@
 # Each target first sets up what it needs in .venv: a fresh clone needs git, Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := flower,gguf,hub,lora,privacy,tensorboard,dev
+EXTRAS := flower,gguf,hub,lora,privacy,quantize,tensorboard,dev
 
 FUZZ_SECONDS ?= 600
 

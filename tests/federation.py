@@ -48,7 +48,7 @@ from meerkat.run.local_engine import LocalEngine
 from meerkat.run.loop import run_rounds
 from meerkat.run.mask import make_mask, store_mask
 from meerkat.run.metrics import EvaluationMetric
-from meerkat.run.precision import cast_model
+from meerkat.run.precision import runnable_model
 from meerkat.run.run import carry_on
 from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import SITES, RunConfig, make_config
@@ -175,7 +175,7 @@ class Setting:
     def in_one_process(self) -> LocalEngine:
         """The same clients without sites, one after another."""
         problem = open_problem(self.config)
-        model, z = cast_model(self.config, problem, self.mask), self.directions
+        model, z = runnable_model(self.config, problem, self.mask), self.directions
         rows = problem.rows("train")
         held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
         clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]

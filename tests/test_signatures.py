@@ -115,6 +115,7 @@ def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:
         "chat_template": "on",
         "estimator": "another",
         "dtype": "bfloat16",
+        "quantize": "nf4",
         "eps": 2e-3,
         "dp": "example",
         "dp_noise_multiplier": 1.5,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.estimators import PLAIN, Estimator, LossAt, Slopes
+from meerkat.algorithm.quantised import moving_beside
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.masks.sparse_mask import SparseMask
 
@@ -27,15 +28,17 @@ class MaskedModel:
     def __init__(self, model: nn.Module, mask: SparseMask) -> None:
         self.model = model
         self.mask = mask
-        parameters = dict(model.named_parameters())
-        self.device = next(iter(parameters.values())).device
+        beside = moving_beside(model)
+        parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **beside}
+        self.device = next(model.parameters()).device
         self._moving = [parameters[name] for name in mask.entries]
         self._parts: list[tuple[Tensor, Tensor | None]] = []
         for name, indices in mask.entries.items():
             weights = parameters[name].detach()
             if not weights.is_contiguous():
                 raise ValueError(f"parameter '{name}' is not contiguous in memory")
-            self._parts.append((weights.view(-1), None if indices is None else indices.to(weights.device)))
+            at = None if indices is None or name in beside else indices.to(weights.device)
+            self._parts.append((weights.view(-1), at))
         self._sizes = [count for _, count in mask.counts()]
 
     def read(self) -> Tensor:
@@ -47,8 +50,8 @@ class MaskedModel:
         entries = zip(tensors, self._parts, strict=True)
         return torch.cat([(t.reshape(-1) if at is None else t.reshape(-1)[at]).float() for t, (_, at) in entries])
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The model's parameters that have moving entries, in theta's order."""
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters that have moving entries, in theta's order; of quantised ones these entries alone."""
         return self._moving
 
     def write_(self, theta: Tensor) -> None:

@@ -32,9 +32,10 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     """Write a run's model and its model card to a new or empty folder, whole or not at all.
 
     Args:
-        form: "merged" is a whole model that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included; "delta"
-            is one safetensors file with the moving entries and their values, for `apply_delta`, or, of a LoRA run,
-            the adapters that `peft.PeftModel.from_pretrained` loads.
+        form: "merged" is a whole model that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included, its
+            weights those of the checkpoint where nothing moved, quantised or not in the run; "delta" is one
+            safetensors file with the moving entries and their values, for `apply_delta`, or, of a LoRA run, the
+            adapters that `peft.PeftModel.from_pretrained` loads.
 
     Returns:
         The folder, or the delta's file in it.
@@ -44,7 +45,7 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
         RunFailed: the run is damaged, or a file cannot be written.
     """
     check_new_folder(to)
-    run, problem = load_run(root)
+    run, problem = load_run(root, as_stored=True)
     if form == "merged" and not isinstance(problem, Classification):
         raise MeerkatError(
             f"--form merged: writes a Hugging Face model, and that of problem '{run.config.problem}' is none; "

@@ -167,6 +167,9 @@ def _tuning(run: VerifiedRun) -> str:
             "local steps": f"T = {config.local_steps}, {steps}, batches of {config.batch_size}",
             "learning rate": f"{config.lr:g}, {config.lr_schedule}; perturbation {config.eps:g}",
             "weights' type": config.dtype,
+            "frozen weights": ""
+            if config.quantize == "none"
+            else f"quantised in the run ({config.quantize}), not here",
             "clients": f"{config.clients}, {config.clients_per_round or config.clients} asked each round",
             "aggregation": _aggregation(run),
             "attack": f"{config.attackers} clients, {config.attack}" if config.attack != "none" else "",

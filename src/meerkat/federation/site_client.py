@@ -29,7 +29,7 @@ from meerkat.problems import causal_lm
 from meerkat.problems.classification import Classification
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, Split, client_losses, primary
-from meerkat.run.precision import cast_model
+from meerkat.run.precision import cast_model, quantise_model
 from meerkat.run.setup import open_problem, resolve_machine
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.auto import number
@@ -67,6 +67,7 @@ class SiteClient:
         self.mask = offer.load_mask()
         self.mask.check_fits(self._problem.model)
         settings.check_mask(self.mask, self._problem.model)
+        quantise_model(self.config, self._problem, self.mask)
         if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
             settings.check_live_entries(self.mask, self._problem.model, _public_outputs(self._problem))
         self.theta_0 = MaskedModel(self._problem.model, self.mask).read()

@@ -28,7 +28,7 @@ _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
 
 MEANING = (
     *("method", "task", "objective", "max_length", "chat_template", "batch_size", "eps", "directions"),
-    *("local_steps", "rounds", "dtype", "seed", "estimator"),
+    *("local_steps", "rounds", "dtype", "quantize", "seed", "estimator"),
     *("dp", "dp_epsilon", "dp_delta", "dp_clip", "dp_noise_multiplier", "dp_relation"),
 )
 """Settings that say what a scalar is, and of how long a run: sites sign them with their joining."""

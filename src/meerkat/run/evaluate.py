@@ -15,7 +15,7 @@ from meerkat.record.summary import alike
 from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.loop import evaluation_of
 from meerkat.run.mask import check_model
-from meerkat.run.precision import cast_model
+from meerkat.run.precision import runnable_model
 from meerkat.run.setup import open_problem
 from meerkat.run.split import Split as Rows
 from meerkat.run.summary import evaluated
@@ -24,15 +24,19 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """How far scores of the same weights may lie apart on two machines, by the weights' type."""
 
 
-def load_run(root: Path) -> tuple[VerifiedRun, Problem]:
-    """A verified run, and its problem with the run's theta in the model."""
+def load_run(root: Path, as_stored: bool = False) -> tuple[VerifiedRun, Problem]:
+    """A verified run, and its problem with the run's theta in the model.
+
+    Args:
+        as_stored: leave the other weights as the checkpoint has them, neither quantised nor in half precision.
+    """
     run = verify(root)
-    problem, model = _opened(root, run)
+    problem, model = _opened(root, run, as_stored)
     model.write_(run.theta.to(model.device))
     return run, problem
 
 
-def _opened(root: Path, run: VerifiedRun) -> tuple[Problem, MaskedModel]:
+def _opened(root: Path, run: VerifiedRun, as_stored: bool = False) -> tuple[Problem, MaskedModel]:
     """A verified run's problem, and its model, which is the one that the run began with."""
     config = run.config
     if config.device != "cpu" and not torch.cuda.is_available():
@@ -40,7 +44,9 @@ def _opened(root: Path, run: VerifiedRun) -> tuple[Problem, MaskedModel]:
         config = config.model_copy(update={"device": "cpu"})
     problem = open_problem(config)
     check_model(RunFolder(root), run.mask, config, problem)
-    return problem, cast_model(config, problem, run.mask)
+    if as_stored and (config.quantize, config.dtype) != ("none", "float32"):
+        return problem, MaskedModel(problem.model, run.mask)
+    return problem, runnable_model(config, problem, run.mask)
 
 
 def evaluate(root: Path, split: Split = "validation") -> Evaluation:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meerkat.algorithm.perturbation import PerturbationCurve, perturbation_curve
 from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weights_as
+from meerkat.algorithm.quantised import quantise_
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.masks.sensitivity import pretraining_gradient
 from meerkat.masks.sparse_mask import SparseMask
@@ -48,6 +49,22 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     usual = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
     eps = usual if curve is None else curve.chosen(usual)
     return config.model_copy(update={"eps": eps}), curve
+
+
+def runnable_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
+    """A problem's model as the run computes with it: quantised and cast, in place.
+
+    Raises:
+        MeerkatError: it cannot be quantised.
+    """
+    quantise_model(config, problem, mask)
+    return cast_model(config, problem, mask)
+
+
+def quantise_model(config: RunConfig, problem: Problem, mask: SparseMask) -> None:
+    """Freeze a problem's model in few bits, in place, where the settings say so. Raises MeerkatError: it cannot be."""
+    if config.quantize != "none":
+        quantise_(problem.model, mask, config.quantize)
 
 
 def cast_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:

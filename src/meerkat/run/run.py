@@ -31,7 +31,7 @@ from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
 from meerkat.run.metrics import PerturbationMetric, metric_of
-from meerkat.run.precision import cast_model, with_precision
+from meerkat.run.precision import runnable_model, with_precision
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.auto import number_or
@@ -142,7 +142,7 @@ def carry_on(
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
         mask = load_mask(folder, config, problem)
         theta_0 = MaskedModel(problem.model, mask).read()
-        model = cast_model(config, problem, mask)
+        model = runnable_model(config, problem, mask)
         z = directions(config, len(mask), model.device)
         gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
         opening = Opening(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from meerkat import demo
+from meerkat.algorithm.quantised import packing
 from meerkat.errors import MeerkatError
 from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
@@ -147,6 +148,8 @@ def open_problem(config: RunConfig, task: Task | None = None) -> Problem:
             f"problem '{config.problem}': not known here, only {', '.join(PROBLEMS)}; "
             "name the extension that it comes from with --extension"
         )
+    if config.quantize != "none":
+        packing()  # what is missing is missed before a mask is made
     torch.set_num_threads(number(config.threads))
     problem = classification(config, task) if make is classification else make(config)
     if config.recipe.moves == "lora":

@@ -30,6 +30,8 @@ def _in_method(config: "RunConfig") -> Iterator[str]:
         yield f"method {config.method}: makes its own mask, so --mask cannot be given with it"
     if not recipe.sends_scalars and config.early_stop in ("vp", "random"):
         yield f"early_stop {config.early_stop}: needs scalars, and {config.method} sends none; use none"
+    if recipe.moves == "full" and config.quantize != "none":
+        yield f"quantize {config.quantize}: freezes weights, and method {config.method} moves them all; use none"
     if recipe.client == "feddyn" and rule != "sgd":
         yield f"update_rule {rule}: feddyn has its own server step; use sgd"
     if recipe.client != "feddyn" and rule == "feddyn":

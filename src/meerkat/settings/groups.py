@@ -201,6 +201,9 @@ class MachineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = AUTO
     """type of the weights in forward passes; theta is always float32; auto is bfloat16 for a language model that is
     large enough, where the device multiplies it natively, and float32 otherwise"""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """freeze the weights that do not move in 8 or 4 bits: a large model's step then fits into little memory; takes the
+    bitsandbytes package"""
     batching: Literal["auto", "off"] = "auto"
     """auto sends all clients' rows through the model together, sorted by length; off takes client by client"""
     micro_batch: int = Field(0, ge=0)
