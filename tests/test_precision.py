@@ -46,25 +46,57 @@ def opening(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_are_cast_and_buffers_are_not(architecture: str) -> None:
+def test_layers_multiply_in_the_type_and_all_else_is_float32(architecture: str) -> None:
     model, before = tiny_model(architecture), tiny_model(architecture)
     cast_(model, torch.bfloat16)
-    for parameter, original in zip(model.parameters(), before.parameters(), strict=True):
-        assert torch.equal(parameter, original.bfloat16())
+    head = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
+    for name, module in model.named_modules():
+        narrow = type(module).__name__ in ("Linear", "Conv1D") and id(module.weight) not in head
+        for part, parameter in module.named_parameters(recurse=False):
+            original = before.get_parameter(f"{name}.{part}")
+            assert torch.equal(parameter, original.bfloat16() if narrow else original)
+            assert parameter.dtype == (torch.bfloat16 if narrow else torch.float32)
     for buffer, original in zip(model.buffers(), before.buffers(), strict=True):
         assert buffer.dtype == original.dtype
         assert torch.equal(buffer, original)
-    assert model.lm_head.weight is model.get_input_embeddings().weight or architecture == "llama"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_is_autocast_but_for_its_logits(architecture: str) -> None:
+    model = tiny_model(architecture)
+    seen: dict[str, set[torch.dtype]] = {"head": set(), "layers": set()}
+    for module in model.modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+            where = "head" if module is model.get_output_embeddings() else "layers"
+            module.register_forward_hook(lambda _, __, output, where=where: seen[where].add(output.dtype))
+    with weights_as(model, torch.bfloat16):
+        logits = model(input_ids=TOKENS[0][None]).logits
+    assert seen == {"head": {torch.float32}, "layers": {torch.bfloat16}}
+    assert logits.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    plain = model(input_ids=TOKENS[0][None]).logits
+    assert 0 < (logits - plain).abs().max() < 0.05 * plain.abs().max()
+    assert torch.equal(plain, tiny_model(architecture)(input_ids=TOKENS[0][None]).logits)
+
+
+def test_a_pass_that_fails_leaves_autocast_as_it_was() -> None:
+    model = tiny_model()
+    cast_(model, torch.bfloat16)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10**6]]))
+    assert not torch.is_autocast_enabled("cpu")
+    assert model(input_ids=TOKENS[0][None]).logits.isfinite().all()
 
 
 def test_weights_come_back_bit_for_bit_whatever_happens() -> None:
     model, before = tiny_model(), list(tiny_model().parameters())
+    kept = "model.layers.1.mlp.up_proj.weight"
 
     def fail_midway() -> None:
-        with weights_as(model, torch.float16, keep=["model.norm.weight"]):
+        with weights_as(model, torch.float16, keep=[kept]):
             types = {name: parameter.dtype for name, parameter in model.named_parameters()}
-            assert types.pop("model.norm.weight") == torch.float32
-            assert set(types.values()) == {torch.float16}
+            assert types["model.layers.0.mlp.up_proj.weight"] == torch.float16
+            assert types[kept] == torch.float32
             raise RuntimeError("midway")
 
     with pytest.raises(RuntimeError):
@@ -94,16 +126,19 @@ def test_the_curve_is_the_literal_one(dtype: torch.dtype) -> None:
     curve = perturbation_curve(model, mask, batches, dtype, PLAIN)
 
     literal, theta = tiny_model(), MaskedModel(model, mask).read()
-    for parameter in literal.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for layer in literal.model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.weight.data = layer.weight.data.to(dtype)
     weights = {name: parameter.detach().view(-1) for name, parameter in literal.named_parameters()}
     directions = Directions(seeds.key(0, "perturbation"), len(mask))
 
     def loss_at(point: Tensor, tokens: Tensor) -> float:
         for (name, at), values in zip(mask.entries.items(), point.split([n for _, n in mask.counts()]), strict=True):
-            weights[name][at] = values.to(dtype)
+            weights[name][at] = values.to(weights[name].dtype)
         with torch.no_grad():
-            return float(language_modelling_loss(literal)(tokens))
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                hidden = literal.model(input_ids=tokens[None]).last_hidden_state[0]
+            return float(torch.nn.functional.cross_entropy(literal.lm_head(hidden)[:-1], tokens[1:]))
 
     for eps, error in zip(curve.eps, curve.error, strict=True):
         off, of_all = 0.0, 0.0
@@ -167,15 +202,26 @@ def test_a_run_in_half_precision_leaves_the_run_s_own_theta(simulate_arguments: 
     for form in ("merged", "delta"):
         assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / form), "--form", form]) == 0
     merged, _ = load_model(str(tmp_path / "merged"))
-    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     config = RunFolder(tmp_path / "run").config()
     base, _ = load_model(config.model)
-    cast_(apply_delta(base, tmp_path / "delta" / "delta.safetensors"), torch.bfloat16)
+    apply_delta(base, tmp_path / "delta" / "delta.safetensors")
     assert all(map(torch.equal, base.parameters(), merged.parameters()))
     problem = open_problem(config.model_copy(update={"model": str(tmp_path / "merged")}))
+    cast_(problem.model, torch.bfloat16)
     rows = problem.batch(problem.prepare(problem.rows("validation")), "evaluation")
     assert problem.evaluate(rows).scores == summary["scores"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "exported"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_half_precision_checkpoint_is_exported_as_narrow_as_theta_allows(
+    dtype: str, exported: torch.dtype, simulate_arguments: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    tiny_model().bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    simulated(simulate_arguments, tmp_path / "run", "--model", str(tmp_path / "model"), "--dtype", dtype)
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "merged")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {parameter.dtype for parameter in model.parameters()} == {exported}
 
 
 def test_a_half_precision_checkpoint_has_the_mask_of_its_float32_copy(

@@ -19,7 +19,7 @@ from meerkat.errors import MeerkatError
 from meerkat.problems.problem import RANGES
 from meerkat.record.signatures import SIGNATURE
 
-VERSION = 4
+VERSION = 5
 LIMIT = 1 << 20
 """Bytes of a frame, at most."""
 

@@ -21,7 +21,7 @@ from meerkat.record.signatures import RunIdentity, is_hex
 from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
 
-FORMAT = 6
+FORMAT = 7
 
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
 """A package's version, such as 2.13.0+cpu."""
