@@ -12,7 +12,7 @@ from meerkat.settings.config import make_config, read_toml, with_names_of_today
 
 MASK_SETTINGS = (
     *("problem", "model", "text", "method", "density", "mask_scope", "exclude", "text_sequences", "text_length"),
-    *("task", "data", "objective", "max_length", "chat_template", "device", "dtype", "threads", "seed"),
+    *("task", "data", "objective", "max_length", "chat_template", "device", "threads", "seed"),
 )
 
 
