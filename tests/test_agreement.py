@@ -101,7 +101,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_default_bounds_accept_a_default_run() -> None:
-    site().check_settings(resolve(make_config({})), "topics")
+    site().check_settings(resolve(make_config({"eps": 1e-3})), "topics")
     site().check_settings(asked(method="meerkat-vp", local_steps=5), "sst2")
 
 

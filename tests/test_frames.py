@@ -173,7 +173,7 @@ def test_what_is_not_of_this_protocol_is_told() -> None:
     good = Frame(Kind.END, RUN, 1, 2, DIGEST, b"{}").encode()
     for data, said in (
         (b"XX" + good[2:], "not a frame"),
-        (good[:2] + b"\1" + good[3:], "frame format 1, this side speaks 4"),
+        (good[:2] + b"\1" + good[3:], "frame format 1, this side speaks 5"),
         (good[:3] + b"\0" + good[4:], "unknown kind 0"),
         (good[:3] + b"\x0e" + good[4:], "unknown kind 14"),
         (good[: HEADER - 1], "must be 52 to"),
@@ -290,13 +290,13 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_the_format_is_what_version_4_wrote(kind: Kind) -> None:
+def test_the_format_is_what_version_5_wrote(kind: Kind) -> None:
     """Whoever has to change a line here changes frames.VERSION too."""
     body, expected = GOLDEN[kind]
-    head = "4d4b04" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
+    head = "4d4b05" + f"{kind:02x}" + RUN.hex() + "03000000" + "04010000"
     head += "" if kind is Kind.SIGNED else DIGEST.hex()
     assert Frame(kind, RUN, 3, 260, DIGEST, body).encode().hex() == head + expected
-    assert frames.VERSION == 4
+    assert frames.VERSION == 5
 
 
 def test_a_body_of_words_is_json_that_any_reader_takes() -> None:

@@ -331,7 +331,7 @@ def test_a_log_of_another_format_is_named_with_ours(
     rewrite(folder, age)
     if not done:
         (folder / "summary.json").unlink()
-    said = f"{folder / 'rounds.log'}: format 3 is not known, only 6; use the version that wrote it"
+    said = f"{folder / 'rounds.log'}: format 3 is not known, only 7; use the version that wrote it"
     capsys.readouterr()
     for command in (["verify"], ["report"], ["resume"], ["evaluate"], ["export", "--to", str(tmp_path / "to")]):
         assert main([command[0], str(folder), *command[1:]]) == 1

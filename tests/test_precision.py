@@ -28,6 +28,7 @@ from meerkat.problems.tasks import TASKS
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.run import precision
+from meerkat.run.precision import CURVE
 from meerkat.run.setup import open_problem
 
 TOKENS = [torch.arange(3, 20), torch.arange(40, 60)]
@@ -251,8 +252,7 @@ def test_auto_is_settled_once_and_resumed_with(
     summary = simulated(simulate_arguments, tmp_path / "run")
     dtype, eps = chosen(tmp_path / "run")
     assert dtype == "bfloat16"
-    (curve,) = [m for m in RunFolder(tmp_path / "run").metrics() if m["kind"] == "perturbation"]
-    assert PerturbationCurve(curve["eps"], curve["error"]).chosen(3e-3) == eps
+    assert PerturbationCurve(*json.loads(RunFolder(tmp_path / "run").mask().facts[CURVE])).chosen(3e-3) == eps
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "How large a perturbation" in (tmp_path / "run" / "report.html").read_text()
 
@@ -288,7 +288,7 @@ def test_without_public_text_eps_is_the_usual_one(simulate_arguments: list[str],
     for dtype, eps in (("float32", 1e-3), ("bfloat16", 3e-3)):
         simulated(arguments, tmp_path / dtype, "--dtype", dtype)
         assert chosen(tmp_path / dtype) == (dtype, eps)
-        assert not [m for m in RunFolder(tmp_path / dtype).metrics() if m["kind"] == "perturbation"]
+        assert CURVE not in RunFolder(tmp_path / dtype).mask().facts
 
 
 @pytest.mark.parametrize("method", ["lora-fedzo", "full-fedzo", "fo-fedavg", "feddyn", "task-mask"])

@@ -28,7 +28,7 @@ from meerkat.record.run_log import LogReader
 from meerkat.report import write_run_report
 from meerkat.run.evaluate import evaluate, load_run
 from meerkat.run.mask import make_mask
-from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, PerturbationMetric, RoundMetric, SplitMetric
+from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
 from meerkat.run.setup import PROBLEMS, open_problem, resolve
 from meerkat.settings.config import make_config
 
@@ -287,9 +287,7 @@ def test_every_method_runs_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_metrics_are_read_as_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--method", "meerkat-vp", "--rounds", "2", "--local-steps", "2", "--calibration-steps", "60"]
     simulated(capsys, tmp_path / "run", [*RUN, *options, "--lr", "1e-3"])
-    kinds = {
-        kind.kind: kind for kind in (RoundMetric, CalibrationMetric, EvaluationMetric, PerturbationMetric, SplitMetric)
-    }
+    kinds = {kind.kind: kind for kind in (RoundMetric, CalibrationMetric, EvaluationMetric, SplitMetric)}
     lines = RunFolder(tmp_path / "run").metrics()
     assert {line["kind"] for line in lines} == set(kinds)
     for line in lines:

@@ -7,12 +7,14 @@ rounds' aggregates off the tuned weights.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import ModelCardData
 
 from meerkat.algorithm import path
+from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.classification import Classification
 from meerkat.problems.models import Source, find_model
@@ -145,7 +147,10 @@ def _loading_code(config: RunConfig, problem: Problem, content: Content) -> list
         imports, tuned = with_delta, 'apply_delta(model, Path(folder) / "delta.safetensors")'
     else:
         imports, tuned = ["from peft import PeftModel"], "model = PeftModel.from_pretrained(model, folder)"
-    source = Source("") if config.model == EMBEDDED else find_model(config.model)
+    source = Source(config.model)
+    if config.model != EMBEDDED:
+        with suppress(MeerkatError):  # a card of another's run may name a model that is not here
+            source = find_model(config.model)
     base = f"base = {json.dumps(source.place)}" + "  # its path on the run's machine" * _is_local(config.model)
     if config.model == EMBEDDED:
         imports, base = [*imports[:-1], "from meerkat import demo", imports[-1]], "base = demo.MODEL"

@@ -19,6 +19,7 @@ from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name
 from meerkat.report.sentences import as_sentence, data_size, duration, percent, three_decimals
 from meerkat.report.style import CYCLE
 from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.precision import CURVE
 from meerkat.run.sentences import budgets_in_words, defence_in_words
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig
@@ -222,7 +223,7 @@ def _mask(page: Page, run: RunFacts) -> None:
             "further the curve lies above the dashed line, the less is lost by moving only a few."
         )
         figures.append(CaptionedFigure("concentration", figure, "Sensitivity is concentrated", caption))
-    figures += _perturbation(run)
+    figures += _perturbation(run, mask)
     if figures:
         page.figures(*figures)
     if len(points) <= 1:
@@ -230,18 +231,17 @@ def _mask(page: Page, run: RunFacts) -> None:
     page.add(folded(f"The {len(counts):,} tensors", _tensors(counts, len(mask))))
 
 
-def _perturbation(run: RunFacts) -> list[CaptionedFigure]:
+def _perturbation(run: RunFacts, mask: SparseMask) -> list[CaptionedFigure]:
     """How eps was chosen, where it was measured."""
-    return [
-        CaptionedFigure(
-            "perturbation",
-            draw.perturbation(metric["eps"], metric["error"], number(run.config.eps)),
-            "How large a perturbation",
-            f"How far projected gradients are from exact slopes on public data, with {run.config.dtype} weights, as a "
-            "share of these slopes: small perturbations drown in rounding, large ones in the loss' curvature.",
-        )
-        for metric in run.of_kind("perturbation")[-1:]
-    ]
+    if CURVE not in mask.facts:
+        return []
+    eps, errors = json.loads(mask.facts[CURVE])
+    figure = draw.perturbation(eps, errors, number(run.config.eps))
+    caption = (
+        f"How far projected gradients are from exact slopes on public data, computed in {run.config.dtype}, as a share "
+        "of these slopes: small perturbations drown in rounding, large ones in the loss' curvature."
+    )
+    return [CaptionedFigure("perturbation", figure, "How large a perturbation", caption)]
 
 
 def _mask_in_words(config: RunConfig, mask: SparseMask, tensors: int) -> str:

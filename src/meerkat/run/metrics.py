@@ -13,7 +13,6 @@ import numpy as np
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.gradip import gradip, magnitude
-from meerkat.algorithm.perturbation import PerturbationCurve
 from meerkat.algorithm.replies import Reply
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
@@ -110,21 +109,6 @@ class CalibrationMetric(_Work):
             early_stopped=list(record.early_stopped),
             facts=facts or {},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerturbationMetric(_Line):
-    """How eps was chosen: the error of g over that of exact slopes, at each value tried."""
-
-    eps: list[float]
-    error: list[float]
-
-    kind: ClassVar[str] = "perturbation"
-
-    @classmethod
-    def of(cls, curve: PerturbationCurve) -> Self:
-        """Of a measured curve."""
-        return cls(round=0, eps=list(curve.eps), error=_rounded(curve.error))
 
 
 @dataclass(frozen=True)

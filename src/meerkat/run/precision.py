@@ -3,7 +3,9 @@
 Both are settled once, when a run begins; whoever takes part in it later, or resumes it, follows.
 """
 
+import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,17 @@ from meerkat.settings.config import CLASSIFICATION, RunConfig
 WORTH_CASTING = 5_000_000
 """Parameters from which on bfloat16 is worth it: passes take .57 of the time at 5.8 million, .77 at half a million."""
 
+CURVE = "perturbation"
+"""The fact of a mask that is the curve which eps was chosen by: values of eps, and errors, as JSON."""
+
 _BATCHES = 2
 """Batches that eps is measured on."""
 _IN_HALF_PRECISION = 3e-3
 """The usual eps where weights are rounded to half precision."""
 
 
-def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, PerturbationCurve | None]:
-    """The settings with the weights' type and eps, and how eps was measured, if it was.
+def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
+    """The settings with the weights' type and eps; and the mask, which says how eps was measured, if it was.
 
     Args:
         config: resolved settings.
@@ -43,12 +48,14 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": _fitting_dtype(config, problem.model)})
-    if config.eps != "auto":
-        return config, None
-    curve = _measured(config, problem, mask) if config.recipe.sends_scalars else None
-    usual = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
-    eps = usual if curve is None else curve.chosen(usual)
-    return config.model_copy(update={"eps": eps}), curve
+    facts = {name: fact for name, fact in mask.facts.items() if name != CURVE}
+    eps = config.eps
+    if eps == "auto":
+        eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
+        curve = _measured(config, problem, mask) if config.recipe.sends_scalars else None
+        if curve is not None:
+            eps, facts[CURVE] = curve.chosen(eps), json.dumps([curve.eps, curve.error])
+    return config.model_copy(update={"eps": eps}), replace(mask, facts=facts)
 
 
 def runnable_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:

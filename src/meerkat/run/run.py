@@ -30,7 +30,7 @@ from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.mask import default_lr, load_mask, make_mask, store_mask
-from meerkat.run.metrics import PerturbationMetric, metric_of
+from meerkat.run.metrics import metric_of
 from meerkat.run.precision import runnable_model, with_precision
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
@@ -102,13 +102,10 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
         )
     # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
     rate = number_or(config.lr, default_lr(config.method, len(mask)))
-    config, curve = with_precision(config, problem, mask)
+    config, mask = with_precision(config, problem, mask)
     config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density, "lr": rate})
     folder = RunFolder.create(out, config)
     store_mask(folder, mask, problem)
-    if curve is not None:
-        with closing(folder):
-            folder.append_metric(PerturbationMetric.of(curve).to_json())
     return folder
 
 
