@@ -511,6 +511,7 @@ def test_the_embedded_model_takes_part(tmp_path: Path) -> None:
 
 def embedded() -> Any:
     given = {"text_sequences": 4, "threads": 1, "device": "cpu", "lr": 0.1, "batch_size": 4, "local_steps": 2}
+    given |= {"eps": 1e-3, "dtype": "float32"}
     return resolve(make_config({**given, "directions": 2, "clients": 2}))
 
 

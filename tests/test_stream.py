@@ -241,7 +241,7 @@ def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
         (b"", "a frame of 0 bytes"),
         (b"GET / HTTP/1.1\r\n" * 10, "not a frame of this protocol"),
         (b"MK\x09" + bytes(60), "frame format 9"),
-        (b"MK\x04\xff" + bytes(60), "unknown kind 255"),
+        (b"MK\x05\xff" + bytes(60), "unknown kind 255"),
         (_hello(b"\xff" * 100), "no JSON object"),
         (_hello(b"[" * 4000), "no JSON object"),
         (_hello(b"[" * 100_000), "at most 4,096 are accepted"),
