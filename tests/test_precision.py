@@ -1,5 +1,6 @@
 """The weights' type and the size of perturbations: cast late, chosen once, followed by everybody."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -78,6 +79,26 @@ def test_a_pass_is_autocast_but_for_its_logits(architecture: str) -> None:
     plain = model(input_ids=TOKENS[0][None]).logits
     assert 0 < (logits - plain).abs().max() < 0.05 * plain.abs().max()
     assert torch.equal(plain, tiny_model(architecture)(input_ids=TOKENS[0][None]).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tables_of_a_half_precision_checkpoint_stay_and_are_read_as_float32(architecture: str) -> None:
+    model = tiny_model(architecture)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    wide = copy.deepcopy(model)
+    for table in (wide.get_input_embeddings(), wide.get_output_embeddings()):
+        table.weight.data = table.weight.data.float()
+    for each in (model, wide):
+        cast_(each, torch.bfloat16)
+    logits, expected = (each(input_ids=TOKENS[0][None]).logits for each in (model, wide))
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert table.weight.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    if architecture == "gemma2":  # scales its embeddings in the type that they are stored in
+        assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    else:
+        assert torch.equal(logits, expected)
 
 
 def test_a_pass_that_fails_leaves_autocast_as_it_was() -> None:

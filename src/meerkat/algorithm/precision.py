@@ -25,24 +25,47 @@ _NATIVE_ON_CPU = ("amx_bf16", "avx512_bf16", "bf16", "sme")
 def cast_(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ()) -> list[RemovableHandle]:
     """Let a model's layers multiply in a type, in place. Returns the hooks that do it.
 
-    Weights of layers that multiply by a matrix get the type, and passes run under `torch.autocast`. All else
-    becomes float32: embeddings, norms, what layers add to, and the output layer. Buffers stay as they are.
+    Weights of layers that multiply by a matrix get the type, and passes run under `torch.autocast`. All else becomes
+    float32: norms, what layers add to, logits. In half precision the tables of embeddings and of the output layer stay
+    as they are stored, and what is read from them is float32. Buffers stay as they are.
 
     Args:
         keep: names of weights that become float32, whatever the type.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head, names = find_head() if find_head else None, {p: name for name, p in model.named_parameters()}
-    never = {module for module in model.modules() if isinstance(module, nn.Embedding)} | ({head} if head else set())
-    shared = {parameter for module in never for parameter in module.parameters()}
+    tables = {module for module in model.modules() if isinstance(module, nn.Embedding)} | ({head} if head else set())
+    in_tables = {parameter for module in tables for parameter in module.parameters()}
     for module in model.modules():
         weight = module._parameters.get("weight")
-        multiplies = weight is not None and weight.dim() == 2 and weight not in shared and names[weight] not in keep
+        multiplies = weight is not None and weight.dim() == 2 and weight not in in_tables and names[weight] not in keep
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype if multiplies else torch.float32)
+            if dtype == torch.float32 or parameter not in in_tables:
+                parameter.data = parameter.data.to(dtype if multiplies else torch.float32)
     if dtype == torch.float32:
         return []
-    return [*_autocast(model, dtype), *(_autocast(head, dtype, enabled=False) if head else ())]
+    widened = [hook for module in tables for hook in _widen(module)]
+    return [*widened, *_autocast(model, dtype), *(_autocast(head, dtype, enabled=False) if head else ())]
+
+
+def _widen(module: nn.Module) -> list[RemovableHandle]:
+    """Read float32 from a table: embeddings are widened, the output layer for as long as its product takes."""
+    if isinstance(module, nn.Embedding):
+        return [module.register_forward_hook(lambda _, __, output: output.float())]
+    narrow: list[Any] = []
+
+    def widen(module: nn.Module, _: Any) -> None:
+        narrow.append(
+            [(parameter, parameter.data) for parameter in module._parameters.values() if parameter is not None]
+        )
+        for parameter, data in narrow[-1]:
+            parameter.data = data.float()
+
+    def restore(*_: Any) -> None:
+        for parameter, data in narrow.pop():
+            parameter.data = data
+
+    return [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
 
 
 def _autocast(module: nn.Module, dtype: torch.dtype, enabled: bool = True) -> list[RemovableHandle]:
