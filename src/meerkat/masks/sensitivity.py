@@ -104,7 +104,7 @@ def _entries(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _is_large(model: nn.Module) -> bool:
+def is_large(model: nn.Module) -> bool:
     """Whether a sum for each of its parameters is more than is kept in memory."""
     device = next(model.parameters()).device
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _IN_MEMORY
@@ -118,7 +118,7 @@ def _sums_for(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Ma
     Raises:
         MeerkatError: the disk has no room for the files.
     """
-    if not _is_large(model):
+    if not is_large(model):
         yield {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
         return
     with TemporaryDirectory(prefix="meerkat-mask-") as folder:
@@ -175,7 +175,7 @@ def pretraining_gradient(
 def _backward(model: nn.Module, loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
     """Backpropagate each sequence's loss; how many there were."""
     count = 0
-    with _layers_recomputed(model) if _is_large(model) else nullcontext():
+    with _layers_recomputed(model) if is_large(model) else nullcontext():
         for sequence in sequences:
             with torch.enable_grad():
                 value = loss(sequence)

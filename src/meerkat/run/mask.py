@@ -4,11 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from meerkat import seeds
 from meerkat.algorithm import path
-from meerkat.algorithm.precision import weights_as
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
@@ -19,18 +16,19 @@ from meerkat.problems.problem import Problem
 from meerkat.progress import track
 from meerkat.record.files import write_atomically
 from meerkat.record.run_folder import RunFolder
+from meerkat.run.precision import for_gradients
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
 from meerkat.settings.methods import METHODS, Method
 
 
 def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
-    """The mask that the method calls for, on the problem's model, by float32 backpropagation.
+    """The mask that the method calls for, on the problem's model. See `precision.for_gradients`.
 
     Raises:
         MeerkatError: a mask that was given does not fit, or one cannot be made.
     """
-    with weights_as(problem.model, torch.float32):
+    with for_gradients(problem.model):
         return _make_mask(config, problem)
 
 

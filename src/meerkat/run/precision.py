@@ -5,6 +5,7 @@ Both are settled once, when a run begins; whoever takes part in it later, or res
 
 import json
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from meerkat.algorithm.perturbation import PerturbationCurve, perturbation_curve
 from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weights_as
 from meerkat.algorithm.quantised import quantise_
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
-from meerkat.masks.sensitivity import pretraining_gradient
+from meerkat.masks.sensitivity import is_large, pretraining_gradient
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, client_losses
@@ -56,6 +57,11 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
         if curve is not None:
             eps, facts[CURVE] = curve.chosen(eps), json.dumps([curve.eps, curve.error])
     return config.model_copy(update={"eps": eps}), replace(mask, facts=facts)
+
+
+def for_gradients(model: nn.Module) -> AbstractContextManager[None]:
+    """While it lasts, weights are float32; those of a large model stay as they are stored, which takes less memory."""
+    return nullcontext() if is_large(model) else weights_as(model, torch.float32)
 
 
 def runnable_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
@@ -111,7 +117,7 @@ def public_batches(
 ) -> list[tuple[Tensor, Loss]]:
     """Batches of the run's size of public rows: their exact gradients at the moving entries, and their losses.
 
-    Gradients, float32 [n], are of the weights as they are, in float32; losses, float64 [], of whatever they become.
+    Gradients, float32 [n], are of the weights as they are, see `for_gradients`; losses, float64 [], of whatever they become.
     """
     examples = problem.prepare(rows)
     losses_of = client_losses(problem, examples, config.dp)
@@ -126,6 +132,6 @@ def public_batches(
     def gradient_of(batch: np.ndarray) -> Tensor:
         return pretraining_gradient(problem.model, mask, [examples[row] for row in batch], loss_of_example)
 
-    with weights_as(problem.model, torch.float32):
+    with for_gradients(problem.model):
         batches = np.arange(_BATCHES * config.batch_size).reshape(_BATCHES, -1) % len(examples)
         return [(gradient_of(batch), loss_of(batch)) for batch in batches]
