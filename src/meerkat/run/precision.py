@@ -117,8 +117,8 @@ def public_batches(
 ) -> list[tuple[Tensor, Loss]]:
     """Batches of the run's size of public rows: their exact gradients at the moving entries, and their losses.
 
-    Gradients, float32 [n], are of the weights as they are (see `for_gradients`); losses, float64 [], of what they become
-    later.
+    Gradients, float32 [n], are of the weights as they are (see `for_gradients`); losses, float64 [], of what they
+    become later.
     """
     examples = problem.prepare(rows)
     losses_of = client_losses(problem, examples, config.dp)
