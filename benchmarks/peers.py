@@ -40,8 +40,9 @@ from torch import Tensor, nn
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.masks.lora import add_lora, lora_mask
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.causal_lm import load_model, vocabulary
+from meerkat.problems.causal_lm import vocabulary
 from meerkat.problems.classification import Classification
+from meerkat.problems.models import load_model
 from meerkat.problems.problem import client_losses
 from meerkat.problems.tasks import Candidate, Example
 

@@ -16,6 +16,7 @@ from meerkat.algorithm.directions import Directions, Place
 from meerkat.algorithm.estimators import Estimator
 from meerkat.algorithm.precision import weights_as
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes_along
+from meerkat.errors import Diverged
 from meerkat.masks.sparse_mask import SparseMask
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -37,7 +38,9 @@ class PerturbationCurve:
     def chosen(self, usual: float) -> float:
         """The eps of the smallest error; the usual one where its error is negligible beside the randomness of z."""
         by_eps = dict(zip(self.eps, self.error, strict=True))
-        return usual if by_eps.get(usual, math.inf) <= _NEGLIGIBLE else min(by_eps, key=by_eps.__getitem__)
+        if not by_eps or by_eps.get(usual, math.inf) <= _NEGLIGIBLE:
+            return usual
+        return min(by_eps, key=by_eps.__getitem__)
 
 
 def perturbation_curve(
@@ -56,8 +59,8 @@ def perturbation_curve(
             weights, float [].
         dtype: what the weights are cast to for the forward passes, except the parameters of `keep`.
 
-    Raises:
-        Diverged: a loss is not finite.
+    Returns:
+        The curve, without values of eps at which a loss is not finite; empty where exact slopes are zero throughout.
     """
     theta = MaskedModel(model, mask).read()
     directions = Directions(seeds.key(0, "perturbation"), len(mask), theta.device, estimator.law)
@@ -70,6 +73,11 @@ def perturbation_curve(
             exact = torch.stack([(gradient * z).sum(dtype=torch.float64) for z in map(directions, places)]).cpu()
             of_exact += float(exact.square().sum())
             for i, eps in enumerate(SIZES):
-                g, _ = slopes_along(cast, theta, map(directions, places), eps, loss, estimator)
-                squares[i] += float((g - exact).square().sum())
-    return PerturbationCurve(SIZES, tuple(math.sqrt(square / of_exact) for square in squares))
+                try:
+                    g, _ = slopes_along(cast, theta, map(directions, places), eps, loss, estimator)
+                    squares[i] += float((g - exact).square().sum())
+                except Diverged:  # so far from theta, the loss is not finite
+                    squares[i] = math.inf
+    errors = {eps: math.sqrt(square / of_exact) for eps, square in zip(SIZES, squares, strict=True) if of_exact}
+    finite = {eps: error for eps, error in errors.items() if math.isfinite(error)}
+    return PerturbationCurve(tuple(finite), tuple(finite.values()))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,12 +54,13 @@ def _widen(module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_hook(lambda _, __, output: output.float())]
     narrow: list[Any] = []
 
-    def widen(module: nn.Module, _: Any) -> None:
+    def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         narrow.append(
             [(parameter, parameter.data) for parameter in module._parameters.values() if parameter is not None]
         )
         for parameter, data in narrow[-1]:
             parameter.data = data.float()
+        return tuple(x.float() for x in inputs)
 
     def restore(*_: Any) -> None:
         for parameter, data in narrow.pop():

@@ -43,9 +43,6 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     Args:
         config: resolved settings.
         problem: its model's weights are as the checkpoint has them.
-
-    Raises:
-        Diverged: a loss is not finite.
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": _fitting_dtype(config, problem.model)})
@@ -54,7 +51,7 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     if eps == "auto":
         eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
         curve = _measured(config, problem, mask) if config.recipe.sends_scalars else None
-        if curve is not None:
+        if curve is not None and curve.eps:
             eps, facts[CURVE] = curve.chosen(eps), json.dumps([curve.eps, curve.error])
     return config.model_copy(update={"eps": eps}), replace(mask, facts=facts)
 

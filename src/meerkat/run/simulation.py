@@ -26,6 +26,7 @@ from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.mask import load_mask
 from meerkat.run.metrics import SplitMetric
+from meerkat.run.precision import runnable_model
 from meerkat.run.ranks import RankLost, Ranks
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import budgets_in_words, defence_in_words, plan_in_words
@@ -99,8 +100,9 @@ def follow(ranks: Ranks) -> None:
     config = folder.config()
     problem = open_problem(config)
     split, mask = Split.of(config, problem), load_mask(folder, config, problem)
-    model = MaskedModel(problem.model, mask)
-    theta_0, z = model.read(), directions(config, len(mask), model.device)
+    theta_0 = MaskedModel(problem.model, mask).read()
+    model = runnable_model(config, problem, mask)
+    z = directions(config, len(mask), model.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
     logged = islice(LogReader(folder.log_path), start["records"])
     opening = Opening.from_json(next(logged), folder.log_path)
