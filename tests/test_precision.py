@@ -21,7 +21,7 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.cli import main
 from meerkat.export.model import apply_delta
 from meerkat.masks.baselines import magnitude_mask
-from meerkat.masks.sparse_mask import fingerprint
+from meerkat.masks.sparse_mask import CURVE, fingerprint
 from meerkat.problems.causal_lm import language_modelling_loss
 from meerkat.problems.classification import public_rows
 from meerkat.problems.models import load_model
@@ -29,7 +29,6 @@ from meerkat.problems.tasks import TASKS
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.run import precision
-from meerkat.run.precision import CURVE
 from meerkat.run.setup import open_problem
 
 TOKENS = [torch.arange(3, 20), torch.arange(40, 60)]
@@ -317,3 +316,15 @@ def test_every_method_runs_in_half_precision(method: str, simulate_arguments: li
     options = ["--method", method, "--dtype", "bfloat16", "--rounds", "2", "--lr", "1e-3"]
     simulated(simulate_arguments, tmp_path / "run", *options)
     assert main(["verify", str(tmp_path / "run"), "--evaluate"]) == 0
+
+
+def test_a_mask_that_was_deleted_is_made_again_without_its_curve(simulate_arguments: list[str], tmp_path: Path) -> None:
+    summary = simulated(simulate_arguments, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert CURVE in run.mask().facts
+    log = tmp_path / "run" / "rounds.log"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    run.summary_path.unlink()
+    run.mask_path.unlink()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert RunFolder(tmp_path / "run").summary()["theta_digest"] == summary["theta_digest"]  # type: ignore[index]

@@ -19,6 +19,8 @@ from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.masks.kinds import Kind
 
 FORMAT_VERSION = 1
+CURVE = "perturbation"
+"""The fact that is the curve which a run's eps was chosen by: values of eps, and errors, as JSON."""
 _CHUNK = 1 << 22
 """Entries hashed together, so that no float32 copy of a whole tensor is made."""
 _DIMENSIONS, _SIZE = 8, 2**40
@@ -96,8 +98,12 @@ class SparseMask:
         return sha.hexdigest()
 
     def description_digest(self) -> str:
-        """SHA-256 of what the mask says of itself: kind, density, the model's size and facts, as compact JSON."""
-        said = [self.kind, self.density, self.total, dict(self.facts)]
+        """SHA-256 of what the mask says of itself: kind, density, the model's size and facts, as compact JSON.
+
+        The fact `CURVE` is left out: a mask that is made again does not have it.
+        """
+        facts = {name: fact for name, fact in self.facts.items() if name != CURVE}
+        said = [self.kind, self.density, self.total, facts]
         return hashlib.sha256(json.dumps(said, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from meerkat.errors import DAMAGE, RunFailed, in_short
-from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.sparse_mask import CURVE, SparseMask
 from meerkat.problems.problem import RANGES
 from meerkat.progress import number_of
 from meerkat.report import run_figures as draw
@@ -19,7 +19,6 @@ from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name
 from meerkat.report.sentences import as_sentence, data_size, duration, percent, three_decimals
 from meerkat.report.style import CYCLE
 from meerkat.run.metrics import EvaluationMetric
-from meerkat.run.precision import CURVE
 from meerkat.run.sentences import budgets_in_words, defence_in_words
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig

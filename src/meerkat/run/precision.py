@@ -18,7 +18,7 @@ from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weig
 from meerkat.algorithm.quantised import quantise_
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.masks.sensitivity import is_large, pretraining_gradient
-from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.sparse_mask import CURVE, SparseMask
 from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, client_losses
 from meerkat.progress import say
@@ -27,9 +27,6 @@ from meerkat.settings.config import CLASSIFICATION, RunConfig
 
 WORTH_CASTING = 5_000_000
 """Parameters from which on bfloat16 is worth it: passes take .57 of the time at 5.8 million, .77 at half a million."""
-
-CURVE = "perturbation"
-"""The fact of a mask that is the curve which eps was chosen by: values of eps, and errors, as JSON."""
 
 _BATCHES = 2
 """Batches that eps is measured on."""
