@@ -109,6 +109,8 @@ FAST = (*SMALL, "--batching", "off")
 MORE = {
     "one step": ("--local-steps", "1"),
     "five steps in two directions": ("--local-steps", "5", "--directions", "2"),
+    "in bfloat16": ("--dtype", "bfloat16", "--local-steps", "2"),
+    "on a quantised base": ("--quantize", "int8", "--local-steps", "2"),
     "fewer clients than ranks": ("--clients", "2", "--clients-per-round", "1"),
     "under attack": ("--attack", "collusion", "--attackers", "1", "--clients", "5", "--aggregation", "median"),
 }
