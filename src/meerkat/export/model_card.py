@@ -155,8 +155,7 @@ def _loading_code(config: RunConfig, problem: Problem, content: Content) -> list
     if config.model == EMBEDDED:
         imports, base = [*imports[:-1], "from meerkat import demo", imports[-1]], "base = demo.MODEL"
     named = f"base, gguf_file={json.dumps(source.gguf_file)}" if source.gguf_file else "base"
-    stored = "float32" if source.gguf_file else "auto"  # a delta is of the weights as they are stored
-    model = f'model = AutoModelForCausalLM.from_pretrained({named}, dtype="{stored}")'
+    model = f'model = AutoModelForCausalLM.from_pretrained({named}, dtype="float32")'
     return [*imports, auto, "", folder, base, model, tuned, f"tokenizer = AutoTokenizer.from_pretrained({named})"]
 
 

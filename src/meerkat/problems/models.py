@@ -138,7 +138,8 @@ def load_weights(source: Source) -> nn.Module:
     if source.gguf_file:  # dequantised: nothing is left of what says otherwise, and keeps it from being saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    return model  # type: ignore[no-any-return]
+    loaded: nn.Module = model
+    return loaded
 
 
 def _reason(error: Exception) -> str:
