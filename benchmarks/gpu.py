@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def steps(model: nn.Module, device: str) -> dict[str, Any]:
         step = METHODS[name](model, loss)
         try:
             step(0)
-            peaks[name] = peak_mb(lambda: step(1), device)  # noqa: B023
+            peaks[name] = peak_mb(partial(step, 1), device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
@@ -217,24 +218,26 @@ def round_of_ten(model: nn.Module, device: str) -> dict[str, Any]:
 
 def server_work(model: nn.Module, device: str) -> dict[str, Any]:
     """Milliseconds a step, on the device and on the CPU, of rebuilding a client's path and of GradIP's dot product."""
-    n, count = len(scattered(model)), 20
+    entries = len(scattered(model))
+    return {"entries": entries, **{where: server_work_on(where, entries) for where in dict.fromkeys((device, "cpu"))}}
+
+
+def server_work_on(device: str, entries: int, count: int = 20) -> dict[str, float]:
+    """The same on one device, for so many moving entries and steps."""
+    directions, wait = Directions(1, entries, device), synchronised(device)
+    theta, gradient = torch.zeros(entries, device=device), torch.ones(entries, device=device)
     scalars = np.ones((count, 1), np.float32)
-    found: dict[str, Any] = {"entries": n}
-    for where in dict.fromkeys((device, "cpu")):
-        directions, theta, gradient = Directions(1, n, where), torch.zeros(n, device=where), torch.ones(n, device=where)
-        wait = synchronised(where)
 
-        def rebuilt(number: int) -> None:
-            list(path.walk(theta, RoundPlan(number, 1e-3, 1e-3, 1, {0: count}), scalars, directions))  # noqa: B023
-            wait()  # noqa: B023
+    def rebuilt(number: int) -> None:
+        list(path.walk(theta, RoundPlan(number, 1e-3, 1e-3, 1, {0: count}), scalars, directions))
+        wait()
 
-        def dots(number: int) -> None:
-            inner_products(gradient, RoundPlan(number, 1e-3, 1e-3, 1, {0: count}), directions)  # noqa: B023
-            wait()  # noqa: B023
+    def dots(number: int) -> None:
+        inner_products(gradient, RoundPlan(number, 1e-3, 1e-3, 1, {0: count}), directions)
+        wait()
 
-        times = in_turns({"path": rebuilt, "gradip": dots}, 2)
-        found[where] = {k: round(1e3 * statistics.median(v) / count, 3) for k, v in times.items()}
-    return found
+    times = in_turns({"path": rebuilt, "gradip": dots}, 2)
+    return {name: round(1e3 * statistics.median(values) / count, 3) for name, values in times.items()}
 
 
 def shape(name: str, device: str) -> dict[str, Any]:
