@@ -77,7 +77,7 @@ def quantise_model(config: RunConfig, problem: Problem, mask: SparseMask) -> Non
 def cast_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
     """A problem's model, cast in place to what the run computes with.
 
-    Adapters stay float32, as PEFT has it, and a problem that is not built in makes its own model.
+    Adapters are stored in float32, as PEFT has it, and a problem that is not built in makes its own model.
     """
     if config.problem == CLASSIFICATION:
         cast_(problem.model, DTYPES[config.dtype], _never_cast(config, mask))
