@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from meerkat.algorithm.live_entries import count_live
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Refused
-from meerkat.masks.baselines import random_mask
+from meerkat.masks.baselines import magnitude_mask, random_mask
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
 from meerkat.problems.causal_lm import public_logits
+from meerkat.run.setup import open_problem
 
 
 def mask_of(model: nn.Module, entries: dict[str, Tensor]) -> SparseMask:
@@ -61,6 +62,21 @@ def test_a_mask_of_entries_that_move_no_loss_is_refused(
         MeerkatError, match="not fit for the run"
     ):  # it goes on to the rows: its operator knows the mask
         setting.site(0, data="no such folder", accepts={"mask_minimum": 60, "mask": setting.mask.digest()})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps", "taken"), [("bfloat16", 1e-4, False), ("bfloat16", 3e-2, True), ("float32", 1e-4, True)]
+)
+def test_entries_that_a_perturbation_leaves_as_they_are_do_not_count(
+    dtype: str, eps: float, taken: bool, federation: Path, tmp_path: Path
+) -> None:
+    """Large weights in half precision, whose spacing is far above eps: they move no loss, as nothing moves them."""
+    setting = Setting.make(federation, tmp_path / "sites", dtype=dtype, eps=eps, exclude="embeddings,norms")
+    model = open_problem(setting.config).model
+    setting = replace(setting, mask=magnitude_mask(model, 100 / 40_000, exclude=("embeddings", "norms")))
+    with pytest.raises((Refused, MeerkatError)) as told:
+        setting.site(0, data="no such folder", accepts={"mask_minimum": 50})
+    assert ("not fit for the run" if taken else "were seen to change") in str(told.value)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.2, 5.0])

@@ -5,6 +5,7 @@ which softmax takes away again. A mask of many such entries and a few others is 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ _OPPOSITE = -0.5
 """The cosine below which two changes are opposite. By rounding alone it is near +.5: both share one term."""
 
 
+def entries_that_move(mask: SparseMask, theta: Tensor, eps: float, dtype: torch.dtype) -> SparseMask:
+    """The part of a mask that theta +- eps changes at all, once rounded to the type that the model multiplies in.
+
+    Args:
+        theta: the mask's values, float32 [n].
+    """
+    moves = ((theta + eps).to(dtype) != (theta - eps).to(dtype)).cpu()
+    parts = zip(mask.entries.items(), moves.split([count for _, count in mask.counts()]), strict=True)
+    entries = {name: (part.nonzero()[:, 0] if at is None else at[part]) for (name, at), part in parts if part.any()}
+    shapes = {name: mask.shapes[name] for name in entries}
+    return replace(mask, entries=entries, shapes=shapes, pretraining_gradient=None, theta_0=None)
+
+
 @torch.no_grad()
 def count_live(model: nn.Module, mask: SparseMask, outputs: Callable[[], Tensor], enough: int) -> int:
     """A lower bound on the entries that move the outputs, counted up to `enough`.
@@ -36,6 +50,8 @@ def count_live(model: nn.Module, mask: SparseMask, outputs: Callable[[], Tensor]
         model: its weights are the same afterwards; narrower ones are kept beside a float32 copy meanwhile.
         outputs: what depends on the model's present weights, [outputs]: a few dozen numbers at least.
     """
+    if not mask.entries:
+        return 0
     with weights_as(model, torch.float32):
         return _count_live(MaskedModel(model, mask), outputs, enough)
 

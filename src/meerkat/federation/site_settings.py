@@ -185,18 +185,21 @@ class SiteConfig(Settings):
         if embeddings and not accepts.embeddings:
             _require("embeddings", f"entries of '{embeddings[0]}' to move", "no embeddings in the mask", False)
 
-    def check_live_entries(self, mask: SparseMask, model: nn.Module, outputs: Callable[[], Tensor] | None) -> None:
-        """Raise Refused unless so many entries as the site demands move the outputs on public inputs.
+    def check_live_entries(
+        self, mask: SparseMask, moving: SparseMask, model: nn.Module, outputs: Callable[[], Tensor] | None
+    ) -> None:
+        """Raise Refused unless so many entries as the site demands move, and move the outputs on public inputs.
 
         Args:
+            moving: the part of the mask that a perturbation of the run's size changes.
             outputs: at the model's present weights; None where nothing is public, and entries are taken as they are.
         """
         least = self.accepts.mask_minimum
         if outputs is None:
             say("note: mask_minimum counts entries whether they move a loss or not: the problem has no public inputs")
-        elif (live := count_live(model, mask, outputs, least)) < least:
-            found = f"{len(mask):,} parameters to move, of which {live} were seen to change what the model says"
-            _require("mask_minimum", found, f"at least {least} that do", False)
+        live = len(moving) if outputs is None else count_live(model, moving, outputs, least)
+        asked = f"{len(mask):,} parameters to move, of which {live} were seen to change what the model says"
+        _require("mask_minimum", asked, f"at least {least} that do", live >= least)
 
 
 def _local_path(file: Path, value: str) -> str:
