@@ -172,6 +172,21 @@ def pretraining_gradient(
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 
 
+def entry_gradients(model: nn.Module, mask: SparseMask, values: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """The gradient of each value, a differentiable scalar, at the moving entries: float32 [n], on the CPU."""
+    parts: dict[str, Tensor] = {}
+
+    def keep(name: str, gradient: Tensor) -> None:
+        flat, at = gradient.reshape(-1), mask.entries[name]
+        parts[name] = (flat if at is None else flat[at.to(flat.device)]).float().cpu()
+
+    with stream_gradients(model, mask.entries.keys(), keep):
+        for value in values:
+            parts.clear()
+            _backward(model, lambda value: value(), [value])
+            yield torch.cat([parts.get(name, torch.zeros(count)) for name, count in mask.counts()])
+
+
 def _backward(model: nn.Module, loss: Callable[[_Item], Tensor], sequences: Iterable[_Item]) -> int:
     """Backpropagate each sequence's loss; how many there were."""
     count = 0

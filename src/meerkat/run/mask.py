@@ -16,10 +16,10 @@ from meerkat.problems.problem import Problem
 from meerkat.progress import track
 from meerkat.record.files import write_atomically
 from meerkat.record.run_folder import RunFolder
+from meerkat.run.curvature import with_curvature
 from meerkat.run.precision import for_gradients
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
-from meerkat.settings.methods import METHODS, Method
 
 
 def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
@@ -76,11 +76,6 @@ def _sensitivity_mask(config: RunConfig, problem: Problem) -> SparseMask:
     return sensitivity_mask(problem.model, public.examples, public.loss, config.density, facts=public.facts, **options)
 
 
-def default_lr(method: Method, moving: int) -> float:
-    """A learning rate that fits so many moving parameters, to two digits."""
-    return float(f"{METHODS[method].lr_times_moving / moving:.1e}")
-
-
 def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
     """Put the mask into the run's folder, with the moving entries' base values."""
     theta_0 = MaskedModel(problem.model, mask).read().cpu()
@@ -90,7 +85,8 @@ def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
 def load_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:
     """The mask in the run's folder; a run that was killed before it was there makes it again."""
     if not folder.mask_path.exists():
-        store_mask(folder, make_mask(config, problem), problem)
+        _, mask = with_curvature(config, problem, make_mask(config, problem))
+        store_mask(folder, mask, problem)
     mask = folder.mask()
     check_model(folder, mask, config, problem)
     theta_0 = MaskedModel(problem.model, mask).read()

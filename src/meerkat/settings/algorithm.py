@@ -17,6 +17,7 @@ from meerkat.algorithm.robust import norm
 from meerkat.algorithm.server import ServerConfig
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
 from meerkat.errors import MeerkatError
+from meerkat.masks.sparse_mask import SparseMask
 from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
@@ -42,9 +43,9 @@ def estimator(config: RunConfig) -> Estimator:
     return estimators.estimator(config.estimator)
 
 
-def directions(config: RunConfig, count: int, device: torch.device | str = "cpu") -> Directions:
-    """The run's directions over so many entries."""
-    return Directions(run_key(config.seed), count, device, estimator(config).law)
+def directions(config: RunConfig, mask: SparseMask, device: torch.device | str = "cpu") -> Directions:
+    """The run's directions over a mask's entries, within its subspace where it has one."""
+    return Directions(run_key(config.seed), len(mask), device, estimator(config).law, mask.subspace)
 
 
 def rules(config: RunConfig) -> Rules:

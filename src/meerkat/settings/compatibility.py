@@ -24,6 +24,8 @@ def check(config: "RunConfig") -> None:
 
 def _in_method(config: "RunConfig") -> Iterator[str]:
     recipe, rule = config.recipe, config.update_rule
+    if config.estimator == "subspace" and (why := plain_because(config)):
+        yield f"estimator subspace: {why}; use plain"
     if config.clients_per_round > config.clients:
         yield f"clients_per_round {config.clients_per_round}: must be at most clients, {config.clients}; 0 takes all"
     if config.mask and recipe.moves != "sensitivity":
@@ -38,6 +40,18 @@ def _in_method(config: "RunConfig") -> Iterator[str]:
         yield "update_rule feddyn: needs clients that correct their steps; use method feddyn"
     if rule == "sgd" and config.server_lr not in (AUTO, 1):
         yield f"server_lr {config.server_lr:g}: sgd has none; use lr, or update_rule momentum or adam"
+
+
+def plain_because(config: "RunConfig") -> str:
+    """Why directions may lie in no subspace beside the other settings; empty where they may."""
+    recipe = config.recipe
+    if not recipe.sends_scalars or recipe.moves in ("full", "lora"):
+        return f"is for sparse masks and for clients that send scalars, and method {config.method} is not"
+    if config.dp != "none":
+        return "tells more of a row with each scalar, and dp clips and hides scalars along plain directions"
+    if config.stopping != "none":
+        return "has a rate of its own, and calibrations step along plain directions"
+    return ""
 
 
 def _in_privacy(config: "RunConfig") -> Iterator[str]:

@@ -82,14 +82,15 @@ class MethodSettings(Settings):
     """T: local steps a round"""
     batch_size: int = Field(16, ge=1)
     """rows in a local step's batch"""
-    estimator: str = "plain"
-    """how a step's slopes are estimated; plain is the paper's: two-sided, along normal directions"""
+    estimator: str = AUTO
+    """how a step's slopes are estimated: plain, the paper's, two-sided along normal directions; subspace, the same
+    within those that bend the task's loss most on public text; auto is subspace where it fits the other settings"""
     directions: int = Field(1, ge=1)
     """P: directions a step, averaged"""
     eps: Annotated[float, Field(ge=1e-6)] | Auto = AUTO
     """size of a perturbation; auto is the one of smallest error on public text, measured when the run starts"""
     lr: _Positive | Auto = AUTO
-    """eta: learning rate; auto fits it to the number of parameters that move"""
+    """eta: learning rate; auto fits it to the curvature of the task's loss on public text"""
     lr_schedule: Schedule = "constant"
     """learning rate over the rounds"""
     update_rule: str = "sgd"
