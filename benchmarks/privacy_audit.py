@@ -45,9 +45,12 @@ from meerkat.privacy.accounting import Charge, epsilon, noise_for
 from meerkat.privacy.mechanism import Mechanism, Relation, clipped
 from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, client_losses
+from meerkat.run.curvature import with_curvature
 from meerkat.run.local_engine import LocalEngine, LossesOf
-from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.mask import make_mask
+from meerkat.run.precision import with_precision
 from meerkat.run.setup import open_problem, resolve
+from meerkat.settings.auto import number
 from meerkat.settings.config import make_config
 
 ROUNDS, DIRECTIONS, SEED = 20, 2, 0
@@ -130,12 +133,13 @@ def embedded() -> Ground:
     """The embedded model, its mask and the first rows of the topics task, the first of them with a wrong label."""
     config = resolve(make_config({"task": "topics", "threads": 1, "device": "cpu"}))
     problem = open_problem(config)
-    mask = make_mask(config, problem)
+    config, mask = with_curvature(config, problem, make_mask(config, problem))
+    config, mask = with_precision(config, problem, mask)
     rows = problem.rows("train")[:ROWS]
     rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(problem.labels)}
     losses_of = client_losses(problem, problem.prepare(rows), "example")
     z = Directions(run_key(SEED), len(mask))
-    return Ground(MaskedModel(problem.model, mask), z, losses_of, default_lr("meerkat", len(mask)), config.eps)
+    return Ground(MaskedModel(problem.model, mask), z, losses_of, number(config.lr), number(config.eps))
 
 
 def once(losses_of: LossesOf) -> LossesOf:

@@ -33,10 +33,13 @@ from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import client_losses
 from meerkat.progress import say
+from meerkat.run.curvature import with_curvature
 from meerkat.run.local_engine import LossesOf
-from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.mask import make_mask
+from meerkat.run.precision import with_precision
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.auto import number
 from meerkat.settings.config import make_config
 
 BATCH, SEED = 16, 0
@@ -87,15 +90,16 @@ def open_bench(candidates: int) -> Bench:
     """Load the embedded model and its rows, each text once."""
     config = resolve(make_config({"threads": 1}))
     problem = open_problem(config)
-    mask = make_mask(config, problem)
+    config, mask = with_curvature(config, problem, make_mask(config, problem))
+    config, mask = with_precision(config, problem, mask)
     rows = list({row["text"]: row for row in training_and_evaluation_rows(config, problem.rows)[0]}.values())
     others = np.array_split(np.arange(candidates, len(rows)), 4)
     return Bench(
         MaskedModel(problem.model, mask),
         Directions(run_key(SEED), len(mask)),
         client_losses(problem, problem.prepare(rows)),
-        config.eps,
-        default_lr("meerkat", len(mask)),
+        number(config.eps),
+        number(config.lr),
         np.array([row["label"] for row in rows[:candidates]]),
         tuple(ClientRows(k, held, BATCH, SEED) for k, held in enumerate(others)),
     )

@@ -24,10 +24,13 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.problems.partition import ClientRows, partition
 from meerkat.problems.problem import client_losses
 from meerkat.progress import say
+from meerkat.run.curvature import with_curvature
 from meerkat.run.local_engine import LocalEngine
-from meerkat.run.mask import default_lr, make_mask
+from meerkat.run.mask import make_mask
+from meerkat.run.precision import with_precision
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.auto import number
 from meerkat.settings.config import make_config
 
 DEFAULT = [f"mixed:{n}/10/{first}/{first + 8}" for first in (200, 300, 400) for n in (1, 3, 5)]
@@ -48,18 +51,19 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
     if missing:
         to.mkdir(parents=True, exist_ok=True)
         problem = open_problem(config)
-        mask = make_mask(config, problem)
+        config, mask = with_curvature(config, problem, make_mask(config, problem))
+        config, mask = with_precision(config, problem, mask)
         training, _ = training_and_evaluation_rows(config, problem.rows)
         losses_of = client_losses(problem, problem.prepare(training))
         model = MaskedModel(problem.model, mask)
-        lr, theta = default_lr("meerkat", len(mask)), model.read()
+        lr, theta = number(config.lr), model.read()
         labels = np.array([row["label"] for row in training])
-    for number, at in enumerate(missing, 1):
+    for count, at in enumerate(missing, 1):
         split, clients, seed = at
         held = partition(split, training, clients, seed)
         of_client = [ClientRows(k, rows, config.batch_size, seed) for k, rows in enumerate(held.rows)]
         z = Directions(run_key(seed), len(mask))
-        server = ServerConfig(1, 1, 1, lr, config.eps, clients, clients, dict.fromkeys(range(clients), 1))
+        server = ServerConfig(1, 1, 1, lr, number(config.eps), clients, clients, dict.fromkeys(range(clients), 1))
         state = ServerState(Replica(0, theta))
         plan = open_calibration(state, server)
         engine = LocalEngine(model, z, lambda k, t, rows=of_client: rows[k].batch(t), losses_of)
@@ -71,7 +75,7 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
             extreme=np.array(held.extreme, dtype=int),
             dist=np.stack([np.bincount(labels[rows], minlength=len(problem.labels)) for rows in held.rows]),
         )
-        say(f"{number} of {len(missing)}: {files[at].name}")
+        say(f"{count} of {len(missing)}: {files[at].name}")
     return list(files.values())
 
 

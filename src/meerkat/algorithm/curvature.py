@@ -1,10 +1,11 @@
 """The curvature of a task's loss, measured on public data: which directions are stiff, and how fast steps may be.
 
-    H = E_x sum_c p_c grad l_c grad l_c'
+    H = E_x sum_c (1 / C) (grad s_c - m) (grad s_c - m)',    m = (1 / C) sum_c grad s_c
 
-is the Gauss-Newton matrix of the cross-entropy (the Fisher matrix of its softmax), with l_c = -log p_c the loss where
-candidate c is the label: no label is needed, so text that anyone has will do. Its first directions hold nearly all of a
-task's gradient; docs/steps.md tells how the constants below were chosen, and what else was tried.
+is the Gauss-Newton matrix of the cross-entropy over C candidates' scores s_c where all of them are equally likely. No
+label is needed, so text that anyone has will do. A pre-trained model prefers some label, and its loss looks flat: a run
+unlearns that first, and is then where H is measured. docs/steps.md tells how the constants below were chosen, and
+what else was tried.
 """
 
 from collections.abc import Iterable
@@ -58,7 +59,7 @@ def curvature(gradients: Iterable[Tensor], rows: int, keep: bool = True) -> Curv
     Directions beyond the first 64 are forgotten after every 64 gradients.
 
     Args:
-        gradients: sqrt(p_c) grad l_c at the moving entries, float32 [n] each, of all candidates of all rows.
+        gradients: any whose outer products sum up to that of all rows, at the moving entries: float32 [n] each.
         rows: how many rows they are of.
         keep: whether directions are wanted; without, no gradient is kept.
     """

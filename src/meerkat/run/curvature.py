@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.curvature import RANK, Curvature, curvature
-from meerkat.algorithm.estimators import PLAIN, SUBSPACE, estimator
 from meerkat.errors import MeerkatError
 from meerkat.masks.sensitivity import entry_gradients
 from meerkat.masks.sparse_mask import CURVATURE, SparseMask
@@ -21,13 +20,13 @@ from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem
 from meerkat.progress import track
 from meerkat.run.precision import for_gradients
+from meerkat.settings.algorithm import estimator
 from meerkat.settings.auto import AUTO
-from meerkat.settings.compatibility import plain_because
 from meerkat.settings.config import RunConfig
 
 
 def with_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
-    """The settings with an estimator and a learning rate; and the mask, with a subspace where the estimator has one.
+    """The settings with a learning rate; and the mask, with a subspace where the estimator needs one.
 
     Args:
         config: resolved settings.
@@ -36,23 +35,20 @@ def with_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     Raises:
         MeerkatError: something is to be measured on public data, and there is none.
     """
-    public = problem.public()
-    rows = public.rows if public is not None else ()
-    name = config.estimator
-    if name == AUTO:
-        name = SUBSPACE.name if rows and len(mask) >= RANK and not plain_because(config) else PLAIN.name
-    within = estimator(name).subspace
-    if (within or config.lr == AUTO) and not rows:
-        asked, cure = ("estimator subspace", "use plain") if within else ("lr auto", "give a number")
-        raise MeerkatError(f"{asked}: is measured on public text, put through the task, and there is none; {cure}")
+    within = estimator(config).subspace
     if not within:
         mask = replace(mask, subspace=None)
-    if within or config.lr == AUTO:
-        known, mask = _measured(problem, mask, rows, within)
-        if config.lr == AUTO:
-            rate = config.recipe.lr_times_curvature / known.along(mask.subspace)
-            config = config.model_copy(update={"lr": float(f"{rate:.1e}")})
-    return config.model_copy(update={"estimator": name}), mask
+        if config.lr != AUTO:
+            return config, mask
+    public = problem.public()
+    if public is None or not public.rows:
+        asked, cure = ("estimator subspace", "use plain") if within else ("lr auto", "give a number")
+        raise MeerkatError(f"{asked}: is measured on public text, put through the task, and there is none; {cure}")
+    known, mask = _measured(problem, mask, public.rows, within)
+    if config.lr == AUTO:
+        rate = config.recipe.lr_times_curvature / known.along(mask.subspace)
+        config = config.model_copy(update={"lr": float(f"{rate:.1e}")})
+    return config, mask
 
 
 def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row], within: bool) -> tuple[Curvature, SparseMask]:
@@ -73,30 +69,30 @@ def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row], within: b
 
 
 def _gradients(problem: Problem, mask: SparseMask, examples: Sequence[Sequence[Any]]) -> Iterator[Tensor]:
-    """Gradients g with sum g g' = sum_c p_c grad l_c grad l_c' over all rows: float32 [n], C - 1 a row.
+    """Gradients g with sum g g' = H of each row: float32 [n], C - 1 for C candidates.
 
-    p is the softmax of a row's scores s = -l, and grad l_c = sum_j p_j grad s_j - grad s_c: so a row's sum is
-    grad s' (diag(p) - p p') grad s, and a root of that small matrix gives one g.
+    With scores s = -l, a row's H is grad s' A grad s, where A = I / C - 1 1' / C^2, and each root of A gives one g.
     """
-
-    def mixed(root: Tensor, batch: Any) -> Tensor:
-        return root @ problem.row_losses(batch)
+    roots = _roots(len(examples[0]))
 
     def values() -> Iterator[Callable[[], Tensor]]:
         for alike in track(examples, "curvature"):
             batch = problem.batch(alike, "gradient")
-            with torch.no_grad():
-                shares = problem.row_losses(batch).double().neg().softmax(0)
-            for root in _roots(shares):
+            for root in roots:
                 yield partial(mixed, root, batch)
+
+    def mixed(root: Tensor, batch: Any) -> Tensor:
+        losses = problem.row_losses(batch)
+        return root.to(losses.device) @ losses
 
     yield from entry_gradients(problem.model, mask, values())
 
 
-def _roots(p: Tensor) -> Tensor:
-    """Rows r with r'r summed = diag(p) - p p': float32 [C - 1, C]; of a single candidate, which is given, [[1]]."""
-    if len(p) == 1:
-        return torch.ones(1, 1, device=p.device)
-    squares, vectors = torch.linalg.eigh(p.diag() - torch.outer(p, p))
-    roots: Tensor = squares.clamp(min=0).sqrt()[:, None] * vectors.T
-    return roots[1:].float()
+def _roots(candidates: int) -> Tensor:
+    """Rows r with sum r r' = I / C - 1 1' / C^2: float32 [C - 1, C], Helmert's contrasts; of a single candidate 1."""
+    if candidates == 1:
+        return torch.ones(1, 1)
+    rows = torch.ones(candidates - 1, candidates).tril()
+    last = torch.arange(1, candidates, dtype=torch.float32)
+    rows[torch.arange(candidates - 1), torch.arange(1, candidates)] = -last
+    return rows / (last * (last + 1) * candidates).sqrt()[:, None]

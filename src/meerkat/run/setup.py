@@ -19,7 +19,7 @@ from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.settings.algorithm import estimator, rules
-from meerkat.settings.auto import AUTO, number, number_or
+from meerkat.settings.auto import number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 
@@ -51,8 +51,7 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     }
     config = config.model_copy(update=filled)
     rules(config)  # unknown names are refused before anything is loaded
-    if config.estimator != AUTO:
-        estimator(config)
+    estimator(config)
     return resolve_model(config)
 
 

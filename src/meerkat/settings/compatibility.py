@@ -14,7 +14,7 @@ SITES = "sites"
 
 def check(config: "RunConfig") -> None:
     """Raise ValueError for settings that cannot be together: the first of them, in one line."""
-    for conflicts in (_in_method, _in_privacy, _in_aggregation, _in_attack, _in_calibration):
+    for conflicts in (_in_method, _in_subspace, _in_privacy, _in_aggregation, _in_attack, _in_calibration):
         for message in conflicts(config):
             raise ValueError(message)
 
@@ -24,8 +24,6 @@ def check(config: "RunConfig") -> None:
 
 def _in_method(config: "RunConfig") -> Iterator[str]:
     recipe, rule = config.recipe, config.update_rule
-    if config.estimator == "subspace" and (why := plain_because(config)):
-        yield f"estimator subspace: {why}; use plain"
     if config.clients_per_round > config.clients:
         yield f"clients_per_round {config.clients_per_round}: must be at most clients, {config.clients}; 0 takes all"
     if config.mask and recipe.moves != "sensitivity":
@@ -42,16 +40,16 @@ def _in_method(config: "RunConfig") -> Iterator[str]:
         yield f"server_lr {config.server_lr:g}: sgd has none; use lr, or update_rule momentum or adam"
 
 
-def plain_because(config: "RunConfig") -> str:
-    """Why directions may lie in no subspace beside the other settings; empty where they may."""
-    recipe = config.recipe
+def _in_subspace(config: "RunConfig") -> Iterator[str]:
+    if config.estimator != "subspace":
+        return
+    recipe, plain = config.recipe, "use plain"
     if not recipe.sends_scalars or recipe.moves in ("full", "lora"):
-        return f"is for sparse masks and for clients that send scalars, and method {config.method} is not"
+        yield f"estimator subspace: is for sparse masks and scalars, and method {config.method} is not; {plain}"
     if config.dp != "none":
-        return "tells more of a row with each scalar, and dp clips and hides scalars along plain directions"
+        yield f"estimator subspace: dp {config.dp} clips and hides scalars along plain directions alone; {plain}"
     if config.stopping != "none":
-        return "has a rate of its own, and calibrations step along plain directions"
-    return ""
+        yield f"estimator subspace: calibrations are along plain directions, at a rate for them; {plain}"
 
 
 def _in_privacy(config: "RunConfig") -> Iterator[str]:

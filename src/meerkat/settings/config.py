@@ -89,11 +89,11 @@ class RunConfig(  # pydantic takes the fields of the last base first
 
         `where` stands before the setting's name in the message.
         """
-        needed = ["estimator", "lr", "eps", "dtype", "server_lr", "threads", "tokens_per_pass"]
+        needed = ["lr", "eps", "dtype", "server_lr", "threads", "tokens_per_pass"]
         needed += ["dp_noise_multiplier"] if self.dp != "none" else []
         for name in needed:
             if name not in but and getattr(self, name) == AUTO:
-                what = {"dtype": "a type", "estimator": "a name"}.get(name, "a number")
+                what = "a type" if name == "dtype" else "a number"
                 raise MeerkatError(f"{where}{name} auto: must be {what}, as this run has begun; restore it")
 
     def to_toml(self) -> str:

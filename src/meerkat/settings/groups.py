@@ -82,9 +82,9 @@ class MethodSettings(Settings):
     """T: local steps a round"""
     batch_size: int = Field(16, ge=1)
     """rows in a local step's batch"""
-    estimator: str = AUTO
+    estimator: str = "plain"
     """how a step's slopes are estimated: plain, the paper's, two-sided along normal directions; subspace, the same
-    within those that bend the task's loss most on public text; auto is subspace where it fits the other settings"""
+    within the few directions that bend the task's loss most on public text"""
     directions: int = Field(1, ge=1)
     """P: directions a step, averaged"""
     eps: Annotated[float, Field(ge=1e-6)] | Auto = AUTO
