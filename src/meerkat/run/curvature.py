@@ -44,6 +44,10 @@ def with_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     if public is None or not public.rows:
         asked, cure = ("estimator subspace", "use plain") if within else ("lr auto", "give a number")
         raise MeerkatError(f"{asked}: is measured on public text, put through the task, and there is none; {cure}")
+    if within and (most := len(public.rows) * max(len(problem.labels) - 1, 1)) < RANK:
+        raise MeerkatError(
+            f"estimator subspace: takes {RANK} directions, and public text gives {most}; give more --text, or use plain"
+        )
     known, mask = _measured(problem, mask, public.rows, within)
     if config.lr == AUTO:
         rate = config.recipe.lr_times_curvature / known.along(mask.subspace)
@@ -58,7 +62,7 @@ def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row], within: b
     of = problem.digest([example for alike in examples for example in alike])
     fact: dict[str, Any] = json.loads(mask.facts.get(CURVATURE, "{}"))
     if fact.get("of") == of and (mask.subspace is not None or not within):
-        return Curvature(fact["trace"], torch.tensor(fact["eigenvalues"]), torch.zeros(0, 0)), mask
+        return Curvature(fact["trace"], torch.tensor(fact["eigenvalues"], dtype=torch.float64), torch.zeros(0, 0)), mask
     with for_gradients(problem.model):
         known = curvature(_gradients(problem, mask, examples), len(rows), keep=within)
     if not known.trace > 0:

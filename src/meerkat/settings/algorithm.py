@@ -44,8 +44,15 @@ def estimator(config: RunConfig) -> Estimator:
 
 
 def directions(config: RunConfig, mask: SparseMask, device: torch.device | str = "cpu") -> Directions:
-    """The run's directions over a mask's entries, within its subspace where it has one."""
-    return Directions(run_key(config.seed), len(mask), device, estimator(config).law, mask.subspace)
+    """The run's directions over a mask's entries, within its subspace where the estimator says so.
+
+    Raises:
+        MeerkatError: the mask has no subspace, and the estimator needs one.
+    """
+    by = estimator(config)
+    if by.subspace and mask.subspace is None:
+        raise MeerkatError(f"estimator {by.name}: the mask has no subspace; restore the run's own mask")
+    return Directions(run_key(config.seed), len(mask), device, by.law, mask.subspace if by.subspace else None)
 
 
 def rules(config: RunConfig) -> Rules:
