@@ -24,6 +24,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("selection", ["mixed:2/4/0/1", "iid/4/0/1", "--traces"]),
         ("mask_overlap", []),
         ("perturbed_entries", []),
+        ("curvature", ["--rows", "40", "--rounds", "4", "--seeds", "1"]),
         ("catch_up", ["--rounds", "2"]),
         ("protections", ["--repeats", "1"]),
         ("workers", ["--repeats", "1", "--", "--text-sequences", "2", "--batch-size", "2"]),

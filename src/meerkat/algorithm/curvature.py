@@ -65,7 +65,7 @@ def curvature(gradients: Iterable[Tensor], rows: int, keep: bool = True) -> Curv
     """
     trace, known, waiting = 0.0, list[Tensor](), list[Tensor]()
     for gradient in gradients:
-        trace += float(gradient.double().square().sum())
+        trace += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         if keep:
             waiting.append(gradient)
         if len(waiting) == _WITHIN:
