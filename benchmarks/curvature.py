@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from meerkat.algorithm.curvature import DAMPING
 from meerkat.masks.sensitivity import entry_gradients
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.data import Row
@@ -38,6 +37,8 @@ from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 RANKS = (1, 4, 16, 64)
+DAMPING = 0.01
+"""Of the trace: directions of less curvature are no reason for longer steps."""
 RATES = (0.15, 0.3, 0.6, 1.2)
 """Times one over E[z'Hz]."""
 

@@ -51,7 +51,6 @@ from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.precision import runnable_model
 from meerkat.run.run import carry_on
 from meerkat.run.setup import open_problem, resolve
-from meerkat.settings.algorithm import directions
 from meerkat.settings.config import SITES, RunConfig, make_config
 
 RUN = "0123456789abcdef"
@@ -145,7 +144,7 @@ class Setting:
     @property
     def directions(self) -> Directions:
         """The run's directions."""
-        return directions(self.config, self.mask)
+        return Directions(run_key(self.config.seed), len(self.mask))
 
     def members(self, listed: Sequence[str] | None = None) -> Members:
         """The members of a run that nobody has joined."""

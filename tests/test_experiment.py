@@ -70,16 +70,6 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
     assert not list(finished.glob("*.part"))
 
 
-@pytest.mark.parametrize("method", ["meerkat", "full-fedzo"])
-def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
-    at = simulate_arguments.index("--lr")
-    arguments = [*simulate_arguments[:at], *simulate_arguments[at + 2 :]]
-    summary = simulate(arguments, tmp_path / "run", "--method", method, "--rounds", "2")
-    expected = float(f"{(550 if method == 'full-fedzo' else 110) / summary['params_masked']:.1e}")
-    assert summary["lr"] == RunFolder(tmp_path / "run").config().lr == logged(tmp_path / "run")[1]["lr"] == expected
-    assert verification.verify(tmp_path / "run").finished
-
-
 def test_the_same_settings_give_the_same_bits_and_others_do_not(simulate_arguments: list[str], tmp_path: Path) -> None:
     first = simulate(simulate_arguments, tmp_path / "a")
     assert simulate(simulate_arguments, tmp_path / "b")["theta_digest"] == first["theta_digest"]

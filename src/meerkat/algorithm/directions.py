@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from meerkat import seeds
-from meerkat.masks.subspace import Subspace
 
 PHASES = {"training": 0, "calibration": 1}
 Phase = Literal["training", "calibration"]
@@ -107,20 +106,11 @@ class Directions:
     It keeps at most two directions, the last one and the one that `prepare` announced: 8n bytes.
     """
 
-    def __init__(
-        self,
-        key: int,
-        count: int,
-        device: torch.device | str = "cpu",
-        law: Law = NORMAL,
-        subspace: Subspace | None = None,
-    ) -> None:
-        """Directions over `count` entries, or within a subspace of them; those of calibrations lie in none."""
+    def __init__(self, key: int, count: int, device: torch.device | str = "cpu", law: Law = NORMAL) -> None:
         self.key = key
         self.count = count
         self.device = torch.device(device)
         self.law = law
-        self.subspace = subspace
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="directions")
         self._lock = threading.Lock()
         self._last: tuple[Place, Tensor] | None = None
@@ -128,9 +118,7 @@ class Directions:
 
     def slice(self, place: Place, start: int, count: int) -> np.ndarray:
         """Entries start .. start + count of z at a place, on the CPU: float32 [count]."""
-        if self.subspace is None or place.phase == "calibration":
-            return direction(self.key, place, count, start, self.law)
-        return self.subspace.combine(direction(self.key, place, len(self.subspace), law=self.law), start, count)
+        return direction(self.key, place, count, start, self.law)
 
     def _make(self, place: Place) -> Tensor:
         return torch.from_numpy(self.slice(place, 0, self.count)).to(self.device)

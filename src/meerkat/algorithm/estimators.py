@@ -38,8 +38,6 @@ class Estimator:
     passes: Callable[[int], int]
     """P -> forward passes of a step."""
     law: Law = NORMAL
-    subspace: bool = False
-    """Whether directions lie in the first directions of the task's curvature on public data."""
 
 
 def two_sided(loss_at: LossAt, theta: Tensor, directions: Iterable[Tensor], eps: float) -> Slopes:
@@ -68,9 +66,7 @@ def stacked(losses: Sequence[Tensor]) -> Tensor:
 
 PLAIN = Estimator("plain", two_sided, passes=lambda directions: 2 * directions)
 
-SUBSPACE = Estimator("subspace", two_sided, passes=lambda directions: 2 * directions, subspace=True)
-
-ESTIMATORS: dict[str, Estimator] = {each.name: each for each in (PLAIN, SUBSPACE)}
+ESTIMATORS: dict[str, Estimator] = {PLAIN.name: PLAIN}
 """By the name that --estimator takes. An extension adds to it: see `meerkat.extensions`."""
 
 

@@ -28,17 +28,14 @@ _OPPOSITE = -0.5
 def entries_that_move(mask: SparseMask, theta: Tensor, eps: float, dtype: torch.dtype) -> SparseMask:
     """The part of a mask that theta +- eps changes at all, once rounded to the type that the model multiplies in.
 
-    In a subspace, an entry is changed by eps times the standard deviation that z has there.
-
     Args:
         theta: the mask's values, float32 [n].
     """
-    size = eps if mask.subspace is None else eps * mask.subspace.spread().to(theta.device)
-    moves = ((theta + size).to(dtype) != (theta - size).to(dtype)).cpu()
+    moves = ((theta + eps).to(dtype) != (theta - eps).to(dtype)).cpu()
     parts = zip(mask.entries.items(), moves.split([count for _, count in mask.counts()]), strict=True)
     entries = {name: (part.nonzero()[:, 0] if at is None else at[part]) for (name, at), part in parts if part.any()}
     shapes = {name: mask.shapes[name] for name in entries}
-    return replace(mask, entries=entries, shapes=shapes, pretraining_gradient=None, theta_0=None, subspace=None)
+    return replace(mask, entries=entries, shapes=shapes, pretraining_gradient=None, theta_0=None)
 
 
 @torch.no_grad()

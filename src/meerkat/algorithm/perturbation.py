@@ -19,7 +19,7 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes_along
 from meerkat.errors import Diverged
 from meerkat.masks.sparse_mask import SparseMask
 
-SIZES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Values of eps that are tried."""
 
 _NEGLIGIBLE = 0.02
@@ -63,7 +63,7 @@ def perturbation_curve(
         The curve, without values of eps at which a loss is not finite; empty where exact slopes are zero throughout.
     """
     theta = MaskedModel(model, mask).read()
-    directions = Directions(seeds.key(0, "perturbation"), len(mask), theta.device, estimator.law, mask.subspace)
+    directions = Directions(seeds.key(0, "perturbation"), len(mask), theta.device, estimator.law)
     squares, of_exact = [0.0] * len(SIZES), 0.0
     with weights_as(model, dtype, keep):
         cast = MaskedModel(model, mask)

@@ -80,7 +80,7 @@ class SiteClient:
             )
         self._model = cast_model(self.config, self._problem, self.mask)
         self.rules = rules(self.config)
-        self.directions = directions(self.config, self.mask, self.theta_0.device)
+        self.directions = directions(self.config, len(self.mask), self.theta_0.device)
         private = self.config.dp == "example"
         examples = self._examples(settings.data, "train", private)
         self.rows = ClientRows(self.number, np.arange(len(examples)), self.config.batch_size, self.config.seed)

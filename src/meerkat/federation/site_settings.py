@@ -45,11 +45,8 @@ class Accepts(Settings):
         "that is not built in needs this, or the site's own file of it",
     )
     model: str = Field("", description="fingerprint of the only model accepted; empty for whatever model the site has")
-    mask: str = Field("", description="SHA-256 of the only mask accepted, with its subspace; empty for any")
+    mask: str = Field("", description="SHA-256 of the only mask accepted; empty for any")
     mask_minimum: int = Field(100, ge=1, description="fewest parameters that may move and matter: fewer reveal more")
-    subspace_minimum: int = Field(
-        8, ge=1, description="fewest independent directions of a subspace that a run may step in: fewer reveal more"
-    )
     embeddings: bool = Field(False, description="whether embeddings may move: they reveal which tokens a site has")
     eps_minimum: float = Field(1e-4, gt=0, description="smallest perturbation size: below it, slopes are rounding")
     eps_maximum: float = Field(1e-1, gt=0, description="largest perturbation size")
@@ -184,9 +181,6 @@ class SiteConfig(Settings):
         _require("model", mask.fingerprint, accepts.model, accepts.model in ("", mask.fingerprint))
         _require("mask", mask.digest(), accepts.mask, accepts.mask in ("", mask.digest()))
         _require("mask_minimum", count, f"at least {accepts.mask_minimum}", count >= accepts.mask_minimum)
-        if mask.subspace is not None:
-            least, rank = accepts.subspace_minimum, mask.subspace.rank()
-            _require("subspace_minimum", f"a subspace of rank {rank}", f"at least {least}", rank >= least)
         embeddings = sorted(mask.entries.keys() - eligible_parameters(model, ["embeddings"]))
         if embeddings and not accepts.embeddings:
             _require("embeddings", f"entries of '{embeddings[0]}' to move", "no embeddings in the mask", False)

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 
 from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.masks.kinds import Kind
-from meerkat.masks.subspace import Subspace
 
 FORMAT_VERSION = 1
-_WITH_SUBSPACE = 2
-"""The version of a file with a subspace, which older programs do not know."""
 CURVE = "perturbation"
 """The fact that is the curve which a run's eps was chosen by: values of eps, and errors, as JSON."""
 CURVATURE = "curvature"
-"""The fact that is the curvature of the task's loss on public data: trace, and largest eigenvalues, as JSON."""
+"""The fact that is the curvature which a run's learning rate was chosen by: trace and largest eigenvalue, as JSON."""
 MEASURED = (CURVE, CURVATURE)
 """Facts that a run adds to its mask."""
 _CHUNK = 1 << 22
@@ -52,8 +49,6 @@ class SparseMask:
     """How it was made, for people: text source, number of sequences, scope, exclusions."""
     pretraining_gradient: Tensor | None = None
     """grad_p: mean gradient of the pre-training loss at the moving entries, float32 [n]."""
-    subspace: Subspace | None = None
-    """What the entries are perturbed in; None where each moves by itself."""
     theta_0: Tensor | None = None
     """The moving entries' pre-trained values, float32 [n]: with a log, all that replay needs."""
 
@@ -98,21 +93,18 @@ class SparseMask:
         return common / len(self)
 
     def digest(self) -> str:
-        """SHA-256 of the moving entries, and of their subspace: equal for masks that move the same ones alike."""
+        """SHA-256 of the moving entries: equal for masks that move the same ones."""
         sha = hashlib.sha256()
         for name, indices in self.entries.items():
             sha.update(json.dumps([name, list(self.shapes[name]), indices is None]).encode())
             if indices is not None:
                 sha.update(indices.numpy().astype("<i8", copy=False).tobytes())
-        if self.subspace is not None:
-            sha.update(json.dumps(["subspace", len(self.subspace), self.subspace.exponent]).encode())
-            sha.update(self.subspace.coefficients.numpy().astype("<i2", copy=False).tobytes())
         return sha.hexdigest()
 
     def description_digest(self) -> str:
         """SHA-256 of what the mask says of itself: kind, density, the model's size and facts, as compact JSON.
 
-        What was measured with it is left out: a mask that is made again does not have it.
+        What a run measures is left out: a mask that is made again does not have it.
         """
         facts = {name: fact for name, fact in self.facts.items() if name not in MEASURED}
         said = [self.kind, self.density, self.total, facts]
@@ -137,11 +129,9 @@ class SparseMask:
         for name in ("pretraining_gradient", "theta_0"):
             if (values := getattr(self, name)) is not None:
                 tensors[name] = values
-        if self.subspace is not None:
-            tensors["subspace"] = self.subspace.coefficients
         metadata = {
             "format": "meerkat-mask",
-            "format_version": str(FORMAT_VERSION if self.subspace is None else _WITH_SUBSPACE),
+            "format_version": str(FORMAT_VERSION),
             "kind": self.kind,
             "density": repr(self.density),
             "model_fingerprint": self.fingerprint,
@@ -149,7 +139,6 @@ class SparseMask:
             "parameters_masked": str(len(self)),
             "entries": json.dumps([[n, list(self.shapes[n]), i is None] for n, i in self.entries.items()]),
             "facts": json.dumps(dict(self.facts)),
-            **({} if self.subspace is None else {"subspace_exponent": str(self.subspace.exponent)}),
         }
         return tensors, metadata
 
@@ -168,10 +157,10 @@ class SparseMask:
                 meta = file.metadata() or {}
                 if meta.get("format") != "meerkat-mask":
                     raise MeerkatError(f"mask '{path}': not a mask file; make one with 'meerkat mask'")
-                if meta["format_version"] not in map(str, (FORMAT_VERSION, _WITH_SUBSPACE)):
+                if meta["format_version"] != str(FORMAT_VERSION):
                     raise MeerkatError(
                         f"mask '{path}': format version {meta['format_version']}, this program reads "
-                        f"{FORMAT_VERSION} and {_WITH_SUBSPACE}; make it again with 'meerkat mask'"
+                        f"{FORMAT_VERSION}; make it again with 'meerkat mask'"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return cls._from_file(meta, tensors)
@@ -194,7 +183,6 @@ class SparseMask:
             facts={str(name): str(value) for name, value in json.loads(meta["facts"]).items()},
             pretraining_gradient=tensors.get("pretraining_gradient"),
             theta_0=tensors.get("theta_0"),
-            subspace=Subspace(tensors["subspace"], int(meta["subspace_exponent"])) if "subspace" in tensors else None,
         )
         mask.check_form()
         expected, metadata = mask._as_file()
@@ -225,8 +213,6 @@ class SparseMask:
             values = getattr(self, name)
             if values is not None and (values.dtype != torch.float32 or values.shape != (n,)):
                 raise ValueError(f"{name} of {list(values.shape)} {values.dtype}, not {n} float32")
-        if self.subspace is not None:
-            self.subspace.check_form(n)
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise MeerkatError unless this mask was made for exactly this model."""

@@ -127,7 +127,7 @@ class StoredRun:
             agree(log, "the rule of aggregation", opening.rule, config.aggregation)
             agree(log, "the estimator", opening.estimator, config.estimator)
             agree(log, "the update rule", opening.update_rule, config.update_rule)
-            z, settings = directions(config, mask), opening.settings(config, mask.theta_0)
+            z, settings = directions(config, len(mask)), opening.settings(config, mask.theta_0)
             members, gradient = Members(opening.identity(config), listed), mask.pretraining_gradient
             replay = Replay(records, mask.theta_0, settings, z, gradient, log, members, revoked)
         return cls(folder, config, mask, z, opening, reader, replay)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from meerkat.algorithm.alignment import Alignment, alignments
 from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.gradip import gradip, magnitude
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.record.history import Trajectory
@@ -16,7 +17,6 @@ from meerkat.report.client_figures import POINTS, grouped, lines_or_bands, runni
 from meerkat.report.facts import RunFacts
 from meerkat.report.page import CaptionedFigure, Page, absent, paragraph
 from meerkat.report.sentences import calibration_outcome
-from meerkat.settings.algorithm import directions
 
 _MOST_ENTRIES = 3e8
 """So many entries of directions are made, at most, to compare updates."""
@@ -160,7 +160,7 @@ def _agreements(page: Page, run: RunFacts) -> None:
     if _one_scalar_each(rounds):
         _agreement(page, rounds, which)
     else:
-        z = directions(run.config, run.mask)
+        z = Directions(run_key(run.config.seed), len(run.mask))
         _alignment(page, run, [(record.plan.round, alignments(record, z)) for record in rounds], which)
 
 

@@ -16,7 +16,6 @@ from meerkat.problems.problem import Problem
 from meerkat.progress import track
 from meerkat.record.files import write_atomically
 from meerkat.record.run_folder import RunFolder
-from meerkat.run.curvature import with_curvature
 from meerkat.run.precision import for_gradients
 from meerkat.run.split import training_and_evaluation_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
@@ -85,8 +84,7 @@ def store_mask(folder: RunFolder, mask: SparseMask, problem: Problem) -> None:
 def load_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseMask:
     """The mask in the run's folder; a run that was killed before it was there makes it again."""
     if not folder.mask_path.exists():
-        _, mask = with_curvature(config, problem, make_mask(config, problem))
-        store_mask(folder, mask, problem)
+        store_mask(folder, make_mask(config, problem), problem)
     mask = folder.mask()
     check_model(folder, mask, config, problem)
     theta_0 = MaskedModel(problem.model, mask).read()

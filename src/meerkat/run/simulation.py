@@ -102,7 +102,7 @@ def follow(ranks: Ranks) -> None:
     split, mask = Split.of(config, problem), load_mask(folder, config, problem)
     theta_0 = MaskedModel(problem.model, mask).read()
     model = runnable_model(config, problem, mask)
-    z = directions(config, mask, model.device)
+    z = directions(config, len(mask), model.device)
     gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
     logged = islice(LogReader(folder.log_path), start["records"])
     opening = Opening.from_json(next(logged), folder.log_path)

@@ -17,7 +17,6 @@ from meerkat.algorithm.robust import norm
 from meerkat.algorithm.server import ServerConfig
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
 from meerkat.errors import MeerkatError
-from meerkat.masks.sparse_mask import SparseMask
 from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
@@ -43,16 +42,9 @@ def estimator(config: RunConfig) -> Estimator:
     return estimators.estimator(config.estimator)
 
 
-def directions(config: RunConfig, mask: SparseMask, device: torch.device | str = "cpu") -> Directions:
-    """The run's directions over a mask's entries, within its subspace where the estimator says so.
-
-    Raises:
-        MeerkatError: the mask has no subspace, and the estimator needs one.
-    """
-    by = estimator(config)
-    if by.subspace and mask.subspace is None:
-        raise MeerkatError(f"estimator {by.name}: the mask has no subspace; restore the run's own mask")
-    return Directions(run_key(config.seed), len(mask), device, by.law, mask.subspace if by.subspace else None)
+def directions(config: RunConfig, count: int, device: torch.device | str = "cpu") -> Directions:
+    """The run's directions over so many entries."""
+    return Directions(run_key(config.seed), count, device, estimator(config).law)
 
 
 def rules(config: RunConfig) -> Rules:

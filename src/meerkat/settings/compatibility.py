@@ -14,7 +14,7 @@ SITES = "sites"
 
 def check(config: "RunConfig") -> None:
     """Raise ValueError for settings that cannot be together: the first of them, in one line."""
-    for conflicts in (_in_method, _in_subspace, _in_privacy, _in_aggregation, _in_attack, _in_calibration):
+    for conflicts in (_in_method, _in_privacy, _in_aggregation, _in_attack, _in_calibration):
         for message in conflicts(config):
             raise ValueError(message)
 
@@ -38,18 +38,6 @@ def _in_method(config: "RunConfig") -> Iterator[str]:
         yield "update_rule feddyn: needs clients that correct their steps; use method feddyn"
     if rule == "sgd" and config.server_lr not in (AUTO, 1):
         yield f"server_lr {config.server_lr:g}: sgd has none; use lr, or update_rule momentum or adam"
-
-
-def _in_subspace(config: "RunConfig") -> Iterator[str]:
-    if config.estimator != "subspace":
-        return
-    recipe, plain = config.recipe, "use plain"
-    if not recipe.sends_scalars or recipe.moves in ("full", "lora"):
-        yield f"estimator subspace: is for sparse masks and scalars, and method {config.method} is not; {plain}"
-    if config.dp != "none":
-        yield f"estimator subspace: dp {config.dp} clips and hides scalars along plain directions alone; {plain}"
-    if config.stopping != "none":
-        yield f"estimator subspace: calibrations are along plain directions, at a rate for them; {plain}"
 
 
 def _in_privacy(config: "RunConfig") -> Iterator[str]:

@@ -83,8 +83,7 @@ class MethodSettings(Settings):
     batch_size: int = Field(16, ge=1)
     """rows in a local step's batch"""
     estimator: str = "plain"
-    """how a step's slopes are estimated: plain, the paper's, two-sided along normal directions; subspace, the same
-    within the few directions that bend the task's loss most on public text"""
+    """how a step's slopes are estimated; plain is the paper's: two-sided, along normal directions"""
     directions: int = Field(1, ge=1)
     """P: directions a step, averaged"""
     eps: Annotated[float, Field(ge=1e-6)] | Auto = AUTO

@@ -31,8 +31,8 @@ class Recipe:
     update_rule: str = ""
     """The update rule that goes with it; empty where any does."""
     eps: float = 1e-3
-    lr_times_curvature: float = 0.3
-    """The default learning rate times E[z'Hz], H being the curvature on public data; measured in docs/log.md."""
+    share_of_fastest: float = 0.6
+    """The default learning rate over that of the fastest expected descent on public data: see docs/steps.md."""
 
     @property
     def sends_scalars(self) -> bool:
@@ -49,6 +49,6 @@ METHODS: dict[Method, Recipe] = {
     "random-mask": Recipe("random"),
     "task-mask": Recipe("task"),
     "random-early-stop": Recipe(early_stop="random"),
-    "feddyn": Recipe(client="feddyn", update_rule="feddyn", lr_times_curvature=0.08),
-    "fo-fedavg": Recipe(client="first-order", lr_times_curvature=2.0),
+    "feddyn": Recipe(client="feddyn", update_rule="feddyn", share_of_fastest=0.15),
+    "fo-fedavg": Recipe(client="first-order"),
 }
