@@ -160,6 +160,9 @@ def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str],
     assert summary["lr"] == RunFolder(out).config().lr == records[1]["lr"] > 0
     assert np.isfinite(summary["loss"])
     assert verification.verify(out).finished
+    assert main(["report", str(out)]) == 0
+    told = f"The learning rate, {summary['lr']:g}, was measured on public text"
+    assert told in (out / "report.html").read_text()
 
 
 def test_without_public_text_a_rate_is_asked_for(

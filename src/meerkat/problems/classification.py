@@ -154,5 +154,5 @@ class Classification:
             causal_lm.load_text(self.text, self.tokenizer, self.text_sequences, length),
             causal_lm.language_modelling_loss(self.model),
             {"text": Path(self.text).name, "text_length": str(length)},
-            public_rows(self.task, self.text, 2 * self.text_sequences),
+            public_rows(self.task, self.text, self.text_sequences),
         )

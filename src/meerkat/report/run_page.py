@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from meerkat.errors import DAMAGE, RunFailed, in_short
-from meerkat.masks.sparse_mask import CURVE, SparseMask
+from meerkat.masks.sparse_mask import CURVATURE, CURVE, SparseMask
 from meerkat.problems.problem import RANGES
 from meerkat.progress import number_of
 from meerkat.report import run_figures as draw
@@ -205,6 +205,8 @@ def _mask(page: Page, run: RunFacts) -> None:
         return
     counts = [(name, moving, int(np.prod(mask.shapes[name]))) for name, moving in mask.counts()]
     page.add(paragraph(_mask_in_words(run.config, mask, len(counts))))
+    if CURVATURE in mask.facts:
+        page.add(paragraph(_rate_in_words(run.config, mask)))
     figures = []
     if all(moving == size for _, moving, size in counts):
         page.add(absent("No map of layers: every entry of these tensors moves."))
@@ -241,6 +243,14 @@ def _perturbation(run: RunFacts, mask: SparseMask) -> list[CaptionedFigure]:
         "of these slopes: small perturbations drown in rounding, large ones in the loss' curvature."
     )
     return [CaptionedFigure("perturbation", figure, "How large a perturbation", caption)]
+
+
+def _rate_in_words(config: RunConfig, mask: SparseMask) -> str:
+    known = json.loads(mask.facts[CURVATURE])
+    return (
+        f"The learning rate, {number(config.lr):g}, was measured on public text: there the trace of the task's curvature "
+        f"is {known['trace']:.3g}, and its largest eigenvalue {known['largest']:.3g}."
+    )
 
 
 def _mask_in_words(config: RunConfig, mask: SparseMask, tensors: int) -> str:

@@ -20,6 +20,9 @@ from meerkat.run.precision import for_gradients
 from meerkat.settings.auto import AUTO
 from meerkat.settings.config import RunConfig
 
+_ROWS = 64
+"""Public rows that are read, at most: by them the rate is within some five percent of that by all."""
+
 
 def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
     """The settings with a learning rate; and the mask, which says what it was chosen by, if it was.
@@ -36,7 +39,7 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     public = problem.public()
     if public is None or not public.rows:
         raise MeerkatError("lr auto: is measured on public text, as rows of the task, and there is none; give a number")
-    known, mask = _measured(problem, mask, public.rows)
+    known, mask = _measured(problem, mask, public.rows[:_ROWS])
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
     return config.model_copy(update={"lr": float(f"{config.recipe.share_of_fastest * fastest:.1e}")}), mask
 
