@@ -71,7 +71,7 @@ def scores_of(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> Scores
 
     def difference(pair: Any) -> Tensor:
         zero, one = problem.row_losses(problem.batch(pair, "gradient"))
-        starts.append(float(zero - one))
+        starts.append((zero - one).item())
         return zero - one
 
     with for_gradients(problem.model):

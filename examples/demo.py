@@ -25,7 +25,9 @@ def main() -> None:
     summaries = {}
     for method, rate in RATES.items():
         say(f"\n=== {method} ===")
-        summaries[method] = simulate(make_config({"method": method, "lr": rate}), out / method)
+        summaries[method] = simulate(
+            make_config({"method": method, "lr": rate, "lr_schedule": "constant"}), out / method
+        )
     for method, summary in summaries.items():
         print(f"\n{summary_in_words(summary, out / method)}\nIt took {summary['wall_s']:.0f} s.")
     picture, _ = draw_curves([out / method for method in RATES], out)

@@ -19,8 +19,7 @@ from meerkat.run.simulation import simulate
 from meerkat.settings.config import make_config
 
 SETTINGS = {
-    **{"task": "sst2", "lr_schedule": "linear", "eval_every": 20},
-    "lr": 4e-4,  # half the default, which is too fast for this model: docs/log.md
+    **{"task": "sst2", "eval_every": 20},
     **{"text_sequences": 64, "text_length": 128},  # a mask in a minute
 }
 

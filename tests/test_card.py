@@ -92,7 +92,7 @@ def test_what_the_card_says_is_what_the_run_s_folder_says(run: Path, tmp_path: P
     assert tuned["base model"] == f"`model`, fingerprint `{mask.fingerprint}`"
     assert tuned["rounds"] == "6"
     assert tuned["local steps"] == "T = 2, P = 1 direction a step, batches of 4"
-    assert tuned["learning rate"] == "0.05, constant; perturbation 0.001"
+    assert tuned["learning rate"] == "0.05, linear; perturbation 0.001"
     assert tuned["clients"] == "3, 3 asked each round"
     assert "Philox4x64-10" in tuned["directions"]
 

@@ -248,8 +248,8 @@ def _perturbation(run: RunFacts, mask: SparseMask) -> list[CaptionedFigure]:
 def _rate_in_words(config: RunConfig, mask: SparseMask) -> str:
     known = json.loads(mask.facts[CURVATURE])
     return (
-        f"The learning rate, {number(config.lr):g}, was measured on public text: there the trace of the task's curvature "
-        f"is {known['trace']:.3g}, and its largest eigenvalue {known['largest']:.3g}."
+        f"The learning rate, {number(config.lr):g}, was measured on public text: there the trace of the task's "
+        f"curvature is {known['trace']:.3g}, and its largest eigenvalue {known['largest']:.3g}."
     )
 
 

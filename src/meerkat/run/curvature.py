@@ -36,12 +36,19 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     """
     if config.lr != AUTO:
         return config, mask
+    if by_size := config.recipe.lr_times_moving:
+        return _with_lr(config, by_size / len(mask)), mask
     public = problem.public()
     if public is None or not public.rows:
         raise MeerkatError("lr auto: is measured on public text, as rows of the task, and there is none; give a number")
     known, mask = _measured(problem, mask, public.rows[:_ROWS])
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
-    return config.model_copy(update={"lr": float(f"{config.recipe.share_of_fastest * fastest:.1e}")}), mask
+    return _with_lr(config, config.recipe.share_of_fastest * fastest), mask
+
+
+def _with_lr(config: RunConfig, rate: float) -> RunConfig:
+    """The settings with a rate in two digits."""
+    return config.model_copy(update={"lr": float(f"{rate:.1e}")})
 
 
 def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[Curvature, SparseMask]:

@@ -90,7 +90,7 @@ class MethodSettings(Settings):
     """size of a perturbation; auto is the one of smallest error on public text, measured when the run starts"""
     lr: _Positive | Auto = AUTO
     """eta: learning rate; auto fits it to the curvature of the task's loss on public text"""
-    lr_schedule: Schedule = "constant"
+    lr_schedule: Schedule = "linear"
     """learning rate over the rounds"""
     update_rule: str = "sgd"
     """what the server makes of a round's update: sgd (FedAvg), momentum (FedAvgM) or adam (FedAdam)"""
