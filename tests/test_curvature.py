@@ -149,6 +149,17 @@ def test_a_mask_that_says_what_was_measured_on_the_same_rows_is_believed(
         settled(again, text_sequences=1)
 
 
+@pytest.mark.parametrize(
+    "change", [{"trace": -1.0}, {"largest": 0.0}, {"trace": 1e999}, {"trace": "much"}, {"of": 7}, None]
+)
+def test_what_a_mask_cannot_have_measured_is_measured_again(setting: Setting, change: dict[str, Any] | None) -> None:
+    config, mask = settled(setting)
+    fact = "[]" if change is None else json.dumps(json.loads(mask.facts[CURVATURE]) | change)
+    again = replace(setting, mask=replace(mask, facts={**mask.facts, CURVATURE: fact}))
+    assert settled(again)[0].lr == config.lr
+    assert settled(again)[1].facts == mask.facts
+
+
 @pytest.mark.parametrize("method", ["meerkat", "full-fedzo", "lora-fedzo", "random-mask", "fo-fedavg"])
 def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
     at = simulate_arguments.index("--lr")

@@ -1,6 +1,7 @@
 """The learning rate of a run that names none: measured once, when the run begins, on public data alone."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.curvature import Curvature, curvature
-from meerkat.errors import MeerkatError
+from meerkat.errors import DAMAGE, MeerkatError
 from meerkat.masks.sensitivity import entry_gradients
 from meerkat.masks.sparse_mask import CURVATURE, SparseMask
 from meerkat.problems.data import Row
@@ -56,15 +57,24 @@ def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[
     candidates = [[{**row, "label": label} for label in range(len(problem.labels))] or [dict(row)] for row in rows]
     examples = [problem.prepare(alike) for alike in candidates]
     of = problem.digest([example for alike in examples for example in alike])
-    fact: dict[str, Any] = json.loads(mask.facts.get(CURVATURE, "{}"))
-    if fact.get("of") == of:
-        return Curvature(fact["trace"], fact["largest"]), mask
+    if (before := _measured_before(mask, of)) is not None:
+        return before, mask
     with for_gradients(problem.model):
         known = curvature(_gradients(problem, mask, examples), len(rows))
     if not known.trace > 0:
         raise MeerkatError("lr auto: the mask's entries do not move the task's loss on public text; give a number")
     fact = {"of": of, "trace": known.trace, "largest": known.largest}
     return known, replace(mask, facts={**mask.facts, CURVATURE: json.dumps(fact)})
+
+
+def _measured_before(mask: SparseMask, of: str) -> Curvature | None:
+    """What a mask says of its curvature on the rows of this digest; None where it says nothing that can be."""
+    try:
+        fact = json.loads(mask.facts[CURVATURE])
+        known = Curvature(float(fact["trace"]), float(fact["largest"]))
+        return known if fact["of"] == of and math.inf > known.trace and known.trace >= known.largest > 0 else None
+    except DAMAGE:
+        return None
 
 
 def _gradients(problem: Problem, mask: SparseMask, examples: Sequence[Sequence[Any]]) -> Iterator[Tensor]:
