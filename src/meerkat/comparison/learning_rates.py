@@ -21,7 +21,7 @@ def search_rates(config: RunConfig, search: Search, folder: Path) -> list[tuple[
         summary = run_cell(tried, folder / cell_name(tried))
         return math.inf if summary is None else float(summary["loss"])
 
-    default = loss_with(AUTO)  # the method's default rate, which the run's folder then tells
+    default = loss_with(AUTO)  # measured, or the method's own: the run's folder then tells it
     start = rate_of(folder / cell_name(trial))
 
     def rate(place: int) -> float:
