@@ -125,7 +125,15 @@ def test_the_rate_is_measured_on_public_text(setting: Setting) -> None:
         rate = 0.45 * directions / (trace + (directions + 1) * largest)
         assert settled(setting, directions=directions)[0].lr == pytest.approx(rate, rel=0.05)
     assert settled(setting, method="fo-fedavg")[0].lr == pytest.approx(0.45 / largest, rel=0.05)
-    assert settled(setting, method="feddyn")[0].lr == pytest.approx(0.11 / (trace + 2 * largest), rel=0.05)
+    assert settled(setting, method="feddyn")[0].lr == pytest.approx(0.04 / (trace + 2 * largest), rel=0.05)
+
+
+def test_no_step_is_much_longer_than_theta(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meerkat.run.curvature.curvature", lambda *_: Curvature(1e-9, 1e-10))
+    theta = setting.theta_0
+    expected = 10 * float(theta.norm()) / (len(theta) * 1e-9) ** 0.5
+    assert settled(setting)[0].lr == pytest.approx(expected, rel=0.05)
+    assert expected < 0.45 / (1e-9 + 2e-10)
 
 
 def test_a_rate_that_was_given_is_not_measured(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

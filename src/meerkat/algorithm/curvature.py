@@ -14,6 +14,7 @@ on average, since E[z z' H z z'] = tr(H) I + 2 H. It falls fastest, along the st
 eta = P / (tr H + (P + 1) lambda_max); without directions, by exact gradients, at 1 / lambda_max.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class Curvature:
     def rate(self, directions: int) -> float:
         """The eta of the fastest expected descent along the stiffest of directions, of P at a time."""
         return directions / (self.trace + (directions + 1) * self.largest)
+
+    def longest_rate(self, theta: Tensor) -> float:
+        """The eta at which a step along one direction is as long as theta (float32 [n]), if its slope is sqrt(tr H)."""
+        return float(torch.linalg.vector_norm(theta)) / math.sqrt(len(theta) * self.trace)
 
     @property
     def rate_of_gradients(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.curvature import Curvature, curvature
+from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import DAMAGE, MeerkatError
 from meerkat.masks.sensitivity import entry_gradients
 from meerkat.masks.sparse_mask import CURVATURE, SparseMask
@@ -23,6 +24,9 @@ from meerkat.settings.config import RunConfig
 
 _ROWS = 64
 """Public rows that are read, at most: by them the rate is within some five percent of that by all."""
+
+_LONGEST = 10
+"""Steps are at most so many times as long as theta: beyond, curvature at the start says nothing."""
 
 
 def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
@@ -44,7 +48,10 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
         raise MeerkatError("lr auto: is measured on public text, as rows of the task, and there is none; give a number")
     known, mask = _measured(problem, mask, public.rows[:_ROWS])
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
-    return _with_lr(config, config.recipe.share_of_fastest * fastest), mask
+    rate = config.recipe.share_of_fastest * fastest
+    if config.recipe.sends_scalars and (theta := MaskedModel(problem.model, mask).read()).any():
+        rate = min(rate, _LONGEST * known.longest_rate(theta))
+    return _with_lr(config, rate), mask
 
 
 def _with_lr(config: RunConfig, rate: float) -> RunConfig:

@@ -51,6 +51,6 @@ METHODS: dict[Method, Recipe] = {
     "random-mask": Recipe("random"),
     "task-mask": Recipe("task"),
     "random-early-stop": Recipe(early_stop="random"),
-    "feddyn": Recipe(client="feddyn", update_rule="feddyn", share_of_fastest=0.11),
+    "feddyn": Recipe(client="feddyn", update_rule="feddyn", share_of_fastest=0.04),
     "fo-fedavg": Recipe(client="first-order"),
 }
