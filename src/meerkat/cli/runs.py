@@ -86,8 +86,8 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--local-steps", metavar="T,T,..", help="T: local steps a round, with commas")
     grid.add_argument("--total-steps", metavar="N", type=int, help="local steps of every run: rounds x local steps")
     about = (
-        "eta: learning rate: search finds the best on held-back training rows, auto fits it to the number of "
-        "parameters that move [default: search]"
+        "eta: learning rate: search finds the best on held-back training rows, auto measures it on public "
+        "text [default: search]"
     )
     grid.add_argument("--lr", default=argparse.SUPPRESS, metavar="search|auto|X", help=about)
     grid.add_argument("--quick", action="store_true", help="the short form that the file's [quick] tables make of it")

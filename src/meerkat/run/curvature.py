@@ -45,7 +45,7 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
         return _with_lr(config, by_size / len(mask)), mask
     public = problem.public()
     if public is None or not public.rows:
-        raise MeerkatError("lr auto: is measured on public text, as rows of the task, and there is none; give a number")
+        raise MeerkatError("lr auto: is measured on public text, and there is none; give --text, or --lr a number")
     known, mask = _measured(problem, mask, public.rows[:_ROWS])
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
     rate = config.recipe.share_of_fastest * fastest
@@ -69,7 +69,7 @@ def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[
     with for_gradients(problem.model):
         known = curvature(_gradients(problem, mask, examples), len(rows))
     if not known.trace > 0:
-        raise MeerkatError("lr auto: the mask's entries do not move the task's loss on public text; give a number")
+        raise MeerkatError("lr auto: the mask's entries do not move the task's loss on public text; give --lr a number")
     fact = {"of": of, "trace": known.trace, "largest": known.largest}
     return known, replace(mask, facts={**mask.facts, CURVATURE: json.dumps(fact)})
 
