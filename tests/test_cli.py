@@ -233,8 +233,8 @@ def test_settings_survive_toml(tmp_path: Path) -> None:
     made = make_config({"lr": 1e-5, "exclude": "embeddings,norms", "text": 'a "b" \\ c\nü'})
     (tmp_path / "c.toml").write_text(made.to_toml())
     assert make_config(config.read_toml(tmp_path / "c.toml")) == made
-    with pytest.raises(MeerkatError, match="makes its own mask"):
-        make_config({"method": "random-mask", "mask": "m"})
+    with pytest.raises(MeerkatError, match="makes its mask from the run's own rows"):
+        make_config({"method": "task-mask", "mask": "m"})
 
 
 def test_an_update_rule_may_be_given_by_its_older_name_but_not_by_both(

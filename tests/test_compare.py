@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from meerkat.cli import main
-from meerkat.comparison import compare, learning_rates, processes
+from meerkat.comparison import cells, compare, processes
+from meerkat.comparison.evidence import Outcome
 from meerkat.comparison.learning_rates import search_lowest
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
@@ -247,8 +248,8 @@ def test_a_rate_that_is_given_is_not_searched_and_one_that_diverges_is_told(
 def test_a_setting_that_diverges_at_every_rate_ends_it_with_a_way_out(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = learning_rates.run_cell
-    monkeypatch.setattr(learning_rates, "run_cell", lambda *arguments: run(*arguments) and None)
+    run = cells.run_cell
+    monkeypatch.setattr(compare, "run_cell", lambda *arguments: Outcome(run(*arguments).lr, None))
     assert main(command(tmp_path, settings(federation) + "search = { trials = 3 }")) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "meerkat: diverged at every learning rate tried" in said
@@ -328,7 +329,8 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, 
         ({"clients": [3, 49]}, "at most the number of training rows, 48"),
         ({"clients": 40}, "learning-rate search, with 0.2 of the training rows held back: 40 clients"),
         ({"max_length": 2}, "leaves no prompt"),
-        ({"method": ["meerkat", "full-fedzo"], "mask": "m"}, "full-fedzo: makes its own mask"),
+        ({"method": ["meerkat", "task-mask"], "mask": "m"}, "task-mask: makes its mask from the run's own rows"),
+        ({"method": ["meerkat", "full-fedzo"], "mask": "m"}, "mask 'm': no such file"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_written(

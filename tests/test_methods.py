@@ -29,7 +29,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.summary import as_text
 from meerkat.report import summary_in_words
 from meerkat.run.setup import classification
-from meerkat.run.split import training_and_evaluation_rows
+from meerkat.run.split import evenly, training_and_evaluation_rows
 from meerkat.settings.methods import METHODS
 
 ROUNDS, STEPS, CLIENTS, CALIBRATION = 3, 2, 3, 12
@@ -515,3 +515,83 @@ def test_a_mask_made_without_text_gets_its_gradient_from_the_run_s(
     assert held.pretraining_gradient is not None
     assert held.digest() == SparseMask.load(mask).digest()
     assert main(["verify", str(tmp_path / "run")]) == 0
+
+
+# --- GradIP, masks that are given, and rows that are evaluated on ---
+
+
+@pytest.mark.parametrize("name", ["meerkat", "full-fedzo", "lora-fedzo", "meerkat by automatic rule"])
+def test_without_gradip_a_run_is_the_same_but_for_it(
+    run_of: Callable[[str], Path], arguments: list[str], tmp_path: Path, name: str
+) -> None:
+    options = (*RUNS.get(name, ("--method", "meerkat-vp")), "--gradip", "off")
+    simulate(arguments, tmp_path / "run", *options)
+    assert RunFolder(tmp_path / "run").mask().pretraining_gradient is None
+    assert not _gradip(tmp_path / "run")
+    assert verification.verify(tmp_path / "run").finished
+    assert main(["report", str(tmp_path / "run")]) == 0
+    if name in RUNS:
+        assert _gradip(run_of(name))
+        assert summary_of(tmp_path / "run")["theta_digest"] == summary_of(run_of(name))["theta_digest"]
+
+
+def _gradip(run: Path) -> list[Any]:
+    return [metric["gradip"] for metric in RunFolder(run).metrics() if metric.get("gradip")]
+
+
+def test_the_papers_rule_needs_gradip(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*arguments, *RUNS["meerkat-vp"], "--gradip", "off", "--out", str(tmp_path / "run")]
+    assert main(given) == 2
+    assert "gradip off: vpcs_rule thresholds reads GradIP; use on" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["full-fedzo", "lora-fedzo", "weight-magnitude", "random-mask"])
+def test_a_methods_own_mask_may_be_given_and_makes_the_same_run(
+    run_of: Callable[[str], Path], arguments: list[str], tmp_path: Path, name: str
+) -> None:
+    own = run_of(name)
+    simulate(arguments, tmp_path / "run", *RUNS[name], "--mask", str(own / "mask.safetensors"))
+    assert summary_of(tmp_path / "run")["theta_digest"] == summary_of(own)["theta_digest"]
+
+
+@pytest.mark.parametrize(("name", "other"), [("full-fedzo", "meerkat"), ("random-mask", "weight-magnitude")])
+def test_a_mask_of_another_kind_is_refused(
+    run_of: Callable[[str], Path],
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    other: str,
+) -> None:
+    given = ["--mask", str(run_of(other) / "mask.safetensors"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *RUNS[name], *given]) == 2
+    assert f"and method {name} moves entries of kind" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("most", "taken"), [(5, [0, 1, 2, 4, 5]), (1, [0]), (7, [*range(7)]), (9, [*range(7)]), (0, [*range(7)])]
+)
+def test_evenly(most: int, taken: list[int]) -> None:
+    assert [row["at"] for row in evenly([{"at": i} for i in range(7)], most)] == taken
+
+
+@pytest.mark.parametrize(("most", "held_back"), [(3, "0"), (3, "0.5"), (0, "0"), (10**6, "0")])
+def test_evaluation_rows_are_taken_evenly(arguments: list[str], tmp_path: Path, most: int, held_back: str) -> None:
+    options = ("--held-back", held_back, "--rounds", "1")
+    simulate(arguments, tmp_path / "all", *options)
+    config = RunFolder(tmp_path / "all").config()
+    problem = classification(config)
+    training, every = training_and_evaluation_rows(config, problem.rows)
+    fewer = config.model_copy(update={"max_eval_samples": most})
+    assert training_and_evaluation_rows(fewer, problem.rows)[0] == training
+    taken = training_and_evaluation_rows(fewer, problem.rows)[1]
+    count = min(most, len(every)) or len(every)
+    assert taken == evenly(every, most)
+    assert len(taken) == count
+    summary = simulate(arguments, tmp_path / "some", *options, "--max-eval-samples", str(most))
+    assert summary["theta_digest"] == summary_of(tmp_path / "all")["theta_digest"]
+    assert (summary["loss"] == summary_of(tmp_path / "all")["loss"]) == (count == len(every))
+    scores = problem.evaluate(problem.batch(problem.prepare(taken), "evaluation")).scores
+    assert scores["loss"] == pytest.approx(summary["scores_before"]["loss"], abs=1e-6)

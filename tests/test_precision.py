@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,8 @@ def test_auto_is_settled_once_and_resumed_with(
     summary = simulated(simulate_arguments, tmp_path / "run")
     dtype, eps = chosen(tmp_path / "run")
     assert dtype == "bfloat16"
-    assert PerturbationCurve(*json.loads(RunFolder(tmp_path / "run").mask().facts[CURVE])).chosen(3e-3) == eps
+    fact = json.loads(RunFolder(tmp_path / "run").mask().facts[CURVE])
+    assert PerturbationCurve(fact["eps"], fact["error"]).chosen(3e-3) == eps
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "How large a perturbation" in (tmp_path / "run" / "report.html").read_text()
 
@@ -288,6 +290,31 @@ def test_auto_is_settled_once_and_resumed_with(
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert theta_of(tmp_path / "run") == summary["theta_digest"]
     assert chosen(tmp_path / "run") == (dtype, eps)
+
+
+def test_a_mask_that_says_what_was_measured_alike_is_believed(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated(simulate_arguments, tmp_path / "run")
+    file = tmp_path / "run" / "mask.safetensors"
+    monkeypatch.setattr(precision, "perturbation_curve", None)  # whoever measures fails
+    simulated(simulate_arguments, tmp_path / "again", "--mask", str(file))
+    assert chosen(tmp_path / "again") == chosen(tmp_path / "run")
+    assert RunFolder(tmp_path / "again").mask().facts[CURVE] == RunFolder(tmp_path / "run").mask().facts[CURVE]
+    with pytest.raises(TypeError):
+        simulated(simulate_arguments, tmp_path / "other", "--mask", str(file), "--batch-size", "3")
+
+
+@pytest.mark.parametrize("change", [{"eps": [0.5]}, {"error": [math.nan]}, {"error": []}, {"of": 7}, None])
+def test_what_a_mask_cannot_have_measured_is_measured_again(
+    simulate_arguments: list[str], tmp_path: Path, change: dict[str, Any] | None
+) -> None:
+    simulated(simulate_arguments, tmp_path / "run")
+    mask = RunFolder(tmp_path / "run").mask()
+    fact = "[]" if change is None else json.dumps(json.loads(mask.facts[CURVE]) | change)
+    replace(mask, facts={**mask.facts, CURVE: fact}).save(tmp_path / "mask.safetensors")
+    simulated(simulate_arguments, tmp_path / "again", "--mask", str(tmp_path / "mask.safetensors"))
+    assert RunFolder(tmp_path / "again").mask().facts == mask.facts
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     grid.add_argument("--lr", default=argparse.SUPPRESS, metavar="search|auto|X", help=about)
     grid.add_argument("--quick", action="store_true", help="the short form that the file's [quick] tables make of it")
+    about = "CSV file of finished runs: those in it are not made again, and new ones are added"
+    grid.add_argument("--evidence", metavar="FILE.csv", help=about)
     about = "runs at a time, each on one thread: results stay the same [default: one a CPU, or one on a GPU]"
     grid.add_argument("--jobs", metavar="N", type=int, default=0, help=about)
 
@@ -115,7 +117,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     out = _new_folder(arguments, file.stem if file else "comparison")
     arguments.cure = f"the same command with --out {out} continues the comparison"
-    results = compare(comparison, out, arguments.jobs)
+    evidence = Path(arguments.evidence) if arguments.evidence else None
+    results = compare(comparison, out, arguments.jobs, evidence)
     from meerkat.report import write_comparison_report
 
     page = write_comparison_report(out)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from meerkat.comparison.evidence import Evidence, Outcome
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.files import write_text
@@ -36,8 +37,23 @@ def _mask_digest(path: str) -> str:
     return SparseMask.load(Path(path)).digest()
 
 
-def run_cell(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """A run's summary, once it is begun, resumed or found finished. None where it diverged."""
+def run_cell(config: RunConfig, folder: Path, evidence: Evidence | None = None) -> Outcome:
+    """What comes of a run: as the evidence has it, or once it is begun, resumed or seen to be finished.
+
+    Raises:
+        RunFailed: it failed other than by diverging, or the evidence cannot be written.
+    """
+    if evidence is not None and (known := evidence.outcome(config)) is not None:
+        return known
+    summary = _summary(config, folder)
+    resolved = RunFolder.open(folder).config()
+    outcome = Outcome(number(resolved.lr), summary)
+    if evidence is not None:
+        evidence.add(config, outcome, resolved)
+    return outcome
+
+
+def _summary(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     diverged = folder.with_name(folder.name + ".diverged")
     if diverged.exists():
         return None
@@ -51,8 +67,3 @@ def run_cell(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         if begun:
             raise RunFailed(f"{error}; or delete '{folder}', and the same command makes that run anew") from None
         raise
-
-
-def rate_of(folder: Path) -> float:
-    """The learning rate that a run began with."""
-    return number(RunFolder.open(folder).config().lr)

@@ -9,20 +9,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from meerkat.comparison.cells import cell_name, rate_of, run_cell, settings_hash
+from meerkat.comparison.cells import cell_name, run_cell
+from meerkat.comparison.evidence import Evidence, Origin, Outcome, check_file
 from meerkat.comparison.learning_rates import best_rate, rate_in_words, search_rates
+from meerkat.comparison.masks import OF_ITS_TEXT, with_masks
 from meerkat.comparison.processes import Pool
 from meerkat.comparison.results import Line, write_results
 from meerkat.comparison.studies import Comparison, Search, Setting, Study, axis_words
-from meerkat.errors import MeerkatError
-from meerkat.masks.sparse_mask import SparseMask
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.problems.partition import partition
 from meerkat.problems.problem import Better, Problem
-from meerkat.progress import say
-from meerkat.record.files import check_no_links, make_folder, owned, remove_leftovers, write_atomically
-from meerkat.run.mask import make_mask
+from meerkat.record.files import check_no_links, make_folder, owned
+from meerkat.run.mask import given_mask
 from meerkat.run.sentences import scores_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import training_and_evaluation_rows
@@ -30,13 +30,14 @@ from meerkat.settings.auto import number_or
 from meerkat.settings.config import RunConfig
 
 
-def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]:
+def compare(comparison: Comparison, root: Path, jobs: int = 0, evidence: Path | None = None) -> dict[str, Any]:
     """Search every setting's learning rate, run every seed, and write results.csv, table.csv and compare.json.
 
     Args:
         root: a new or empty folder, or one that a comparison was begun in, of which finished runs are kept.
         jobs: runs at a time; 0 for one a CPU, or one where there is a GPU. Results do not depend on it: a run
             takes one thread, or what its settings say.
+        evidence: a CSV file, which need not exist yet: runs that it has are not made again, all others are added.
 
     Returns:
         The content of compare.json.
@@ -53,43 +54,90 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0) -> dict[str, Any]
         (i, seed): _portable(study.config(setting, seed)) for i, (study, setting) in enumerate(lines) for seed in seeds
     }
     firsts = [cells[i, seeds[0]] for i in range(len(lines))]
-    better = _check(lines, firsts, search)
+    searched = [i for i, (study, setting) in enumerate(lines) if study.searches(setting)]
+    if evidence is not None:
+        check_file(evidence)
+    facts = _check(lines, firsts, search, with_origin=evidence is not None)
     jobs = jobs or ((os.cpu_count() or 1) if resolve(firsts[0]).device == "cpu" else 1)
+    known: list[Evidence | None] = [None] * len(lines)
+    if evidence is not None:
+        made = (root / "masks").resolve()
+        known = [None if origin is None else Evidence(evidence, origin, made) for _, origin in facts]
+
+    def is_known(i: int) -> bool:
+        configs, searching = [cells[i, seed] for seed in seeds], search if i in searched else None
+        return (of := known[i]) is not None and known_line(configs, searching, of) is not None
+
     with _locked(root):
-        cells = {key: _with_mask(config, root / "masks") for key, config in cells.items()}
-        firsts = [cells[i, seeds[0]] for i in range(len(lines))]
-        searched = [i for i, (study, setting) in enumerate(lines) if study.searches(setting)]
         with Pool(jobs, root) as pool:
+            new = {key: config for key, config in cells.items() if not is_known(key[0])}
+            unrated = {(i, seed) for i in searched for seed in seeds[1:]}
+            cells |= with_masks(new, unrated, pool, root / "masks")
+            firsts = [cells[i, seeds[0]] for i in range(len(lines))]
             searches = pool.map_unique(
                 "learning-rate searches",
-                {i: (search_rates, firsts[i], search, root / "search") for i in searched},
+                {i: (_search, firsts[i], search, root / "search", known[i]) for i in searched},
                 lambda i, rates: f"{words[i]}: {rate_in_words(rates, firsts[i])}",
             )
             best = {i: best_rate(rates, firsts[i]) for i, rates in searches.items()}
             cells = {(i, s): c.model_copy(update={"lr": best.get(i, c.lr)}) for (i, s), c in cells.items()}
             folders = {key: root / "cells" / cell_name(config) for key, config in cells.items()}
-            summaries = pool.map_unique(
+            outcomes = pool.map_unique(
                 "runs",
-                {key: (run_cell, config, folders[key]) for key, config in cells.items()},
-                lambda key, summary: f"{words[key[0]]}, seed {key[1]}: {_outcome(summary)}",
+                {key: (run_cell, config, folders[key], known[key[0]]) for key, config in cells.items()},
+                lambda key, outcome: f"{words[key[0]]}, seed {key[1]}: {_in_words(outcome)}",
             )
-        outcomes = [
+        results = [
             Line(
                 study=study,
                 setting=setting,
                 rates=tuple(searches.get(i, ())),
-                lr=number_or(cells[i, seeds[0]].lr, None) or rate_of(folders[i, seeds[0]]),
-                better=better[firsts[i].problem],
+                lr=outcomes[i, seeds[0]].lr,
+                better=facts[i].better,
                 runs=tuple(folders[i, seed] for seed in seeds),
-                summaries=tuple(summaries[i, seed] for seed in seeds),
+                summaries=tuple(outcomes[i, seed].summary for seed in seeds),
             )
             for i, (study, setting) in enumerate(lines)
         ]
-        return write_results(comparison, outcomes, root)
+        return write_results(comparison, results, root)
 
 
-def _outcome(summary: dict[str, Any] | None) -> str:
-    return "diverged" if summary is None else scores_in_words(summary["scores"])
+def _search(config: RunConfig, search: Search, folder: Path, evidence: Evidence | None) -> list[tuple[float, float]]:
+    return search_rates(config, search, lambda trial: run_cell(trial, folder / cell_name(trial), evidence))
+
+
+class _Unknown(Exception):
+    """A run is not in the evidence."""
+
+
+def known_line(
+    configs: Sequence[RunConfig], search: Search | None, evidence: Evidence
+) -> tuple[list[tuple[float, float]], list[Outcome]] | None:
+    """What evidence has of a setting: its search, by rates and held-back losses, and its run of each seed.
+
+    Args:
+        configs: the setting's run of each seed.
+        search: how its rate is searched for; None where it is not.
+
+    Returns:
+        None where a run is missing.
+    """
+
+    def outcome_of(config: RunConfig) -> Outcome:
+        if (outcome := evidence.outcome(config)) is None:
+            raise _Unknown
+        return outcome
+
+    try:
+        rates = search_rates(configs[0], search, outcome_of) if search else []
+        chosen = {"lr": best_rate(rates, configs[0])} if rates else {}
+        return rates, [outcome_of(config.model_copy(update=chosen)) for config in configs]
+    except (_Unknown, RunFailed):
+        return None
+
+
+def _in_words(outcome: Outcome) -> str:
+    return "diverged" if outcome.summary is None else scores_in_words(outcome.summary["scores"])
 
 
 # --- before the first run -------------------------------------------------------------------------
@@ -139,48 +187,58 @@ def _portable(config: RunConfig) -> RunConfig:
 
 
 _OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length", "chat_template")
-_OF_ITS_TEXT = ("text", "text_sequences", "text_length")
 _OF_THE_ROWS = ("partition", "clients", "mask")
 
 
+class _Facts(NamedTuple):
+    """What a line's problem shows."""
+
+    better: Mapping[str, Better]
+    """Its scores, and which values of them are better."""
+    origin: Origin | None
+    """None where nobody asks."""
+
+
 def _check(
-    lines: Sequence[tuple[Study, Setting]], configs: Sequence[RunConfig], search: Search
-) -> dict[str, Mapping[str, Better]]:
+    lines: Sequence[tuple[Study, Setting]], configs: Sequence[RunConfig], search: Search, with_origin: bool
+) -> list[_Facts]:
     """Check what only the models, the data and the masks can show, before anything is written.
 
     Args:
         configs: each line's run of the first seed.
 
     Returns:
-        Each problem's scores by its name, and which values of them are better.
+        Of each line.
 
     Raises:
         MeerkatError: a run cannot be made, or a claim is about a score that its problem does not have.
     """
-    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], tuple[RunConfig, bool]]] = {}
-    for (study, setting), given in zip(lines, configs, strict=True):
-        config, searched = resolve(given), study.searches(setting)
-        same_rows = (*(getattr(config, name) for name in _OF_THE_ROWS), searched)
-        same_problem = tuple(getattr(config, name) for name in _OF_A_PROBLEM + _OF_ITS_TEXT)
-        groups.setdefault(same_problem, {})[same_rows] = config, searched
-    better = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    resolved = [resolve(config) for config in configs]
+    for i, config in enumerate(resolved):
+        groups.setdefault(tuple(getattr(config, name) for name in _OF_A_PROBLEM + OF_ITS_TEXT), []).append(i)
+    facts: dict[int, _Facts] = {}
     for group in groups.values():
-        first, _ = next(iter(group.values()))
-        problem = open_problem(first.model_copy(update={"method": "full-fedzo"}))
-        better[first.problem] = problem.scores
-        if any(not config.mask for config, _ in group.values()):
+        problem = open_problem(resolved[group[0]].model_copy(update={"method": "full-fedzo"}))
+        if any(not resolved[i].mask for i in group):
             problem.public()
         problem.prepare(problem.rows("train")[:1])
-        for config, searched in group.values():
-            _check_rows(config, problem, search if searched else None)
-    for (study, _), config in zip(lines, configs, strict=True):
-        scores = better[config.problem]
+        checked = set()
+        for i in group:
+            searched = lines[i][0].searches(lines[i][1])
+            if (same_rows := (*(getattr(resolved[i], name) for name in _OF_THE_ROWS), searched)) not in checked:
+                _check_rows(resolved[i], problem, search if searched else None)
+            checked.add(same_rows)
+        origin = Origin.of(problem) if with_origin else None
+        facts |= dict.fromkeys(group, _Facts(problem.scores, origin))
+    for i, (study, _) in enumerate(lines):
+        scores = facts[i].better
         if wrong := [check for check in study.check if check.measure and check.measure not in scores]:
             raise MeerkatError(
                 f"study '{study.name}': check '{wrong[0].claim}': measure {wrong[0].measure}: must be one of the "
                 f"problem's scores, {', '.join(scores)}"
             )
-    return better
+    return [facts[i] for i in range(len(lines))]
 
 
 def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> None:
@@ -189,7 +247,9 @@ def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> N
         partition(config.partition, training, config.clients, config.seed)
 
     if config.mask:
-        SparseMask.load(Path(config.mask)).check_fits(problem.model)
+        mask = given_mask(config)
+        if mask.kind != "lora":  # the problem has no adapters here
+            mask.check_fits(problem.model)
     split(config)
     if search is None:
         return
@@ -199,17 +259,3 @@ def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> N
         raise MeerkatError(
             f"learning-rate search, with {search.held_back:g} of the training rows held back: {error}; or give lr"
         ) from None
-
-
-def _with_mask(config: RunConfig, folder: Path) -> RunConfig:
-    """The settings with their sensitivity mask as a file, made once for all runs; other methods make their own."""
-    if config.mask or config.recipe.moves != "sensitivity":
-        return config
-    names = {"problem", "model", "density", "mask_scope", "exclude", *_OF_ITS_TEXT}
-    path = folder / f"{settings_hash(config.model_dump(mode='json', include=names))}.safetensors"
-    if not path.exists():
-        resolved = resolve(config)
-        say(f"mask of density {config.density:g}: {path}")
-        remove_leftovers(path)
-        write_atomically(path, make_mask(resolved, open_problem(resolved)).save)
-    return config.model_copy(update={"mask": str(path.resolve())})

@@ -2,32 +2,31 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from meerkat.comparison.cells import cell_name, rate_of, run_cell
+from meerkat.comparison.evidence import Outcome
 from meerkat.comparison.studies import Search
 from meerkat.errors import RunFailed
 from meerkat.settings.auto import AUTO, Auto
 from meerkat.settings.config import RunConfig
 
 
-def search_rates(config: RunConfig, search: Search, folder: Path) -> list[tuple[float, float]]:
+def search_rates(
+    config: RunConfig, search: Search, outcome_of: Callable[[RunConfig], Outcome]
+) -> list[tuple[float, float]]:
     """Held-back loss by learning rate, ascending; nan where it diverged. The rule is the same for every setting."""
     rounds = max(1, round(search.rounds * config.rounds))
     trial = config.model_copy(update={"held_back": search.held_back, "rounds": rounds, "eval_every": 0})
 
-    def loss_with(lr: float | Auto) -> float:
-        tried = trial.model_copy(update={"lr": lr})
-        summary = run_cell(tried, folder / cell_name(tried))
-        return math.inf if summary is None else float(summary["loss"])
+    def tried(lr: float | Auto) -> tuple[float, float]:
+        outcome = outcome_of(trial.model_copy(update={"lr": lr}))
+        return outcome.lr, math.inf if outcome.summary is None else float(outcome.summary["loss"])
 
-    default = loss_with(AUTO)  # measured, or the method's own: the run's folder then tells it
-    start = rate_of(folder / cell_name(trial))
+    start, first = tried(AUTO)  # measured, or the method's own
 
     def rate(place: int) -> float:
         return float(f"{start * search.factor**place:.3g}")
 
-    losses = search_lowest(lambda place: loss_with(rate(place)) if place else default, search.trials)
+    losses = search_lowest(lambda place: tried(rate(place))[1] if place else first, search.trials)
     return [(rate(place), loss if math.isfinite(loss) else math.nan) for place, loss in sorted(losses.items())]
 
 

@@ -39,7 +39,7 @@ class Line:
     better: Mapping[str, Better]
     """The problem's scores, the first of which runs are compared by, and which values of them are better."""
     runs: tuple[Path, ...]
-    """Run folders, one a seed, in the order of the comparison's seeds."""
+    """Run folders, one a seed, in the order of the comparison's seeds; one that evidence stands for need not exist."""
     summaries: tuple[dict[str, Any] | None, ...]
     """Each run's summary; None where it diverged."""
 
@@ -121,7 +121,7 @@ def _row(line: Line, seeds: Sequence[int], root: Path) -> dict[str, Any]:
         "payload_bytes_down_per_client": per_client("payload_bytes_down"),
         **{name: each(name) for name in ("client_steps", "calibration_steps", "wall_s")},
         "early_stopped": [len(clients) for clients in each("early_stopped_clients")],
-        "runs": [run.relative_to(root).as_posix() for run in finished.values()],
+        "runs": [run.relative_to(root).as_posix() for run in finished.values() if run.exists()],
     }
 
 
@@ -148,7 +148,7 @@ def _runs(lines: Sequence[Line], seeds: Sequence[int], root: Path) -> Iterator[d
                 **{name: scores.get(name) for name in others},
                 **{name: facts.get(name) for name in ("payload_bytes_up", "payload_bytes_down", "client_steps")},
                 **{name: facts.get(name) for name in ("calibration_steps", "wall_s", "theta_digest")},
-                "run": run.relative_to(root).as_posix(),
+                "run": run.relative_to(root).as_posix() if run.exists() else "",
             }
 
 

@@ -26,6 +26,7 @@ from meerkat.run.loop import Evaluate, evaluation_of, run_rounds
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import defence_in_words
 from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import evenly
 from meerkat.run.summary import write_summary
 from meerkat.settings.auto import AUTO
 from meerkat.settings.config import RunConfig
@@ -126,7 +127,7 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
         try:
             evaluate: Evaluate = engine.evaluate
             if federation.evaluate == "coordinator":
-                rows = problem.prepare(problem.rows("validation"))
+                rows = problem.prepare(evenly(problem.rows("validation"), config.max_eval_samples))
                 evaluate = evaluation_of(problem, run.model, problem.batch(rows, "evaluation"))
             run_rounds(run, engine, evaluate, attendance=engine)
             outcome = "the run is finished"

@@ -50,6 +50,7 @@ def sensitivity_mask(
     exclude: Collection[Exclusion] = (),
     kind: Kind = "sensitivity",
     facts: Mapping[str, str] | None = None,
+    with_gradient: bool = True,
     track: Callable[[Sequence[_Item], str], Iterable[_Item]] = _untracked,
 ) -> SparseMask:
     """The n = ceil(u d) parameters with the largest mean squared gradient (method, section 2).
@@ -64,6 +65,7 @@ def sensitivity_mask(
         scope: the n largest of all, or the u largest share of each tensor.
         exclude: kinds of parameters that never move.
         facts: what else the mask's file says of how it was made.
+        with_gradient: whether to take the pre-training gradient, too; a task mask has none.
         track: wraps the sequences of each pass, for a progress bar.
 
     Memory: the weights, one sequence's activations, the largest tensor's gradient, and the sums of squares, four bytes
@@ -94,7 +96,7 @@ def sensitivity_mask(
             "concentration": json.dumps(concentration(squares)),
         }
     mask = SparseMask.of(model, entries, kind, density, made)
-    if kind == "task":
+    if kind == "task" or not with_gradient:
         return mask
     gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
     return replace(mask, pretraining_gradient=gradient)

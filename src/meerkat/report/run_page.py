@@ -236,8 +236,10 @@ def _perturbation(run: RunFacts, mask: SparseMask) -> list[CaptionedFigure]:
     """How eps was chosen, where it was measured."""
     if CURVE not in mask.facts:
         return []
-    eps, errors = json.loads(mask.facts[CURVE])
-    figure = draw.perturbation(eps, errors, number(run.config.eps))
+    curve = json.loads(mask.facts[CURVE])
+    if not curve["eps"]:
+        return []
+    figure = draw.perturbation(curve["eps"], curve["error"], number(run.config.eps))
     caption = (
         f"How far projected gradients are from exact slopes on public data, computed in {run.config.dtype}, as a share "
         "of these slopes: small perturbations drown in rounding, large ones in the loss' curvature."

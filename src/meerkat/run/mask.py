@@ -35,7 +35,7 @@ def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     model, density, kind = problem.model, config.density, config.recipe.moves
     given: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude}
     if config.mask:
-        mask = SparseMask.load(Path(config.mask))
+        mask = given_mask(config)
         mask.check_fits(model)
     elif kind in ("sensitivity", "task"):
         mask = _sensitivity_mask(config, problem)
@@ -45,6 +45,8 @@ def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
         mask = random_mask(model, density, config.seed, **given)
     else:
         mask = lora_mask(model) if kind == "lora" else full_mask(model)
+    if config.gradip == "off":
+        return replace(mask, pretraining_gradient=None)
     if mask.pretraining_gradient is not None or (public := problem.public()) is None:
         return mask
     # not part of the method's choice, but GradIP needs it
@@ -52,9 +54,23 @@ def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     return replace(mask, pretraining_gradient=gradient)
 
 
+def given_mask(config: RunConfig) -> SparseMask:
+    """The mask that the settings name. A method that chooses by sensitivity takes any, others one of their own kind.
+
+    Raises:
+        MeerkatError: there is no such file, or it is of another kind.
+    """
+    mask, kind = SparseMask.load(Path(config.mask)), config.recipe.moves
+    if kind not in ("sensitivity", mask.kind):
+        moving = f"its kind is {mask.kind}, and method {config.method} moves entries of kind {kind}"
+        raise MeerkatError(f"mask '{config.mask}': {moving}; leave it out, or use method meerkat")
+    return mask
+
+
 def _sensitivity_mask(config: RunConfig, problem: Problem) -> SparseMask:
     """The entries most sensitive on public data, or on as many of the clients' own rows, drawn at random."""
     options: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude, "track": track}
+    options["with_gradient"] = config.gradip == "on"
     if config.recipe.moves == "task":
         training, _ = training_and_evaluation_rows(config, problem.rows)
         drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])

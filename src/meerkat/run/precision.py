@@ -4,6 +4,7 @@ Both are settled once, when a run begins; whoever takes part in it later, or res
 """
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meerkat.algorithm.perturbation import PerturbationCurve, perturbation_curve
+from meerkat.algorithm.perturbation import SIZES, PerturbationCurve, perturbation_curve
 from meerkat.algorithm.precision import DTYPES, cast_, multiplies_bfloat16, weights_as
 from meerkat.algorithm.quantised import quantise_
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
+from meerkat.errors import DAMAGE
 from meerkat.masks.sensitivity import is_large, pretraining_gradient
 from meerkat.masks.sparse_mask import CURVE, SparseMask
 from meerkat.problems.data import Row
@@ -43,14 +45,14 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": _fitting_dtype(config, problem.model)})
-    facts = {name: fact for name, fact in mask.facts.items() if name != CURVE}
-    eps = config.eps
-    if eps == "auto":
-        eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
-        curve = _measured(config, problem, mask) if config.recipe.sends_scalars else None
-        if curve is not None and curve.eps:
-            eps, facts[CURVE] = curve.chosen(eps), json.dumps([curve.eps, curve.error])
-    return config.model_copy(update={"eps": eps}), replace(mask, facts=facts)
+    if config.eps != "auto":
+        return config, without_curve(mask)
+    eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
+    public = problem.public() if config.recipe.sends_scalars else None
+    if public is None or not public.rows:
+        return config.model_copy(update={"eps": eps}), without_curve(mask)
+    curve, mask = _measured(config, problem, mask, public.rows)
+    return config.model_copy(update={"eps": curve.chosen(eps)}), mask
 
 
 def for_gradients(model: nn.Module) -> AbstractContextManager[None]:
@@ -95,15 +97,39 @@ def _fitting_dtype(config: RunConfig, model: nn.Module) -> str:
     return "bfloat16" if gains else "float32"
 
 
-def _measured(config: RunConfig, problem: Problem, mask: SparseMask) -> PerturbationCurve | None:
-    """The error of g by eps on public data; None where there is none."""
-    public = problem.public()
-    if public is None or not public.rows:
-        return None
+def without_curve(mask: SparseMask) -> SparseMask:
+    """A mask that says nothing of eps."""
+    return replace(mask, facts={name: fact for name, fact in mask.facts.items() if name != CURVE})
+
+
+def _measured(
+    config: RunConfig, problem: Problem, mask: SparseMask, rows: Sequence[Row]
+) -> tuple[PerturbationCurve, SparseMask]:
+    """The error of g by eps on public rows, and the mask with it; one that was measured alike is taken as it is."""
+    rows = rows[: _BATCHES * config.batch_size]
+    name = config.dtype if config.problem == CLASSIFICATION else "float32"
+    alike = [problem.digest(problem.prepare(rows)), config.batch_size, name, config.estimator]
+    if (before := _measured_before(mask, alike)) is not None:
+        return before, mask
     say("measuring the size of perturbations on public data")
-    batches = public_batches(config, problem, mask, public.rows)
-    dtype = DTYPES[config.dtype if config.problem == CLASSIFICATION else "float32"]
-    return perturbation_curve(problem.model, mask, batches, dtype, estimator(config), _never_cast(config, mask))
+    batches, keep = public_batches(config, problem, mask, rows), _never_cast(config, mask)
+    curve = perturbation_curve(problem.model, mask, batches, DTYPES[name], estimator(config), keep)
+    fact = {"of": alike, "eps": curve.eps, "error": curve.error}
+    return curve, replace(mask, facts={**mask.facts, CURVE: json.dumps(fact)})
+
+
+def _measured_before(mask: SparseMask, alike: Sequence[Any]) -> PerturbationCurve | None:
+    """What a mask says of the error of g where it was measured alike; None where it says nothing that can be."""
+    try:
+        fact = json.loads(mask.facts[CURVE])
+        curve = PerturbationCurve(tuple(map(float, fact["eps"])), tuple(map(float, fact["error"])))
+        return curve if fact["of"] == alike and len(curve.eps) == len(curve.error) and _finite(curve) else None
+    except DAMAGE:
+        return None
+
+
+def _finite(curve: PerturbationCurve) -> bool:
+    return all(eps in SIZES for eps in curve.eps) and all(0 <= error < math.inf for error in curve.error)
 
 
 def public_batches(

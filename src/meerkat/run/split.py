@@ -24,6 +24,17 @@ def training_and_evaluation_rows(config: RunConfig, rows: Callable[[Side], list[
     Args:
         rows: gives the rows of a split, as `Problem.rows` does.
     """
+    training, evaluated = _training_and_evaluation_rows(config, rows)
+    return training, evenly(evaluated, config.max_eval_samples)
+
+
+def evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many of some rows, evenly spaced; all of them where `most` is 0."""
+    count = min(most, len(rows)) or len(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _training_and_evaluation_rows(config: RunConfig, rows: Callable[[Side], list[Row]]) -> tuple[list[Row], list[Row]]:
     training = rows("train")
     if not config.held_back:
         return training, rows("validation")

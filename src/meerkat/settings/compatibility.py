@@ -26,8 +26,8 @@ def _in_method(config: "RunConfig") -> Iterator[str]:
     recipe, rule = config.recipe, config.update_rule
     if config.clients_per_round > config.clients:
         yield f"clients_per_round {config.clients_per_round}: must be at most clients, {config.clients}; 0 takes all"
-    if config.mask and recipe.moves != "sensitivity":
-        yield f"method {config.method}: makes its own mask, so --mask cannot be given with it"
+    if config.mask and recipe.moves == "task":
+        yield f"method {config.method}: makes its mask from the run's own rows, so --mask cannot be given with it"
     if not recipe.sends_scalars and config.early_stop in ("vp", "random"):
         yield f"early_stop {config.early_stop}: needs scalars, and {config.method} sends none; use none"
     if recipe.moves == "full" and config.quantize != "none":
@@ -108,6 +108,8 @@ def _in_calibration(config: "RunConfig") -> Iterator[str]:
     steps, compared = config.calibration_steps, config.initial_steps + config.later_steps
     if config.stopping != "none" and compared > steps:
         yield f"calibration_steps {steps}: must be at least initial_steps + later_steps, {compared}"
+    if config.stopping != "none" and config.vpcs_rule == "thresholds" and config.gradip == "off":
+        yield "gradip off: vpcs_rule thresholds reads GradIP; use on, or vpcs_rule automatic"
 
 
 def idle(config: "RunConfig") -> dict[str, str]:

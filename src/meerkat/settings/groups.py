@@ -63,6 +63,10 @@ class ModelAndData(Settings):
     held_back: float = Field(0.0, ge=0, lt=1)
     """share of the training rows held back and evaluated on in place of the validation set, to choose settings with"""
 
+    max_eval_samples: int = Field(0, ge=0)
+    """rows that the model is evaluated on, at most, taken evenly from the validation set, or from the rows held back; 0
+    for all"""
+
 
 class MethodSettings(Settings):
     """What moves, and how clients and server step."""
@@ -189,6 +193,9 @@ class CalibrationSettings(Settings):
     """rule thresholds: and from this share of quiescent later steps on"""
     sigma: _Positive = 0.25
     """rule thresholds: a step is quiescent under this share of clients' median initial mean |GradIP|"""
+    gradip: Literal["on", "off"] = "on"
+    """note every step's GradIP, for which the pre-training gradient is taken from the public text before the run; off
+    saves that pass; rule thresholds needs it"""
     recalibrate_every: int = Field(0, ge=0)
     """rounds between calibrations; 0 for one, before the first round"""
 

@@ -1,0 +1,178 @@
+"""Finished runs of comparisons, a line each in a CSV file that outlives their folders.
+
+A run is known by what it starts from (weights, rows, text) and by its settings: whoever compares the same again, on any
+machine, takes its outcome from the file. docs/formats.md describes the columns.
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from meerkat.errors import DAMAGE, MeerkatError, in_short
+from meerkat.masks.sparse_mask import SparseMask, fingerprint
+from meerkat.problems.problem import Problem
+from meerkat.record.files import explain_disk_errors
+from meerkat.settings.config import RunConfig
+
+_IDENTIFIED_OTHERWISE = {"model", "data", "text", "mask", "device", "threads"}
+"""Settings that are paths, which the digests stand for, or that say where and how fast a run is made."""
+_PACKAGES = {"meerkat": "meerkat-fl", "torch": "torch", "transformers": "transformers"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What runs start from, as SHA-256."""
+
+    model: str
+    """Of the pre-trained weights: see `masks.sparse_mask.fingerprint`."""
+    rows: str
+    """Of the training and validation rows, as the model sees them."""
+    text: str
+    """Of the public text, through the task's template; empty where there is none."""
+
+    @classmethod
+    def of(cls, problem: Problem) -> Self:
+        """Read it from a problem, whose model has no adapters."""
+        rows = [problem.digest(problem.prepare(problem.rows(split))) for split in ("train", "validation")]
+        public = problem.public()
+        text = "" if public is None else problem.digest(problem.prepare(public.rows))
+        return cls(fingerprint(problem.model), hashlib.sha256("".join(rows).encode()).hexdigest(), text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    lr: float
+    """The learning rate that it began with."""
+    summary: dict[str, Any] | None
+    """As in its summary.json; None where it diverged."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the file."""
+
+    origin: Origin
+    settings: Mapping[str, Any]
+    """As `identity` has them."""
+    model: str
+    """The name of the model's folder."""
+    outcome: Outcome
+
+
+def identity(config: RunConfig, made: Path | None = None) -> dict[str, Any]:
+    """A run's settings as JSON values, those at their defaults and all paths left out.
+
+    Args:
+        made: the folder of masks that were made for the comparison, and follow from the other settings. Any other mask
+            is known by its entries.
+    """
+    settings = config.model_dump(mode="json", exclude=_IDENTIFIED_OTHERWISE, exclude_defaults=True)
+    if "task" in settings:
+        settings["task"] = Path(settings["task"]).stem
+    if config.mask and (made is None or Path(config.mask).parent != made.resolve()):
+        settings["mask"] = SparseMask.load(Path(config.mask)).digest()
+    return settings
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The runs of one origin in a file, which need not exist yet."""
+
+    file: Path
+    origin: Origin
+    made: Path | None = None
+    """See `identity`."""
+
+    def outcome(self, config: RunConfig) -> Outcome | None:
+        """What came of a run; None where it is not in the file."""
+        settings = identity(config, self.made)
+        same = (e for e in read(self.file) if e.origin == self.origin and e.settings == settings)
+        return next((entry.outcome for entry in same), None)
+
+    def add(self, config: RunConfig, outcome: Outcome, resolved: RunConfig) -> None:
+        """Append a run.
+
+        Args:
+            config: its settings as they were asked for.
+            resolved: as its folder has them.
+
+        Raises:
+            RunFailed: the disk refused it.
+        """
+        summary = outcome.summary and {**outcome.summary, "model": Path(outcome.summary["model"]).name}
+        facts = summary or {}
+        line = {
+            **{"model": Path(config.model).name, "parameters": facts.get("params_total")},
+            **{"task": Path(resolved.task).stem, "method": config.method, "partition": config.partition},
+            **{name: getattr(config, name) for name in ("clients", "local_steps", "rounds", "batch_size", "seed")},
+            **{"held_back": config.held_back, "moving": facts.get("params_masked"), "lr": outcome.lr},
+            **{"eps": resolved.eps, "dtype": resolved.dtype, "outcome": "finished" if summary else "diverged"},
+            **{name: facts.get(name) for name in ("accuracy_before", "accuracy", "loss_before", "loss", "wall_s")},
+            **{"theta_digest": facts.get("theta_digest")},
+            **{name: version(package) for name, package in _PACKAGES.items()},
+            **{f"{name}_digest": digest for name, digest in asdict(self.origin).items()},
+            "settings": json.dumps(identity(config, self.made), sort_keys=True),
+            "summary": json.dumps(summary),
+        }
+        with explain_disk_errors(self.file, "make room; the same command goes on from here"):
+            _append(self.file, line)
+
+
+def read(file: Path) -> list[Entry]:
+    """All runs in a file, in its order; none where there is no such file. A last line that was cut off does not count.
+
+    Raises:
+        MeerkatError: it holds something else.
+    """
+    if not file.exists():
+        return []
+    try:
+        text = file.read_text(encoding="utf-8")
+        lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), strict=True)
+        return [_entry(line) for line in lines]
+    except (OSError, csv.Error, *DAMAGE) as error:
+        cure = "give the file of an earlier comparison, or one that does not exist yet"
+        raise MeerkatError(f"evidence '{file}': holds no runs of comparisons ({in_short(error)}); {cure}") from None
+
+
+def check_file(file: Path) -> None:
+    """Raise MeerkatError unless runs can be read from a file, or it can be made."""
+    read(file)
+    if not file.parent.is_dir():
+        raise MeerkatError(f"evidence '{file}': there is no folder '{file.parent}'; make it first")
+
+
+def _entry(line: Mapping[str, str]) -> Entry:
+    origin = Origin(line["model_digest"], line["rows_digest"], line["text_digest"])
+    outcome = Outcome(float(line["lr"]), json.loads(line["summary"]))
+    return Entry(origin, json.loads(line["settings"]), line["model"], outcome)
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    """Append a line, while no other process does, behind the last whole one; the first comes with its header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(line), lineterminator="\n")
+    writer.writeheader()
+    header = out.getvalue()
+    writer.writerow(line)
+    with open(file, "a+b") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.seek(0)
+        known = lines.read().decode()
+        whole = known.rfind("\n") + 1
+        if whole and not known.startswith(header):
+            raise MeerkatError(f"evidence '{file}': has other columns than this version writes; give a new file")
+        lines.truncate(len(known[:whole].encode()))
+        lines.write(out.getvalue()[len(header) if whole else 0 :].encode())
+        lines.flush()
+        os.fsync(lines.fileno())
