@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 600
 # a file's tests stay together, for what they share; the longest file comes first
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo federation llm bench check test test-all test-lowest lock fuzz clean
+.PHONY: demo federation llm bench evidence check test test-all test-lowest lock fuzz clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,10 @@ llm: .venv/ready
 # On a model of your own: make bench MODEL=DIR TASK=sst2 DATA=DIR [GGUF=FILE] [DTYPE=bfloat16]
 bench: .venv/ready
 	$(BIN)/python benchmarks/all.py $(foreach name,MODEL TASK DATA GGUF DTYPE,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
+
+# docs/evidence.md, from the runs in docs/evidence
+evidence: .venv/ready
+	$(BIN)/python scripts/evidence.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

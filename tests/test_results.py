@@ -29,6 +29,10 @@ def summary(accuracy: float, loss: float = 0.5) -> dict[str, Any]:
     }
 
 
+ABSENT = 2
+"""Runs of later seeds have no folder: they stand in evidence alone."""
+
+
 def written(
     root: Path, outcomes: dict[Any, Outcomes], check: dict[str, Any] | None = None, axis: str = "local_steps"
 ) -> dict[str, Any]:
@@ -50,6 +54,9 @@ def written(
         )
         for value, accuracies in outcomes.items()
     ]
+    for line in lines:
+        for run in line.runs[:ABSENT]:
+            run.mkdir(parents=True, exist_ok=True)
     found = write_results(comparison, lines, root)
     assert json.loads((root / "compare.json").read_text(), parse_constant=pytest.fail) == json.loads(json.dumps(found))
     return found
@@ -86,6 +93,12 @@ def test_every_run_is_a_line_that_can_be_read_back(tmp_path: Path) -> None:
     ]
     assert [row["run"] for row in rows] == ["cells/1-0", "cells/1-1", "cells/2-0", "cells/2-1"]
     assert {row["lr"] for row in rows} == {"0.1"}
+
+
+def test_a_run_without_a_folder_names_none(tmp_path: Path) -> None:
+    (row,) = written(tmp_path, {1: [0.6, 0.7, 0.8]})["studies"][0]["rows"]
+    assert row["runs"] == ["cells/1-0", "cells/1-1"]
+    assert [row["run"] for row in read_csv(tmp_path / "results.csv")] == ["cells/1-0", "cells/1-1", ""]
 
 
 def test_what_was_excluded_and_masks_are_spelled_shortly(tmp_path: Path) -> None:

@@ -176,14 +176,18 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
+def without_idle(config: RunConfig) -> RunConfig:
+    """The settings, those without effect at their defaults: runs that differ in them alone are the same run."""
+    unused = {"density", "mask_scope", "exclude"} if config.recipe.moves in ("full", "lora") else set()
+    defaults = {name: RunConfig.model_fields[name].default for name in unused.union(config.idle())}
+    return config.model_copy(update=defaults)
+
+
 def _portable(config: RunConfig) -> RunConfig:
     """Settings that mean the same from any folder, with any number of runs at a time."""
     resolved = resolve(config)
     update: dict[str, Any] = {name: getattr(resolved, name) for name in ("model", "task", "data", "text", "mask")}
-    # settings without effect take their defaults: runs that differ in them alone are the same run
-    unused = {"density", "mask_scope", "exclude"} if config.recipe.moves in ("full", "lora") else set()
-    update |= {name: RunConfig.model_fields[name].default for name in unused.union(config.idle())}
-    return config.model_copy(update={**update, "threads": number_or(config.threads, 1)})
+    return without_idle(config).model_copy(update={**update, "threads": number_or(config.threads, 1)})
 
 
 _OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length", "chat_template")

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -136,10 +137,16 @@ def read(file: Path) -> list[Entry]:
     """
     if not file.exists():
         return []
+    return list(_read(file, file.stat().st_mtime_ns, file.stat().st_size))
+
+
+@lru_cache(maxsize=4)
+def _read(file: Path, *_: int) -> tuple[Entry, ...]:
+    """See `read`. The other arguments change when the file does."""
     try:
         text = file.read_text(encoding="utf-8")
         lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), strict=True)
-        return [_entry(line) for line in lines]
+        return tuple(map(_entry, lines))
     except (OSError, csv.Error, *DAMAGE) as error:
         cure = "give the file of an earlier comparison, or one that does not exist yet"
         raise MeerkatError(f"evidence '{file}': holds no runs of comparisons ({in_short(error)}); {cure}") from None

@@ -50,9 +50,20 @@ class Line:
 
 def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> dict[str, Any]:
     """Write results.csv (a line a run), table.csv (a line a setting) and compare.json, whose content it returns."""
+    content = results(comparison, lines, root)
+    write_text(root / FILE, json.dumps(content, indent=1) + "\n")
+    write_text(root / "results.csv", _as_csv(_runs(lines, comparison.seeds, root)))
+    table_rows = (_table_row(study, row) for study in content["studies"] for row in study["rows"])
+    write_text(root / "table.csv", _as_csv(table_rows))
+    return content
+
+
+def results(comparison: Comparison, lines: Sequence[Line], root: Path) -> dict[str, Any]:
+    """The content of compare.json. Studies without lines are left out, and so are pairs of which a line is missing."""
     studies: list[dict[str, Any]] = []
     for study in comparison.studies:
-        of_study = [line for line in lines if line.study is study]
+        if not (of_study := [line for line in lines if line.study is study]):
+            continue
         better = of_study[0].better
         studies.append(
             {
@@ -63,17 +74,13 @@ def write_results(comparison: Comparison, lines: Sequence[Line], root: Path) -> 
                 "checks": [_checked(check, of_study) for check in study.check],
             }
         )
-    content: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "title": comparison.title,
         "model": _shared(lines, "model"),
         "task": _shared(lines, "task") or _shared(lines, "problem"),
         "studies": studies,
     }
-    write_text(root / FILE, json.dumps(content, indent=1) + "\n")
-    write_text(root / "results.csv", _as_csv(_runs(lines, comparison.seeds, root)))
-    write_text(root / "table.csv", _as_csv(_table_row(study, row) for study in studies for row in study["rows"]))
-    return content
 
 
 def _shared(lines: Sequence[Line], name: str) -> str:
@@ -199,7 +206,9 @@ def _checked(check: Check, lines: Sequence[Line]) -> dict[str, Any]:
         if line.setting[check.axis] != value or any(line.setting[k] != v for k, v in check.where.items()):
             continue
         for other in others:
-            twin = next(one for one in lines if one.setting == {**line.setting, check.axis: other}).values(measure)
+            twins = (one.values(measure) for one in lines if one.setting == {**line.setting, check.axis: other})
+            if (twin := next(twins, None)) is None:
+                continue
             by_seed = [sign * (ours - theirs) for ours, theirs in zip(line.values(measure), twin, strict=True)]
             rest = {axis: fixed for axis, fixed in line.setting.items() if axis != check.axis}
             setting = {**rest, check.axis: f"{value} against {other}"}
@@ -207,7 +216,7 @@ def _checked(check: Check, lines: Sequence[Line]) -> dict[str, Any]:
             by_pair.append(by_seed)
     together = _verdict([mean(values) for values in zip(*by_pair, strict=True)], None, check)
     verdicts = {difference["verdict"] for difference in differences}
-    verdict = verdicts.pop() if len(verdicts) == 1 else "fails" if "fails" in verdicts else "undecided"
+    verdict = "fails" if "fails" in verdicts else "holds" if verdicts == {"holds"} else "undecided"
     return {"claim": check.claim, "measure": measure, **together, "verdict": verdict, "differences": differences}
 
 

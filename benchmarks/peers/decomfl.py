@@ -1,0 +1,101 @@
+"""DeComFL's own program on a model folder and rows of SST-2, judged as Meerkat's runs are.
+
+    python benchmarks/peers/decomfl.py CHECKOUT --model DIR --data DIR --lr 1e-5 [--held-back 0.1]
+
+CHECKOUT is a clone of DeComFL. README.md beside this file says what of it is changed. Prints a line of JSON.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+import types
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meerkat.run.setup import open_problem, resolve
+from meerkat.run.split import training_and_evaluation_rows
+from meerkat.settings.config import make_config
+
+NAME = "smollm3-3b"
+"""A model that DeComFL knows by name, in whose place ours is loaded."""
+
+
+def main() -> None:
+    """Run DeComFL once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--mu", type=float, default=1e-3, help="size of a perturbation [default: 1e-3, DeComFL's]")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-back", type=float, default=0.0, help="share of the training rows to judge on")
+    parser.add_argument("--max-eval-samples", type=int, default=300)
+    given = parser.parse_args()
+    settings = {"model": given.model, "data": given.data, "task": "sst2", "method": "full-fedzo", "threads": 1}
+    settings |= {name: getattr(given, name) for name in ("held_back", "max_eval_samples", "seed")}
+    config = resolve(make_config(settings))
+    problem = open_problem(config)
+    training, evaluated = training_and_evaluation_rows(config, problem.rows)
+    batch = problem.batch(problem.prepare(evaluated), "evaluation")
+    before = problem.evaluate(batch).scores
+    server = _server(given, training)
+    began = time.perf_counter()
+    with torch.no_grad():
+        for round_ in range(given.rounds):
+            server.train_one_step(round_)
+    seconds = time.perf_counter() - began
+    problem.model.load_state_dict(server.server_model.state_dict())
+    print(
+        json.dumps(
+            {
+                **{name: getattr(given, name) for name in ("lr", "mu", "clients", "batch_size", "rounds", "seed")},
+                **{"held_back": given.held_back, "model": Path(given.model).name, "before": before},
+                "scores": problem.evaluate(batch).scores,
+                "seconds": seconds,
+                "rows_forwarded": 2 * given.rounds * given.clients * given.batch_size,
+            }
+        )
+    )
+
+
+def _server(given: argparse.Namespace, training: Sequence[Any]) -> Any:
+    """DeComFL's server and clients, by its own functions and flags."""
+    # DeComFL reads its settings from the command line, and imports torchvision for pictures alone
+    sys.argv = ["decomfl_main.py", "--large-model", NAME, "--dataset", "sst2", "--no-cuda", "--no-mps"]
+    sys.argv += ["--train-batch-size", str(given.batch_size), "--num-clients", str(given.clients), "--no-optim"]
+    sys.argv += ["--num-sample-clients", str(given.clients), "--lr", str(given.lr), "--mu", str(given.mu)]
+    sys.argv += ["--seed", str(given.seed + 1), "--no-iid", "--dirichlet-alpha", str(given.alpha)]
+    sys.path.insert(0, str(given.checkout))
+    import_module("datasets")  # before torchvision, which it would take for the real one
+    pictures: Any = types.ModuleType("torchvision")
+    pictures.transforms = types.ModuleType("torchvision.transforms")
+    sys.modules |= {"torchvision": pictures, "torchvision.transforms": pictures.transforms}
+    import decomfl_main
+    from cezo_fl.util import language_utils
+    from experiment_helper import data
+
+    language_utils.SUPPORTED_LLM[NAME] = given.model
+    language_utils.SST2Template.verbalizer = {0: " terrible", 1: " great"}
+    # it shuffles what it evaluates on, and evaluates on none of it here
+    data.huggingface_load_dataset = lambda *_: {"train": training, "validation": training[:8]}
+    random.seed(given.seed)
+    torch.manual_seed(given.seed)
+    settings = decomfl_main.CliSetting()
+    loaders, _ = data.get_dataloaders(settings.data_setting, given.clients, settings.seed, given.model)
+    devices = decomfl_main.use_device(settings.device_setting, given.clients)
+    return decomfl_main.setup_server_and_clients(settings, devices, loaders)
+
+
+if __name__ == "__main__":
+    main()

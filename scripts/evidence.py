@@ -1,0 +1,368 @@
+"""Write docs/evidence.md: what the runs in docs/evidence say of the paper's claims, at every size of model.
+
+    python scripts/evidence.py
+
+Each examples/claims/real/NAME.toml says what is compared, and docs/evidence/NAME.csv has the runs, of any number of
+models: `meerkat compare examples/claims/real/NAME.toml --evidence docs/evidence/NAME.csv --model MODEL ...` adds them.
+Rates are chosen anew from the trials in the file, and claims are checked anew, on differences paired by seed.
+docs/evidence/mask-NAME.json is what `meerkat mask --json` prints of a model's sensitivity mask.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from meerkat.comparison.compare import known_line, without_idle
+from meerkat.comparison.evidence import Entry, Evidence, Origin, read
+from meerkat.comparison.results import Line, results
+from meerkat.comparison.studies import Comparison, Setting, Study, axis_words, read_comparison
+from meerkat.problems.classification import Classification
+from meerkat.record.files import write_atomically, write_text
+from meerkat.report.drawing import drawing
+from meerkat.report.style import CYCLE, GREY, MARKERS
+
+ROOT = Path(__file__).parents[1]
+
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95% quantiles of Student's t by degrees of freedom; 2.23 is used beyond."""
+MOST_SEEDS = 100
+
+INTRODUCTION = """# Evidence
+
+What our own runs say of the claims in ["Mitigating Non-IID Drift in Zeroth-Order Federated LLM Fine-Tuning with
+Transferable Sparsity"](https://arxiv.org/abs/2506.03337). `make evidence` writes this page from the runs in
+[docs/evidence](evidence), one line each ([what is in them](formats.md#evidence)). With a new `--evidence` file the
+commands below make every run again.
+
+- Learning rates are searched by one rule on rows held back from the training rows, with the first seed, unless the
+  section says otherwise. Validation rows choose nothing. A star marks the lowest or the highest that was tried.
+- Differences are paired by seed, and above 0 where the claim is right. **holds**, **fails**: the 95% interval of the
+  mean difference (Student's t) is on one side of 0. **undecided**: it is not; the table says with how many seeds it
+  would be, if mean and spread stayed as they are.
+- What stands in no table has not been run.
+- What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
+"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model on one task, in one type."""
+
+    origin: Origin
+    model: str
+    task: str
+    dtype: str
+    """As it was asked for."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> "Group":
+        """The group that a run belongs to."""
+        return cls(entry.origin, entry.model, entry.settings["task"], entry.settings.get("dtype", "auto"))
+
+    @property
+    def name(self) -> str:
+        """Model and task."""
+        return f"{self.model}, {self.task}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What paired differences say of a claim."""
+
+    claim: str
+    setting: str
+    """The other axes of the two settings that are compared."""
+    against: str
+    measure: str
+    difference: float
+    """Mean, above 0 where the claim is right; nan where a run diverged."""
+    half: float
+    """Of the 95% interval's width."""
+    seeds: int
+
+    @property
+    def word(self) -> str:
+        """holds, fails or undecided."""
+        if not abs(self.difference) > self.half:
+            return "undecided"
+        return "holds" if self.difference > 0 else "fails"
+
+    @property
+    def words(self) -> str:
+        """The difference, its interval, and what would settle it."""
+        if math.isnan(self.difference):
+            return "a run diverged"
+        low, high = self.difference - self.half, self.difference + self.half
+        more = f"; {self._needed()}" if self.word == "undecided" else ""
+        return f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}){more}"
+
+    def _needed(self) -> str:
+        deviation = self.half / quantile(self.seeds) * math.sqrt(self.seeds)
+        for seeds in range(self.seeds + 1, MOST_SEEDS + 1):
+            if abs(self.difference) > quantile(seeds) * deviation / math.sqrt(seeds):
+                return f"{seeds} seeds"
+        return f"more than {MOST_SEEDS} seeds"
+
+
+def quantile(seeds: int) -> float:
+    """Of a mean over so many seeds."""
+    return T975.get(seeds - 1, 2.23)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one comparison says of one group."""
+
+    group: Group
+    lines: Sequence[Line]
+    verdicts: Mapping[str, Sequence[Verdict]]
+    """By study."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without adapters."""
+        return min(int(s["params_total"]) for line in self.lines for s in line.summaries if s)
+
+    def line(self, study: Study, setting: Setting) -> Line | None:
+        """A setting's runs, if they are there."""
+        return next((one for one in self.lines if one.study.name == study.name and one.setting == setting), None)
+
+
+def blocks(comparison: Comparison, file: Path) -> list[Block]:
+    """Every group's share of a comparison, the smallest model first."""
+    made = []
+    for group in dict.fromkeys(map(Group.of, read(file))):
+        if lines := list(_lines(comparison, file, group)):
+            studies = results(comparison, lines, ROOT)["studies"]
+            seeds = len(comparison.seeds)
+            verdicts = {s["name"]: [v for check in s["checks"] for v in _verdicts(check, seeds)] for s in studies}
+            made.append(Block(group, lines, verdicts))
+    return sorted(made, key=lambda block: (block.parameters, block.group.task))
+
+
+def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
+    """The settings whose runs are all there."""
+    evidence, own = Evidence(file, group.origin), {"task": group.task, "dtype": group.dtype}
+    for study in comparison.studies:
+        for setting in study.settings():
+            configs = [without_idle(study.config(setting, seed)).model_copy(update=own) for seed in comparison.seeds]
+            known = known_line(configs, comparison.search if study.searches(setting) else None, evidence)
+            if known is None:
+                continue
+            rates, outcomes = known
+            yield Line(
+                study=study,
+                setting=setting,
+                rates=tuple(rates),
+                lr=outcomes[0].lr,
+                better=Classification.scores,
+                runs=tuple(ROOT / "runs" / str(seed) for seed in comparison.seeds),
+                summaries=tuple(outcome.summary for outcome in outcomes),
+            )
+
+
+def _verdicts(check: Mapping[str, Any], seeds: int) -> Iterator[Verdict]:
+    for pair in check["differences"]:
+        sides = {axis: str(value) for axis, value in pair["setting"].items() if " against " in str(value)}
+        rest = [f"{_AXES.get(axis, axis)} {value}" for axis, value in pair["setting"].items() if axis not in sides]
+        compared = [f"{_AXES.get(axis, axis)} {sides[axis]}" for axis in sides if axis != "method"]
+        error = math.nan if pair["se"] is None else pair["se"]
+        yield Verdict(
+            claim=check["claim"],
+            setting=", ".join(rest + compared),
+            against=next(iter(sides.values())).split(" against ")[1],
+            measure=check["measure"],
+            difference=math.nan if pair["se"] is None else pair["mean"],
+            half=quantile(seeds) * error,
+            seeds=seeds,
+        )
+
+
+_AXES = {"local_steps": "T =", "partition": "", "method": ""}
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def page(claims: Path, evidence: Path) -> str:
+    """The page; pictures are drawn into the folder of evidence.
+
+    Args:
+        claims: a folder of comparisons' files.
+        evidence: a folder of files of runs, each with its comparison's name.
+    """
+    parts, overview, models = [], [], dict[Group, str]()
+    for toml in sorted(claims.glob("*.toml")):
+        comparison = read_comparison(toml, {})
+        if not (of_models := blocks(comparison, evidence / f"{toml.stem}.csv")):
+            continue
+        models |= {block.group: _about(block) for block in of_models}
+        overview.append(_overview(comparison, of_models))
+        parts += [f"## {comparison.title}", _commands(toml, of_models)]
+        parts += [part for study in comparison.studies for part in _study(study, of_models)]
+        parts += draw_sizes(of_models, evidence / f"{toml.stem}.png")
+    head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
+    about = table(head, (models[group].split("|") for group in sorted(models, key=lambda g: (models[g], g.task))))
+    return "\n\n".join([INTRODUCTION.strip(), about, "## In short", *overview, *parts, *_masks(evidence)]) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def _about(block: Block) -> str:
+    first = next(s for line in block.lines for s in line.summaries if s)
+    group, before = block.group, first["scores_before"]
+    scores = [f"{before[name]:.3f}" for name in ("accuracy", "loss")]
+    return "|".join([group.model, f"{block.parameters:,}", group.task, *scores, group.dtype])
+
+
+def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
+    """Each claim's verdicts on every model."""
+    claims = dict.fromkeys(check.claim for study in comparison.studies for check in study.check)
+    rows = []
+    for claim in claims:
+        cells = []
+        for block in of_models:
+            verdicts = [v for of_study in block.verdicts.values() for v in of_study if v.claim == claim]
+            cells.append(_counted([v.word for v in verdicts]))
+        if any(cells):
+            rows.append([claim, *cells])
+    return table([comparison.title.lower(), *(block.group.name for block in of_models)], rows)
+
+
+def _counted(words: Sequence[str]) -> str:
+    counts = {word: words.count(word) for word in ("holds", "fails", "undecided") if word in words}
+    return ", ".join(f"{word} {count} of {len(words)}" if len(words) > 1 else word for word, count in counts.items())
+
+
+def _commands(toml: Path, of_models: Sequence[Block]) -> str:
+    """What makes each group's runs; a type or a task that the file names need no flag."""
+    given, lines = toml.read_text(encoding="utf-8"), []
+    for group in (block.group for block in of_models):
+        flags = [] if group.model == "embedded" else [f"--model {group.model} --data DATA --text TEXT"]
+        for name in ("task", "dtype"):
+            value = getattr(group, name)
+            if f'{name} = "{value}"' not in given and value != "auto":
+                flags.append(f"--{name} {value}")
+        files = f"--evidence docs/evidence/{toml.stem}.csv --out runs/{toml.stem}-{group.model}"
+        lines.append(f"    meerkat compare examples/claims/real/{toml.name} {' '.join([*flags, files])}")
+    return "\n".join(lines)
+
+
+def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
+    of_study = [block for block in of_models if block.verdicts.get(study.name) is not None]
+    if not of_study:
+        return
+    yield f"### {study.title or study.name}"
+    if study.note:
+        yield study.note
+    yield "Accuracy and loss on validation rows, mean and standard deviation over seeds; the rate."
+    rows = [
+        [axis_words(setting), *(_cell(block.line(study, setting)) for block in of_study)]
+        for setting in study.settings()
+    ]
+    yield table(["setting", *(block.group.name for block in of_study)], (row for row in rows if any(row[1:])))
+    verdicts = [(block, verdict) for block in of_study for verdict in block.verdicts[study.name]]
+    verdicts.sort(key=lambda pair: [check.claim for check in study.check].index(pair[1].claim))
+    if verdicts:
+        cells = ([v.claim, b.group.name, v.setting, f"**{v.word}**", v.words] for b, v in verdicts)
+        yield table(["claim", "model", "at", "", "difference (95% interval)"], cells)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return ""
+    finished = [summary["scores"] for summary in line.summaries if summary]
+    if not finished:
+        return "diverged"
+    shown = [_spread([scores[name] for scores in finished]) for name in ("accuracy", "loss")]
+    tried = [rate for rate, _ in line.rates]
+    star = r"\*" if tried and line.lr in (min(tried), max(tried)) else ""
+    lost = len(line.summaries) - len(finished)
+    return f"{'; '.join(shown)}; {line.lr:g}{star}" + (f"; {lost} diverged" if lost else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _masks(evidence: Path) -> Iterator[str]:
+    """How concentrated sensitivity is, and in which layers the most sensitive entries lie."""
+    rows = []
+    for file in evidence.glob("mask-*.json"):
+        about = json.loads(file.read_text(encoding="utf-8"))
+        shares, held = np.array(json.loads(about["concentration"])).T
+        top, next_ = np.interp(np.log([1e-3, 1e-2]), np.log(shares), held)
+        kinds, layers = dict[str, int](), dict[int, int]()
+        for name, count in about["by_tensor"].items():
+            path = name.split(".")
+            kind = path[-2]
+            kinds[kind] = kinds.get(kind, 0) + count
+            if "layers" in path:
+                layer = int(path[path.index("layers") + 1])
+                layers[layer] = layers.get(layer, 0) + count
+        n, ends = about["params_masked"], layers[0] + layers[max(layers)]
+        most = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
+        said = ", ".join(f"{kind} {kinds[kind] / n:.2f}" for kind in most)
+        ratio = (top / 1e-3) / ((next_ - top) / 9e-3)
+        cells = [file.stem.removeprefix("mask-"), f"{ratio:.3g}", f"{top:.2f}", said, f"{ends / n:.2f}"]
+        rows.append((about["params_total"], [*cells, f"{2 / (max(layers) + 1):.2f}"]))
+    if rows:
+        yield "## Where the most sensitive entries are"
+        yield (
+            "Among the parameters that may move (all but embeddings), on Wikipedia's or the embedded model's text. The "
+            "paper: the top 0.1% have 52 times the mean squared gradient of the 0.1% to 1% tier."
+        )
+        made = "--out runs/mask.safetensors --json > docs/evidence/mask-MODEL.json"
+        yield f"    meerkat mask --model MODEL --text TEXT {made}"
+        head = ["model", "mean square of the top 0.1% over that of the 0.1% to 1% tier", "their share of all"]
+        head += ["the kinds of tensor with most of them", "in the first and the last layer", "of all layers these are"]
+        yield table(head, (cells for _, cells in sorted(rows)))
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw_sizes(of_models: Sequence[Block], to: Path) -> Iterator[str]:
+    """Draw the differences in loss over the models' sizes, where there are several; gives the words that show it."""
+    points: dict[str, list[tuple[int, Verdict]]] = {}
+    for block in of_models:
+        for verdict in (v for of_study in block.verdicts.values() for v in of_study):
+            if verdict.measure == "loss" and not math.isnan(verdict.difference):
+                name = f"{verdict.against}; {verdict.setting}"
+                points.setdefault(name, []).append((block.parameters, verdict))
+    if len({block.parameters for block in of_models}) < 2 or not points:
+        return
+    with drawing(8.8, 3.8) as (figure, axes):
+        axes.axhline(0, color=GREY, lw=1)
+        for i, (name, of_name) in enumerate(points.items()):
+            sizes = [size * 1.05 ** (i - len(points) / 2) for size, _ in of_name]
+            means, halves = [v.difference for _, v in of_name], [v.half for _, v in of_name]
+            look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ls": ""}
+            axes.errorbar(sizes, means, halves, label=name, capsize=2, **look)
+        axes.set(xscale="log", xlabel="parameters of the model", ylabel="loss: how much lower ours is")
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        form: dict[str, Any] = {"format": "png", "metadata": {"Software": "meerkat"}, "facecolor": "white"}
+        write_atomically(to, partial(figure.savefig, **form))
+    yield f"![How much lower the loss is, by size of the model](evidence/{to.name})"
+    yield "Above the line the claim is right. Bars are 95% intervals; the axis is linear between -0.1 and 0.1."
+
+
+def main() -> None:
+    """Write the page and its pictures."""
+    write_text(ROOT / "docs" / "evidence.md", page(ROOT / "examples" / "claims" / "real", ROOT / "docs" / "evidence"))
+    print("docs/evidence.md: written")
+
+
+if __name__ == "__main__":
+    main()

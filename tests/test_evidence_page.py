@@ -1,0 +1,143 @@
+"""scripts/evidence.py: the page of runs, their verdicts, and what is left out where runs are missing."""
+
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compare import InThisProcess
+
+from meerkat.cli import main
+from meerkat.comparison import processes
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evidence.py"
+
+STUDY = """
+title = "What moves"
+seeds = [0, 1]
+search = { trials = 3 }
+dtype = "float32"
+
+[[study]]
+name = "masks"
+title = "Equally many"
+note = "The paper: it does."
+local_steps = [1, 2]
+method = ["meerkat", "random-mask"]
+check = [{ claim = "it wins", axis = "method", better = "meerkat", than = ["random-mask"], measure = "loss" }]
+"""
+
+
+def _load() -> Any:
+    spec = importlib.util.spec_from_file_location("evidence_page", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = _load()
+
+
+@pytest.fixture(scope="module")
+def folder(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with claims/masks.toml and evidence/masks.csv, complete."""
+    root = tmp_path_factory.mktemp("page")
+    (root / "claims").mkdir()
+    (root / "evidence").mkdir()
+    of_rows = {"task": "sst2", "density": 0.01, "clients": 3, "partition": "iid", "batch_size": 4, "total_steps": 4}
+    toml = root / "claims" / "masks.toml"
+    toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in of_rows.items()) + STUDY)
+    paths = [f"--{name}={federation / place}" for name, place in (("model", "model"), ("data", "data"))]
+    paths += [f"--text={federation / 'text.jsonl'}", f"--evidence={root / 'evidence' / 'masks.csv'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+        assert main(["compare", str(toml), *paths, "--out", str(root / "out")]) == 0
+    return root
+
+
+def _page(folder: Path) -> str:
+    text: str = script.page(folder / "claims", folder / "evidence")
+    return text
+
+
+def test_it_says_what_the_comparison_says(folder: Path) -> None:
+    page = _page(folder)
+    content = json.loads((folder / "out" / "compare.json").read_text())
+    (study,) = content["studies"]
+    assert "## What moves" in page
+    assert "The paper: it does." in page
+    for row in study["rows"]:
+        loss = sum(row["loss"]) / 2
+        accuracy = sum(row["accuracy"]) / 2
+        line = next(
+            line
+            for line in page.splitlines()
+            if line.startswith(f"| local_steps {row['setting']['local_steps']}, method {row['setting']['method']} ")
+        )
+        assert f" {accuracy:.3f} ± " in line
+        assert f"; {loss:.3f} ± " in line
+        assert f"; {row['lr']:g}" in line
+    for pair in study["checks"][0]["differences"]:
+        assert f"| T = {pair['setting']['local_steps']} | **" in page
+        assert f"{pair['mean']:+.3f} (" in page
+    assert "meerkat compare examples/claims/real/masks.toml --model model --data DATA --text TEXT --evidence" in page
+    assert "--dtype" not in page
+
+
+def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "evidence" / "masks.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    with file.open(newline="") as rows:
+        kept = [row["method"] != "random-mask" or row["local_steps"] != "1" for row in csv.DictReader(rows)]
+    file.write_text("".join([lines[0], *itertools.compress(lines[1:], kept)]))
+    page = _page(tmp_path)
+    assert "| local_steps 1, method meerkat |" in page
+    assert "| local_steps 1, method random-mask |" not in page
+    assert "| T = 2 |" in page
+    assert "| T = 1 |" not in page
+    file.unlink()
+    assert "## What moves" not in _page(tmp_path)
+
+
+def test_a_mask_says_how_concentrated_sensitivity_is(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    curve = [[1e-4, 0.1], [1e-3, 0.5], [1e-2, 0.59], [1.0, 1.0]]
+    tensors = {"model.layers.0.mlp.up.weight": 3, "model.layers.1.mlp.up.weight": 1, "model.layers.2.a.q.weight": 4}
+    about = {"concentration": json.dumps(curve), "by_tensor": tensors, "params_masked": 8, "params_total": 8000}
+    (tmp_path / "mask-m.json").write_text(json.dumps(about))
+    page = script.page(tmp_path / "claims", tmp_path)
+    assert "| m | 50 | 0.50 | up 0.50, q 0.50 | 0.88 | 0.67 |" in page
+
+
+@given(st.floats(-2, 2), st.floats(1e-3, 2), st.integers(2, 9))
+def test_verdicts_follow_from_their_interval(difference: float, half: float, seeds: int) -> None:
+    verdict = script.Verdict("c", "", "b", "loss", difference, half, seeds)
+    low, high = difference - half, difference + half
+    assert verdict.word == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
+    assert (" seeds" in verdict.words) == (verdict.word == "undecided")
+
+
+def test_how_many_seeds_would_settle_it() -> None:
+    """At a standard deviation of 1 and a mean of 1, seven seeds would: t is 2.447, over the root of 7."""
+    verdict = script.Verdict("c", "", "b", "loss", 1.0, 4.303 / math.sqrt(3), 3)
+    assert verdict.words.endswith("; 7 seeds")
+    assert script.Verdict("c", "", "b", "loss", 0.001, 5.0, 3).words.endswith("; more than 100 seeds")
+    assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).words == "a run diverged"
+    assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).word == "undecided"
+
+
+def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:
+    """What is committed was made from what is committed."""
+    shutil.copytree(script.ROOT / "docs" / "evidence", tmp_path / "evidence")
+    page = script.page(script.ROOT / "examples" / "claims" / "real", tmp_path / "evidence")
+    assert page == (script.ROOT / "docs" / "evidence.md").read_text()
