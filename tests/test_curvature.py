@@ -181,9 +181,10 @@ def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str],
     assert verification.verify(out).finished
     assert main(["report", str(out)]) == 0
     told = f"The learning rate, {summary['lr']:g}, was measured on public text"
-    assert (told in (out / "report.html").read_text()) == (method != "lora-fedzo")
-    if method == "lora-fedzo":
-        assert summary["lr"] == float(f"{220 / summary['params_masked']:.1e}")
+    assert told in (out / "report.html").read_text()
+    known = json.loads(RunFolder(out).mask().facts[CURVATURE])
+    if method == "lora-fedzo":  # as its matrix B grows, A stiffens
+        assert summary["lr"] == pytest.approx(0.08 / (known["trace"] + 2 * known["largest"]), rel=0.06)
 
 
 def test_without_public_text_a_rate_is_asked_for(

@@ -41,8 +41,6 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     """
     if config.lr != AUTO:
         return config, mask
-    if by_size := config.recipe.lr_times_moving:
-        return _with_lr(config, by_size / len(mask)), mask
     public = problem.public()
     if public is None or not public.rows:
         raise MeerkatError("lr auto: is measured on public text, and there is none; give --text, or --lr a number")
@@ -51,12 +49,7 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     rate = config.recipe.share_of_fastest * fastest
     if config.recipe.sends_scalars and (theta := MaskedModel(problem.model, mask).read()).any():
         rate = min(rate, _LONGEST * known.longest_rate(theta))
-    return _with_lr(config, rate), mask
-
-
-def _with_lr(config: RunConfig, rate: float) -> RunConfig:
-    """The settings with a rate in two digits."""
-    return config.model_copy(update={"lr": float(f"{rate:.1e}")})
+    return config.model_copy(update={"lr": float(f"{rate:.1e}")}), mask
 
 
 def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[Curvature, SparseMask]:

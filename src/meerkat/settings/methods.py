@@ -33,8 +33,6 @@ class Recipe:
     eps: float = 1e-3
     share_of_fastest: float = 0.45
     """The default learning rate over that of the fastest expected descent on public data: see docs/steps.md."""
-    lr_times_moving: float = 0.0
-    """Where it is not 0, the default learning rate times the number of moving parameters; it is not measured then."""
 
     @property
     def sends_scalars(self) -> bool:
@@ -46,7 +44,7 @@ METHODS: dict[Method, Recipe] = {
     "meerkat": Recipe(),
     "meerkat-vp": Recipe(early_stop="vp"),
     "full-fedzo": Recipe("full"),
-    "lora-fedzo": Recipe("lora", eps=1e-2, lr_times_moving=220),  # B is 0 at first, and A moves nothing
+    "lora-fedzo": Recipe("lora", eps=1e-2, share_of_fastest=0.08),  # B is 0 at first: A stiffens as it grows
     "weight-magnitude": Recipe("magnitude"),
     "random-mask": Recipe("random"),
     "task-mask": Recipe("task"),
