@@ -26,6 +26,11 @@ from meerkat.settings.config import RunConfig
 _IDENTIFIED_OTHERWISE = {"model", "data", "text", "mask", "device", "threads"}
 """Settings that are paths, which the digests stand for, or that say where and how fast a run is made."""
 _PACKAGES = {"meerkat": "meerkat-fl", "torch": "torch", "transformers": "transformers"}
+COLUMNS = (
+    *("model", "parameters", "task", "method", "partition", "clients", "local_steps", "rounds", "batch_size", "seed"),
+    *("held_back", "moving", "lr", "eps", "dtype", "outcome", "accuracy_before", "accuracy", "loss_before", "loss"),
+    *("wall_s", "theta_digest", *_PACKAGES, "model_digest", "rows_digest", "text_digest", "settings", "summary"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,17 @@ class Origin:
     rows: str
     """Of the training and validation rows, as the model sees them."""
     text: str
-    """Of the public text, through the task's template; empty where there is none."""
+    """Of the public text, through the task's template, or of what is said of it; empty where there is none."""
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
         """Read it from a problem, whose model has no adapters."""
         rows = [problem.digest(problem.prepare(problem.rows(split))) for split in ("train", "validation")]
         public = problem.public()
-        text = "" if public is None else problem.digest(problem.prepare(public.rows))
-        return cls(fingerprint(problem.model), hashlib.sha256("".join(rows).encode()).hexdigest(), text)
+        text = ""
+        if public is not None:
+            text = problem.digest(problem.prepare(public.rows)) if public.rows else _digest(dict(public.facts))
+        return cls(fingerprint(problem.model), _digest(rows), text)
 
 
 @dataclass(frozen=True)
@@ -153,10 +160,20 @@ def _read(file: Path, *_: int) -> tuple[Entry, ...]:
 
 
 def check_file(file: Path) -> None:
-    """Raise MeerkatError unless runs can be read from a file, or it can be made."""
-    read(file)
+    """Raise MeerkatError unless runs can be read from a file and added to it, or it can be made."""
     if not file.parent.is_dir():
         raise MeerkatError(f"evidence '{file}': there is no folder '{file.parent}'; make it first")
+    read(file)
+    with explain_disk_errors(file, "give another --evidence"), open(file, "a+b") as lines:
+        lines.seek(0)
+        _check_header(file, lines.read())
+    if not file.stat().st_size:
+        file.unlink()
+
+
+def _check_header(file: Path, content: bytes) -> None:
+    if b"\n" in content and content.splitlines()[0] != ",".join(COLUMNS).encode():
+        raise MeerkatError(f"evidence '{file}': has other columns than this version writes; give a new file")
 
 
 def _entry(line: Mapping[str, str]) -> Entry:
@@ -165,21 +182,24 @@ def _entry(line: Mapping[str, str]) -> Entry:
     return Entry(origin, json.loads(line["settings"]), line["model"], outcome)
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _append(file: Path, line: Mapping[str, Any]) -> None:
     """Append a line, while no other process does, behind the last whole one; the first comes with its header."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(line), lineterminator="\n")
-    writer.writeheader()
-    header = out.getvalue()
-    writer.writerow(line)
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     with open(file, "a+b") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)
         lines.seek(0)
-        known = lines.read().decode()
-        whole = known.rfind("\n") + 1
-        if whole and not known.startswith(header):
-            raise MeerkatError(f"evidence '{file}': has other columns than this version writes; give a new file")
-        lines.truncate(len(known[:whole].encode()))
-        lines.write(out.getvalue()[len(header) if whole else 0 :].encode())
+        content = lines.read()
+        _check_header(file, content)
+        whole = content.rfind(b"\n") + 1
+        lines.truncate(whole)
+        if not whole:
+            writer.writeheader()
+        writer.writerow(line)
+        lines.write(out.getvalue().encode())
         lines.flush()
         os.fsync(lines.fileno())
