@@ -22,7 +22,7 @@ import numpy as np
 from meerkat.comparison.compare import known_line, without_idle
 from meerkat.comparison.evidence import Entry, Evidence, Origin, read
 from meerkat.comparison.results import Line, results
-from meerkat.comparison.studies import Comparison, Setting, Study, axis_words, read_comparison
+from meerkat.comparison.studies import Comparison, Setting, Study, read_comparison
 from meerkat.problems.classification import Classification
 from meerkat.record.files import write_atomically, write_text
 from meerkat.report.drawing import drawing
@@ -171,12 +171,12 @@ def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
 def _verdicts(check: Mapping[str, Any], seeds: int) -> Iterator[Verdict]:
     for pair in check["differences"]:
         sides = {axis: str(value) for axis, value in pair["setting"].items() if " against " in str(value)}
-        rest = [f"{_AXES.get(axis, axis)} {value}" for axis, value in pair["setting"].items() if axis not in sides]
-        compared = [f"{_AXES.get(axis, axis)} {sides[axis]}" for axis in sides if axis != "method"]
+        rest = in_words({axis: value for axis, value in pair["setting"].items() if axis not in sides})
+        compared = in_words({axis: side for axis, side in sides.items() if axis != "method"})
         error = math.nan if pair["se"] is None else pair["se"]
         yield Verdict(
             claim=check["claim"],
-            setting=", ".join(rest + compared),
+            setting=", ".join(filter(None, [rest, compared])),
             against=next(iter(sides.values())).split(" against ")[1],
             measure=check["measure"],
             difference=math.nan if pair["se"] is None else pair["mean"],
@@ -185,7 +185,10 @@ def _verdicts(check: Mapping[str, Any], seeds: int) -> Iterator[Verdict]:
         )
 
 
-_AXES = {"local_steps": "T =", "partition": "", "method": ""}
+def in_words(setting: Setting) -> str:
+    """A setting, briefly."""
+    names = {"local_steps": "T = ", "density": "u = ", "partition": "", "method": ""}
+    return ", ".join(f"{names.get(axis, axis + ' ')}{value}" for axis, value in setting.items())
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -199,8 +202,8 @@ def page(claims: Path, evidence: Path) -> str:
         evidence: a folder of files of runs, each with its comparison's name.
     """
     parts, overview, models = [], [], dict[Group, str]()
-    for toml in sorted(claims.glob("*.toml")):
-        comparison = read_comparison(toml, {})
+    comparisons = {toml: read_comparison(toml, {}) for toml in claims.glob("*.toml")}
+    for toml, comparison in sorted(comparisons.items(), key=lambda item: item[1].title):
         if not (of_models := blocks(comparison, evidence / f"{toml.stem}.csv")):
             continue
         models |= {block.group: _about(block) for block in of_models}
@@ -236,7 +239,7 @@ def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
             cells.append(_counted([v.word for v in verdicts]))
         if any(cells):
             rows.append([claim, *cells])
-    return table([comparison.title.lower(), *(block.group.name for block in of_models)], rows)
+    return table([comparison.title, *(block.group.name for block in of_models)], rows)
 
 
 def _counted(words: Sequence[str]) -> str:
@@ -267,15 +270,39 @@ def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
         yield study.note
     yield "Accuracy and loss on validation rows, mean and standard deviation over seeds; the rate."
     rows = [
-        [axis_words(setting), *(_cell(block.line(study, setting)) for block in of_study)]
-        for setting in study.settings()
+        [in_words(setting), *(_cell(block.line(study, setting)) for block in of_study)] for setting in study.settings()
     ]
     yield table(["setting", *(block.group.name for block in of_study)], (row for row in rows if any(row[1:])))
+    yield from _selection(study, of_study)
     verdicts = [(block, verdict) for block in of_study for verdict in block.verdicts[study.name]]
     verdicts.sort(key=lambda pair: [check.claim for check in study.check].index(pair[1].claim))
     if verdicts:
         cells = ([v.claim, b.group.name, v.setting, f"**{v.word}**", v.words] for b, v in verdicts)
         yield table(["claim", "model", "at", "", "difference (95% interval)"], cells)
+
+
+def _selection(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
+    """Whom Meerkat-vp stopped early, where a study has it."""
+    rows = []
+    for setting in study.settings():
+        lines = [block.line(study, setting) for block in of_study]
+        if setting.get("method") == "meerkat-vp" and any(lines):
+            rest = {axis: value for axis, value in setting.items() if axis != "method"}
+            rows.append([in_words(rest), *map(_stopped, lines)])
+    if rows:
+        yield "Of the clients with one label, and of the others, Meerkat-vp stopped, in all seeds together:"
+        yield table(["setting", *(block.group.name for block in of_study)], rows)
+
+
+def _stopped(line: Line | None) -> str:
+    counts = np.zeros(4, np.int64)
+    for summary in line.summaries if line else ():
+        if summary:
+            extreme, stopped = set(summary["extreme_clients"]), set(summary["early_stopped_clients"])
+            others = summary["clients"] - len(extreme)
+            counts += [len(stopped & extreme), len(extreme), len(stopped - extreme), others]
+    right, extremes, wrong, others = counts
+    return f"{right} of {extremes}, {wrong} of {others}" if line else ""
 
 
 def _cell(line: Line | None) -> str:

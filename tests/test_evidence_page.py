@@ -81,7 +81,7 @@ def test_it_says_what_the_comparison_says(folder: Path) -> None:
         line = next(
             line
             for line in page.splitlines()
-            if line.startswith(f"| local_steps {row['setting']['local_steps']}, method {row['setting']['method']} ")
+            if line.startswith(f"| T = {row['setting']['local_steps']}, {row['setting']['method']} ")
         )
         assert f" {accuracy:.3f} ± " in line
         assert f"; {loss:.3f} ± " in line
@@ -101,8 +101,8 @@ def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None
         kept = [row["method"] != "random-mask" or row["local_steps"] != "1" for row in csv.DictReader(rows)]
     file.write_text("".join([lines[0], *itertools.compress(lines[1:], kept)]))
     page = _page(tmp_path)
-    assert "| local_steps 1, method meerkat |" in page
-    assert "| local_steps 1, method random-mask |" not in page
+    assert "| T = 1, meerkat |" in page
+    assert "| T = 1, random-mask |" not in page
     assert "| T = 2 |" in page
     assert "| T = 1 |" not in page
     file.unlink()
