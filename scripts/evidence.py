@@ -10,8 +10,8 @@ docs/evidence/mask-NAME.json is what `meerkat mask --json` prints of a model's s
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -45,7 +45,8 @@ commands below make every run again.
   section says otherwise. Validation rows choose nothing. A star marks the lowest or the highest that was tried.
 - Differences are paired by seed, and above 0 where the claim is right. **holds**, **fails**: the 95% interval of the
   mean difference (Student's t) is on one side of 0. **undecided**: it is not; the table says with how many seeds it
-  would be, if mean and spread stayed as they are.
+  would be, if mean and spread stayed as they are. Where two settings are claimed to do the same, **holds** means that
+  the mean difference is within the spread of the second over its seeds.
 - What stands in no table has not been run.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
@@ -56,15 +57,15 @@ class Group:
     """Runs of one model on one task, in one type."""
 
     origin: Origin
-    model: str
     task: str
     dtype: str
-    """As it was asked for."""
+    model: str = field(compare=False)
+    """The name of its folder, where it was first met."""
 
     @classmethod
     def of(cls, entry: Entry) -> "Group":
         """The group that a run belongs to."""
-        return cls(entry.origin, entry.model, entry.settings["task"], entry.settings.get("dtype", "auto"))
+        return cls(entry.origin, entry.settings.get("task", ""), entry.settings.get("dtype", "auto"), entry.model)
 
     @property
     def name(self) -> str:
@@ -86,10 +87,14 @@ class Verdict:
     half: float
     """Of the 95% interval's width."""
     seeds: int
+    same: str = ""
+    """Where two settings are claimed to do the same: the comparison's own verdict."""
 
     @property
     def word(self) -> str:
         """holds, fails or undecided."""
+        if self.same:
+            return self.same
         if not abs(self.difference) > self.half:
             return "undecided"
         return "holds" if self.difference > 0 else "fails"
@@ -97,10 +102,12 @@ class Verdict:
     @property
     def words(self) -> str:
         """The difference, its interval, and what would settle it."""
+        if self.seeds == 1:
+            return "one seed"
         if math.isnan(self.difference):
             return "a run diverged"
         low, high = self.difference - self.half, self.difference + self.half
-        more = f"; {self._needed()}" if self.word == "undecided" else ""
+        more = f"; {self._needed()}" if self.word == "undecided" and not self.same else ""
         return f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}){more}"
 
     def _needed(self) -> str:
@@ -128,7 +135,7 @@ class Block:
     @property
     def parameters(self) -> int:
         """Of the model, without adapters."""
-        return min(int(s["params_total"]) for line in self.lines for s in line.summaries if s)
+        return min((int(s["params_total"]) for line in self.lines for s in line.summaries if s), default=0)
 
     def line(self, study: Study, setting: Setting) -> Line | None:
         """A setting's runs, if they are there."""
@@ -142,7 +149,8 @@ def blocks(comparison: Comparison, file: Path) -> list[Block]:
         if lines := list(_lines(comparison, file, group)):
             studies = results(comparison, lines, ROOT)["studies"]
             seeds = len(comparison.seeds)
-            verdicts = {s["name"]: [v for check in s["checks"] for v in _verdicts(check, seeds)] for s in studies}
+            same = {check.claim for study in comparison.studies for check in study.check if check.equal}
+            verdicts = {s["name"]: [v for check in s["checks"] for v in _verdicts(check, seeds, same)] for s in studies}
             made.append(Block(group, lines, verdicts))
     return sorted(made, key=lambda block: (block.parameters, block.group.task))
 
@@ -154,7 +162,7 @@ def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
         for setting in study.settings():
             configs = [without_idle(study.config(setting, seed)).model_copy(update=own) for seed in comparison.seeds]
             known = known_line(configs, comparison.search if study.searches(setting) else None, evidence)
-            if known is None:
+            if known is None or not any(outcome.summary for outcome in known[1]):
                 continue
             rates, outcomes = known
             yield Line(
@@ -168,7 +176,7 @@ def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
             )
 
 
-def _verdicts(check: Mapping[str, Any], seeds: int) -> Iterator[Verdict]:
+def _verdicts(check: Mapping[str, Any], seeds: int, same: Collection[str]) -> Iterator[Verdict]:
     for pair in check["differences"]:
         sides = {axis: str(value) for axis, value in pair["setting"].items() if " against " in str(value)}
         rest = in_words({axis: value for axis, value in pair["setting"].items() if axis not in sides})
@@ -182,6 +190,7 @@ def _verdicts(check: Mapping[str, Any], seeds: int) -> Iterator[Verdict]:
             difference=math.nan if pair["se"] is None else pair["mean"],
             half=quantile(seeds) * error,
             seeds=seeds,
+            same=pair["verdict"] if check["claim"] in same else "",
         )
 
 
@@ -363,9 +372,9 @@ def draw_sizes(of_models: Sequence[Block], to: Path) -> Iterator[str]:
     """Draw the differences in loss over the models' sizes, where there are several; gives the words that show it."""
     points: dict[str, list[tuple[int, Verdict]]] = {}
     for block in of_models:
-        for verdict in (v for of_study in block.verdicts.values() for v in of_study):
+        for study, verdict in ((study, v) for study, of_study in block.verdicts.items() for v in of_study):
             if verdict.measure == "loss" and not math.isnan(verdict.difference):
-                name = f"{verdict.against}; {verdict.setting}"
+                name = f"{study}: {verdict.against}; {verdict.setting}"
                 points.setdefault(name, []).append((block.parameters, verdict))
     if len({block.parameters for block in of_models}) < 2 or not points:
         return

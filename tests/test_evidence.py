@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from test_compare import InThisProcess, command, held, results, settings
 
 from meerkat.cli import main
 from meerkat.comparison import cells, processes
-from meerkat.comparison.evidence import Evidence, Origin, Outcome, read
+from meerkat.comparison.evidence import COLUMNS, Evidence, Origin, Outcome, read
 from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.problems.classification import Classification
+from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import make_config
 
 GRID = """
@@ -174,22 +177,24 @@ def test_a_given_mask_is_known_by_its_entries(compared: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("a,b\n1,2\n", "holds no runs of comparisons"),
-        (b"\xff\xfe\n".decode("latin-1"), "holds no runs of comparisons"),
-        ("settings,summary,lr,model,model_digest,rows_digest,text_digest\n{,null,1,m,a,b,c\n", "holds no runs"),
+        (b"a,b\n1,2\n", "does not begin with the columns of runs"),
+        (b'{"one": "line without an end"}', "does not begin with the columns of runs"),
+        (b"\xff\xfe\n", "does not begin with the columns of runs"),
+        (",".join([*COLUMNS[:-1], "other\n"]).encode(), "does not begin with the columns of runs"),
+        (",".join(COLUMNS).encode() + b"\nm,1\n", "holds no runs of comparisons"),
+        (",".join(COLUMNS).encode() + b"\n" + b"{," * (len(COLUMNS) - 1) + b"{\n", "holds no runs of comparisons"),
     ],
 )
 def test_another_file_is_refused_in_one_line_and_left_as_it_is(
-    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
 ) -> None:
     file = tmp_path / "other.csv"
-    file.write_text(content, encoding="latin-1")
-    before = file.read_bytes()
+    file.write_bytes(content)
     assert main(command(tmp_path, settings(federation) + GRID, "--evidence", str(file))) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in message
     assert str(file) in message
-    assert file.read_bytes() == before
+    assert file.read_bytes() == content
     assert not (tmp_path / "out").exists()
 
 
@@ -199,15 +204,75 @@ def test_a_file_in_no_folder_is_refused(federation: Path, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_other_columns_is_refused_before_it_is_changed(tmp_path: Path) -> None:
+def test_a_file_that_changes_under_way_is_not_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "runs.csv"
-    evidence, config = Evidence(file, ORIGIN), make_config({"lr": 0.5})
-    evidence.add(config, Outcome(0.5, None), config)
-    file.write_text(file.read_text().replace("theta_digest", "theta", 1))
-    before = file.read_bytes()
-    with pytest.raises(MeerkatError, match="other columns"):
-        evidence.add(make_config({"lr": 0.25}), Outcome(0.25, None), config)
-    assert file.read_bytes() == before
+    config = make_config({"lr": 0.5})
+    file.write_text("a line without an end")
+    with pytest.raises(MeerkatError, match="does not begin with the columns"):
+        Evidence(file, ORIGIN).add(config, Outcome(0.5, None), config)
+    assert file.read_text() == "a line without an end"
+
+
+def test_a_long_summary_can_be_read_back(tmp_path: Path) -> None:
+    config, evidence = make_config({"lr": 0.5}), Evidence(tmp_path / "runs.csv", ORIGIN)
+    many = _summary(extreme_clients=[*range(50_000)])
+    evidence.add(config, Outcome(0.5, many), config)
+    outcome = evidence.outcome(config)
+    assert outcome is not None
+    assert outcome.summary == {**many, "model": "model"}
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_whose_rows_were_replaced_is_refused(
+    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished runs are not looked into: what was run on other rows must not be told of these."""
+    moved = tmp_path / "here"
+    shutil.copytree(federation, moved)
+    text = settings(moved, method="full-fedzo", lr=1e-3, seeds=[0])
+    arguments = command(tmp_path, text, "--evidence", str(tmp_path / "runs.csv"))
+    assert main(arguments) == 0
+    rows = (moved / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (moved / "data" / "train.jsonl").write_text("".join(rows[1:]))
+    before = (tmp_path / "runs.csv").read_bytes()
+    assert main(arguments) == 2
+    assert "rest on other weights, rows or text" in capsys.readouterr().err
+    assert (tmp_path / "runs.csv").read_bytes() == before
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_that_was_begun_without_evidence_gives_none(
+    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(tmp_path, settings(federation, method="full-fedzo", lr=1e-3, seeds=[0]))
+    assert main(arguments) == 0
+    assert main([*arguments, "--evidence", str(tmp_path / "runs.csv")]) == 2
+    assert "was begun without --evidence" in capsys.readouterr().err
+    assert not (tmp_path / "runs.csv").exists()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_the_same_command_again_still_finds_its_runs(compared: Path, federation: Path) -> None:
+    before = held(compared / "out")
+    assert main(command(compared, settings(federation) + GRID, "--evidence", str(compared / "runs.csv"))) == 0
+    assert held(compared / "out") == before
+    assert all(len(row["runs"]) == 2 for row in before["studies"][0]["rows"])
+
+
+def test_rows_and_texts_are_known_by_all_of_them(federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A partition may look at fields that the model does not see, and a mask reads more of a text than a task does."""
+    given = {name: str(federation / name) for name in ("model", "data")}
+    given |= {"text": str(federation / "text.jsonl"), "task": "sst2"}
+    problem = open_problem(resolve(make_config({**given, "threads": 1})))
+    origin, rows, public = Origin.of(problem), problem.rows, problem.public()
+    assert public is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "rows", lambda _, split: [{**row, "site": 1} for row in rows(split)])
+        assert Origin.of(problem) == replace(origin, rows=Origin.of(problem).rows) != origin
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "public", lambda _: replace(public, examples=public.examples[:-1]))
+        assert Origin.of(problem) == replace(origin, text=Origin.of(problem).text) != origin
+    assert Origin.of(problem) == origin
 
 
 def test_a_default_that_changes_changes_what_evidence_says() -> None:

@@ -5,6 +5,7 @@ continues where it stopped, and one that was extended makes only the new runs.
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from meerkat.comparison.cells import cell_name, run_cell
-from meerkat.comparison.evidence import Evidence, Origin, Outcome, check_file
+from meerkat.comparison.evidence import Evidence, Origin, Outcome, check_file, check_origins
 from meerkat.comparison.learning_rates import best_rate, rate_in_words, search_rates
 from meerkat.comparison.masks import OF_ITS_TEXT, with_masks
 from meerkat.comparison.processes import Pool
@@ -23,10 +24,11 @@ from meerkat.problems.partition import partition
 from meerkat.problems.problem import Better, Problem
 from meerkat.record.files import check_no_links, make_folder, owned
 from meerkat.run.mask import given_mask
+from meerkat.run.precision import fitting_dtype
 from meerkat.run.sentences import scores_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import training_and_evaluation_rows
-from meerkat.settings.auto import number_or
+from meerkat.settings.auto import AUTO, number_or
 from meerkat.settings.config import RunConfig
 
 
@@ -62,17 +64,22 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0, evidence: Path | 
     known: list[Evidence | None] = [None] * len(lines)
     if evidence is not None:
         made = (root / "masks").resolve()
-        known = [None if origin is None else Evidence(evidence, origin, made) for _, origin in facts]
+        known = [None if origin is None else Evidence(evidence, origin, made) for _, origin, _ in facts]
+        # what a run is known by is what it is, not what some machine makes of auto
+        cells = {(i, seed): c.model_copy(update={"dtype": facts[i].dtype}) for (i, seed), c in cells.items()}
 
     def is_known(i: int) -> bool:
         configs, searching = [cells[i, seed] for seed in seeds], search if i in searched else None
         return (of := known[i]) is not None and known_line(configs, searching, of) is not None
 
     with _locked(root):
+        if evidence is not None:
+            names = (json.dumps([getattr(config, name) for name in _OF_A_PROBLEM + OF_ITS_TEXT]) for config in firsts)
+            check_origins(root, {name: of.origin for name, of in zip(names, known, strict=True) if of is not None})
         with Pool(jobs, root) as pool:
-            new = {key: config for key, config in cells.items() if not is_known(key[0])}
+            done = {key for key in cells if is_known(key[0])}
             unrated = {(i, seed) for i in searched for seed in seeds[1:]}
-            cells |= with_masks(new, unrated, pool, root / "masks")
+            cells = with_masks(cells, done, unrated, pool, root / "masks")
             firsts = [cells[i, seeds[0]] for i in range(len(lines))]
             searches = pool.map_unique(
                 "learning-rate searches",
@@ -191,7 +198,7 @@ def _portable(config: RunConfig) -> RunConfig:
 
 
 _OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length", "chat_template")
-_OF_THE_ROWS = ("partition", "clients", "mask")
+_OF_THE_ROWS = ("partition", "clients", "mask", "method")
 
 
 class _Facts(NamedTuple):
@@ -201,6 +208,8 @@ class _Facts(NamedTuple):
     """Its scores, and which values of them are better."""
     origin: Origin | None
     """None where nobody asks."""
+    dtype: str
+    """Of the run's weights, as this machine has it."""
 
 
 def _check(
@@ -234,7 +243,7 @@ def _check(
                 _check_rows(resolved[i], problem, search if searched else None)
             checked.add(same_rows)
         origin = Origin.of(problem) if with_origin else None
-        facts |= dict.fromkeys(group, _Facts(problem.scores, origin))
+        facts |= {i: _Facts(problem.scores, origin, _dtype(resolved[i], problem)) for i in group}
     for i, (study, _) in enumerate(lines):
         scores = facts[i].better
         if wrong := [check for check in study.check if check.measure and check.measure not in scores]:
@@ -245,15 +254,19 @@ def _check(
     return [facts[i] for i in range(len(lines))]
 
 
+def _dtype(config: RunConfig, problem: Problem) -> str:
+    return fitting_dtype(config, problem.model) if config.dtype == AUTO else config.dtype
+
+
 def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> None:
     def split(config: RunConfig) -> None:
         training, _ = training_and_evaluation_rows(config, problem.rows)
         partition(config.partition, training, config.clients, config.seed)
 
     if config.mask:
-        mask = given_mask(config)
-        if mask.kind != "lora":  # the problem has no adapters here
-            mask.check_fits(problem.model)
+        if config.recipe.moves == "lora":
+            raise MeerkatError(f"method {config.method}: adapters depend on the seed; leave --mask out")
+        given_mask(config).check_fits(problem.model)
     split(config)
     if search is None:
         return

@@ -10,17 +10,21 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from meerkat.errors import DAMAGE, MeerkatError, in_short
 from meerkat.masks.sparse_mask import SparseMask, fingerprint
-from meerkat.problems.problem import Problem
-from meerkat.record.files import explain_disk_errors
+from meerkat.problems.data import Row
+from meerkat.problems.problem import Problem, Public
+from meerkat.record.files import explain_disk_errors, write_text
 from meerkat.settings.config import RunConfig
 
 _IDENTIFIED_OTHERWISE = {"model", "data", "text", "mask", "device", "threads"}
@@ -40,19 +44,47 @@ class Origin:
     model: str
     """Of the pre-trained weights: see `masks.sparse_mask.fingerprint`."""
     rows: str
-    """Of the training and validation rows, as the model sees them."""
+    """Of the training and validation rows, as they are and as the model sees them."""
     text: str
-    """Of the public text, through the task's template, or of what is said of it; empty where there is none."""
+    """Of the public text that masks are made from, likewise; empty where there is none."""
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
         """Read it from a problem, whose model has no adapters."""
-        rows = [problem.digest(problem.prepare(problem.rows(split))) for split in ("train", "validation")]
+        rows = [problem.rows(split) for split in ("train", "validation")]
         public = problem.public()
-        text = ""
-        if public is not None:
-            text = problem.digest(problem.prepare(public.rows)) if public.rows else _digest(dict(public.facts))
-        return cls(fingerprint(problem.model), _digest(rows), text)
+        text = [] if public is None else [*_tokens(public), _seen(problem, public.rows)]
+        seen = [[row, _seen(problem, row)] for row in rows]
+        return cls(fingerprint(problem.model), _digest(seen), _digest(text) if text else "")
+
+
+def _seen(problem: Problem, rows: Sequence[Row]) -> str:
+    return problem.digest(problem.prepare(rows)) if rows else ""
+
+
+def _tokens(public: Public) -> list[Any]:
+    """Its examples; what is said of them, where a problem's examples are of a kind of its own."""
+    return [example.tolist() if isinstance(example, Tensor) else dict(public.facts) for example in public.examples]
+
+
+def check_origins(folder: Path, origins: Mapping[str, Origin]) -> None:
+    """Keep what a comparison's folder rests on, and see that it does not change: finished runs are not looked into.
+
+    Args:
+        origins: by what tells a comparison's problems apart.
+
+    Raises:
+        MeerkatError: weights, rows or text are others than before, or runs were made before anybody noted these.
+    """
+    file = folder / "origins.json"
+    cure = "give a new --out"
+    if not file.exists() and any(any((folder / name).iterdir()) for name in ("cells", "search", "masks")):
+        raise MeerkatError(f"'{folder}': was begun without --evidence, so nobody noted what its runs rest on; {cure}")
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    new = {name: asdict(origin) for name, origin in origins.items()}
+    if any(known[name] != new[name] for name in known.keys() & new.keys()):
+        raise MeerkatError(f"'{folder}': its runs rest on other weights, rows or text than are here now; {cure}")
+    write_text(file, json.dumps({**known, **new}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,7 @@ def _read(file: Path, *_: int) -> tuple[Entry, ...]:
     """See `read`. The other arguments change when the file does."""
     try:
         text = file.read_text(encoding="utf-8")
+        csv.field_size_limit(sys.maxsize)  # of many clients, a summary is long
         lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), strict=True)
         return tuple(map(_entry, lines))
     except (OSError, csv.Error, *DAMAGE) as error:
@@ -163,17 +196,20 @@ def check_file(file: Path) -> None:
     """Raise MeerkatError unless runs can be read from a file and added to it, or it can be made."""
     if not file.parent.is_dir():
         raise MeerkatError(f"evidence '{file}': there is no folder '{file.parent}'; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise MeerkatError(f"evidence '{file}': cannot be written here; give another file")
+    if file.exists():
+        _check_header(file, file.read_bytes())
     read(file)
-    with explain_disk_errors(file, "give another --evidence"), open(file, "a+b") as lines:
-        lines.seek(0)
-        _check_header(file, lines.read())
-    if not file.stat().st_size:
-        file.unlink()
 
 
 def _check_header(file: Path, content: bytes) -> None:
-    if b"\n" in content and content.splitlines()[0] != ",".join(COLUMNS).encode():
-        raise MeerkatError(f"evidence '{file}': has other columns than this version writes; give a new file")
+    header = (",".join(COLUMNS) + "\n").encode()
+    if content[: len(header)] != header[: len(content)]:
+        raise MeerkatError(
+            f"evidence '{file}': does not begin with the columns of runs; give the file of an earlier comparison, or "
+            "one that does not exist yet"
+        )
 
 
 def _entry(line: Mapping[str, str]) -> Entry:
@@ -183,7 +219,7 @@ def _entry(line: Mapping[str, str]) -> Entry:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:

@@ -18,28 +18,29 @@ OF_ITS_TEXT = ("text", "text_sequences", "text_length")
 
 
 def with_masks(
-    cells: Mapping[Any, RunConfig], unrated: Collection[Any], pool: Pool, folder: Path
+    cells: Mapping[Any, RunConfig], done: Collection[Any], unrated: Collection[Any], pool: Pool, folder: Path
 ) -> dict[Any, RunConfig]:
     """The settings with their masks as files, each made once for all the runs that share it.
 
     Args:
+        done: those for which none is made: their runs are known already.
         unrated: those whose rate is another run's.
     """
     files = {key: _mask_file(config, folder) for key, config in cells.items()}
     makers: dict[Path, RunConfig] = {}
     for key, config in cells.items():
-        if (file := files[key]) is not None and not (file in makers and makers[file].recipe.sends_scalars):
-            # by preference one of a run that needs all that is measured
-            makers[file] = config.model_copy(update={"lr": 1.0}) if key in unrated else config
+        file = files[key]
+        if file is None or key in done or (file in makers and makers[file].recipe.sends_scalars):
+            continue
+        # by preference one of a run that needs all that is measured
+        makers[file] = config.model_copy(update={"lr": 1.0}) if key in unrated else config
     missing = {file: (write_mask, config, file) for file, config in makers.items() if not file.exists()}
     pool.map_unique("masks", missing, lambda file, _: f"{makers[file].method}, {file}")
-    return {
-        key: config if (file := files[key]) is None else config.model_copy(update={"mask": str(file.resolve())})
-        for key, config in cells.items()
-    }
+    there = {key: str(file.resolve()) for key, file in files.items() if file is not None and file.exists()}
+    return {key: config.model_copy(update={"mask": there.get(key, config.mask)}) for key, config in cells.items()}
 
 
-_OF_A_MASK = ("problem", "model", "density", "mask_scope", "exclude", "gradip", *OF_ITS_TEXT)
+_OF_A_MASK = ("problem", "model", "objective", "density", "mask_scope", "exclude", "gradip", *OF_ITS_TEXT)
 
 
 def _mask_file(config: RunConfig, folder: Path) -> Path | None:

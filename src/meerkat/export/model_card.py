@@ -298,6 +298,7 @@ def _evaluation(run: VerifiedRun, evaluations: Sequence[EvaluationMetric]) -> st
         lines.append(f"| {metric.round:,} | {' | '.join(scores)} |")
     rows = "the coordinator's own validation rows" if run.opening.federation else "the validation rows"
     rows = "held-back training rows" if run.config.held_back else rows
+    rows = f"at most {most:,} of {rows}, evenly taken" if (most := run.config.max_eval_samples) else rows
     rows = "the sites' own validation rows" if last.rows is not None else rows
     exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
     source = "The run's folder says so; `meerkat verify --evaluate` computes the scores anew."

@@ -22,7 +22,9 @@ from meerkat.record.opening import Opening
 from meerkat.settings.config import CLASSIFICATION, RunConfig, make_config
 from meerkat.settings.groups import MachineSettings
 
-LOCAL_SETTINGS = ("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back")
+LOCAL_SETTINGS = (
+    *("model", "data", "text", "mask", "device", "tokens_per_pass", "micro_batch", "held_back", "max_eval_samples"),
+)
 """Settings of a run that each side chooses for itself."""
 
 

@@ -33,7 +33,6 @@ from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, Split, client_losses, primary
 from meerkat.run.precision import cast_model, quantise_model
 from meerkat.run.setup import open_problem, resolve_machine
-from meerkat.run.split import evenly
 from meerkat.settings.algorithm import directions, estimator, rules
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION
@@ -103,10 +102,7 @@ class SiteClient:
         with details_in_own_log("the site's rows are not fit for the run", Exception):
             if not (data and Path(data).is_dir()):
                 raise MeerkatError(f"data '{data}': no such folder; a site's rows are its own, not the hub's")
-            if private:
-                return prepare_alone(self._problem)
-            rows = self._problem.rows(split)
-            return self._problem.prepare(rows if split == "train" else evenly(rows, self.config.max_eval_samples))
+            return prepare_alone(self._problem) if private else self._problem.prepare(self._problem.rows(split))
 
     def steps(self, replica: Replica, plan: RoundPlan, pointer: int, private: Mechanism | None) -> np.ndarray:
         """A plan's steps from a replica's theta: scalars, float32 [T_k, P].

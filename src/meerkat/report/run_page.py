@@ -104,6 +104,7 @@ def _learning(page: Page, run: RunFacts) -> None:
 def _over_rounds(run: RunFacts, score: str) -> CaptionedFigure:
     last = run.evaluations[-1]
     rows = "held-back training rows" if run.config.held_back else "validation rows"
+    rows = f"at most {most:,} {rows}" if (most := run.config.max_eval_samples) else rows
     rows = "the sites' own validation rows" if last.rows is not None else rows
     training = _training_loss(run) if score == "loss" else None
     grey = ", and in grey on the clients' own training batches, as a running mean" if training else ""

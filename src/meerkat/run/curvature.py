@@ -44,7 +44,7 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     public = problem.public()
     if public is None or not public.rows:
         raise MeerkatError("lr auto: is measured on public text, and there is none; give --text, or --lr a number")
-    known, mask = _measured(problem, mask, public.rows[:_ROWS])
+    known, mask = _measured(config, problem, mask, public.rows[:_ROWS])
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
     rate = config.recipe.share_of_fastest * fastest
     if config.recipe.sends_scalars and (theta := MaskedModel(problem.model, mask).read()).any():
@@ -52,11 +52,13 @@ def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[Ru
     return config.model_copy(update={"lr": float(f"{rate:.1e}")}), mask
 
 
-def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[Curvature, SparseMask]:
-    """The curvature on public rows, and the mask with it; one that was measured on the same rows is taken as it is."""
+def _measured(
+    config: RunConfig, problem: Problem, mask: SparseMask, rows: Sequence[Row]
+) -> tuple[Curvature, SparseMask]:
+    """The curvature on public rows, and the mask with it; one that was measured alike is taken as it is."""
     candidates = [[{**row, "label": label} for label in range(len(problem.labels))] or [dict(row)] for row in rows]
     examples = [problem.prepare(alike) for alike in candidates]
-    of = problem.digest([example for alike in examples for example in alike])
+    of = [problem.digest([example for alike in examples for example in alike]), config.objective]
     if (before := _measured_before(mask, of)) is not None:
         return before, mask
     with for_gradients(problem.model):
@@ -67,8 +69,8 @@ def _measured(problem: Problem, mask: SparseMask, rows: Sequence[Row]) -> tuple[
     return known, replace(mask, facts={**mask.facts, CURVATURE: json.dumps(fact)})
 
 
-def _measured_before(mask: SparseMask, of: str) -> Curvature | None:
-    """What a mask says of its curvature on the rows of this digest; None where it says nothing that can be."""
+def _measured_before(mask: SparseMask, of: Sequence[str]) -> Curvature | None:
+    """What a mask says of its curvature where it was measured alike; None where it says nothing that can be."""
     try:
         fact = json.loads(mask.facts[CURVATURE])
         known = Curvature(float(fact["trace"]), float(fact["largest"]))

@@ -18,6 +18,7 @@ from meerkat.run.mask import check_model
 from meerkat.run.precision import runnable_model
 from meerkat.run.setup import open_problem
 from meerkat.run.split import Split as Rows
+from meerkat.run.split import evenly
 from meerkat.run.summary import evaluated
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
@@ -90,7 +91,8 @@ def check_scores(root: Path, run: VerifiedRun) -> None:
 def _evaluation_rows(folder: RunFolder, run: VerifiedRun, problem: Problem) -> tuple[Any, list[int]]:
     """A batch of what the run was evaluated on, and the clients whose data is extreme, where that is known."""
     if run.opening.federation:
-        return problem.batch(problem.prepare(problem.rows("validation")), "evaluation"), []
-    rows = Rows.of(run.config, problem)
-    agree(folder.log_path, "the rows, and which client has which", run.opening.data, rows.digest)
-    return rows.evaluation, list(rows.partition.extreme)
+        rows = evenly(problem.rows("validation"), run.config.max_eval_samples)
+        return problem.batch(problem.prepare(rows), "evaluation"), []
+    split = Rows.of(run.config, problem)
+    agree(folder.log_path, "the rows, and which client has which", run.opening.data, split.digest)
+    return split.evaluation, list(split.partition.extreme)

@@ -44,7 +44,7 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
         problem: its model's weights are as the checkpoint has them.
     """
     if config.dtype == "auto":
-        config = config.model_copy(update={"dtype": _fitting_dtype(config, problem.model)})
+        config = config.model_copy(update={"dtype": fitting_dtype(config, problem.model)})
     if config.eps != "auto":
         return config, without_curve(mask)
     eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
@@ -90,7 +90,8 @@ def _never_cast(config: RunConfig, mask: SparseMask) -> Collection[str]:
     return mask.entries.keys() if config.recipe.moves == "lora" else ()
 
 
-def _fitting_dtype(config: RunConfig, model: nn.Module) -> str:
+def fitting_dtype(config: RunConfig, model: nn.Module) -> str:
+    """What `dtype` auto stands for on this machine."""
     weights = [*model.parameters()]
     large = sum(parameter.numel() for parameter in weights) >= WORTH_CASTING
     gains = config.problem == CLASSIFICATION and large and multiplies_bfloat16(weights[0].device)
@@ -108,7 +109,7 @@ def _measured(
     """The error of g by eps on public rows, and the mask with it; one that was measured alike is taken as it is."""
     rows = rows[: _BATCHES * config.batch_size]
     name = config.dtype if config.problem == CLASSIFICATION else "float32"
-    alike = [problem.digest(problem.prepare(rows)), config.batch_size, name, config.estimator]
+    alike = [problem.digest(problem.prepare(rows)), config.objective, config.batch_size, name, config.estimator]
     if (before := _measured_before(mask, alike)) is not None:
         return before, mask
     say("measuring the size of perturbations on public data")
