@@ -344,6 +344,7 @@ DEFAULTS: dict[str, Any] = {
     "rho_later": 2.0,
     "rho_quie": 0.5,
     "sigma": 0.25,
+    "missing_steps": "zero",
     "gradip": "on",
     "recalibrate_every": 0,
     "device": "auto",

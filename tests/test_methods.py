@@ -51,6 +51,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "adam": ("--server-optimizer", "adam"),
     "fo-fedavg by adam": ("--method", "fo-fedavg", "--server-optimizer", "adam", "--lr", "0.1"),
     "feddyn that stops early": ("--method", "feddyn", "--early-stop", "vp", *SOME, "--clients-per-round", "2"),
+    "vp that leaves missing steps out": ("--method", "meerkat-vp", *SOME, "--missing-steps", "left-out"),
     "vp by momentum": ("--early-stop", "vp", "--server-optimizer", "momentum"),
 }
 

@@ -259,6 +259,27 @@ def test_a_step_is_aggregated_over_those_who_made_it_and_counts_by_their_share(r
         np.testing.assert_allclose(found[first:last].ravel(), len(made) / 8 * expected, rtol=1e-15)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_missing_steps_that_are_left_out_count_nothing(data: st.DataObject) -> None:
+    """Each step is then aggregated as if those that made it had replied alone, each with its share of their weights."""
+    rule = data.draw(st.sampled_from([*RULES]))
+    steps = {k: data.draw(st.integers(1, 3)) for k in range(8)}
+    g = {k: rows_of(t, 2, 7 + k).astype(np.float32) for k, t in steps.items()}
+    weights = {k: (k + 1) / 36 for k in g}
+    found = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(g, weights, (4, 2))
+    for step in range(3):
+        made = [k for k, t in steps.items() if t > step]
+        if rule == "mean" and made:
+            share = sum(weights[k] for k in made)
+            expected = sum(weights[k] / share * g[k][step].astype(float) for k in made)
+            np.testing.assert_allclose(found[step], expected, rtol=1e-12)
+    assert not found[max(steps.values()) :].any()
+    ones = {k: np.ones_like(each) for k, each in g.items()}
+    for_ones = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(ones, weights, (4, 2))
+    np.testing.assert_allclose(for_ones[: max(steps.values())], 1.0, rtol=1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_for_equal_replies_every_rule_is_the_mean_missing_steps_included(rule: str) -> None:
     g = {k: np.ones((1 if k < 3 else 3, 1), np.float32) for k in range(8)}

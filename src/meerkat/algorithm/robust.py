@@ -4,7 +4,8 @@ All clients share z, so an update is its scalars: rules made for vectors of para
 clients x (T P). docs/robustness.md says what each needs and withstands. The rules but the mean count clients equally.
 
 **Steps that a client did not make** are not votes for zero. Each run of steps that the same m of K clients made is
-aggregated over those m, and counts m / K; by the plain median where m is too few for the rule and f.
+aggregated over those m, by the plain median where m is too few for the rule and f. It counts m / K, as if the others'
+weights had stood still and been averaged with theirs (the paper's way), or 1 where `missing_steps` are left out.
 
 Float64 throughout, in order of client id, by operations of a fixed order (elementwise, sorting, running sums): the same
 bits on every machine.
@@ -20,6 +21,7 @@ import numpy as np
 Rule = Literal["mean", "median", "trimmed-mean", "krum", "multi-krum"]
 Mixing = Literal["none", "nearest-neighbour"]
 Clipping = Literal["none", "median", "fixed"]
+MissingSteps = Literal["zero", "left-out"]
 
 _CHUNK = 1 << 20
 """Entries widened to float64 at a time."""
@@ -37,6 +39,8 @@ class Aggregation:
     """Whose length is bounded: by the median of all, or by `clip_norm`."""
     clip_norm: float = 0.0
     """The L2 norm of a reply's scalars, at most, where clipping is fixed."""
+    missing_steps: MissingSteps = "zero"
+    """What a client counts in steps that it did not make: zero, or nothing, so that the others' weights add up to 1."""
     keeps_replies: ClassVar[bool] = True
 
     @property
@@ -67,13 +71,16 @@ class Aggregation:
         total = np.zeros(shape)
         rows = clipped({client: replies[client].astype(np.float64) for client in sorted(replies)}, self)
         if self.rule == "mean":
+            shares = np.zeros((shape[0], 1))
             for client, row in rows.items():
                 total[: len(row)] += weights[client] * row
-            return total
+                shares[: len(row)] += weights[client]
+            return total if self.missing_steps == "zero" else np.divide(total, shares, out=total, where=shares > 0)
         first = 0
         for last in sorted({len(row) for row in rows.values()}):
             among = np.stack([row[first:last].ravel() for row in rows.values() if len(row) >= last])
-            total[first:last] = len(among) / len(rows) * robust(among, self).reshape(last - first, shape[1])
+            share = len(among) / len(rows) if self.missing_steps == "zero" else 1.0
+            total[first:last] = share * robust(among, self).reshape(last - first, shape[1])
             first = last
         return total
 

@@ -138,7 +138,7 @@ def aggregate(
     by: Aggregator = MEAN,
     limit: float = math.inf,
 ) -> np.ndarray:
-    """G: float32 [T, P] of a plan. A client that made fewer steps counts as zero for the missing ones.
+    """G: float32 [T, P] of a plan. `by` says what a client counts in steps that it did not make.
 
     In float64 in order of client id and rounded once (numeric contract 2).
 

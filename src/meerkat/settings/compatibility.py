@@ -117,6 +117,8 @@ def idle(config: "RunConfig") -> dict[str, str]:
     cures: dict[str, str] = {}
     if config.attack == "none":
         cures |= dict.fromkeys(("attackers", "attack_scale"), "attack none; say which attack")
+    if config.stopping == "none" and config.dp != "example":
+        cures["missing_steps"] = "early_stop none; use method meerkat-vp"
     if config.dp == "none":
         cures |= dict.fromkeys(("dp_delta", "dp_clip", "dp_relation"), "dp none; use dp example or client")
     if not config.rule.needs_f:

@@ -58,7 +58,9 @@ class RunConfig(  # pydantic takes the fields of the last base first
     @property
     def rule(self) -> Aggregation:
         """How replies become one."""
-        return Aggregation(self.aggregation, self.byzantine, self.mixing, self.clipping, self.clip_norm)
+        return Aggregation(
+            self.aggregation, self.byzantine, self.mixing, self.clipping, self.clip_norm, self.missing_steps
+        )
 
     @property
     def recipe(self) -> Recipe:

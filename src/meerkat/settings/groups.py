@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from meerkat.algorithm.attacks import Attack
 from meerkat.algorithm.extreme_clients import EarlyStop, Rule
-from meerkat.algorithm.robust import Clipping, Mixing
+from meerkat.algorithm.robust import Clipping, MissingSteps, Mixing
 from meerkat.algorithm.robust import Rule as AggregationRule
 from meerkat.algorithm.schedules import Schedule
 from meerkat.masks.kinds import Exclusion, Scope
@@ -193,6 +193,9 @@ class CalibrationSettings(Settings):
     """rule thresholds: and from this share of quiescent later steps on"""
     sigma: _Positive = 0.25
     """rule thresholds: a step is quiescent under this share of clients' median initial mean |GradIP|"""
+    missing_steps: MissingSteps = "zero"
+    """what a client counts in local steps that it does not make: zero, as in the paper, which averages the clients'
+    weights, so that those steps are shorter; or left-out, so that the others share its weight"""
     gradip: Literal["on", "off"] = "on"
     """note every step's GradIP, for which the pre-training gradient is taken from the public text before the run; off
     saves that pass; rule thresholds needs it"""
