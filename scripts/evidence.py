@@ -210,18 +210,18 @@ def page(claims: Path, evidence: Path) -> str:
         claims: a folder of comparisons' files.
         evidence: a folder of files of runs, each with its comparison's name.
     """
-    parts, overview, models = [], [], dict[Group, str]()
+    parts, overview, models = [], [], dict[Group, Block]()
     comparisons = {toml: read_comparison(toml, {}) for toml in claims.glob("*.toml")}
     for toml, comparison in sorted(comparisons.items(), key=lambda item: item[1].title):
         if not (of_models := blocks(comparison, evidence / f"{toml.stem}.csv")):
             continue
-        models |= {block.group: _about(block) for block in of_models}
+        models |= {block.group: block for block in of_models}
         overview.append(_overview(comparison, of_models))
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
         parts += draw_sizes(of_models, evidence / f"{toml.stem}.png")
     head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
-    about = table(head, (models[group].split("|") for group in sorted(models, key=lambda g: (models[g], g.task))))
+    about = table(head, map(_about, sorted(models.values(), key=lambda b: (b.parameters, b.group.task))))
     return "\n\n".join([INTRODUCTION.strip(), about, "## In short", *overview, *parts, *_masks(evidence)]) + "\n"
 
 
@@ -230,11 +230,11 @@ def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def _about(block: Block) -> str:
+def _about(block: Block) -> list[str]:
     first = next(s for line in block.lines for s in line.summaries if s)
     group, before = block.group, first["scores_before"]
     scores = [f"{before[name]:.3f}" for name in ("accuracy", "loss")]
-    return "|".join([group.model, f"{block.parameters:,}", group.task, *scores, group.dtype])
+    return [group.model, f"{block.parameters:,}", group.task, *scores, group.dtype]
 
 
 def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
