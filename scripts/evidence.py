@@ -370,23 +370,27 @@ def _masks(evidence: Path) -> Iterator[str]:
 
 def draw_sizes(of_models: Sequence[Block], to: Path) -> Iterator[str]:
     """Draw the differences in loss over the models' sizes, where there are several; gives the words that show it."""
-    points: dict[str, list[tuple[int, Verdict]]] = {}
+    points: dict[tuple[str, str], list[tuple[Block, Verdict]]] = {}
     for block in of_models:
         for study, verdict in ((study, v) for study, of_study in block.verdicts.items() for v in of_study):
             if verdict.measure == "loss" and not math.isnan(verdict.difference):
-                name = f"{study}: {verdict.against}; {verdict.setting}"
-                points.setdefault(name, []).append((block.parameters, verdict))
+                points.setdefault((study, f"{verdict.against}, {verdict.setting}"), []).append((block, verdict))
     if len({block.parameters for block in of_models}) < 2 or not points:
         return
+    several = len({study for study, _ in points}) > 1
     with drawing(8.8, 3.8) as (figure, axes):
         axes.axhline(0, color=GREY, lw=1)
-        for i, (name, of_name) in enumerate(points.items()):
-            sizes = [size * 1.05 ** (i - len(points) / 2) for size, _ in of_name]
+        for i, ((study, name), of_name) in enumerate(points.items()):
+            places = [of_models.index(block) + 0.7 * ((i + 0.5) / len(points) - 0.5) for block, _ in of_name]
             means, halves = [v.difference for _, v in of_name], [v.half for _, v in of_name]
             look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ls": ""}
-            axes.errorbar(sizes, means, halves, label=name, capsize=2, **look)
-        axes.set(xscale="log", xlabel="parameters of the model", ylabel="loss: how much lower ours is")
+            axes.errorbar(places, means, halves, label=f"{study}: {name}" if several else name, capsize=2, **look)
+        axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower ours is")
+        names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in of_models]
+        axes.set_xticks(range(len(names)), labels=names)
+        axes.grid(visible=False, axis="x")
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_yticks(ticks := [-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1], labels=[f"{tick:g}" for tick in ticks])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         form: dict[str, Any] = {"format": "png", "metadata": {"Software": "meerkat"}, "facecolor": "white"}
         write_atomically(to, partial(figure.savefig, **form))
