@@ -46,7 +46,8 @@ commands below make every run again.
 - Differences are paired by seed, and above 0 where the claim is right. **holds**, **fails**: the 95% interval of the
   mean difference (Student's t) is on one side of 0. **undecided**: it is not; the table says with how many seeds it
   would be, if mean and spread stayed as they are. Where two settings are claimed to do the same, **holds** means that
-  the mean difference is within the spread of the second over its seeds.
+  the mean difference is within the spread of the second over its seeds. Nothing is corrected for the number of claims:
+  among twenty intervals, one is off by chance.
 - What stands in no table has not been run.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
@@ -222,7 +223,12 @@ def page(claims: Path, evidence: Path) -> str:
         parts += draw_sizes(of_models, evidence / f"{toml.stem}.png")
     head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
     about = table(head, map(_about, sorted(models.values(), key=lambda b: (b.parameters, b.group.task))))
-    return "\n\n".join([INTRODUCTION.strip(), about, "## In short", *overview, *parts, *_masks(evidence)]) + "\n"
+    return (
+        "\n\n".join(
+            [INTRODUCTION.strip(), about, "## In short", *overview, *parts, *_peers(evidence), *_masks(evidence)]
+        )
+        + "\n"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
@@ -363,6 +369,30 @@ def _masks(evidence: Path) -> Iterator[str]:
         head = ["model", "mean square of the top 0.1% over that of the 0.1% to 1% tier", "their share of all"]
         head += ["the kinds of tensor with most of them", "in the first and the last layer", "of all layers these are"]
         yield table(head, (cells for _, cells in sorted(rows)))
+
+
+def _peers(evidence: Path) -> Iterator[str]:
+    """What DeComFL's own program reaches, at the rate of the lowest held-back loss."""
+    file = evidence / "decomfl.jsonl"
+    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        trials = [run for run in runs if run["model"] == model and run["held_back"]]
+        lr = min(trials, key=lambda run: run["scores"]["loss"])["lr"]
+        seeds = [run for run in runs if run["model"] == model and not run["held_back"] and run["lr"] == lr]
+        shown = [_spread([run["scores"][name] for run in seeds]) for name in ("accuracy", "loss")]
+        form = f"{seeds[0]['clients']} of {seeds[0]['batch_size']} rows, {seeds[0]['rounds']}"
+        rows.append([model, form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
+    if rows:
+        yield "### DeComFL's own program"
+        yield (
+            "All parameters in float32, on the same rows, judged by the same evaluation, after as many forward passes "
+            "of a row as in sections 1 and 4. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
+        )
+        options = "--model MODEL --data DATA --lr LR [--held-back 0.1] [--seed N]"
+        yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
+        head = ["model", "clients, rounds", "rate", "rates tried", "accuracy", "loss", "passes of a row"]
+        yield table(head, rows)
 
 
 # --- the picture ----------------------------------------------------------------------------------
