@@ -342,8 +342,8 @@ def _masks(evidence: Path) -> Iterator[str]:
     rows = []
     for file in evidence.glob("mask-*.json"):
         about = json.loads(file.read_text(encoding="utf-8"))
-        shares, held = np.array(json.loads(about["concentration"])).T
-        top, next_ = np.interp(np.log([1e-3, 1e-2]), np.log(shares), held)
+        shares, of_all = np.array(json.loads(about["concentration"])).T
+        top, next_ = np.interp(np.log([1e-3, 1e-2]), np.log(shares), of_all)
         kinds, layers = dict[str, int](), dict[int, int]()
         for name, count in about["by_tensor"].items():
             path = name.split(".")

@@ -249,6 +249,9 @@ def test_a_folder_that_was_begun_without_evidence_gives_none(
     assert main([*arguments, "--evidence", str(tmp_path / "runs.csv")]) == 2
     assert "was begun without --evidence" in capsys.readouterr().err
     assert not (tmp_path / "runs.csv").exists()
+    (tmp_path / "out" / "origins.json").write_text("{")
+    assert main([*arguments, "--evidence", str(tmp_path / "runs.csv")]) == 2
+    assert "origins.json: damaged" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("nothing_runs")
