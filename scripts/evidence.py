@@ -11,7 +11,7 @@ docs/evidence/mask-NAME.json is what `meerkat mask --json` prints of a model's s
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95% quantiles of Student's t by degrees of freedom; 2.23 is used beyond."""
 MOST_SEEDS = 100
+USUAL_SEEDS = 3
+"""A setting of as many says so only where claims are told."""
 
 INTRODUCTION = """# Evidence
 
@@ -48,6 +50,8 @@ commands below make every run again.
   would be, if mean and spread stayed as they are. Where two settings are claimed to do the same, **holds** means that
   the mean difference is within the spread of the second over its seeds. Nothing is corrected for the number of claims:
   among twenty intervals, one is off by chance.
+- Three seeds, 0 to 2, unless a table says otherwise. Where a model has more, all settings that a claim compares do;
+  `--seeds 0 1 2 3 4 5` makes their runs.
 - What stands in no table has not been run.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
@@ -148,21 +152,23 @@ def blocks(comparison: Comparison, file: Path) -> list[Block]:
     made = []
     for group in dict.fromkeys(map(Group.of, read(file))):
         if lines := list(_lines(comparison, file, group)):
-            studies = results(comparison, lines, ROOT)["studies"]
-            seeds = len(comparison.seeds)
-            same = {check.claim for study in comparison.studies for check in study.check if check.equal}
-            verdicts = {s["name"]: [v for check in s["checks"] for v in _verdicts(check, seeds, same)] for s in studies}
-            made.append(Block(group, lines, verdicts))
+            made.append(Block(group, lines, _all_verdicts(comparison, lines)))
     return sorted(made, key=lambda block: (block.parameters, block.group.task))
 
 
 def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
-    """The settings whose runs are all there."""
+    """The settings whose runs of all the comparison's seeds are there, with those of further seeds that are."""
     evidence, own = Evidence(file, group.origin), {"task": group.task, "dtype": group.dtype}
     for study in comparison.studies:
         for setting in study.settings():
-            configs = [without_idle(study.config(setting, seed)).model_copy(update=own) for seed in comparison.seeds]
-            known = known_line(configs, comparison.search if study.searches(setting) else None, evidence)
+            search = comparison.search if study.searches(setting) else None
+            configs, known = [], None
+            for seed in _seeds(comparison):
+                configs.append(without_idle(study.config(setting, seed)).model_copy(update=own))
+                if len(configs) >= len(comparison.seeds):
+                    if (more := known_line(configs, search, evidence)) is None:
+                        break
+                    known = more
             if known is None or not any(outcome.summary for outcome in known[1]):
                 continue
             rates, outcomes = known
@@ -172,9 +178,29 @@ def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
                 rates=tuple(rates),
                 lr=outcomes[0].lr,
                 better=Classification.scores,
-                runs=tuple(ROOT / "runs" / str(seed) for seed in comparison.seeds),
+                runs=tuple(ROOT / "runs" / str(i) for i in range(len(outcomes))),
                 summaries=tuple(outcome.summary for outcome in outcomes),
             )
+
+
+def _seeds(comparison: Comparison) -> list[int]:
+    """The comparison's seeds, and further ones."""
+    return [*comparison.seeds, *(seed for seed in range(MOST_SEEDS) if seed not in comparison.seeds)]
+
+
+def _all_verdicts(comparison: Comparison, lines: Sequence[Line]) -> dict[str, list[Verdict]]:
+    """What every study's lines say of its claims, each pair on as many seeds as both have."""
+    same = {check.claim for study in comparison.studies for check in study.check if check.equal}
+    verdicts: dict[str, dict[tuple[str, ...], Verdict]] = {}
+    for count in sorted({len(line.runs) for line in lines}, reverse=True):
+        first = [replace(line, runs=line.runs[:count], summaries=line.summaries[:count]) for line in lines]
+        of_as_many = [line for line in first if len(line.runs) == count]
+        with_seeds = comparison.model_copy(update={"seeds": _seeds(comparison)[:count]})
+        for study in results(with_seeds, of_as_many, ROOT)["studies"]:
+            of_study = verdicts.setdefault(study["name"], {})
+            for verdict in (v for check in study["checks"] for v in _verdicts(check, count, same)):
+                of_study.setdefault((verdict.claim, verdict.setting, verdict.against), verdict)
+    return {study.name: list(verdicts[study.name].values()) for study in comparison.studies if study.name in verdicts}
 
 
 def _verdicts(check: Mapping[str, Any], seeds: int, same: Collection[str]) -> Iterator[Verdict]:
@@ -292,8 +318,8 @@ def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
     verdicts = [(block, verdict) for block in of_study for verdict in block.verdicts[study.name]]
     verdicts.sort(key=lambda pair: [check.claim for check in study.check].index(pair[1].claim))
     if verdicts:
-        cells = ([v.claim, b.group.name, v.setting, f"**{v.word}**", v.words] for b, v in verdicts)
-        yield table(["claim", "model", "at", "", "difference (95% interval)"], cells)
+        cells = ([v.claim, b.group.name, v.setting, f"**{v.word}**", f"{v.seeds}", v.words] for b, v in verdicts)
+        yield table(["claim", "model", "at", "", "seeds", "difference (95% interval)"], cells)
 
 
 def _selection(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
@@ -329,8 +355,9 @@ def _cell(line: Line | None) -> str:
     shown = [_spread([scores[name] for scores in finished]) for name in ("accuracy", "loss")]
     tried = [rate for rate, _ in line.rates]
     star = r"\*" if tried and line.lr in (min(tried), max(tried)) else ""
-    lost = len(line.summaries) - len(finished)
-    return f"{'; '.join(shown)}; {line.lr:g}{star}" + (f"; {lost} diverged" if lost else "")
+    lost, seeds = len(line.summaries) - len(finished), len(line.summaries)
+    notes = [f"; {seeds} seeds"] * (seeds != USUAL_SEEDS) + [f"; {lost} diverged"] * bool(lost)
+    return f"{'; '.join(shown)}; {line.lr:g}{star}{''.join(notes)}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -109,6 +109,28 @@ def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None
     assert "## What moves" not in _page(tmp_path)
 
 
+def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "evidence" / "masks.csv"
+    with file.open(newline="") as rows:
+        runs = list(csv.DictReader(rows))
+    second = [row for row in runs if row["seed"] == "1"]
+    third = [row | {"seed": "2", "settings": row["settings"].replace('"seed": 1', '"seed": 2')} for row in second]
+    third = [row for row in third if row["local_steps"] == "1" or row["method"] == "meerkat"]
+    with file.open("a", newline="") as out:
+        csv.DictWriter(out, runs[0], lineterminator="\n").writerows(third)
+    before, page = _page(folder), _page(tmp_path)
+
+    def line(page: str, start: str) -> str:
+        return next(line for line in page.splitlines() if start in line)
+
+    assert line(page, "| T = 2, meerkat |") != line(before, "| T = 2, meerkat |")
+    assert line(page, "| T = 2, random-mask |") == line(before, "| T = 2, random-mask |")
+    assert line(page, "| T = 2, random-mask |").endswith("; 2 seeds |")
+    assert line(page, "| T = 2 | **") == line(before, "| T = 2 | **")
+    assert "| 3 | " in line(page, "| T = 1 | **")
+
+
 def test_a_mask_says_how_concentrated_sensitivity_is(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     curve = [[1e-4, 0.1], [1e-3, 0.5], [1e-2, 0.59], [1.0, 1.0]]
