@@ -303,9 +303,9 @@ def _commands(toml: Path, of_models: Sequence[Block]) -> str:
 
 
 def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
-    of_study = [block for block in of_models if block.verdicts.get(study.name) is not None]
+    of_study = [block for block in of_models if sum(line.study.name == study.name for line in block.lines) > 1]
     if not of_study:
-        return
+        return  # one setting is no comparison
     yield f"### {study.title or study.name}"
     if study.note:
         yield study.note
@@ -403,23 +403,26 @@ def _peers(evidence: Path) -> Iterator[str]:
     file = evidence / "decomfl.jsonl"
     runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     rows = []
-    for model in dict.fromkeys(run["model"] for run in runs):
-        trials = [run for run in runs if run["model"] == model and run["held_back"]]
+    for form in dict.fromkeys(map(_form, runs)):
+        trials = [run for run in runs if _form(run) == form and run["held_back"]]
         lr = min(trials, key=lambda run: run["scores"]["loss"])["lr"]
-        seeds = [run for run in runs if run["model"] == model and not run["held_back"] and run["lr"] == lr]
+        seeds = [run for run in runs if _form(run) == form and not run["held_back"] and run["lr"] == lr]
         shown = [_spread([run["scores"][name] for run in seeds]) for name in ("accuracy", "loss")]
-        form = f"{seeds[0]['clients']} of {seeds[0]['batch_size']} rows, {seeds[0]['rounds']}"
-        rows.append([model, form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
+        rows.append([*form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
     if rows:
         yield "### DeComFL's own program"
         yield (
             "All parameters in float32, on the same rows, judged by the same evaluation, after as many forward passes "
             "of a row as in sections 1 and 4. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
         )
-        options = "--model MODEL --data DATA --lr LR [--held-back 0.1] [--seed N]"
+        options = "--model MODEL --data DATA --lr LR [--iid] [--held-back 0.1] [--seed N]"
         yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
-        head = ["model", "clients, rounds", "rate", "rates tried", "accuracy", "loss", "passes of a row"]
+        head = ["model", "split", "clients, rounds", "rate", "rates tried", "accuracy", "loss", "passes of a row"]
         yield table(head, rows)
+
+
+def _form(run: Mapping[str, Any]) -> tuple[str, str, str]:
+    return run["model"], run["partition"], f"{run['clients']} of {run['batch_size']} rows, {run['rounds']}"
 
 
 # --- the picture ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
+    parser.add_argument("--iid", action="store_true", help="no Dirichlet split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-back", type=float, default=0.0, help="share of the training rows to judge on")
     parser.add_argument("--max-eval-samples", type=int, default=300)
@@ -60,7 +61,8 @@ def main() -> None:
         json.dumps(
             {
                 **{name: getattr(given, name) for name in ("lr", "mu", "clients", "batch_size", "rounds", "seed")},
-                **{"held_back": given.held_back, "model": Path(given.model).name, "before": before},
+                **{"held_back": given.held_back, "partition": "iid" if given.iid else f"dirichlet:{given.alpha:g}"},
+                **{"model": Path(given.model).name, "before": before},
                 "scores": problem.evaluate(batch).scores,
                 "seconds": seconds,
                 "rows_forwarded": 2 * given.rounds * given.clients * given.batch_size,
@@ -75,7 +77,8 @@ def _server(given: argparse.Namespace, training: Sequence[Any]) -> Any:
     sys.argv = ["decomfl_main.py", "--large-model", NAME, "--dataset", "sst2", "--no-cuda", "--no-mps"]
     sys.argv += ["--train-batch-size", str(given.batch_size), "--num-clients", str(given.clients), "--no-optim"]
     sys.argv += ["--num-sample-clients", str(given.clients), "--lr", str(given.lr), "--mu", str(given.mu)]
-    sys.argv += ["--seed", str(given.seed + 1), "--no-iid", "--dirichlet-alpha", str(given.alpha)]
+    sys.argv += ["--seed", str(given.seed + 1)]
+    sys.argv += ["--iid"] if given.iid else ["--no-iid", "--dirichlet-alpha", str(given.alpha)]
     sys.path.insert(0, str(given.checkout))
     import_module("datasets")  # before torchvision, which it would take for the real one
     pictures: Any = types.ModuleType("torchvision")
