@@ -413,7 +413,7 @@ def _peers(evidence: Path) -> Iterator[str]:
         yield "### DeComFL's own program"
         yield (
             "All parameters in float32, on the same rows, judged by the same evaluation, after as many forward passes "
-            "of a row as in sections 1 and 4. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
+            "of a row as in sections 1 and 5. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
         )
         options = "--model MODEL --data DATA --lr LR [--iid] [--held-back 0.1] [--seed N]"
         yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
