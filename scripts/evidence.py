@@ -34,7 +34,7 @@ T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 """Two-sided 95% quantiles of Student's t by degrees of freedom; 2.23 is used beyond."""
 MOST_SEEDS = 100
 USUAL_SEEDS = 3
-"""A setting of as many says so only where claims are told."""
+"""Other numbers are shown."""
 
 INTRODUCTION = """# Evidence
 
@@ -49,7 +49,7 @@ commands below make every run again.
   mean difference (Student's t) is on one side of 0. **undecided**: it is not; the table says with how many seeds it
   would be, if mean and spread stayed as they are. Where two settings are claimed to do the same, **holds** means that
   the mean difference is within the spread of the second over its seeds. Nothing is corrected for the number of claims:
-  among twenty intervals, one is off by chance.
+  among twenty intervals, one is off by chance. Numbers in brackets count settings.
 - Three seeds, 0 to 2, unless a table says otherwise. Where a model has more, all settings that a claim compares do;
   `--seeds 0 1 2 3 4 5` makes their runs.
 - What stands in no table has not been run.
@@ -106,14 +106,15 @@ class Verdict:
 
     @property
     def words(self) -> str:
-        """The difference, its interval, and what would settle it."""
+        """The verdict, the difference, its interval, and what would settle it."""
         if self.seeds == 1:
             return "one seed"
         if math.isnan(self.difference):
             return "a run diverged"
         low, high = self.difference - self.half, self.difference + self.half
-        more = f"; {self._needed()}" if self.word == "undecided" and not self.same else ""
-        return f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}){more}"
+        notes = [f"; {self.seeds} seeds"] * (self.seeds != USUAL_SEEDS)
+        notes += [f"; needs {self._needed()}"] * (self.word == "undecided" and not self.same)
+        return f"**{self.word}** {self.difference:+.3f} ({low:+.3f} to {high:+.3f}){''.join(notes)}"
 
     def _needed(self) -> str:
         deviation = self.half / quantile(self.seeds) * math.sqrt(self.seeds)
@@ -285,7 +286,7 @@ def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
 
 def _counted(words: Sequence[str]) -> str:
     counts = {word: words.count(word) for word in ("holds", "fails", "undecided") if word in words}
-    return ", ".join(f"{word} {count} of {len(words)}" if len(words) > 1 else word for word, count in counts.items())
+    return ", ".join(f"{word} ({count})" if len(words) > 1 else word for word, count in counts.items())
 
 
 def _commands(toml: Path, of_models: Sequence[Block]) -> str:
@@ -315,11 +316,22 @@ def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
     ]
     yield table(["setting", *(block.group.name for block in of_study)], (row for row in rows if any(row[1:])))
     yield from _selection(study, of_study)
-    verdicts = [(block, verdict) for block in of_study for verdict in block.verdicts[study.name]]
-    verdicts.sort(key=lambda pair: [check.claim for check in study.check].index(pair[1].claim))
-    if verdicts:
-        cells = ([v.claim, b.group.name, v.setting, f"**{v.word}**", f"{v.seeds}", v.words] for b, v in verdicts)
-        yield table(["claim", "model", "at", "", "seeds", "difference (95% interval)"], cells)
+    yield from _differences(study, of_study)
+
+
+def _differences(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
+    """What each claim's paired differences are on every model."""
+    cells: dict[tuple[str, str, str], dict[Group, str]] = {}
+    for check in study.check:
+        for block in of_study:
+            for verdict in block.verdicts.get(study.name, ()):
+                if verdict.claim == check.claim:
+                    key = verdict.claim, verdict.setting, verdict.against
+                    cells.setdefault(key, {})[block.group] = verdict.words
+    if cells:
+        yield "Differences, each with its 95% interval."
+        rows = ([*key[:2], *(of_key.get(block.group, "") for block in of_study)] for key, of_key in cells.items())
+        yield table(["claim", "at", *(block.group.name for block in of_study)], rows)
 
 
 def _selection(study: Study, of_study: Sequence[Block]) -> Iterator[str]:

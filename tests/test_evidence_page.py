@@ -128,7 +128,8 @@ def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: 
     assert line(page, "| T = 2, random-mask |") == line(before, "| T = 2, random-mask |")
     assert line(page, "| T = 2, random-mask |").endswith("; 2 seeds |")
     assert line(page, "| T = 2 | **") == line(before, "| T = 2 | **")
-    assert "| 3 | " in line(page, "| T = 1 | **")
+    assert "; 2 seeds" in line(before, "| T = 1 | **")
+    assert "; 2 seeds" not in line(page, "| T = 1 | **")
 
 
 def test_a_mask_says_how_concentrated_sensitivity_is(tmp_path: Path) -> None:
@@ -156,14 +157,15 @@ def test_verdicts_follow_from_their_interval(difference: float, half: float, see
     verdict = script.Verdict("c", "", "b", "loss", difference, half, seeds)
     low, high = difference - half, difference + half
     assert verdict.word == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
-    assert (" seeds" in verdict.words) == (verdict.word == "undecided")
+    assert verdict.words.startswith(f"**{verdict.word}** {difference:+.3f} ({low:+.3f} to {high:+.3f})")
+    assert ("; needs " in verdict.words) == (verdict.word == "undecided")
 
 
 def test_how_many_seeds_would_settle_it() -> None:
     """At a standard deviation of 1 and a mean of 1, seven seeds would: t is 2.447, over the root of 7."""
     verdict = script.Verdict("c", "", "b", "loss", 1.0, 4.303 / math.sqrt(3), 3)
-    assert verdict.words.endswith("; 7 seeds")
-    assert script.Verdict("c", "", "b", "loss", 0.001, 5.0, 3).words.endswith("; more than 100 seeds")
+    assert verdict.words.endswith("; needs 7 seeds")
+    assert script.Verdict("c", "", "b", "loss", 0.001, 5.0, 3).words.endswith("; needs more than 100 seeds")
     assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).words == "a run diverged"
     assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).word == "undecided"
 
