@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95% quantiles of Student's t by degrees of freedom; 2.23 is used beyond."""
 MOST_SEEDS = 100
+SAME = 0.05
+"""The largest difference, in accuracy or loss, between settings that do the same."""
 USUAL_SEEDS = 3
 """Other numbers are shown."""
 
@@ -48,8 +50,8 @@ commands below make every run again.
 - Differences are paired by seed, and above 0 where the claim is right. **holds**, **fails**: the 95% interval of the
   mean difference (Student's t) is on one side of 0. **undecided**: it is not; the table says with how many seeds it
   would be, if mean and spread stayed as they are. Where two settings are claimed to do the same, **holds** means that
-  the mean difference is within the spread of the second over its seeds. Nothing is corrected for the number of claims:
-  among twenty intervals, one is off by chance. Numbers in brackets count settings.
+  the whole interval is within 0.05 of 0. Nothing is corrected for the number of claims: among twenty intervals, one is
+  off by chance. Numbers in brackets count settings.
 - Three seeds, 0 to 2, unless a table says otherwise. Where a model has more, all settings that a claim compares do;
   `--seeds 0 1 2 3 4 5` makes their runs.
 - What stands in no table has not been run.
@@ -92,17 +94,17 @@ class Verdict:
     half: float
     """Of the 95% interval's width."""
     seeds: int
-    same: str = ""
-    """Where two settings are claimed to do the same: the comparison's own verdict."""
+    same: bool = False
+    """Whether two settings are claimed to do the same."""
 
     @property
     def word(self) -> str:
         """holds, fails or undecided."""
-        if self.same:
-            return self.same
+        if self.same and abs(self.difference) + self.half < SAME:
+            return "holds"
         if not abs(self.difference) > self.half:
             return "undecided"
-        return "holds" if self.difference > 0 else "fails"
+        return "holds" if self.difference > 0 and not self.same else "fails"
 
     @property
     def words(self) -> str:
@@ -218,7 +220,7 @@ def _verdicts(check: Mapping[str, Any], seeds: int, same: Collection[str]) -> It
             difference=math.nan if pair["se"] is None else pair["mean"],
             half=quantile(seeds) * error,
             seeds=seeds,
-            same=pair["verdict"] if check["claim"] in same else "",
+            same=check["claim"] in same,
         )
 
 
@@ -298,15 +300,17 @@ def _commands(toml: Path, of_models: Sequence[Block]) -> str:
             value = getattr(group, name)
             if f'{name} = "{value}"' not in given and value != "auto":
                 flags.append(f"--{name} {value}")
-        files = f"--evidence docs/evidence/{toml.stem}.csv --out runs/{toml.stem}-{group.model}"
+        name = group.model if sum(group.model == other.group.model for other in of_models) == 1 else group.task
+        files = f"--evidence docs/evidence/{toml.stem}.csv --out runs/{toml.stem}-{name}"
         lines.append(f"    meerkat compare examples/claims/real/{toml.name} {' '.join([*flags, files])}")
     return "\n".join(lines)
 
 
 def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
-    of_study = [block for block in of_models if sum(line.study.name == study.name for line in block.lines) > 1]
+    least = min(2, len(study.settings()))  # one setting of several is no comparison
+    of_study = [block for block in of_models if sum(line.study.name == study.name for line in block.lines) >= least]
     if not of_study:
-        return  # one setting is no comparison
+        return
     yield f"### {study.title or study.name}"
     if study.note:
         yield study.note

@@ -161,6 +161,16 @@ def test_verdicts_follow_from_their_interval(difference: float, half: float, see
     assert ("; needs " in verdict.words) == (verdict.word == "undecided")
 
 
+@given(st.floats(-0.2, 0.2), st.floats(1e-3, 0.2))
+def test_the_same_means_a_whole_interval_near_0(difference: float, half: float) -> None:
+    verdict = script.Verdict("c", "", "b", "loss", difference, half, 3, same=True)
+    low, high = difference - half, difference + half
+    if low > -0.05 and high < 0.05:
+        assert verdict.word == "holds"
+    else:
+        assert verdict.word == ("fails" if low > 0 or high < 0 else "undecided")
+
+
 def test_how_many_seeds_would_settle_it() -> None:
     """At a standard deviation of 1 and a mean of 1, seven seeds would: t is 2.447, over the root of 7."""
     verdict = script.Verdict("c", "", "b", "loss", 1.0, 4.303 / math.sqrt(3), 3)
