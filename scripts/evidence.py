@@ -249,7 +249,7 @@ def page(claims: Path, evidence: Path) -> str:
         overview.append(_overview(comparison, of_models))
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
-        parts += draw_sizes(of_models, evidence / f"{toml.stem}.png")
+        parts += draw_sizes(comparison.studies[0].name, of_models, evidence / f"{toml.stem}.png")
     head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
     about = table(head, map(_about, sorted(models.values(), key=lambda b: (b.parameters, b.group.task))))
     return (
@@ -444,23 +444,24 @@ def _form(run: Mapping[str, Any]) -> tuple[str, str, str]:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def draw_sizes(of_models: Sequence[Block], to: Path) -> Iterator[str]:
-    """Draw the differences in loss over the models' sizes, where there are several; gives the words that show it."""
-    points: dict[tuple[str, str], list[tuple[Block, Verdict]]] = {}
+def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str]:
+    """Draw one study's differences in loss over the models' sizes, where there are several; gives what shows them."""
+    points: dict[str, list[tuple[Block, Verdict]]] = {}
     for block in of_models:
-        for study, verdict in ((study, v) for study, of_study in block.verdicts.items() for v in of_study):
+        for verdict in block.verdicts.get(study, ()):
             if verdict.measure == "loss" and not math.isnan(verdict.difference):
-                points.setdefault((study, f"{verdict.against}, {verdict.setting}"), []).append((block, verdict))
+                points.setdefault(", ".join(filter(None, [verdict.against, verdict.setting])), []).append(
+                    (block, verdict)
+                )
     if len({block.parameters for block in of_models}) < 2 or not points:
         return
-    several = len({study for study, _ in points}) > 1
     with drawing(8.8, 3.8) as (figure, axes):
         axes.axhline(0, color=GREY, lw=1)
-        for i, ((study, name), of_name) in enumerate(points.items()):
+        for i, (name, of_name) in enumerate(points.items()):
             places = [of_models.index(block) + 0.7 * ((i + 0.5) / len(points) - 0.5) for block, _ in of_name]
             means, halves = [v.difference for _, v in of_name], [v.half for _, v in of_name]
             look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ls": ""}
-            axes.errorbar(places, means, halves, label=f"{study}: {name}" if several else name, capsize=2, **look)
+            axes.errorbar(places, means, halves, label=f"against {name}", capsize=2, **look)
         axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower ours is")
         names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in of_models]
         axes.set_xticks(range(len(names)), labels=names)
