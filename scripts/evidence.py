@@ -18,6 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from meerkat.comparison.compare import known_line, without_idle
 from meerkat.comparison.evidence import Entry, Evidence, Origin, read
@@ -85,8 +86,10 @@ class Verdict:
     """What paired differences say of a claim."""
 
     claim: str
+    at: Setting
+    """The axes that the two settings share."""
     setting: str
-    """The other axes of the two settings that are compared."""
+    """The same in words, and what is compared where it is no method."""
     against: str
     measure: str
     difference: float
@@ -209,12 +212,13 @@ def _all_verdicts(comparison: Comparison, lines: Sequence[Line]) -> dict[str, li
 def _verdicts(check: Mapping[str, Any], seeds: int, same: Collection[str]) -> Iterator[Verdict]:
     for pair in check["differences"]:
         sides = {axis: str(value) for axis, value in pair["setting"].items() if " against " in str(value)}
-        rest = in_words({axis: value for axis, value in pair["setting"].items() if axis not in sides})
+        at = {axis: value for axis, value in pair["setting"].items() if axis not in sides}
         compared = in_words({axis: side for axis, side in sides.items() if axis != "method"})
         error = math.nan if pair["se"] is None else pair["se"]
         yield Verdict(
             claim=check["claim"],
-            setting=", ".join(filter(None, [rest, compared])),
+            at=at,
+            setting=", ".join(filter(None, [in_words(at), compared])),
             against=next(iter(sides.values())).split(" against ")[1],
             measure=check["measure"],
             difference=math.nan if pair["se"] is None else pair["mean"],
@@ -250,6 +254,7 @@ def page(claims: Path, evidence: Path) -> str:
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
         parts += draw_sizes(comparison.studies[0].name, of_models, evidence / f"{toml.stem}.png")
+        parts += draw_map(comparison, of_models, evidence / f"{toml.stem}-map.png")
     head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
     about = table(head, map(_about, sorted(models.values(), key=lambda b: (b.parameters, b.group.task))))
     return (
@@ -441,7 +446,7 @@ def _form(run: Mapping[str, Any]) -> tuple[str, str, str]:
     return run["model"], run["partition"], f"{run['clients']} of {run['batch_size']} rows, {run['rounds']}"
 
 
-# --- the picture ----------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str]:
@@ -469,10 +474,48 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_yticks(ticks := [-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1], labels=[f"{tick:g}" for tick in ticks])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        form: dict[str, Any] = {"format": "png", "metadata": {"Software": "meerkat"}, "facecolor": "white"}
-        write_atomically(to, partial(figure.savefig, **form))
+        _save(figure, to)
     yield f"![How much lower the loss is, by size of the model](evidence/{to.name})"
     yield "Above the line the claim is right. Bars are 95% intervals; the axis is linear between -0.1 and 0.1."
+
+
+def draw_map(comparison: Comparison, of_models: Sequence[Block], to: Path) -> Iterator[str]:
+    """Draw where Meerkat-vp ends at a lower loss than Meerkat, and where at a higher; gives the words that show it."""
+    cells: dict[str, dict[tuple[str, str], Verdict]] = {}
+    for study in comparison.studies:
+        claims = {check.claim for check in study.check if check.better == "meerkat-vp" and check.measure == "loss"}
+        for block in of_models:
+            for verdict in block.verdicts.get(study.name, ()):
+                if verdict.claim in claims and verdict.against == "meerkat" and not math.isnan(verdict.difference):
+                    rest = {axis: value for axis, value in verdict.at.items() if axis != "partition"}
+                    row = f"{in_words(rest)}, {study.shared['batch_size']} rows"
+                    cells.setdefault(row, {})[block.group.name, str(verdict.at.get("partition"))] = verdict
+    if not cells:
+        return
+    columns = list(dict.fromkeys(column for of_row in cells.values() for column in of_row))
+    values = np.array([[getattr(of_row.get(c), "difference", math.nan) for c in columns] for of_row in cells.values()])
+    with drawing(2.4 + 1.3 * len(columns), 0.8 + 0.42 * len(cells)) as (figure, axes):
+        limit = float(np.nanmax(np.abs(values)))
+        axes.imshow(values, cmap="RdBu", vmin=-1.6 * limit, vmax=1.6 * limit, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                word = list(cells.values())[y][columns[x]].word
+                shown = f"{value:+.2f}" + (f"\n{word}" if word != "undecided" else "")
+                axes.text(x, y, shown, ha="center", va="center")
+        axes.set_xticks(range(len(columns)), labels=["\n".join(column) for column in columns])
+        axes.set_yticks(range(len(cells)), labels=list(cells))
+        axes.grid(visible=False)
+        _save(figure, to)
+    yield f"![Where stopping early helps](evidence/{to.name})"
+    yield (
+        "How much lower the loss of Meerkat-vp is than Meerkat's: blue where stopping early helps, red where it hurts; "
+        "undecided where no word stands."
+    )
+
+
+def _save(figure: Figure, to: Path) -> None:
+    form: dict[str, Any] = {"format": "png", "metadata": {"Software": "meerkat"}, "facecolor": "white"}
+    write_atomically(to, partial(figure.savefig, **form))
 
 
 def main() -> None:

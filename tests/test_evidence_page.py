@@ -16,6 +16,8 @@ from test_compare import InThisProcess
 
 from meerkat.cli import main
 from meerkat.comparison import processes
+from meerkat.comparison.evidence import Origin
+from meerkat.comparison.studies import Check, read_comparison
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evidence.py"
 
@@ -132,6 +134,30 @@ def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: 
     assert "; 2 seeds" not in line(page, "| T = 1 | **")
 
 
+def test_the_map_shows_where_stopping_early_helps(tmp_path: Path) -> None:
+    claim = {"claim": "it helps", "axis": "method", "better": "meerkat-vp", "than": ["meerkat"], "measure": "loss"}
+    axes = {"partition": ["mixed:2", "mixed:4"], "local_steps": [10], "method": ["meerkat", "meerkat-vp"]}
+    comparison = read_comparison(None, {**axes, "batch_size": 4, "clients": 8})
+    (study,) = comparison.studies
+    study = study.model_copy(update={"check": [Check.model_validate(claim)]})
+    comparison = comparison.model_copy(update={"studies": [study]})
+    group = script.Group(Origin("m", "r", ""), "topics", "float32", "embedded")
+
+    def verdict(partition: str, difference: float) -> Any:
+        at = {"partition": partition, "local_steps": 10}
+        return script.Verdict("it helps", at, "", "meerkat", "loss", difference, 0.1, 3)
+
+    def shown(*verdicts: Any) -> list[str]:
+        block = script.Block(group, [], {study.name: verdicts})
+        return list(script.draw_map(comparison, [block], tmp_path / "map.png"))
+
+    diverged = verdict("mixed:4", math.nan)
+    assert not shown(diverged)
+    assert not (tmp_path / "map.png").exists()
+    assert shown(verdict("mixed:2", 0.2), diverged)[0] == "![Where stopping early helps](evidence/map.png)"
+    assert (tmp_path / "map.png").exists()
+
+
 def test_a_mask_says_how_concentrated_sensitivity_is(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     curve = [[1e-4, 0.1], [1e-3, 0.5], [1e-2, 0.59], [1.0, 1.0]]
@@ -154,7 +180,7 @@ def test_a_peer_is_shown_at_the_rate_of_its_lowest_held_back_loss(tmp_path: Path
 
 @given(st.floats(-2, 2), st.floats(1e-3, 2), st.integers(2, 9))
 def test_verdicts_follow_from_their_interval(difference: float, half: float, seeds: int) -> None:
-    verdict = script.Verdict("c", "", "b", "loss", difference, half, seeds)
+    verdict = script.Verdict("c", {}, "", "b", "loss", difference, half, seeds)
     low, high = difference - half, difference + half
     assert verdict.word == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
     assert verdict.words.startswith(f"**{verdict.word}** {difference:+.3f} ({low:+.3f} to {high:+.3f})")
@@ -163,7 +189,7 @@ def test_verdicts_follow_from_their_interval(difference: float, half: float, see
 
 @given(st.floats(-0.2, 0.2), st.floats(1e-3, 0.2))
 def test_the_same_means_a_whole_interval_near_0(difference: float, half: float) -> None:
-    verdict = script.Verdict("c", "", "b", "loss", difference, half, 3, same=True)
+    verdict = script.Verdict("c", {}, "", "b", "loss", difference, half, 3, same=True)
     low, high = difference - half, difference + half
     if low > -0.05 and high < 0.05:
         assert verdict.word == "holds"
@@ -173,11 +199,11 @@ def test_the_same_means_a_whole_interval_near_0(difference: float, half: float) 
 
 def test_how_many_seeds_would_settle_it() -> None:
     """At a standard deviation of 1 and a mean of 1, seven seeds would: t is 2.447, over the root of 7."""
-    verdict = script.Verdict("c", "", "b", "loss", 1.0, 4.303 / math.sqrt(3), 3)
+    verdict = script.Verdict("c", {}, "", "b", "loss", 1.0, 4.303 / math.sqrt(3), 3)
     assert verdict.words.endswith("; needs 7 seeds")
-    assert script.Verdict("c", "", "b", "loss", 0.001, 5.0, 3).words.endswith("; needs more than 100 seeds")
-    assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).words == "a run diverged"
-    assert script.Verdict("c", "", "b", "loss", math.nan, math.nan, 3).word == "undecided"
+    assert script.Verdict("c", {}, "", "b", "loss", 0.001, 5.0, 3).words.endswith("; needs more than 100 seeds")
+    assert script.Verdict("c", {}, "", "b", "loss", math.nan, math.nan, 3).words == "a run diverged"
+    assert script.Verdict("c", {}, "", "b", "loss", math.nan, math.nan, 3).word == "undecided"
 
 
 def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:
