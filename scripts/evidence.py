@@ -256,10 +256,15 @@ def page(claims: Path, evidence: Path) -> str:
         parts += draw_sizes(comparison.studies[0].name, of_models, evidence / f"{toml.stem}.png")
         parts += draw_map(comparison, of_models, evidence / f"{toml.stem}-map.png")
     head = ["model", "parameters", "task", "accuracy before", "loss before", "type"]
-    about = table(head, map(_about, sorted(models.values(), key=lambda b: (b.parameters, b.group.task))))
+    by_size = sorted(models.values(), key=lambda block: (block.parameters, block.group.task, block.group.dtype))
+    about = table(head, map(_about, by_size))
+    rates = _measured_rates(evidence, [block.group for block in by_size])
     return (
         "\n\n".join(
-            [INTRODUCTION.strip(), about, "## In short", *overview, *parts, *_peers(evidence), *_masks(evidence)]
+            [
+                *(INTRODUCTION.strip(), about, "## In short", *overview, *parts),
+                *(*_peers(evidence), *rates, *_masks(evidence)),
+            ]
         )
         + "\n"
     )
@@ -383,6 +388,42 @@ def _cell(line: Line | None) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _measured_rates(evidence: Path, order: Sequence[Group]) -> Iterator[str]:
+    """The rate that `--lr auto` measures, at which every search begins, beside the best of the search."""
+    searches: dict[str, dict[Group, dict[float, tuple[bool, float]]]] = {}
+    for entry in (entry for file in sorted(evidence.glob("*.csv")) for entry in read(file)):
+        if "held_back" in entry.settings:
+            fixed = {"method": "meerkat", "local_steps": 1} | dict(entry.settings)
+            named = {axis: fixed[axis] for axis in _OF_A_SEARCH if axis in fixed}
+            trials = searches.setdefault(in_words(named), {}).setdefault(Group.of(entry), {})
+            loss = math.inf if entry.outcome.summary is None else entry.outcome.summary["scores"]["loss"]
+            trials[entry.outcome.lr] = ("lr" not in entry.settings, loss)
+    groups = [group for group in order if any(group in of_groups for of_groups in searches.values())]
+    rows = [
+        [name, *(_beside_the_best(of_groups.get(group, {})) for group in groups)]
+        for name, of_groups in sorted(searches.items())
+    ]
+    if rows := [row for row in rows if any(row[1:])]:
+        yield "## The measured rate beside a search's"
+        yield (
+            "Every search begins at the rate that `--lr auto` measures, and tries its neighbours, on held-back "
+            "rows. How many times the measured rate the best is, and how much higher the loss is at the measured rate."
+        )
+        yield table(["setting", *(f"{group.name}, {group.dtype}" for group in groups)], rows)
+
+
+_OF_A_SEARCH = ("method", "local_steps", "density", "weights", "partition")
+"""What searches differ in."""
+
+
+def _beside_the_best(trials: Mapping[float, tuple[bool, float]]) -> str:
+    measured = [lr for lr, (is_measured, _) in trials.items() if is_measured]
+    if not measured or len(trials) < 3:
+        return ""
+    best = min(trials, key=lambda lr: trials[lr][1])
+    return f"{best / measured[0]:.2g}; {trials[measured[0]][1] / trials[best][1] - 1:+.0%}"
 
 
 def _masks(evidence: Path) -> Iterator[str]:

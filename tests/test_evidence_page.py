@@ -95,6 +95,18 @@ def test_it_says_what_the_comparison_says(folder: Path) -> None:
     assert "--dtype" not in page
 
 
+def test_the_measured_rate_stands_beside_the_best_of_its_search(folder: Path) -> None:
+    with (folder / "evidence" / "masks.csv").open(newline="") as rows:
+        trials = [row for row in csv.DictReader(rows) if float(row["held_back"])]
+    for method, steps in itertools.product(("meerkat", "random-mask"), ("1", "2")):
+        search = [row for row in trials if (row["method"], row["local_steps"]) == (method, steps)]
+        (measured,) = (row for row in search if "lr" not in json.loads(row["settings"]))
+        best = min(search, key=lambda row: float(row["loss"]))
+        more = float(measured["loss"]) / float(best["loss"]) - 1
+        cell = f"{float(best['lr']) / float(measured['lr']):.2g}; {more:+.0%}"
+        assert f"| {method}, T = {steps}, u = 0.01, iid | {cell} |" in _page(folder)
+
+
 def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "evidence" / "masks.csv"
