@@ -59,7 +59,8 @@ commands below make every run again.
   one is off by chance. Numbers in brackets count settings.
 - Three seeds, 0 to 2, unless a table says otherwise; where there are more, both sides of a difference have them.
   `--seeds 0,1,2,3,4,5` makes their runs.
-- Settings of which runs are missing are left out. The commands make them too.
+- Settings of which runs are missing are left out (the commands make them too), and so are runs at rates that an
+  earlier search, with shorter trials, chose.
 - T is the number of local steps a round, u the share of the parameters that move, mixed:N a split in which N clients
   have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it, its
   first 6,000 training rows and the 872 for validation, TEXT 2,091 passages of Wikipedia, imdb-6m a Llama of 5.8M
