@@ -62,8 +62,8 @@ commands below make every run again.
 - Settings of which runs are missing are left out (the commands make them too), and so are runs at rates that an
   earlier search, with shorter trials, chose.
 - T is the number of local steps a round, u the share of the parameters that move, mixed:N a split in which N clients
-  have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it, its
-  first 6,000 training rows and the 872 for validation, TEXT 2,091 passages of Wikipedia, imdb-6m a Llama of 5.8M
+  have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it,
+  6,000 of its training rows and the 872 for validation, TEXT 2,091 passages of Wikipedia, imdb-6m a Llama of 5.8M
   parameters pre-trained on film reviews. Other rows or text make other runs, which `--evidence` tells apart.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
