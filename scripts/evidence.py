@@ -517,23 +517,24 @@ def _form(run: Mapping[str, Any]) -> tuple[str, str, str]:
 def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str]:
     """Draw one study's differences in loss over the models' sizes, where there are several; gives what shows them."""
     points: dict[str, list[tuple[Block, Verdict]]] = {}
+    drawn = []
     for block in of_models:
-        for verdict in block.verdicts.get(study, ()):
-            if verdict.measure == "loss" and not math.isnan(verdict.difference):
-                points.setdefault(", ".join(filter(None, [verdict.against, verdict.setting])), []).append(
-                    (block, verdict)
-                )
-    if len({block.parameters for block in of_models}) < 2 or not points:
+        known = [v for v in block.verdicts.get(study, ()) if v.measure == "loss" and not math.isnan(v.difference)]
+        drawn += [block] * bool(known)
+        for verdict in known:
+            name = ", ".join(filter(None, [verdict.against, verdict.setting]))
+            points.setdefault(name, []).append((block, verdict))
+    if len({block.parameters for block in drawn}) < 2:
         return
     with drawing(8.8, 3.8) as (figure, axes):
         axes.axhline(0, color=GREY, lw=1)
         for i, (name, of_name) in enumerate(points.items()):
-            places = [of_models.index(block) + 0.7 * ((i + 0.5) / len(points) - 0.5) for block, _ in of_name]
+            places = [drawn.index(block) + 0.7 * ((i + 0.5) / len(points) - 0.5) for block, _ in of_name]
             means, halves = [v.difference for _, v in of_name], [v.half for _, v in of_name]
             look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ls": ""}
             axes.errorbar(places, means, halves, label=f"against {name}", capsize=2, **look)
         axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower ours is")
-        names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in of_models]
+        names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in drawn]
         axes.set_xticks(range(len(names)), labels=names)
         axes.grid(visible=False, axis="x")
         axes.set_yscale("symlog", linthresh=0.1)
