@@ -53,7 +53,7 @@ commands below make every run again.
   mean difference (Student's t, two-sided, where `meerkat compare` prints one-sided verdicts) lies on one side of 0.
   **undecided**: it does not; *needs N seeds* says how many would decide it if mean and spread stayed as they are.
   Where one setting is claimed to do as well as another, **holds** means that the whole interval is above -0.05,
-  **fails** that it is below.
+  **fails** that it is below; `meerkat compare` is more lenient, and allows for the reference's own spread over seeds.
 - Intervals cover seeds alone: all runs of a model share their validation rows (300 rows give an accuracy to about
   0.05) and the rate that the first seed chose. Nothing is corrected for the number of claims: among twenty intervals,
   one is off by chance. Numbers in brackets count settings.
