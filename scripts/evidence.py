@@ -2,8 +2,8 @@
 
     python scripts/evidence.py
 
-Each examples/claims/real/NAME.toml says what is compared, and docs/evidence/NAME.csv has the runs, of any number of
-models: `meerkat compare examples/claims/real/NAME.toml --evidence docs/evidence/NAME.csv --model MODEL ...` adds them.
+Each examples/claims/real/NAME.toml says what is compared, and docs/evidence/runs.csv has the runs of all of them, of
+any number of models: `meerkat compare examples/claims/real/NAME.toml --evidence docs/evidence/runs.csv ...` adds them.
 Rates are chosen anew from the trials in the file, and claims are checked anew, on differences paired by seed.
 docs/evidence/mask-NAME.json is what `meerkat mask --json` prints of a model's sensitivity mask.
 """
@@ -39,13 +39,15 @@ WORSE = 0.05
 """How much lower accuracy, or higher loss, a setting may have that does as well as another."""
 USUAL_SEEDS = 3
 """Other numbers are shown."""
+GAINS = (0.05, 0.1)
+"""In accuracy, to which bytes are counted."""
 
 INTRODUCTION = """# Evidence
 
 What our own runs say of the claims in ["Mitigating Non-IID Drift in Zeroth-Order Federated LLM Fine-Tuning with
 Transferable Sparsity"](https://arxiv.org/abs/2506.03337). `make evidence` writes this page from the runs in
-[docs/evidence](evidence), one line each ([what is in them](formats.md#evidence)). With a new `--evidence` file the
-commands below make every run again.
+[docs/evidence/runs.csv](evidence/runs.csv), one line each ([what is in it](formats.md#evidence)). With a new
+`--evidence` file the commands below make every run again.
 
 - Learning rates are searched by one rule on rows held back from the training rows, with the first seed, unless the
   section says otherwise. No rate is chosen on validation rows. A star marks the lowest or the highest that was tried.
@@ -165,9 +167,20 @@ def blocks(comparison: Comparison, file: Path) -> list[Block]:
     """Every group's share of a comparison, the smallest model first."""
     made = []
     for group in dict.fromkeys(map(Group.of, read(file))):
-        if lines := list(_lines(comparison, file, group)):
+        lines = list(_lines(comparison, file, group))
+        enough = {study.name for study in comparison.studies if _is_compared(study, lines)}
+        if lines := [line for line in lines if line.study.name in enough]:
             made.append(Block(group, lines, _all_verdicts(comparison, lines)))
     return sorted(made, key=lambda block: (block.parameters, block.group.task))
+
+
+def _is_compared(study: Study, lines: Sequence[Line]) -> bool:
+    """Whether enough of a study is there to be shown: comparisons have runs in common, and one of several settings, or
+    one of several lengths, compares nothing.
+    """
+    settings = [line.setting for line in lines if line.study.name == study.name]
+    lengths = {setting["rounds"] for setting in settings if "rounds" in setting}
+    return len(settings) >= min(2, len(study.settings())) and len(lengths) >= min(2, len(study.axes.get("rounds", ())))
 
 
 def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
@@ -250,16 +263,16 @@ def page(claims: Path, evidence: Path) -> str:
 
     Args:
         claims: a folder of comparisons' files.
-        evidence: a folder of files of runs, each with its comparison's name.
+        evidence: a folder with runs.csv, the runs of all of them.
     """
-    parts, overview, every, models = [], [], list[Block](), dict[Group, Block]()
+    parts, overview, every, models = [], list[str](), list[Block](), dict[Group, Block]()
     comparisons = {toml: read_comparison(toml, {}) for toml in claims.glob("*.toml")}
     for toml, comparison in sorted(comparisons.items(), key=lambda item: item[1].title):
-        if not (of_models := blocks(comparison, evidence / f"{toml.stem}.csv")):
+        if not (of_models := blocks(comparison, evidence / "runs.csv")):
             continue
         every += of_models
         models |= {block.group: block for block in of_models}
-        overview.append(_overview(comparison, of_models))
+        overview += _overview(comparison, of_models)
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
         parts += draw_sizes(comparison.studies[0].name, of_models, evidence / f"{toml.stem}.png")
@@ -293,8 +306,8 @@ def _about(block: Block) -> list[str]:
     return [group.model, f"{block.parameters:,}", group.task, *scores, group.dtype]
 
 
-def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
-    """Each claim's verdicts on every model."""
+def _overview(comparison: Comparison, of_models: Sequence[Block]) -> Iterator[str]:
+    """Each claim's verdicts on every model, where something is claimed."""
     claims = dict.fromkeys(check.claim for study in comparison.studies for check in study.check)
     rows = []
     for claim in claims:
@@ -304,7 +317,8 @@ def _overview(comparison: Comparison, of_models: Sequence[Block]) -> str:
             cells.append(_counted([v.word for v in verdicts]))
         if any(cells):
             rows.append([claim, *cells])
-    return table([comparison.title, *(block.group.name for block in of_models)], rows)
+    if rows:
+        yield table([comparison.title, *(block.group.name for block in of_models)], rows)
 
 
 def _counted(words: Sequence[str]) -> str:
@@ -322,14 +336,13 @@ def _commands(toml: Path, of_models: Sequence[Block]) -> str:
             if f'{name} = "{value}"' not in given and value != "auto":
                 flags.append(f"--{name} {value}")
         name = group.model if sum(group.model == other.group.model for other in of_models) == 1 else group.task
-        files = f"--evidence docs/evidence/{toml.stem}.csv --out runs/{toml.stem}-{name}"
+        files = f"--evidence docs/evidence/runs.csv --out runs/{toml.stem}-{name}"
         lines.append(f"    meerkat compare examples/claims/real/{toml.name} {' '.join([*flags, files])}")
     return "\n".join(lines)
 
 
 def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
-    least = min(2, len(study.settings()))  # one setting of several is no comparison
-    of_study = [block for block in of_models if sum(line.study.name == study.name for line in block.lines) >= least]
+    of_study = [block for block in of_models if any(line.study.name == study.name for line in block.lines)]
     if not of_study:
         return
     yield f"### {study.title or study.name}"
@@ -340,8 +353,53 @@ def _study(study: Study, of_models: Sequence[Block]) -> Iterator[str]:
         [in_words(setting), *(_cell(block.line(study, setting)) for block in of_study)] for setting in study.settings()
     ]
     yield table(["setting", *(block.group.name for block in of_study)], (row for row in rows if any(row[1:])))
+    yield from _bytes(study, of_study)
     yield from _selection(study, of_study)
     yield from _differences(study, of_study)
+
+
+def _bytes(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
+    """What a client sends and receives until runs of some length are so much more accurate than before."""
+    if "rounds" not in study.axes:
+        return
+    shortest: dict[str, dict[Group, list[str]]] = {}
+    for setting in sorted(study.settings(), key=lambda setting: setting["rounds"]):
+        rest = in_words({axis: value for axis, value in setting.items() if axis != "rounds"})
+        for block in of_study:
+            if (line := block.line(study, setting)) and None not in line.summaries:
+                cells = shortest.setdefault(rest, {}).setdefault(block.group, [""] * len(GAINS))
+                summaries = [summary for summary in line.summaries if summary]
+                gain = mean(s["scores"]["accuracy"] - s["scores_before"]["accuracy"] for s in summaries)
+                sent = mean((s["payload_bytes_up"] + s["payload_bytes_down"]) / s["clients"] for s in summaries)
+                said = f"{sent:,.0f} ({setting['rounds']} rounds)"
+                cells[:] = [cell or (said if gain >= more else "") for cell, more in zip(cells, GAINS, strict=True)]
+    yield (
+        "Bytes of payload, in both directions together, that a client has sent and received at the end of the "
+        "shortest runs whose mean accuracy is so much above that before."
+    )
+    rows = [
+        [
+            rest,
+            f"+{more:g}",
+            *(of_rest[block.group][i] or "not reached" if block.group in of_rest else "" for block in of_study),
+        ]
+        for rest, of_rest in shortest.items()
+        for i, more in enumerate(GAINS)
+    ]
+    yield table(["setting", "accuracy", *(block.group.name for block in of_study)], rows)
+    if "method" in study.axes:
+        yield "For comparison: what a round costs in which a client sends and receives weights, in float32."
+        yield table(["what is sent", *(block.group.name for block in of_study)], _one_round(of_study))
+
+
+def _one_round(of_study: Sequence[Block]) -> Iterator[list[str]]:
+    """Bytes of a round in which weights travel."""
+    columns = [[s for line in block.lines for s in line.summaries if s] for block in of_study]
+    yield ["all parameters", *(f"{2 * column[0]['dense_bytes_per_client_round']:,}" for column in columns)]
+    for words, method in (("the mask's entries", "meerkat"), ("LoRA's adapters", "lora-fedzo")):
+        moving = [{s["params_masked"] for s in column if s["method"] == method} for column in columns]
+        if any(moving):
+            yield [words, *(f"{8 * min(of_model):,}" if of_model else "" for of_model in moving)]
 
 
 def _differences(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
@@ -409,7 +467,7 @@ def _spread(values: Sequence[float]) -> str:
 def _measured_rates(evidence: Path, order: Sequence[Group]) -> Iterator[str]:
     """The rate that `--lr auto` measures, at which every search begins, beside the best of the search."""
     searches: dict[str, dict[tuple[Group, str], dict[float, tuple[bool, float]]]] = {}
-    for entry in (entry for file in sorted(evidence.glob("*.csv")) for entry in read(file)):
+    for entry in read(evidence / "runs.csv"):
         if "held_back" in entry.settings:
             defaults = {name: RunConfig.model_fields[name].default for name in _ALWAYS_SAID}
             fixed = defaults | dict(entry.settings)
@@ -498,7 +556,7 @@ def _peers(evidence: Path) -> Iterator[str]:
         yield "### DeComFL's own program"
         yield (
             "All parameters in float32, on the same rows, after as many forward passes of a row as in sections 1 and "
-            "5. It trains on its own template and is judged by our evaluation; rates were tried by hand, on held-back "
+            "6. It trains on its own template and is judged by our evaluation; rates were tried by hand, on held-back "
             "rows. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
         )
         options = "--model MODEL --data DATA --lr LR [--iid] [--held-back 0.1] [--seed N]"
@@ -522,7 +580,8 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
         known = [v for v in block.verdicts.get(study, ()) if v.measure == "loss" and not math.isnan(v.difference)]
         drawn += [block] * bool(known)
         for verdict in known:
-            name = ", ".join(filter(None, [verdict.against, verdict.setting]))
+            against = [f"against {verdict.against}"] * (" against " not in verdict.setting)
+            name = ", ".join(filter(None, [*against, verdict.setting]))
             points.setdefault(name, []).append((block, verdict))
     if len({block.parameters for block in drawn}) < 2:
         return
@@ -531,11 +590,16 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
         for i, (name, of_name) in enumerate(points.items()):
             places = [drawn.index(block) + 0.7 * ((i + 0.5) / len(points) - 0.5) for block, _ in of_name]
             means, halves = [v.difference for _, v in of_name], [v.half for _, v in of_name]
-            look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ls": ""}
-            axes.errorbar(places, means, halves, label=f"against {name}", capsize=2, **look)
+            look: dict[str, Any] = {
+                "color": CYCLE[i % len(CYCLE)],
+                "marker": MARKERS[(i + i // len(CYCLE)) % len(MARKERS)],
+                "ls": "",
+            }
+            axes.errorbar(places, means, halves, label=name, capsize=2, **look)
         axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower ours is")
         names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in drawn]
         axes.set_xticks(range(len(names)), labels=names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
         axes.grid(visible=False, axis="x")
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_yticks(ticks := [-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1], labels=[f"{tick:g}" for tick in ticks])

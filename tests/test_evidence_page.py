@@ -51,7 +51,7 @@ script = _load()
 
 @pytest.fixture(scope="module")
 def folder(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with claims/masks.toml and evidence/masks.csv, complete."""
+    """A folder with claims/masks.toml and evidence/runs.csv, complete."""
     root = tmp_path_factory.mktemp("page")
     (root / "claims").mkdir()
     (root / "evidence").mkdir()
@@ -59,7 +59,7 @@ def folder(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     toml = root / "claims" / "masks.toml"
     toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in of_rows.items()) + STUDY)
     paths = [f"--{name}={federation / place}" for name, place in (("model", "model"), ("data", "data"))]
-    paths += [f"--text={federation / 'text.jsonl'}", f"--evidence={root / 'evidence' / 'masks.csv'}"]
+    paths += [f"--text={federation / 'text.jsonl'}", f"--evidence={root / 'evidence' / 'runs.csv'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
         assert main(["compare", str(toml), *paths, "--out", str(root / "out")]) == 0
@@ -96,7 +96,7 @@ def test_it_says_what_the_comparison_says(folder: Path) -> None:
 
 
 def test_the_measured_rate_stands_beside_the_best_of_its_search(folder: Path) -> None:
-    with (folder / "evidence" / "masks.csv").open(newline="") as rows:
+    with (folder / "evidence" / "runs.csv").open(newline="") as rows:
         trials = [row for row in csv.DictReader(rows) if float(row["held_back"])]
     for method, steps in itertools.product(("meerkat", "random-mask"), ("1", "2")):
         search = [row for row in trials if (row["method"], row["local_steps"]) == (method, steps)]
@@ -109,7 +109,7 @@ def test_the_measured_rate_stands_beside_the_best_of_its_search(folder: Path) ->
 
 def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "evidence" / "masks.csv"
+    file = tmp_path / "evidence" / "runs.csv"
     lines = file.read_text().splitlines(keepends=True)
     with file.open(newline="") as rows:
         kept = [row["method"] != "random-mask" or row["local_steps"] != "1" for row in csv.DictReader(rows)]
@@ -125,7 +125,7 @@ def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None
 
 def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "evidence" / "masks.csv"
+    file = tmp_path / "evidence" / "runs.csv"
     with file.open(newline="") as rows:
         runs = list(csv.DictReader(rows))
     second = [row for row in runs if row["seed"] == "1"]
@@ -144,6 +144,43 @@ def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: 
     assert line(page, "| T = 2 | **") == line(before, "| T = 2 | **")
     assert "; 2 seeds" in line(before, "| T = 1 | **")
     assert "; 2 seeds" not in line(page, "| T = 1 | **")
+
+
+def _summary(method: str, before: float, accuracy: float, sent: int) -> dict[str, Any]:
+    scores = {"scores_before": {"accuracy": before, "loss": 1.0}, "scores": {"accuracy": accuracy, "loss": 0.5}}
+    payload = {"payload_bytes_up": sent, "payload_bytes_down": sent, "dense_bytes_per_client_round": 4000}
+    return {"method": method, "clients": 2, "params_total": 1000, "params_masked": 10, **scores, **payload}
+
+
+def test_bytes_are_counted_to_the_end_of_the_shortest_runs_that_gain_enough() -> None:
+    """Means over seeds: one of two that gains enough is not enough."""
+    axes = {"method": ["meerkat", "full-fedzo"], "rounds": [30, 5, 15], "local_steps": 1, "batch_size": 4, "clients": 8}
+    (study,) = read_comparison(None, axes).studies
+    accuracies = {"meerkat": {5: (0.5, 0.56), 15: (0.54, 0.57), 30: (0.6, 0.62)}, "full-fedzo": {5: (0.5, 0.4)}}
+    lines = [
+        script.Line(
+            study=study,
+            setting={"method": method, "rounds": rounds},
+            rates=(),
+            lr=1.0,
+            better={},
+            runs=(Path("0"), Path("1")),
+            summaries=tuple(_summary(method, 0.5, accuracy, 8 * rounds) for accuracy in of_seeds),
+        )
+        for method, of_method in accuracies.items()
+        for rounds, of_seeds in of_method.items()
+    ]
+    group = script.Group(Origin("m", "r", ""), "reviews", "float32", "embedded")
+    page = "\n".join(script._bytes(study, [script.Block(group, lines, {})]))
+    assert "| meerkat | +0.05 | 120 (15 rounds) |" in page
+    assert "| meerkat | +0.1 | 240 (30 rounds) |" in page
+    assert "| full-fedzo | +0.05 | not reached |" in page
+    assert "| all parameters | 8,000 |" in page
+    assert "| the mask's entries | 80 |" in page
+    assert "adapters" not in page
+    one_length = [line for line in lines if line.setting["rounds"] == 5]
+    assert not script._is_compared(study, one_length)
+    assert script._is_compared(study, lines)
 
 
 def test_the_map_shows_where_stopping_early_helps(tmp_path: Path) -> None:
