@@ -10,6 +10,7 @@ docs/evidence/mask-NAME.json is what `meerkat mask --json` prints of a model's s
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -327,10 +328,11 @@ def _counted(words: Sequence[str]) -> str:
 
 
 def _commands(toml: Path, of_models: Sequence[Block]) -> str:
-    """What makes each group's runs; a type or a task that the file names need no flag."""
+    """What makes each group's runs, with extensions as the file's comment has them; what it says itself is no flag."""
     given, lines = toml.read_text(encoding="utf-8"), []
     for group in (block.group for block in of_models):
         flags = [] if group.model == "embedded" else [f"--model {group.model} --data DATA --text TEXT"]
+        flags += re.findall(r"--extension \S+", given)
         for name in ("task", "dtype"):
             value = getattr(group, name)
             if f'{name} = "{value}"' not in given and value != "auto":
@@ -541,7 +543,7 @@ def _masks(evidence: Path) -> Iterator[str]:
 
 
 def _peers(evidence: Path) -> Iterator[str]:
-    """What DeComFL's own program reaches, at the rate of the lowest held-back loss."""
+    """What DeComFL's and HiSo's own programs reach, at the rate of the lowest held-back loss."""
     file = evidence / "decomfl.jsonl"
     runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     rows = []
@@ -553,20 +555,35 @@ def _peers(evidence: Path) -> Iterator[str]:
             shown = [_spread([run["scores"][name] for run in seeds]) for name in ("accuracy", "loss")]
             rows.append([*form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
     if rows:
-        yield "### DeComFL's own program"
+        yield "### DeComFL's and HiSo's own programs"
         yield (
             "All parameters in float32, on the same rows, after as many forward passes of a row as in sections 1 and "
             "6. It trains on its own template and is judged by our evaluation; rates were tried by hand, on held-back "
             "rows. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
         )
-        options = "--model MODEL --data DATA --lr LR [--iid] [--held-back 0.1] [--seed N]"
+        options = "--model MODEL --data DATA --lr LR [--hiso] [--iid] [--held-back 0.1] [--seed N]"
         yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
-        head = ["model", "split", "clients, rounds", "rate", "rates tried", "accuracy", "loss", "passes of a row"]
+        head = [
+            "program",
+            "model",
+            "split",
+            "clients, rounds",
+            "rate",
+            "rates tried",
+            "accuracy",
+            "loss",
+            "passes of a row",
+        ]
         yield table(head, rows)
 
 
-def _form(run: Mapping[str, Any]) -> tuple[str, str, str]:
-    return run["model"], run["partition"], f"{run['clients']} of {run['batch_size']} rows, {run['rounds']}"
+def _form(run: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return (
+        run["program"],
+        run["model"],
+        run["partition"],
+        f"{run['clients']} of {run['batch_size']} rows, {run['rounds']}",
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -219,16 +219,25 @@ def test_a_mask_says_how_concentrated_sensitivity_is(tmp_path: Path) -> None:
 
 def test_a_peer_is_shown_at_the_rate_of_its_lowest_held_back_loss(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
-    same = {"model": "m", "partition": "iid", "clients": 2, "batch_size": 16, "rounds": 60, "rows_forwarded": 3840}
+    same = {
+        "program": "DeComFL",
+        "model": "m",
+        "partition": "iid",
+        "clients": 2,
+        "batch_size": 16,
+        "rounds": 60,
+        "rows_forwarded": 3840,
+    }
     runs = [
         {**same, "lr": lr, "held_back": 0.1, "seed": 0, "scores": {"accuracy": 0.5, "loss": lr}} for lr in (2, 1, 3)
     ]
+    runs.append({**runs[0], "program": "HiSo", "lr": 0.1})  # another program's rate is not for this one
     runs += [{**runs[0], "lr": 4, "scores": {"accuracy": 0.5, "loss": math.nan}}, {**runs[0], "model": "trials alone"}]
     final = {**same, "held_back": 0.0, "scores": {"accuracy": 0.6, "loss": 0.5}}
     runs += [{**final, "lr": lr, "seed": seed} for lr, seed in ((1, 0), (1, 1), (1, 1), (2, 0))]
     (tmp_path / "decomfl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     page = script.page(tmp_path / "claims", tmp_path)
-    assert "| m | iid | 2 of 16 rows, 60 | 1 | 4 | 0.600 ± 0.000 | 0.500 ± 0.000 | 3,840 |" in page
+    assert "| DeComFL | m | iid | 2 of 16 rows, 60 | 1 | 4 | 0.600 ± 0.000 | 0.500 ± 0.000 | 3,840 |" in page
     assert "trials alone" not in page
 
 

@@ -1,8 +1,9 @@
-"""DeComFL's own program on a model folder and rows of SST-2, judged as Meerkat's runs are.
+"""DeComFL's or HiSo's own program on a model folder and rows of SST-2, judged as Meerkat's runs are.
 
-    python benchmarks/peers/decomfl.py CHECKOUT --model DIR --data DIR --lr 1e-5 [--held-back 0.1]
+    python benchmarks/peers/decomfl.py CHECKOUT --model DIR --data DIR --lr 1e-5 [--hiso] [--held-back 0.1]
 
-CHECKOUT is a clone of DeComFL. README.md beside this file says what of it is changed. Prints a line of JSON.
+CHECKOUT is a clone of DeComFL, which has HiSo too. README.md beside this file says what of it is changed. Prints a line
+of JSON.
 """
 
 import argparse
@@ -27,12 +28,15 @@ NAME = "smollm3-3b"
 
 
 def main() -> None:
-    """Run DeComFL once."""
+    """Run it once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument(
+        "--hiso", action="store_true", help="HiSo's directions and steps: --estimator-type adam_forward"
+    )
     parser.add_argument("--mu", type=float, default=1e-3, help="size of a perturbation [default: 1e-3, DeComFL's]")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -60,6 +64,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "program": "HiSo" if given.hiso else "DeComFL",
                 **{name: getattr(given, name) for name in ("lr", "mu", "clients", "batch_size", "rounds", "seed")},
                 **{"held_back": given.held_back, "partition": "iid" if given.iid else f"dirichlet:{given.alpha:g}"},
                 **{"model": Path(given.model).name, "before": before},
@@ -78,6 +83,7 @@ def _server(given: argparse.Namespace, training: Sequence[Any]) -> Any:
     sys.argv += ["--train-batch-size", str(given.batch_size), "--num-clients", str(given.clients), "--no-optim"]
     sys.argv += ["--num-sample-clients", str(given.clients), "--lr", str(given.lr), "--mu", str(given.mu)]
     sys.argv += ["--seed", str(given.seed + 1)]
+    sys.argv += ["--estimator-type", "adam_forward"] if given.hiso else []
     sys.argv += ["--iid"] if given.iid else ["--no-iid", "--dirichlet-alpha", str(given.alpha)]
     sys.path.insert(0, str(given.checkout))
     import_module("datasets")  # before torchvision, which it would take for the real one

@@ -1,0 +1,65 @@
+"""Peers' steps as update rules, to compare with plain ones on the same mask, batches and directions.
+
+    meerkat simulate --extension benchmarks/peers/steps.py --update-rule r-adazo
+
+R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Adam whose second moment is that of the
+first, in which noise has been averaged out. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the standard
+deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator `one-sided` of
+examples/extending/estimator.py). Both are written from their papers. In a federation the losses' differences are G, the
+aggregate of the clients' scalars, which everyone has.
+"""
+
+from dataclasses import dataclass, replace
+from statistics import stdev
+
+import numpy as np
+from torch import Tensor
+
+from meerkat.algorithm import path
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.rounds import Update
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, Moments, descent
+from meerkat.errors import MeerkatError
+from meerkat.settings.auto import number
+from meerkat.settings.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RAdaZO(FedAdam):
+    """Adam with v from m in place of D. `tau` is zeta, inside the root."""
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta_s eta m / sqrt(v + zeta),   m = beta_1 m + (1 - beta_1) D,   v = beta_2 v + (1 - beta_2) m^2"""
+        m, v = moments
+        m = (m * self.beta1) - (descent(theta, update, directions) * (1 - self.beta1))
+        v = (v * self.beta2) + ((m * m) * (1 - self.beta2))
+        return theta - (m / (v + self.tau).sqrt()) * (self.lr * update.plan.lr), (m, v)
+
+
+@dataclass(frozen=True)
+class FZOO(FedAvg):
+    """Each local step over the standard deviation of its P projected gradients."""
+
+    lr: float = 1.0
+    """eta_s"""
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta_s (eta / P) sum_{t,p} G^{t,p} z^{t,p} / std_p(G^{t,p}); steps of equal G have no such length"""
+        spreads = [stdev(row.tolist()) for row in update.aggregate]  # exact, and then rounded once: the same everywhere
+        over = np.array([[self.lr / spread if spread else 0.0] for spread in spreads], np.float32)
+        return path.moved(theta, replace(update, aggregate=update.aggregate * over), directions), moments
+
+
+def r_adazo(settings: RunConfig) -> RAdaZO:
+    """R-AdaZO, with Adam's settings."""
+    return RAdaZO(number(settings.server_lr), settings.server_beta1, settings.server_beta2, settings.server_tau**2)
+
+
+def fzoo(settings: RunConfig) -> FZOO:
+    """FZOO. Raises MeerkatError: one direction has no spread."""
+    if settings.directions < 2:
+        raise MeerkatError("update rule fzoo: needs the spread of several directions; give --directions 2 or more")
+    return FZOO(number(settings.server_lr))
+
+
+UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo}

@@ -1,0 +1,69 @@
+"""benchmarks/peers/steps.py: R-AdaZO and FZOO against their papers' formulas, in float64."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bowl import KEY, moved_by, same_bits
+from test_optimizers import WIDTH, after_each, records
+
+from meerkat.algorithm.directions import Directions
+from meerkat.errors import MeerkatError
+from meerkat.settings.config import make_config
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "peers" / "steps.py"
+
+
+def _load() -> Any:
+    spec = importlib.util.spec_from_file_location("peer_steps", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+steps = _load()
+
+
+def test_r_adazo_is_adam_whose_second_moment_is_the_firsts() -> None:
+    given = {"update_rule": "r-adazo", "server_lr": 0.05, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-3}
+    rule = steps.r_adazo(make_config(given))
+    rounds = records(8)
+    start, *ours = after_each(rule, rounds)
+    theta, m, v = start.double(), torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double()
+    for after, record in zip(ours, rounds, strict=True):
+        m = 0.8 * m - 0.2 * moved_by(record, WIDTH)
+        v = 0.95 * v + 0.05 * m**2
+        theta = theta - 0.05 * record.plan.lr * m / torch.sqrt(v + 1e-6)
+        torch.testing.assert_close(after.double(), theta, rtol=0, atol=5e-6)
+
+
+def test_fzoos_steps_do_not_depend_on_how_large_the_scalars_are() -> None:
+    rule = steps.fzoo(make_config({"server_lr": 0.5, "directions": 4, "update_rule": "fzoo"}))
+    (record,) = records(1, steps=3, directions=4)
+    start, after = after_each(rule, [record])
+    theta, z = start.double(), Directions(KEY, WIDTH)
+    for step, row in enumerate(record.aggregate.astype(float).tolist()):
+        for p, g in enumerate(row):
+            direction = z(record.plan.place(step, p)).double()
+            theta = theta - 0.5 * record.plan.lr / 4 * g / stdev(row) * direction
+    torch.testing.assert_close(after.double(), theta, rtol=0, atol=5e-6)
+    doubled = dataclasses.replace(record, aggregate=record.aggregate * np.float32(2))
+    assert same_bits(after_each(rule, [doubled])[1], after)
+
+
+def test_fzoo_needs_a_spread() -> None:
+    with pytest.raises(MeerkatError, match="give --directions 2 or more"):
+        steps.fzoo(make_config({}))
+    (record,) = records(1)
+    level = dataclasses.replace(record, aggregate=np.full_like(record.aggregate, 0.25))
+    start, after = after_each(steps.FZOO(), [level])
+    assert same_bits(start, after)
