@@ -31,10 +31,14 @@ bench: .venv/ready
 evidence: .venv/ready
 	$(BIN)/python scripts/evidence.py
 
+# Of benchmarks, scripts and examples: that what they call exists and takes what they give it
+LOOSE := assignment call-overload import-not-found import-untyped misc no-any-return operator union-attr
+
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(LOOSE:%=--disable-error-code=%) benchmarks scripts examples
 
 test: .venv/ready
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)

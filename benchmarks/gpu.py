@@ -130,7 +130,7 @@ def bits(device: str) -> dict[str, bool]:
 # --- random models --------------------------------------------------------------------------------
 
 
-def random_model(name: str, device: str) -> nn.Module:
+def random_model(name: str, device: str) -> Any:
     """A model of that shape, bfloat16, initialised on the device."""
     kind, sizes = SHAPES[name]
     torch.manual_seed(0)
@@ -153,10 +153,11 @@ def peak_mb(work: Callable[[], object], device: str) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def steps(model: nn.Module, device: str) -> dict[str, Any]:
+def steps(model: Any, device: str) -> dict[str, Any]:
     """Each method's step over the model's two forward passes, in time and in peak memory; none is changed by PEFT."""
     loss, wait = batch_loss(model, random_rows(model.config.vocab_size, ROWS, LENGTH)), synchronised(device)
-    works, peaks = {}, {}
+    works: dict[str, Callable[[int], object]] = {}
+    peaks = {}
     for name in METHODS:
         if name == "lora":
             continue
@@ -183,13 +184,13 @@ def steps(model: nn.Module, device: str) -> dict[str, Any]:
     }
 
 
-def round_of_ten(model: nn.Module, device: str) -> dict[str, Any]:
+def round_of_ten(model: Any, device: str) -> dict[str, Any]:
     """A T = 1 round of ten clients, rows of 8 to 64 tokens, over its 20 separate padded passes: see client_batching."""
     rng = np.random.default_rng(0)
     examples = []
     for number, length in enumerate(rng.integers(8, LENGTH + 1, CLIENTS * ROWS)):
         candidates = tuple(Candidate(0, int(length) - 1, np.array([token])) for token in (1, 2))
-        examples.append(Example((rng.integers(model.config.vocab_size, size=length),), candidates, number % 2))
+        examples.append(Example((rng.integers(model.config.vocab_size, size=int(length)),), candidates, number % 2))
     held = np.arange(len(examples)).reshape(CLIENTS, ROWS)
     masked = MaskedModel(model, scattered(model))
     tokens = TOKENS_PER_PASS["cpu" if device == "cpu" else "cuda"]
@@ -276,9 +277,9 @@ def accuracy(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         line: dict[str, Any] = {"task": task, "local_steps": steps, "method": method}
         run = config(task, steps, method, mask=str(mask) if method == "meerkat" else "")
         try:
-            rates = search_rates(run, SEARCH, root / "search")
+            rates = search_rates(run, SEARCH, lambda trial: run_cell(trial, root / "search" / cell_name(trial)))
             run = run.model_copy(update={"lr": best_rate(rates, run)})
-            summary = run_cell(run, root / "cells" / cell_name(run))
+            summary = run_cell(run, root / "cells" / cell_name(run)).summary
         except MeerkatError as error:
             yield line | {"missing": str(error)}
             continue

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def row_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), tokens[:, -1], reduction="none")
 
 
-def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
+def federation(model: Any, mask: SparseMask, clients: int) -> None:
     """One round of the engine, every client a row of its own, with two labels of one token."""
     masked = MaskedModel(model, mask)
     rows = torch.randint(0, model.config.vocab_size, (clients, SHORT)).numpy()
@@ -66,7 +67,7 @@ def federation(model: nn.Module, mask: SparseMask, clients: int) -> None:
     close_round(state, plan, engine.run(state, plan), settings, engine.directions)
 
 
-def work(case: str, model: nn.Module) -> None:
+def work(case: str, model: Any) -> None:
     tokens = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
     name, _, clients = case.partition("-")
     if case == "inference":

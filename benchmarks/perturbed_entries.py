@@ -72,7 +72,8 @@ class Beside(MaskedModel):
 
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             sparse = torch.sparse_csr_tensor(starts, columns.contiguous(), self.missing[name], size=shape)
-            added = (sparse @ inputs[0].reshape(-1, shape[1]).float().T).T
+            with torch.autocast(output.device.type, enabled=False):  # which has no sparse product in bfloat16
+                added = (sparse @ inputs[0].reshape(-1, shape[1]).float().T).T
             return (output.float() + added.reshape(output.shape)).to(output.dtype)
 
         return hook

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
         ledger.close()
     shares = {name: statistics.median(found) for name, found in ratios.items()}
     together = [name for name in shares if name not in ("client_privacy", "multi_krum")]
-    result = {
+    result: dict[str, Any] = {
         "name": "protections",
         "share_percent": round(100 * sum(shares[name] for name in together), 3),
         "shares_percent": {name: round(100 * share, 4) for name, share in shares.items()},

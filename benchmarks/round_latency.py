@@ -149,9 +149,9 @@ class Log(RunLog):
 
     clock: Clock
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any], sync: bool = True) -> None:
         with self.clock.logging():
-            super().append(record)
+            super().append(record, sync)
 
 
 class Engine(RemoteEngine):
@@ -201,11 +201,13 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     log = Log(folder.log_path)
     log.clock = clock
     absent: Any = None
+    config: Any = SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS, tracker="none")
+    model: Any = SimpleNamespace(mask=SimpleNamespace(theta_0=None))
     run = Run(
         folder=folder,
         log=log,
-        config=SimpleNamespace(rounds=rounds, eval_every=rounds // TURNS, tracker="none"),
-        model=SimpleNamespace(mask=SimpleNamespace(theta_0=None)),
+        config=config,
+        model=model,
         opening=absent,
         members=absent,
         nodes={},

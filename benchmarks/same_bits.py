@@ -166,7 +166,7 @@ def runs() -> list[Run]:
     return listed
 
 
-def _simulated(name: str, kind: Literal["simulate", "resume"] = "simulate", **given: Any) -> Run:
+def _simulated(name: str, kind: Literal["simulate", "resume"] = "simulate", /, **given: Any) -> Run:
     return Run(name, {**BASE, **given}, kind)
 
 
@@ -276,7 +276,7 @@ class FixedSource:
     def install(self) -> None:
         """For all of this process: os.urandom, random.SystemRandom, and `secrets`, which draws from that."""
         os.urandom = os.getrandom = self
-        random._urandom = self  # SystemRandom's own name for it
+        vars(random)["_urandom"] = self  # SystemRandom's own name for it
 
 
 class Failed(Exception):

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,8 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
     config = resolve(make_config(settings))
     wanted = []
     for spec in federations:
-        split, clients, first, last = spec.split("/")
-        wanted += [(split, int(clients), seed) for seed in range(int(first), int(last))]
+        of_split, count_of_clients, first, last = spec.split("/")
+        wanted += [(of_split, int(count_of_clients), seed) for seed in range(int(first), int(last))]
     files = {at: to / f"{config.task}-{at[0].replace(':', '')}-K{at[1]}-s{at[2]}.npz" for at in wanted}
     missing = [at for at in wanted if not files[at].exists()]
     if missing:
@@ -85,10 +86,10 @@ def auc(extreme: list[float], others: list[float]) -> float:
     return float((mine > theirs).mean() + (mine == theirs).mean() / 2)
 
 
-def judged(files: list[Path]) -> dict[str, object]:
+def judged(files: list[Path]) -> dict[str, Any]:
     """What both rules find, split by split, and the raw signals' areas."""
     rules = {"automatic": Vpcs(), "thresholds": Vpcs(rule="thresholds")}
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     signals: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("rho of |g|", "rho of GradIP")}
     skew: list[tuple[bool, float]] = []
     for file in files:
@@ -151,7 +152,7 @@ def main() -> None:
     as_json = arguments.pop("json")
     held = judged(calibrate(arguments, federations, traces))
     splits = held["splits"]
-    result = {
+    result: dict[str, Any] = {
         "name": "selection",
         "ratio": rate(splits, "mixed", "automatic: found", "extreme"),
         "iid_flagged": rate(splits, "iid", "automatic: wrongly", "others"),

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def measure(config: RunConfig, workers: int, repeats: int, out: Path) -> dict[st
             losses_of = client_losses(problem, split.examples, config.dp)
             alone = honest_clients(config, run.model, run.directions, split, losses_of)
             plan = open_round(run.state, run.settings)
-            ways = {
+            ways: dict[str, tuple[int, Any]] = {
                 "1 process, 1 thread": (1, alone),
                 f"1 process, {workers} threads": (workers, alone),
                 f"{workers} workers, 1 thread each": (1, SharedEngine(alone, ranks)),

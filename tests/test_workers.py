@@ -278,15 +278,17 @@ def test_no_process_outlives_the_first(simulate_arguments: list[str], tmp_path: 
 @pytest.mark.slow
 def test_torchrun(simulate_arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    launched = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "meerkat")
+    launched = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "meerkat")  # on a free port
     arguments = [*simulate_arguments, "--batching", "off"]
-    assert Shared(*launched, *arguments, "--out", str(out)).status()[0] == 0
+    status, said = Shared(*launched, *arguments, "--out", str(out)).status()
+    assert status == 0, said
     assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
     assert (out / "rounds.log").read_bytes() == (tmp_path / "alone" / "rounds.log").read_bytes()
     (out / "summary.json").unlink()
     lines = (out / "rounds.log").read_bytes().splitlines(keepends=True)
     (out / "rounds.log").write_bytes(b"".join(lines[:3]))
-    assert Shared(*launched, "resume", str(out)).status()[0] == 0
+    status, said = Shared(*launched, "resume", str(out)).status()
+    assert status == 0, said
     assert (out / "rounds.log").read_bytes() == b"".join(lines)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from meerkat import seeds
 from meerkat.errors import MeerkatError
+from meerkat.problems.data import Row
 from meerkat.problems.partition import Partition
-from meerkat.problems.tasks import Row
 
 
 def power_law(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Partition:

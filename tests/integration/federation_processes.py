@@ -7,6 +7,7 @@ its answer at the session's end, and no second offer to one that will not come a
 
 import base64
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,9 @@ class SocketControl:
         """Nodes in a session."""
         self._not_before: dict[str, float] = {}
         """When a node may be invited again; never, if it said so."""
+        self._latest: dict[str, int] = {}
+        """The last time that a node asked, of all times that any did: a killed one's question may be read last."""
+        self._lock = threading.Lock()
         self.stop: Callable[[str], None] = lambda _: None
 
     def link(self, admission: Admission) -> Link:
@@ -71,24 +75,29 @@ class SocketControl:
         self.stop = stop
 
         def invite() -> None:
-            while True:
+            for time_asked in itertools.count():
                 try:
                     asking, _ = self._listener.accept()
                 except OSError:
                     return
-                threading.Thread(target=self._session, args=(asking, admission, offer), daemon=True).start()
+                threading.Thread(target=self._session, args=(asking, time_asked, admission, offer), daemon=True).start()
 
         threading.Thread(target=invite, daemon=True).start()
 
-    def _session(self, asking: socket.socket, admission: Admission, offer: Offer) -> None:
+    def _session(self, asking: socket.socket, time_asked: int, admission: Admission, offer: Offer) -> None:
         try:
             with asking, asking.makefile("rwb") as stream:
                 node = stream.readline().decode().strip()
                 if time.monotonic() < self._not_before.get(node, 0.0):
                     return
+                with self._lock:
+                    if time_asked < self._latest.get(node, 0):
+                        return
+                    self._latest[node] = time_asked
+                    token = admission.token(node)
                 self._out.add(node)
                 try:
-                    text, mask = offer.encode(admission.token(node))
+                    text, mask = offer.encode(token)
                     stream.write(json.dumps([text, base64.b64encode(mask).decode()]).encode() + b"\n")
                     stream.flush()
                     if answer := stream.readline():
@@ -154,16 +163,19 @@ def run_node(site: dict[str, Any], control_port: int, notes: str) -> int:
 def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..., None]) -> bool:
     """One session, and whether to invite this node again: what the ClientApp does."""
     note(what="begins")
-    site, again = None, True
+    stands: dict[str, Any] = {}
+    why, again = "", True
     try:
-        site = Site(offer, own)
-        attend(site, own.coordinator, authority, offer.patience_s)
-        why = site.ended
+        with contextlib.closing(Site(offer, own)) as site:
+            try:
+                attend(site, own.coordinator, authority, offer.patience_s)
+                why = site.ended
+            finally:
+                stands = {"round": site.round, "digest": Frame.decode(site.hello()).digest.hex()}
     except RunFailed as error:
         why = f"failed: {error}"
     except MeerkatError as error:
         why, again = f"{type(error).__name__}: {error}", False
-    stands = {} if site is None else {"round": site.round, "digest": Frame.decode(site.hello()).digest.hex()}
     note(what="free", why=why, **stands)
     return again
 
