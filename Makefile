@@ -31,7 +31,7 @@ bench: .venv/ready
 evidence: .venv/ready
 	$(BIN)/python scripts/evidence.py
 
-# Of benchmarks, scripts and examples: that what they call exists and takes what they give it
+# What calls in benchmarks, scripts and examples are not checked for; that they match what they call, they are
 LOOSE := assignment call-overload import-not-found import-untyped misc no-any-return operator union-attr
 
 check: .venv/ready

@@ -283,7 +283,7 @@ def page(claims: Path, evidence: Path) -> str:
     about = table(head, map(_about, by_size))
     rates = _measured_rates(evidence, [block.group for block in by_size])
     words = [verdict.word for block in every for of_study in block.verdicts.values() for verdict in of_study]
-    decided = f"{len(words)} intervals, of which {sum(word != 'undecided' for word in words)} decide something."
+    decided = f"{len(words)} intervals, some of them in two sections; {sum(w != 'undecided' for w in words)} decide something."
     return (
         "\n\n".join(
             [
@@ -368,13 +368,17 @@ def _bytes(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
     for setting in sorted(study.settings(), key=lambda setting: setting["rounds"]):
         rest = in_words({axis: value for axis, value in setting.items() if axis != "rounds"})
         for block in of_study:
-            if (line := block.line(study, setting)) and None not in line.summaries:
+            if line := block.line(study, setting):
                 cells = shortest.setdefault(rest, {}).setdefault(block.group, [""] * len(GAINS))
                 summaries = [summary for summary in line.summaries if summary]
+                if len(summaries) < len(line.summaries):
+                    continue
                 gain = mean(s["scores"]["accuracy"] - s["scores_before"]["accuracy"] for s in summaries)
                 sent = mean((s["payload_bytes_up"] + s["payload_bytes_down"]) / s["clients"] for s in summaries)
                 said = f"{sent:,.0f} ({setting['rounds']} rounds)"
-                cells[:] = [cell or (said if gain >= more else "") for cell, more in zip(cells, GAINS, strict=True)]
+                cells[:] = [
+                    cell or (said if round(gain, 9) >= more else "") for cell, more in zip(cells, GAINS, strict=True)
+                ]
     yield (
         "Bytes of payload, in both directions together, that a client has sent and received at the end of the "
         "shortest runs whose mean accuracy is so much above that before."
@@ -397,7 +401,7 @@ def _bytes(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
 def _one_round(of_study: Sequence[Block]) -> Iterator[list[str]]:
     """Bytes of a round in which weights travel."""
     columns = [[s for line in block.lines for s in line.summaries if s] for block in of_study]
-    yield ["all parameters", *(f"{2 * column[0]['dense_bytes_per_client_round']:,}" for column in columns)]
+    yield ["all parameters", *(f"{2 * min(s['dense_bytes_per_client_round'] for s in column):,}" for column in columns)]
     for words, method in (("the mask's entries", "meerkat"), ("LoRA's adapters", "lora-fedzo")):
         moving = [{s["params_masked"] for s in column if s["method"] == method} for column in columns]
         if any(moving):
@@ -494,7 +498,10 @@ def _measured_rates(evidence: Path, order: Sequence[Group]) -> Iterator[str]:
         yield table(["setting", *(f"{group.name}, {group.dtype}, {form}" for group, form in columns)], rows)
 
 
-_OF_A_SEARCH = ("method", "local_steps", "density", "weights", "partition")
+_OF_A_SEARCH = (
+    *("method", "local_steps", "rounds", "density", "weights", "partition"),
+    *("update_rule", "directions", "estimator"),
+)
 """What searches of one column differ in."""
 _ALWAYS_SAID = ("method", "local_steps", "clients", "batch_size")
 """Settings that are shown at their defaults too."""

@@ -154,9 +154,16 @@ def _summary(method: str, before: float, accuracy: float, sent: int) -> dict[str
 
 def test_bytes_are_counted_to_the_end_of_the_shortest_runs_that_gain_enough() -> None:
     """Means over seeds: one of two that gains enough is not enough."""
-    axes = {"method": ["meerkat", "full-fedzo"], "rounds": [30, 5, 15], "local_steps": 1, "batch_size": 4, "clients": 8}
+    axes = {
+        "method": ["lora-fedzo", "meerkat", "full-fedzo"],
+        "rounds": [30, 5, 15],
+        "local_steps": 1,
+        "batch_size": 4,
+        "clients": 8,
+    }
     (study,) = read_comparison(None, axes).studies
     accuracies = {"meerkat": {5: (0.5, 0.56), 15: (0.54, 0.57), 30: (0.6, 0.62)}, "full-fedzo": {5: (0.5, 0.4)}}
+    accuracies["lora-fedzo"] = {5: (163 / 300 - 0.05, 193 / 300 - 0.05)}  # a gain of .05, but for rounding
     lines = [
         script.Line(
             study=study,
@@ -177,7 +184,8 @@ def test_bytes_are_counted_to_the_end_of_the_shortest_runs_that_gain_enough() ->
     assert "| full-fedzo | +0.05 | not reached |" in page
     assert "| all parameters | 8,000 |" in page
     assert "| the mask's entries | 80 |" in page
-    assert "adapters" not in page
+    assert "| LoRA's adapters | 80 |" in page
+    assert "| lora-fedzo | +0.05 | 80 (5 rounds) |" in page
     one_length = [line for line in lines if line.setting["rounds"] == 5]
     assert not script._is_compared(study, one_length)
     assert script._is_compared(study, lines)
@@ -231,7 +239,9 @@ def test_a_peer_is_shown_at_the_rate_of_its_lowest_held_back_loss(tmp_path: Path
     runs = [
         {**same, "lr": lr, "held_back": 0.1, "seed": 0, "scores": {"accuracy": 0.5, "loss": lr}} for lr in (2, 1, 3)
     ]
-    runs.append({**runs[0], "program": "HiSo", "lr": 0.1})  # another program's rate is not for this one
+    runs.append(
+        {**runs[0], "program": "HiSo", "lr": 5, "scores": {"accuracy": 0.5, "loss": 0.0}}
+    )  # another program's rate is not for this one
     runs += [{**runs[0], "lr": 4, "scores": {"accuracy": 0.5, "loss": math.nan}}, {**runs[0], "model": "trials alone"}]
     final = {**same, "held_back": 0.0, "scores": {"accuracy": 0.6, "loss": 0.5}}
     runs += [{**final, "lr": lr, "seed": seed} for lr, seed in ((1, 0), (1, 1), (1, 1), (2, 0))]

@@ -34,7 +34,7 @@ steps = _load()
 
 
 def test_r_adazo_is_adam_whose_second_moment_is_the_firsts() -> None:
-    given = {"update_rule": "r-adazo", "server_lr": 0.05, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-3}
+    given = {"update_rule": "r-adazo", "server_lr": 5, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-3}
     rule = steps.r_adazo(make_config(given))
     rounds = records(8)
     start, *ours = after_each(rule, rounds)

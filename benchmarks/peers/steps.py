@@ -2,8 +2,8 @@
 
     meerkat simulate --extension benchmarks/peers/steps.py --update-rule r-adazo
 
-R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Adam whose second moment is that of the
-first, in which noise has been averaged out. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the standard
+R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Adam whose second moment averages the
+squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the standard
 deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator `one-sided` of
 examples/extending/estimator.py). Both are written from their papers. In a federation the losses' differences are G, the
 aggregate of the clients' scalars, which everyone has.
@@ -44,15 +44,17 @@ class FZOO(FedAvg):
     """eta_s"""
 
     def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
-        """theta - eta_s (eta / P) sum_{t,p} G^{t,p} z^{t,p} / std_p(G^{t,p}); steps of equal G have no such length"""
+        """theta - eta_s (eta / P) sum_{t,p} G^{t,p} z^{t,p} / std_p(G^{t,p}); a step whose G are all equal is left out"""
         spreads = [stdev(row.tolist()) for row in update.aggregate]  # exact, and then rounded once: the same everywhere
         over = np.array([[self.lr / spread if spread else 0.0] for spread in spreads], np.float32)
         return path.moved(theta, replace(update, aggregate=update.aggregate * over), directions), moments
 
 
 def r_adazo(settings: RunConfig) -> RAdaZO:
-    """R-AdaZO, with Adam's settings."""
-    return RAdaZO(number(settings.server_lr), settings.server_beta1, settings.server_beta2, settings.server_tau**2)
+    """R-AdaZO, with Adam's settings; eta_s is server_lr times Adam's default, 1e-2, and zeta is server_tau squared."""
+    return RAdaZO(
+        FedAdam.lr * number(settings.server_lr), settings.server_beta1, settings.server_beta2, settings.server_tau**2
+    )
 
 
 def fzoo(settings: RunConfig) -> FZOO:
