@@ -283,11 +283,12 @@ def page(claims: Path, evidence: Path) -> str:
     about = table(head, map(_about, by_size))
     rates = _measured_rates(evidence, [block.group for block in by_size])
     words = [verdict.word for block in every for of_study in block.verdicts.values() for verdict in of_study]
-    decided = f"{len(words)} intervals, some of them in two sections; {sum(w != 'undecided' for w in words)} decide something."
+    decided = sum(word != "undecided" for word in words)
+    count = f"{len(words)} intervals, some of them in two sections; {decided} decide something."
     return (
         "\n\n".join(
             [
-                *(INTRODUCTION.strip(), about, "## In short", decided, *overview, *parts),
+                *(INTRODUCTION.strip(), about, "## In short", count, *overview, *parts),
                 *(*_peers(evidence), *rates, *_masks(evidence)),
             ]
         )

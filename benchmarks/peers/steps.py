@@ -3,10 +3,10 @@
     meerkat simulate --extension benchmarks/peers/steps.py --update-rule r-adazo
 
 R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Adam whose second moment averages the
-squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the standard
-deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator `one-sided` of
-examples/extending/estimator.py). Both are written from their papers. In a federation the losses' differences are G, the
-aggregate of the clients' scalars, which everyone has.
+squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the
+standard deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator
+`one-sided` of examples/extending/estimator.py). Both are written from their papers. In a federation the losses'
+differences are G, the aggregate of the clients' scalars, which everyone has.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ class FZOO(FedAvg):
     """eta_s"""
 
     def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
-        """theta - eta_s (eta / P) sum_{t,p} G^{t,p} z^{t,p} / std_p(G^{t,p}); a step whose G are all equal is left out"""
+        """theta - eta_s (eta / P) sum_{t,p} G^{t,p} z^{t,p} / std_p(G^{t,p}); a step of equal G is left out"""
         spreads = [stdev(row.tolist()) for row in update.aggregate]  # exact, and then rounded once: the same everywhere
         over = np.array([[self.lr / spread if spread else 0.0] for spread in spreads], np.float32)
         return path.moved(theta, replace(update, aggregate=update.aggregate * over), directions), moments
