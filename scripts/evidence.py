@@ -376,7 +376,7 @@ def _bytes(study: Study, of_study: Sequence[Block]) -> Iterator[str]:
                     continue
                 gain = mean(s["scores"]["accuracy"] - s["scores_before"]["accuracy"] for s in summaries)
                 sent = mean((s["payload_bytes_up"] + s["payload_bytes_down"]) / s["clients"] for s in summaries)
-                said = f"{sent:,.0f} ({setting['rounds']} rounds)"
+                said = f"{sent:,.0f} ({setting['rounds']} round{'s' * (setting['rounds'] > 1)})"
                 cells[:] = [
                     cell or (said if round(gain, 9) >= more else "") for cell, more in zip(cells, GAINS, strict=True)
                 ]
