@@ -563,7 +563,7 @@ def _peers(evidence: Path) -> Iterator[str]:
             shown = [_spread([run["scores"][name] for run in seeds]) for name in ("accuracy", "loss")]
             rows.append([*form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
     if rows:
-        yield "### DeComFL's and HiSo's own programs"
+        yield "## DeComFL's and HiSo's own programs"
         yield (
             "All parameters in float32, on the same rows, after as many forward passes of a row as in sections 1 and "
             "6. It trains on its own template and is judged by our evaluation; rates were tried by hand, on held-back "
