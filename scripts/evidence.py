@@ -566,8 +566,8 @@ def _peers(evidence: Path) -> Iterator[str]:
         yield "## DeComFL's and HiSo's own programs"
         yield (
             "All parameters in float32, on the same rows, after as many forward passes of a row as in sections 1 and "
-            "6. They train on their own template and are judged by our evaluation; rates were tried by hand, on held-back "
-            "rows. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
+            "6. They train on their own template and are judged by our evaluation; rates were tried by hand, on "
+            "held-back rows. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
         )
         options = "--model MODEL --data DATA --lr LR [--hiso] [--iid] [--held-back 0.1] [--seed N]"
         yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
