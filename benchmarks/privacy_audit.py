@@ -45,7 +45,7 @@ from meerkat.privacy.accounting import Charge, epsilon, noise_for
 from meerkat.privacy.mechanism import Mechanism, Relation, clipped
 from meerkat.problems.data import Row
 from meerkat.problems.problem import Problem, client_losses
-from meerkat.run.curvature import with_rate
+from meerkat.run.curvature import with_rates
 from meerkat.run.local_engine import LocalEngine, LossesOf
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import with_precision
@@ -133,7 +133,7 @@ def embedded() -> Ground:
     """The embedded model, its mask and the first rows of the topics task, the first of them with a wrong label."""
     config = resolve(make_config({"task": "topics", "threads": 1, "device": "cpu"}))
     problem = open_problem(config)
-    config, mask = with_rate(config, problem, make_mask(config, problem))
+    config, mask = with_rates(config, problem, make_mask(config, problem))
     config, mask = with_precision(config, problem, mask)
     rows = problem.rows("train")[:ROWS]
     rows[0] = {**rows[0], "label": (rows[0]["label"] + 2) % len(problem.labels)}

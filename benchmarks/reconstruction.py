@@ -33,7 +33,7 @@ from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import client_losses
 from meerkat.progress import say
-from meerkat.run.curvature import with_rate
+from meerkat.run.curvature import with_rates
 from meerkat.run.local_engine import LossesOf
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import with_precision
@@ -90,7 +90,7 @@ def open_bench(candidates: int) -> Bench:
     """Load the embedded model and its rows, each text once."""
     config = resolve(make_config({"threads": 1}))
     problem = open_problem(config)
-    config, mask = with_rate(config, problem, make_mask(config, problem))
+    config, mask = with_rates(config, problem, make_mask(config, problem))
     config, mask = with_precision(config, problem, mask)
     rows = list({row["text"]: row for row in training_and_evaluation_rows(config, problem.rows)[0]}.values())
     others = np.array_split(np.arange(candidates, len(rows)), 4)

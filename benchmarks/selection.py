@@ -25,7 +25,7 @@ from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.problems.partition import ClientRows, partition
 from meerkat.problems.problem import client_losses
 from meerkat.progress import say
-from meerkat.run.curvature import with_rate
+from meerkat.run.curvature import with_rates
 from meerkat.run.local_engine import LocalEngine
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import with_precision
@@ -52,7 +52,7 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
     if missing:
         to.mkdir(parents=True, exist_ok=True)
         problem = open_problem(config)
-        config, mask = with_rate(config, problem, make_mask(config, problem))
+        config, mask = with_rates(config, problem, make_mask(config, problem))
         config, mask = with_precision(config, problem, mask)
         training, _ = training_and_evaluation_rows(config, problem.rows)
         losses_of = client_losses(problem, problem.prepare(training))

@@ -1,6 +1,7 @@
 """The learning rate of a run that names none: from the curvature of its task's loss on public text."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from meerkat.algorithm import curvature as module
 from meerkat.algorithm.curvature import Curvature, curvature
+from meerkat.algorithm.directions import Directions, run_key
+from meerkat.algorithm.rounds import RoundPlan, Update
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, UpdateRule
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import CURVATURE, SparseMask
 from meerkat.record import verification
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
-from meerkat.run.curvature import _roots, with_rate
+from meerkat.run.curvature import _roots, with_rates
 from meerkat.run.setup import open_problem
 from meerkat.settings.config import RunConfig
 
@@ -85,6 +89,24 @@ def test_exact_gradients_are_many_directions() -> None:
     assert known.rate(10**9) == pytest.approx(known.rate_of_gradients) == 0.25
 
 
+@pytest.mark.parametrize(("steps", "directions"), [(1, 1), (9, 1), (2, 5)])
+def test_an_entry_moves_as_far_by_adam_as_by_plain_steps(steps: int, directions: int) -> None:
+    known, width, rounds = Curvature(4.0, 1.0), 40, 400
+    rng, z = np.random.default_rng(2), Directions(run_key(3), width)
+    rules: list[UpdateRule] = [FedAvg(), FedAdam(known.adam_rate(steps, directions), beta1=0, beta2=0.99, tau=1e-12)]
+    thetas = [torch.zeros(width)] * 2
+    moments = [rule.init(thetas[0]) for rule in rules]
+    travelled = torch.zeros(2, dtype=torch.float64)
+    for r in range(rounds):
+        g = (known.slope * rng.normal(size=(steps, directions))).astype(np.float32)
+        update = Update(RoundPlan(r, 0.1, 1e-3, directions, {0: steps}), g, 1.0)
+        for which, rule in enumerate(rules):
+            theta, moments[which] = rule.apply(thetas[which], moments[which], update, z)
+            travelled[which] += (theta - thetas[which]).double().square().sum() if r > rounds // 2 else 0
+            thetas[which] = theta
+    assert float(travelled[1] / travelled[0]) == pytest.approx(1, rel=0.15)
+
+
 # --- runs ---
 
 
@@ -115,7 +137,7 @@ def setting(federation: Path, tmp_path: Path) -> Setting:
 
 def settled(setting: Setting, **changes: Any) -> tuple[RunConfig, SparseMask]:
     config = setting.config.model_copy(update={"lr": "auto", **changes})
-    return with_rate(config, open_problem(config), setting.mask)
+    return with_rates(config, open_problem(config), setting.mask)
 
 
 def test_the_rate_is_measured_on_public_text(setting: Setting) -> None:
@@ -126,6 +148,33 @@ def test_the_rate_is_measured_on_public_text(setting: Setting) -> None:
         assert settled(setting, directions=directions)[0].lr == pytest.approx(rate, rel=0.05)
     assert settled(setting, method="fo-fedavg")[0].lr == pytest.approx(0.45 / largest, rel=0.05)
     assert settled(setting, method="feddyn")[0].lr == pytest.approx(0.04 / (trace + 2 * largest), rel=0.05)
+
+
+def test_adams_rate_is_the_size_of_the_scalars_on_public_text(setting: Setting) -> None:
+    slope = math.sqrt(float(dense_curvature(setting).trace()))
+    left: dict[str, Any] = {"lr": 0.5, "update_rule": "adam", "server_lr": "auto"}
+    for steps, directions in ((1, 1), (9, 4)):
+        config, mask = settled(setting, **left, local_steps=steps, directions=directions)
+        assert config.server_lr == pytest.approx(slope / 4 * math.sqrt(steps / directions), rel=0.05)
+        assert config.lr == 0.5
+        assert CURVATURE in mask.facts
+    config, mask = settled(setting, **left, method="fo-fedavg", local_steps=3)
+    assert config.server_lr == pytest.approx(3 * slope / 4 / math.sqrt(len(mask)), rel=0.05)
+
+
+def test_a_server_rate_left_out_is_settled_once(simulate_arguments: list[str], tmp_path: Path) -> None:
+    servers = {"momentum": ["--server-beta1", "0.8"], "adam": ["--lr", "0.01"], "sgd": []}
+    rates = {}
+    for rule, more in servers.items():
+        out = tmp_path / rule
+        assert main([*simulate_arguments, "--update-rule", rule, *more, "--rounds", "2", "--out", str(out)]) == 0
+        rates[rule] = RunFolder(out).config().server_lr
+        assert verification.verify(out).finished
+    assert main(["report", str(tmp_path / "adam")]) == 0
+    assert f", eta_s {rates['adam']:g}." in (tmp_path / "adam" / "report.html").read_text()
+    known = json.loads(RunFolder(tmp_path / "adam").mask().facts[CURVATURE])
+    adam = 0.25 * math.sqrt(known["trace"])
+    assert rates == {"momentum": 0.2, "adam": pytest.approx(adam, rel=0.05), "sgd": 1.0}
 
 
 def test_no_step_is_much_longer_than_theta(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +229,7 @@ def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str],
     assert np.isfinite(summary["loss"])
     assert verification.verify(out).finished
     assert main(["report", str(out)]) == 0
-    told = f"The learning rate, {summary['lr']:g}, was measured on public text"
+    told = f"Learning rates that are left to auto follow from these: eta is {summary['lr']:g}."
     assert told in (out / "report.html").read_text()
     known = json.loads(RunFolder(out).mask().facts[CURVATURE])
     if method == "lora-fedzo":  # as its matrix B grows, A stiffens
@@ -193,6 +242,10 @@ def test_without_public_text_a_rate_is_asked_for(
     arguments = [*simulate_arguments, "--method", "weight-magnitude", "--text", "", "--lr", "auto"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert "lr auto: is measured on public text" in capsys.readouterr().err
+    adam = [*simulate_arguments, "--method", "weight-magnitude", "--text", "", "--lr", "1", "--update-rule", "adam"]
+    assert main([*adam, "--out", str(tmp_path / "run")]) == 2
+    line = "server_lr auto: is measured on public text, and there is none; give --text, or --server-lr a number"
+    assert line in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ from meerkat.federation import coordinator as coordinator_module
 from meerkat.federation import remote_engine
 from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator import coordinate
+from meerkat.federation.coordinator import _check_same, coordinate
 from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
@@ -45,7 +45,9 @@ from meerkat.record.run_log import LogReader, RunLog
 from meerkat.record.signatures import SigningKey, fingerprint, handover, reply_message
 from meerkat.record.summary import as_text
 from meerkat.record.verification import StoredRun, verify
-from meerkat.settings.config import SITES, RunConfig
+from meerkat.run.setup import resolve
+from meerkat.settings.auto import AUTO
+from meerkat.settings.config import SITES, RunConfig, make_config
 
 Record = dict[str, Any]
 VP = {"local_steps": 2, "early_stop": "vp", "calibration_steps": 4, "initial_steps": 2, "later_steps": 2}
@@ -731,6 +733,18 @@ def test_a_simulation_is_said_to_have_no_signatures(
 def test_sign_is_what_the_run_began_with(course: Course, run: Path) -> None:
     with pytest.raises(MeerkatError, match="began with sign = true"):
         coordinate(course.config(), course.federation(sign=False, signers=""), run, Staged(course.setting, {}))
+
+
+def test_what_is_left_open_again_is_what_the_run_began_with(tmp_path: Path) -> None:
+    asked = resolve(make_config({"update_rule": "adam", "dp": "example", "dp_epsilon": 8.0}))
+    left = {name for name, value in asked.model_dump().items() if value == AUTO} - {"batching"}
+    assert left >= {"lr", "server_lr", "eps", "dp_noise_multiplier"}
+    numbers = {name: "float32" if name == "dtype" else 0.5 for name in left}
+    folder = RunFolder.create(tmp_path / "run", asked.model_copy(update=numbers))
+    _check_same(asked, folder)
+    for name in left - {"dtype"}:
+        with pytest.raises(MeerkatError, match=f"began with {name} 0.5, not 0.25"):
+            _check_same(asked.model_copy(update={name: 0.25}), folder)
 
 
 def test_a_new_federation_with_a_setting_that_does_nothing_is_refused(course: Course, tmp_path: Path) -> None:

@@ -42,13 +42,29 @@ class Curvature:
         return directions / (self.trace + (directions + 1) * self.largest)
 
     def longest_rate(self, theta: Tensor) -> float:
-        """The eta at which a step along one direction is as long as theta (float32 [n]), if its slope is sqrt(tr H)."""
-        return float(torch.linalg.vector_norm(theta)) / math.sqrt(len(theta) * self.trace)
+        """The eta at which a step along one direction is as long as theta (float32 [n]), if its slope is `slope`."""
+        return float(torch.linalg.vector_norm(theta)) / (math.sqrt(len(theta)) * self.slope)
+
+    @property
+    def slope(self) -> float:
+        """sqrt(tr H): root mean square of a row's slope along normal directions, where its label is drawn at random."""
+        return math.sqrt(self.trace)
 
     @property
     def rate_of_gradients(self) -> float:
-        """The same for exact gradients."""
+        """The eta of the fastest descent by exact gradients."""
         return 1 / self.largest
+
+    def adam_rate(self, local_steps: int, directions: int) -> float:
+        """The eta_s at which an entry moves as far by Adam as by plain steps along scalars of the size of `slope`.
+
+        Adam divides a round's D by its size, eta times slope times sqrt(T / P): T steps go T ways, each is a mean of P.
+        """
+        return self.slope * math.sqrt(local_steps / directions)
+
+    def adam_rate_of_gradients(self, local_steps: int, entries: int) -> float:
+        """The same for exact gradients over so many entries: `slope` is their length, and those of T steps add up."""
+        return self.slope * local_steps / math.sqrt(entries)
 
 
 def curvature(gradients: Iterable[Tensor], rows: int) -> Curvature:

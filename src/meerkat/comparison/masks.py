@@ -7,7 +7,7 @@ from typing import Any
 from meerkat.comparison.cells import settings_hash
 from meerkat.comparison.processes import Pool
 from meerkat.record.files import remove_leftovers, write_atomically
-from meerkat.run.curvature import with_rate
+from meerkat.run.curvature import with_rates
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import with_precision
 from meerkat.run.setup import open_problem, resolve
@@ -57,7 +57,7 @@ def write_mask(config: RunConfig, file: Path) -> None:
     """Make a run's mask, and note with it what the run's learning rate and eps follow from, unless they are given."""
     resolved = resolve(config)
     problem = open_problem(resolved)
-    resolved, mask = with_rate(resolved, problem, make_mask(resolved, problem))
+    resolved, mask = with_rates(resolved, problem, make_mask(resolved, problem))
     _, mask = with_precision(resolved, problem, mask)
     remove_leftovers(file)
     write_atomically(file, mask.save)

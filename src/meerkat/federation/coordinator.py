@@ -81,7 +81,7 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
     began = folder.config()
     left_open = {
         "density",
-        *(name for name in ("lr", "eps", "dtype", "dp_noise_multiplier") if getattr(config, name) == AUTO),
+        *(name for name in ("lr", "server_lr", "eps", "dtype", "dp_noise_multiplier") if getattr(config, name) == AUTO),
     }
     for name, value in config.model_dump().items():
         if name not in left_open and value != (then := getattr(began, name)):

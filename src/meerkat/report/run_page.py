@@ -251,8 +251,9 @@ def _perturbation(run: RunFacts, mask: SparseMask) -> list[CaptionedFigure]:
 def _rate_in_words(config: RunConfig, mask: SparseMask) -> str:
     known = json.loads(mask.facts[CURVATURE])
     return (
-        f"The learning rate, {number(config.lr):g}, was measured on public text: there the trace of the task's "
-        f"curvature is {known['trace']:.3g}, and its largest eigenvalue {known['largest']:.3g}."
+        f"On public text, the trace of the task's curvature is {known['trace']:.3g}, and its largest eigenvalue "
+        f"{known['largest']:.3g}. Learning rates that are left to auto follow from these: eta is {number(config.lr):g}"
+        + (f", eta_s {number(config.server_lr):g}." if config.update_rule == "adam" else ".")
     )
 
 

@@ -1,4 +1,4 @@
-"""The learning rate of a run that names none: measured once, when the run begins, on public data alone."""
+"""The learning rates of a run that names none: measured once, when the run begins, on public data alone."""
 
 import json
 import math
@@ -28,28 +28,55 @@ _ROWS = 64
 _LONGEST = 10
 """Steps are at most so many times as long as theta: beyond, curvature at the start says nothing."""
 
+_SHARE_OF_SLOPE = 0.25
+"""Of the slope on public text, so much is the size of the scalars that Adam's rate counts on: batches agree in part."""
 
-def with_rate(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
-    """The settings with a learning rate; and the mask, which says what it was chosen by, if it was.
+
+def with_rates(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
+    """The settings with learning rates, eta and Adam's eta_s; and the mask, which says what they were chosen by.
 
     Args:
         config: resolved settings.
         problem: its model's weights are as the checkpoint has them.
 
     Raises:
-        MeerkatError: the rate is to be measured on public data, and there is none.
+        MeerkatError: a rate is to be measured on public data, and there is none, or the mask moves nothing there.
     """
-    if config.lr != AUTO:
+    left = [name for name in ("lr", "server_lr") if getattr(config, name) == AUTO]
+    if not left:
         return config, mask
     public = problem.public()
     if public is None or not public.rows:
-        raise MeerkatError("lr auto: is measured on public text, and there is none; give --text, or --lr a number")
+        raise MeerkatError(
+            f"{left[0]} auto: is measured on public text, and there is none; give --text, or {_flags(left)} a number"
+        )
     known, mask = _measured(config, problem, mask, public.rows[:_ROWS])
+    if not known.trace > 0:
+        raise MeerkatError(
+            f"{left[0]} auto: the mask's entries do not move the task's loss on public text; "
+            f"give {_flags(left)} a number"
+        )
+    measured = {"lr": _rate, "server_lr": _adam_rate}
+    rates = {name: float(f"{measured[name](config, problem, mask, known):.1e}") for name in left}
+    return config.model_copy(update=rates), mask
+
+
+def _flags(names: Sequence[str]) -> str:
+    return " and ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _rate(config: RunConfig, problem: Problem, mask: SparseMask, known: Curvature) -> float:
     fastest = known.rate(config.directions) if config.recipe.sends_scalars else known.rate_of_gradients
     rate = config.recipe.share_of_fastest * fastest
     if config.recipe.sends_scalars and (theta := MaskedModel(problem.model, mask).read()).any():
         rate = min(rate, _LONGEST * known.longest_rate(theta))
-    return config.model_copy(update={"lr": float(f"{rate:.1e}")}), mask
+    return rate
+
+
+def _adam_rate(config: RunConfig, _: Problem, mask: SparseMask, known: Curvature) -> float:
+    if config.recipe.sends_scalars:
+        return _SHARE_OF_SLOPE * known.adam_rate(config.local_steps, config.directions)
+    return _SHARE_OF_SLOPE * known.adam_rate_of_gradients(config.local_steps, len(mask))
 
 
 def _measured(
@@ -63,8 +90,6 @@ def _measured(
         return before, mask
     with for_gradients(problem.model):
         known = curvature(_gradients(problem, mask, examples), len(rows))
-    if not known.trace > 0:
-        raise MeerkatError("lr auto: the mask's entries do not move the task's loss on public text; give --lr a number")
     fact = {"of": of, "trace": known.trace, "largest": known.largest}
     return known, replace(mask, facts={**mask.facts, CURVATURE: json.dumps(fact)})
 

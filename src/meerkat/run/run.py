@@ -29,7 +29,7 @@ from meerkat.record.opening import Opening, file_digest, gradient_digest
 from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
-from meerkat.run.curvature import with_rate
+from meerkat.run.curvature import with_rates
 from meerkat.run.mask import load_mask, make_mask, store_mask
 from meerkat.run.metrics import metric_of
 from meerkat.run.precision import runnable_model, with_precision
@@ -101,7 +101,7 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
             "give --text or a mask that has one, or use automatic"
         )
     # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
-    config, mask = with_rate(config, problem, mask)
+    config, mask = with_rates(config, problem, mask)
     config, mask = with_precision(config, problem, mask)
     config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density})
     folder = RunFolder.create(out, config)

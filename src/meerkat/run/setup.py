@@ -19,7 +19,7 @@ from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
 from meerkat.progress import say
 from meerkat.settings.algorithm import estimator, rules
-from meerkat.settings.auto import number, number_or
+from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
 
@@ -47,12 +47,19 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
         "early_stop": config.stopping,
-        "server_lr": number_or(config.server_lr, {"adam": 1e-2}.get(config.update_rule, 1.0)),
+        "server_lr": _server_lr(config),
     }
     config = config.model_copy(update=filled)
-    rules(config)  # unknown names are refused before anything is loaded
+    rules(config.model_copy(update={"server_lr": 1.0}))  # unknown names are refused before anything is loaded
     estimator(config)
     return resolve_model(config)
+
+
+def _server_lr(config: RunConfig) -> float | Auto:
+    """eta_s; Adam's stays open until the mask is there to measure it by."""
+    if config.server_lr != AUTO or config.update_rule == "adam":
+        return config.server_lr
+    return float(f"{1 - config.server_beta1:.6g}") if config.update_rule == "momentum" else 1.0
 
 
 def resolve_model(config: RunConfig) -> RunConfig:
