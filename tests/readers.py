@@ -122,7 +122,8 @@ class World:
     @cached_property
     def setting(self) -> Setting:
         """A federation with calibration and moments, whose sites evaluate."""
-        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "method": "meerkat-vp"}
+        more = {"local_steps": 2, "directions": 2, "update_rule": "adam", "server_lr": 0.01}
+        more |= {"method": "meerkat-vp"}
         short = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2, "rounds": 5, "clients": 3}
         return Setting.make(self.root, self.here / "sites", **more, **short)
 

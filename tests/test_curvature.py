@@ -1,4 +1,4 @@
-"""The learning rate of a run that names none: from the curvature of its task's loss on public text."""
+"""The learning rates of a run that names none: from the curvature of its task's loss on public text."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from meerkat.algorithm import curvature as module
 from meerkat.algorithm.curvature import Curvature, curvature
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.rounds import RoundPlan, Update
-from meerkat.algorithm.update_rules import FedAdam, FedAvg, UpdateRule
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, UpdateRule
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import CURVATURE, SparseMask
@@ -90,21 +90,23 @@ def test_exact_gradients_are_many_directions() -> None:
 
 
 @pytest.mark.parametrize(("steps", "directions"), [(1, 1), (9, 1), (2, 5)])
-def test_an_entry_moves_as_far_by_adam_as_by_plain_steps(steps: int, directions: int) -> None:
-    known, width, rounds = Curvature(4.0, 1.0), 40, 400
+def test_rounds_count_as_much_by_adam_and_momentum_as_by_plain_steps(steps: int, directions: int) -> None:
+    known, width, rounds = Curvature(4.0, 1.0), 40, 600
     rng, z = np.random.default_rng(2), Directions(run_key(3), width)
-    rules: list[UpdateRule] = [FedAvg(), FedAdam(known.adam_rate(steps, directions), beta1=0, beta2=0.99, tau=1e-12)]
-    thetas = [torch.zeros(width)] * 2
-    moments = [rule.init(thetas[0]) for rule in rules]
-    travelled = torch.zeros(2, dtype=torch.float64)
+    rules: list[UpdateRule] = [FedAvg(), FedAvgM(0.1, beta1=0.9), FedAdam(known.adam_rate(steps, directions), 0.9)]
+    thetas = [torch.zeros(width)] * len(rules)
+    moments = [rule.init(theta) for rule, theta in zip(rules, thetas, strict=True)]
+    middle = thetas
     for r in range(rounds):
         g = (known.slope * rng.normal(size=(steps, directions))).astype(np.float32)
         update = Update(RoundPlan(r, 0.1, 1e-3, directions, {0: steps}), g, 1.0)
         for which, rule in enumerate(rules):
-            theta, moments[which] = rule.apply(thetas[which], moments[which], update, z)
-            travelled[which] += (theta - thetas[which]).double().square().sum() if r > rounds // 2 else 0
-            thetas[which] = theta
-    assert float(travelled[1] / travelled[0]) == pytest.approx(1, rel=0.15)
+            thetas[which], moments[which] = rule.apply(thetas[which], moments[which], update, z)
+        if r == rounds // 2:  # Adam's second moment has grown to its size
+            middle = [*thetas]
+    plain, *others = ((theta - before).norm() for theta, before in zip(thetas, middle, strict=True))
+    for moved in others:
+        assert float(moved / plain) == pytest.approx(1, rel=0.15)
 
 
 # --- runs ---
@@ -158,12 +160,16 @@ def test_adams_rate_is_the_size_of_the_scalars_on_public_text(setting: Setting) 
         assert config.server_lr == pytest.approx(slope / 4 * math.sqrt(steps / directions), rel=0.05)
         assert config.lr == 0.5
         assert CURVATURE in mask.facts
+    clipped = {"dp": "example", "dp_epsilon": 8.0, "dp_clip": slope / 40}
+    assert settled(setting, **left, **clipped)[0].server_lr == pytest.approx(slope / 40, rel=0.05)
+    fixed = {"clipping": "fixed", "clip_norm": slope / 40, "local_steps": 9, "directions": 4}
+    assert settled(setting, **left, **fixed)[0].server_lr == pytest.approx(slope / 40 / 4, rel=0.05)
     config, mask = settled(setting, **left, method="fo-fedavg", local_steps=3)
     assert config.server_lr == pytest.approx(3 * slope / 4 / math.sqrt(len(mask)), rel=0.05)
 
 
 def test_a_server_rate_left_out_is_settled_once(simulate_arguments: list[str], tmp_path: Path) -> None:
-    servers = {"momentum": ["--server-beta1", "0.8"], "adam": ["--lr", "0.01"], "sgd": []}
+    servers = {"momentum": ["--server-beta1", "0.8"], "adam": ["--lr", "auto"], "sgd": []}
     rates = {}
     for rule, more in servers.items():
         out = tmp_path / rule
@@ -171,7 +177,7 @@ def test_a_server_rate_left_out_is_settled_once(simulate_arguments: list[str], t
         rates[rule] = RunFolder(out).config().server_lr
         assert verification.verify(out).finished
     assert main(["report", str(tmp_path / "adam")]) == 0
-    assert f", eta_s {rates['adam']:g}." in (tmp_path / "adam" / "report.html").read_text()
+    assert f", adam at {rates['adam']:g}." in (tmp_path / "adam" / "report.html").read_text()
     known = json.loads(RunFolder(tmp_path / "adam").mask().facts[CURVATURE])
     adam = 0.25 * math.sqrt(known["trace"])
     assert rates == {"momentum": 0.2, "adam": pytest.approx(adam, rel=0.05), "sgd": 1.0}
@@ -229,7 +235,7 @@ def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str],
     assert np.isfinite(summary["loss"])
     assert verification.verify(out).finished
     assert main(["report", str(out)]) == 0
-    told = f"Learning rates that are left to auto follow from these: eta is {summary['lr']:g}."
+    told = f"A learning rate that is left to auto follows from these. This run has learning rate {summary['lr']:g}."
     assert told in (out / "report.html").read_text()
     known = json.loads(RunFolder(out).mask().facts[CURVATURE])
     if method == "lora-fedzo":  # as its matrix B grows, A stiffens
@@ -242,10 +248,13 @@ def test_without_public_text_a_rate_is_asked_for(
     arguments = [*simulate_arguments, "--method", "weight-magnitude", "--text", "", "--lr", "auto"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert "lr auto: is measured on public text" in capsys.readouterr().err
-    adam = [*simulate_arguments, "--method", "weight-magnitude", "--text", "", "--lr", "1", "--update-rule", "adam"]
-    assert main([*adam, "--out", str(tmp_path / "run")]) == 2
-    line = "server_lr auto: is measured on public text, and there is none; give --text, or --server-lr a number"
-    assert line in capsys.readouterr().err
+    for lr, named, cure in (
+        ("1", "server_lr", "--server-lr a number"),
+        ("auto", "lr", "numbers for --lr and --server-lr"),
+    ):
+        assert main([*arguments, "--update-rule", "adam", "--lr", lr, "--out", str(tmp_path / "run")]) == 2
+        line = f"{named} auto: is measured on public text, and there is none; give --text, or {cure}"
+        assert line in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -374,7 +374,7 @@ def test_a_capped_rounds_step_is_as_long_as_the_cap_in_theta_space(steps: int) -
 
 def test_every_optimiser_is_given_the_capped_step() -> None:
     limit = 1e-3
-    for optimizer in (FedAvg(), FedAvgM(), FedDyn(0.4)):
+    for optimizer in (FedAvg(), FedAvgM(0.5), FedDyn(0.4)):
         lived = live(config(rules=rules_of(optimizer), step_limit=limit, rounds=3))
         for record in lived.rounds:
             rate = float(record.plan.rate)

@@ -51,9 +51,9 @@ class FZOO(FedAvg):
 
 
 def r_adazo(settings: RunConfig) -> RAdaZO:
-    """R-AdaZO, with Adam's settings; eta_s is server_lr times Adam's default, 1e-2, and zeta is server_tau squared."""
+    """R-AdaZO, with Adam's settings; eta_s is a hundredth of server_lr, and zeta is server_tau squared."""
     return RAdaZO(
-        FedAdam.lr * number(settings.server_lr), settings.server_beta1, settings.server_beta2, settings.server_tau**2
+        number(settings.server_lr) / 100, settings.server_beta1, settings.server_beta2, settings.server_tau**2
     )
 
 

@@ -1,4 +1,4 @@
-"""How stiff a task's loss is at the moving entries, and the learning rate that follows (docs/steps.md).
+"""How stiff a task's loss is at the moving entries, and the learning rates that follow (docs/steps.md).
 
     H = E_x (1 / C) sum_c (grad s_c - m)(grad s_c - m)',    m = (1 / C) sum_c grad s_c
 
@@ -56,7 +56,7 @@ class Curvature:
         return 1 / self.largest
 
     def adam_rate(self, local_steps: int, directions: int) -> float:
-        """The eta_s at which an entry moves as far by Adam as by plain steps along scalars of the size of `slope`.
+        """The eta_s at which Adam's rounds move an entry as far as plain steps do, by scalars as large as `slope`.
 
         Adam divides a round's D by its size, eta times slope times sqrt(T / P): T steps go T ways, each is a mean of P.
         """

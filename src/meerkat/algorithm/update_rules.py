@@ -73,7 +73,7 @@ class FedAvg(_FromZero):
 class FedAvgM(_FromZero):
     """Server momentum."""
 
-    lr: float = 1.0
+    lr: float
     """eta_s"""
     beta1: float = 0.9
     carried: ClassVar[int] = 1
@@ -89,7 +89,7 @@ class FedAvgM(_FromZero):
 class FedAdam(_FromZero):
     """Adam on the server."""
 
-    lr: float = 1e-2
+    lr: float
     """eta_s. D's length cancels in the step, so eta_s multiplies the round's eta: its schedule reaches the step."""
     beta1: float = 0.9
     beta2: float = 0.99

@@ -11,6 +11,7 @@ from meerkat.run.curvature import with_rates
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import with_precision
 from meerkat.run.setup import open_problem, resolve
+from meerkat.settings.auto import AUTO
 from meerkat.settings.config import RunConfig
 
 OF_ITS_TEXT = ("text", "text_sequences", "text_length")
@@ -30,14 +31,21 @@ def with_masks(
     makers: dict[Path, RunConfig] = {}
     for key, config in cells.items():
         file = files[key]
-        if file is None or key in done or (file in makers and makers[file].recipe.sends_scalars):
+        if file is None or key in done:
             continue
-        # by preference one of a run that needs all that is measured
-        makers[file] = config.model_copy(update={"lr": 1.0}) if key in unrated else config
+        config = config.model_copy(update={"lr": 1.0}) if key in unrated else config
+        if file not in makers or _measures(config) > _measures(makers[file]):
+            makers[file] = config
     missing = {file: (write_mask, config, file) for file, config in makers.items() if not file.exists()}
     pool.map_unique("masks", missing, lambda file, _: f"{makers[file].method}, {file}")
     there = {key: str(file.resolve()) for key, file in files.items() if file is not None and file.exists()}
     return {key: config.model_copy(update={"mask": there.get(key, config.mask)}) for key, config in cells.items()}
+
+
+def _measures(config: RunConfig) -> tuple[bool, bool]:
+    """Whether making a run's mask measures eps, and what rates follow from."""
+    opened = config.lr == AUTO or (config.update_rule == "adam" and config.server_lr == AUTO)
+    return config.recipe.sends_scalars, opened
 
 
 _OF_A_MASK = ("problem", "model", "objective", "density", "mask_scope", "exclude", "gradip", *OF_ITS_TEXT)
@@ -54,7 +62,7 @@ def _mask_file(config: RunConfig, folder: Path) -> Path | None:
 
 
 def write_mask(config: RunConfig, file: Path) -> None:
-    """Make a run's mask, and note with it what the run's learning rate and eps follow from, unless they are given."""
+    """Make a run's mask, and note with it what the run's learning rates and eps follow from, unless they are given."""
     resolved = resolve(config)
     problem = open_problem(resolved)
     resolved, mask = with_rates(resolved, problem, make_mask(resolved, problem))

@@ -23,7 +23,7 @@ from meerkat.progress import number_of, one_line
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.verification import VerifiedRun
 from meerkat.run.metrics import EvaluationMetric
-from meerkat.run.sentences import clients_in_words
+from meerkat.run.sentences import clients_in_words, rate_in_words
 from meerkat.run.summary import without_budget
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
@@ -169,7 +169,7 @@ def _tuning(run: VerifiedRun) -> str:
             "base model": f"{_base(config)}, fingerprint `{run.mask.fingerprint}`{adapters}",
             "rounds": f"{run.rounds:,}" + ("" if run.finished else f" of {config.rounds:,}: the run is not finished"),
             "local steps": f"T = {config.local_steps}, {steps}, batches of {config.batch_size}",
-            "learning rate": f"{config.lr:g}, {config.lr_schedule}; perturbation {config.eps:g}",
+            "learning rate": f"{rate_in_words(config)}, {config.lr_schedule}; perturbation {config.eps:g}",
             "weights' type": config.dtype,
             "frozen weights": ""
             if config.quantize == "none"

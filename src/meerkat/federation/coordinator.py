@@ -24,7 +24,7 @@ from meerkat.record.run_folder import RunFolder
 from meerkat.record.signatures import fingerprint, read_keys
 from meerkat.run.loop import Evaluate, evaluation_of, run_rounds
 from meerkat.run.run import Run, begin, carry_on
-from meerkat.run.sentences import defence_in_words
+from meerkat.run.sentences import defence_in_words, rate_in_words
 from meerkat.run.setup import open_problem, resolve
 from meerkat.run.split import evenly
 from meerkat.run.summary import write_summary
@@ -142,7 +142,7 @@ def _announce(run: Run) -> None:
     config, mask = run.config, run.mask
     say(
         f"{run.folder.root}: federation {run.opening.federation}: {config.method}, {len(mask):,} of {mask.total:,} "
-        f"parameters move, learning rate {config.lr:g}; up to {number_of(config.clients, 'client')}, "
+        f"parameters move, learning rate {rate_in_words(config)}; up to {number_of(config.clients, 'client')}, "
         f"{number_of(config.rounds, 'round')}"
     )
     if defence := defence_in_words(config):

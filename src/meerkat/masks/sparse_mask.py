@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 CURVE = "perturbation"
 """The fact that is the curve which a run's eps was chosen by: values of eps, and errors, as JSON."""
 CURVATURE = "curvature"
-"""The fact that is the curvature which a run's learning rate was chosen by: trace and largest eigenvalue, as JSON."""
+"""The fact that is the curvature which a run's learning rates were chosen by: trace and largest eigenvalue, as JSON."""
 MEASURED = (CURVE, CURVATURE)
 """Facts that a run adds to its mask."""
 _CHUNK = 1 << 22

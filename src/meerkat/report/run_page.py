@@ -19,7 +19,7 @@ from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name
 from meerkat.report.sentences import as_sentence, data_size, duration, percent, three_decimals
 from meerkat.report.style import CYCLE
 from meerkat.run.metrics import EvaluationMetric
-from meerkat.run.sentences import budgets_in_words, defence_in_words
+from meerkat.run.sentences import budgets_in_words, defence_in_words, rate_in_words
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, SITES, RunConfig
 
@@ -252,8 +252,8 @@ def _rate_in_words(config: RunConfig, mask: SparseMask) -> str:
     known = json.loads(mask.facts[CURVATURE])
     return (
         f"On public text, the trace of the task's curvature is {known['trace']:.3g}, and its largest eigenvalue "
-        f"{known['largest']:.3g}. Learning rates that are left to auto follow from these: eta is {number(config.lr):g}"
-        + (f", eta_s {number(config.server_lr):g}." if config.update_rule == "adam" else ".")
+        f"{known['largest']:.3g}. A learning rate that is left to auto follows from these. "
+        f"This run has learning rate {rate_in_words(config)}."
     )
 
 

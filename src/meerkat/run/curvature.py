@@ -29,7 +29,7 @@ _LONGEST = 10
 """Steps are at most so many times as long as theta: beyond, curvature at the start says nothing."""
 
 _SHARE_OF_SLOPE = 0.25
-"""Of the slope on public text, so much is the size of the scalars that Adam's rate counts on: batches agree in part."""
+"""Adam's rate counts on scalars of this share of a row's slope: a batch's rows agree in part only."""
 
 
 def with_rates(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[RunConfig, SparseMask]:
@@ -42,27 +42,27 @@ def with_rates(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[R
     Raises:
         MeerkatError: a rate is to be measured on public data, and there is none, or the mask moves nothing there.
     """
-    left = [name for name in ("lr", "server_lr") if getattr(config, name) == AUTO]
-    if not left:
+    open_rates = [name for name in ("lr", "server_lr") if getattr(config, name) == AUTO]
+    if not open_rates:
         return config, mask
-    public = problem.public()
+    public, numbers = problem.public(), _numbers_for(open_rates)
     if public is None or not public.rows:
         raise MeerkatError(
-            f"{left[0]} auto: is measured on public text, and there is none; give --text, or {_flags(left)} a number"
+            f"{open_rates[0]} auto: is measured on public text, and there is none; give --text, or {numbers}"
         )
     known, mask = _measured(config, problem, mask, public.rows[:_ROWS])
     if not known.trace > 0:
         raise MeerkatError(
-            f"{left[0]} auto: the mask's entries do not move the task's loss on public text; "
-            f"give {_flags(left)} a number"
+            f"{open_rates[0]} auto: the mask's entries do not move the task's loss on public text; give {numbers}"
         )
     measured = {"lr": _rate, "server_lr": _adam_rate}
-    rates = {name: float(f"{measured[name](config, problem, mask, known):.1e}") for name in left}
+    rates = {name: float(f"{measured[name](config, problem, mask, known):.1e}") for name in open_rates}
     return config.model_copy(update=rates), mask
 
 
-def _flags(names: Sequence[str]) -> str:
-    return " and ".join("--" + name.replace("_", "-") for name in names)
+def _numbers_for(names: Sequence[str]) -> str:
+    flags = " and ".join("--" + name.replace("_", "-") for name in names)
+    return f"{flags} a number" if len(names) == 1 else f"numbers for {flags}"
 
 
 def _rate(config: RunConfig, problem: Problem, mask: SparseMask, known: Curvature) -> float:
@@ -74,9 +74,18 @@ def _rate(config: RunConfig, problem: Problem, mask: SparseMask, known: Curvatur
 
 
 def _adam_rate(config: RunConfig, _: Problem, mask: SparseMask, known: Curvature) -> float:
-    if config.recipe.sends_scalars:
-        return _SHARE_OF_SLOPE * known.adam_rate(config.local_steps, config.directions)
-    return _SHARE_OF_SLOPE * known.adam_rate_of_gradients(config.local_steps, len(mask))
+    if not config.recipe.sends_scalars:
+        return _SHARE_OF_SLOPE * known.adam_rate_of_gradients(config.local_steps, len(mask))
+    share = min(_SHARE_OF_SLOPE, _longest_scalar(config) / known.slope)
+    return share * known.adam_rate(config.local_steps, config.directions)
+
+
+def _longest_scalar(config: RunConfig) -> float:
+    """What scalars are clipped to: Adam's steps must not undo that."""
+    of_a_reply = math.sqrt(config.local_steps * config.directions)
+    limits = {"example": config.dp_clip, "client": config.dp_clip / of_a_reply, "none": math.inf}
+    fixed = config.clip_norm / of_a_reply if config.clipping == "fixed" else math.inf
+    return min(limits[config.dp], fixed)
 
 
 def _measured(

@@ -100,7 +100,7 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
             "--vpcs-rule thresholds: reads GradIP, which needs a pre-training gradient; "
             "give --text or a mask that has one, or use automatic"
         )
-    # config.toml says what runs: a given mask's own density, the rate that fits its size, the noise that a budget needs
+    # config.toml says what runs: a given mask's own density, the rates that fit it, the noise that a budget needs
     config, mask = with_rates(config, problem, mask)
     config, mask = with_precision(config, problem, mask)
     config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density})

@@ -40,12 +40,18 @@ def evaluation_in_words(metric: EvaluationMetric, rounds: int) -> str:
     return f"round {metric.round:>4} of {rounds}: {scores_in_words(metric.scores)}"
 
 
+def rate_in_words(config: RunConfig) -> str:
+    """A run's learning rate, and the server's where its update rule has one: 0.3, or 0.3, adam at 0.2."""
+    ruled = config.recipe.update_rule or config.update_rule == "sgd"
+    return f"{config.lr:g}" + ("" if ruled else f", {config.update_rule} at {config.server_lr:g}")
+
+
 def plan_in_words(config: RunConfig, mask: SparseMask, sizes: Sequence[int]) -> str:
     """What is about to run; sizes are the clients' numbers of rows."""
     most, alone = number_of(max(sizes), "row"), config.clients == 1
     rows = f"{min(sizes)} to {most}" if min(sizes) < max(sizes) else most if alone else f"{most} each"
     return (
-        f"{config.method}: {len(mask):,} of {mask.total:,} parameters move, learning rate {config.lr:g}; "
+        f"{config.method}: {len(mask):,} of {mask.total:,} parameters move, learning rate {rate_in_words(config)}; "
         f"{number_of(config.clients, 'client')} ({config.partition}) hold{'s' * alone} {rows}; "
         f"{number_of(config.rounds, 'round')} of {number_of(config.local_steps, 'local step')}"
     )

@@ -50,7 +50,8 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         "server_lr": _server_lr(config),
     }
     config = config.model_copy(update=filled)
-    rules(config.model_copy(update={"server_lr": 1.0}))  # unknown names are refused before anything is loaded
+    # unknown names are refused before anything is loaded, be Adam's rate still open
+    rules(config.model_copy(update={"server_lr": number_or(config.server_lr, 1.0)}))
     estimator(config)
     return resolve_model(config)
 

@@ -99,8 +99,8 @@ class MethodSettings(Settings):
     update_rule: str = "sgd"
     """what the server makes of a round's update: sgd (FedAvg), momentum (FedAvgM) or adam (FedAdam)"""
     server_lr: _Positive | Auto = AUTO
-    """eta_s: the server's rate under momentum and adam; adam's step is eta_s times lr; auto is for steps as long
-    as sgd's: 1 - server_beta1 for momentum, and for adam the size of scalars on public text"""
+    """eta_s: the server's rate under momentum and adam; adam's step is eta_s times lr; auto lets a round count
+    as much as under sgd: 1 - server_beta1 for momentum, for adam by the slopes on public text; 1 for other rules"""
     server_beta1: float = Field(0.9, ge=0, lt=1)
     """first decay of momentum and adam"""
     server_beta2: float = Field(0.99, ge=0, lt=1)
