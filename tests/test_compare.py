@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +22,7 @@ from meerkat.cli import main
 from meerkat.comparison import cells, compare, processes
 from meerkat.comparison.evidence import Outcome
 from meerkat.comparison.learning_rates import search_lowest
+from meerkat.comparison.masks import with_masks
 from meerkat.comparison.studies import Comparison
 from meerkat.record.run_log import LogReader
 from meerkat.run.simulation import simulate
@@ -51,6 +52,24 @@ def test_the_search_goes_on_until_the_best_rates_neighbours_are_worse(
     assert list(losses) == visited
     assert losses == {place: curve(place) for place in visited}
     assert min(losses, key=lambda place: (losses[place], place)) == best
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_run_that_needs_most_makes_the_mask_that_runs_share(order: int, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    class Pool:
+        def map_unique(self, _: str, jobs: dict[Path, tuple[Any, ...]], __: Any) -> None:
+            made.extend(config.update_rule for _, config, _ in jobs.values())
+
+    given: list[dict[str, Any]] = [
+        {"update_rule": "sgd"},
+        {"update_rule": "adam"},
+        {"method": "fo-fedavg", "lr": "auto"},
+    ]
+    configs = [make_config({"lr": 0.1, **settings}) for settings in given][::order]
+    with_masks(dict(enumerate(configs)), (), (), cast(Any, Pool()), tmp_path)
+    assert made == ["adam"]
 
 
 # --- whole comparisons, of a federation that runs in a second -------------------------------------
