@@ -167,13 +167,22 @@ class Block:
 
 def blocks(comparison: Comparison, file: Path) -> list[Block]:
     """Every group's share of a comparison, the smallest model first."""
-    made = []
+    made, programs = [], {tuple(run[name] for name in _OF_A_PROGRAM) for run in _of_programs(file.parent)}
     for group in dict.fromkeys(map(Group.of, read(file))):
         lines = list(_lines(comparison, file, group))
-        enough = {study.name for study in comparison.studies if _is_compared(study, lines)}
+        enough = {
+            study.name
+            for study in comparison.studies
+            if _is_compared(study, lines)
+            or (group.model, *(study.shared.get(name) for name in _OF_A_PROGRAM[1:])) in programs
+        }
         if lines := [line for line in lines if line.study.name in enough]:
             made.append(Block(group, lines, _all_verdicts(comparison, lines)))
     return sorted(made, key=lambda block: (block.parameters, block.group.task))
+
+
+_OF_A_PROGRAM = ("model", "partition", "clients", "batch_size")
+"""What runs of a peer's program and of ours have in common where they are compared."""
 
 
 def _is_compared(study: Study, lines: Sequence[Line]) -> bool:
@@ -553,9 +562,7 @@ def _masks(evidence: Path) -> Iterator[str]:
 
 def _peers(evidence: Path) -> Iterator[str]:
     """What DeComFL's and HiSo's own programs reach, at the rate of the lowest held-back loss."""
-    file = evidence / "decomfl.jsonl"
-    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    rows = []
+    runs, rows = _of_programs(evidence), []
     for form in dict.fromkeys(map(_form, runs)):
         of_form = {(run["lr"], run["seed"], run["held_back"]): run for run in runs if _form(run) == form}.values()
         trials = {run["lr"]: run["scores"]["loss"] for run in of_form if run["held_back"]}
@@ -584,6 +591,12 @@ def _peers(evidence: Path) -> Iterator[str]:
             "passes of a row",
         ]
         yield table(head, rows)
+
+
+def _of_programs(evidence: Path) -> list[Mapping[str, Any]]:
+    """Runs of DeComFL's and HiSo's own programs."""
+    file = evidence / "decomfl.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def _form(run: Mapping[str, Any]) -> tuple[str, str, str, str]:
