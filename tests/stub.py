@@ -172,10 +172,12 @@ class Coordinator:
     def rounds(self, count: int) -> Iterator[RoundRecord]:
         """Run rounds, one each time the next is asked for, as `loop.run_rounds` does."""
         for _ in range(count):
-            for join in self.engine.arrivals(self.state.round):
-                self.settings = join.added_to(self.settings)
-            plan = open_round(self.state, self.settings, self.engine.available())
-            replies = self.engine.run(self.state, plan)
+            replies = None
+            while replies is None:  # fewer than the quorum were left: the round opens again
+                for join in self.engine.arrivals(self.state.round):
+                    self.settings = join.added_to(self.settings)
+                plan = open_round(self.state, self.settings, self.engine.available())
+                replies = self.engine.run(self.state, plan)
             self.state, record = close_round(self.state, plan, replies, self.settings, self.z)
             self.engine.closed(self.state, record)
             yield record
