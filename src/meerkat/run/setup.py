@@ -50,7 +50,7 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         "server_lr": _server_lr(config),
     }
     config = config.model_copy(update=filled)
-    # unknown names are refused before anything is loaded, be Adam's rate still open
+    # unknown names are refused before anything is loaded, even while Adam's rate is open
     rules(config.model_copy(update={"server_lr": number_or(config.server_lr, 1.0)}))
     estimator(config)
     return resolve_model(config)
