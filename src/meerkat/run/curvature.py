@@ -82,8 +82,9 @@ def _adam_rate(config: RunConfig, _: Problem, mask: SparseMask, known: Curvature
 
 def _longest_scalar(config: RunConfig) -> float:
     """What scalars are clipped to: Adam's steps must not undo that."""
-    of_a_reply = math.sqrt(config.local_steps * config.directions)
-    limits = {"example": config.dp_clip, "client": config.dp_clip / of_a_reply, "none": math.inf}
+    of_a_step = math.sqrt(config.directions)
+    of_a_reply = of_a_step * math.sqrt(config.local_steps)
+    limits = {"example": config.dp_clip / of_a_step, "client": config.dp_clip / of_a_reply, "none": math.inf}
     fixed = config.clip_norm / of_a_reply if config.clipping == "fixed" else math.inf
     return min(limits[config.dp], fixed)
 
