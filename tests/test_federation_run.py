@@ -111,7 +111,7 @@ def test_everything_that_was_started_is_ended_whatever_it_does_against_it(
 ) -> None:
     monkeypatch.setattr(run, "BIN", Path(sys.executable).parent)
     monkeypatch.setattr(run, "GRACE_S", 1)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(90)"
     child = (
         "import os, subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True)\n"
@@ -125,7 +125,7 @@ def test_everything_that_was_started_is_ended_whatever_it_does_against_it(
     processes.check()
     processes.end()
     assert not processes._alive()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 20  # far less than it sleeps
     while _runs(pid) and time.monotonic() < until:  # killed, a process still has to end
         time.sleep(0.05)
     assert not _runs(pid)
