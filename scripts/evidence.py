@@ -80,6 +80,7 @@ class Group:
     origin: Origin
     task: str
     dtype: str
+    """Empty where types are compared."""
     model: str = field(compare=False)
     """The name of its folder, where it was first met."""
 
@@ -168,7 +169,10 @@ class Block:
 def blocks(comparison: Comparison, file: Path) -> list[Block]:
     """Every group's share of a comparison, the smallest model first."""
     made, programs = [], {tuple(run[name] for name in _OF_A_PROGRAM) for run in _of_programs(file.parent)}
-    for group in dict.fromkeys(map(Group.of, read(file))):
+    groups: Iterable[Group] = map(Group.of, read(file))
+    if any("dtype" in study.axes for study in comparison.studies):
+        groups = (replace(group, dtype="") for group in groups)
+    for group in dict.fromkeys(groups):
         lines = list(_lines(comparison, file, group))
         enough = {
             study.name
@@ -196,7 +200,7 @@ def _is_compared(study: Study, lines: Sequence[Line]) -> bool:
 
 def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
     """The settings whose runs of all the comparison's seeds are there, with those of further seeds that are."""
-    evidence, own = Evidence(file, group.origin), {"task": group.task, "dtype": group.dtype}
+    evidence, own = Evidence(file, group.origin), {"task": group.task} | ({"dtype": group.dtype} if group.dtype else {})
     for study in comparison.studies:
         for setting in study.settings():
             search = comparison.search if study.searches(setting) else None
@@ -282,7 +286,7 @@ def page(claims: Path, evidence: Path) -> str:
         if not (of_models := blocks(comparison, evidence / "runs.csv")):
             continue
         every += of_models
-        models |= {block.group: block for block in of_models}
+        models |= {block.group: block for block in of_models if block.group.dtype}
         overview += _overview(comparison, of_models)
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
@@ -346,7 +350,7 @@ def _commands(toml: Path, of_models: Sequence[Block]) -> str:
         flags += re.findall(r"--extension \S+", given)
         for name in ("task", "dtype"):
             value = getattr(group, name)
-            if f'{name} = "{value}"' not in given and value != "auto":
+            if f'{name} = "{value}"' not in given and value not in ("", "auto"):
                 flags.append(f"--{name} {value}")
         name = group.model if sum(group.model == other.group.model for other in of_models) == 1 else group.task
         files = f"--evidence docs/evidence/runs.csv --out runs/{toml.stem}-{name}"

@@ -369,6 +369,8 @@ def test_what_cannot_be_met_is_refused_before_anything_is_written(
         (["--seeds", "0,0"], "each seed may stand there once"),
         (["--local-steps", "1,3"], "must be a multiple of every local_steps, such as 3"),
         (["--jobs", "-1"], "--jobs -1: must be 1 or more"),
+        (["--studies", "masks"], "--studies masks: no study is called 'masks'; give comparison"),
+        (["--studies", ""], "no study is called ''; give comparison"),
     ],
 )
 def test_flags_that_cannot_be_met_are_refused(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat.comparison.studies import Comparison, read_comparison
+from meerkat.comparison.studies import Comparison, read_comparison, with_studies
 from meerkat.errors import MeerkatError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "claims" / "embedded.toml"
@@ -61,6 +61,14 @@ def test_a_study_overrides_the_file_and_flags_override_both(tmp_path: Path) -> N
     text = 'clients = 3\nbatch_size = 2\n[[study]]\nname = "a"\nclients = 4\n[[study]]\nname = "b"'
     a, b = (study.config({}, 0) for study in read(tmp_path, text, batch_size="8").studies)
     assert (a.clients, b.clients, a.batch_size, b.batch_size) == (4, 3, 8, 8)
+
+
+def test_studies_can_be_taken_by_name_in_the_files_order(tmp_path: Path) -> None:
+    comparison = read(tmp_path, "seeds = [3]\n" + "".join(f'[[study]]\nname = "{name}"\n' for name in "abc"))
+    some = with_studies(comparison, ["c", "a"])
+    assert ([study.name for study in some.studies], some.seeds) == (["a", "c"], [3])
+    with pytest.raises(MeerkatError, match=r"no study is called 'd'; give a, b, c$"):
+        with_studies(comparison, ["a", "d"])
 
 
 def test_rounds_and_total_steps_override_each_other(tmp_path: Path) -> None:

@@ -74,13 +74,16 @@ def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Pa
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "meerkat compare [CONFIG.toml] [--out DIR] [--methods M,M,..] [--SETTING VALUE ...] [--json]"
+    parser.usage = (
+        "meerkat compare [CONFIG.toml] [--out DIR] [--studies N,N,..] [--methods M,M,..] [--SETTING VALUE ...] [--json]"
+    )
     about = "file of studies, see docs/formats.md; flags override it"
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help=about)
     grid = parser.add_argument_group("the comparison")
     first = add_run_settings(parser, but=("method", "seed", "local_steps", "lr", "held_back", "threads"))
     about = "folder for the comparison; one that was begun is continued [default: a new one under runs/]"
     first.add_argument("--out", metavar="DIR", help=about)
+    grid.add_argument("--studies", metavar="N,N,..", help="names of the studies to make, of the file's [default: all]")
     grid.add_argument("--methods", metavar="M,M,..", help="methods to compare, with commas")
     grid.add_argument("--seeds", metavar="N,N,..", help="seeds that each setting is repeated with [default: 0,1,2]")
     grid.add_argument("--local-steps", metavar="T,T,..", help="T: local steps a round, with commas")
@@ -108,10 +111,12 @@ def _compare(arguments: argparse.Namespace) -> None:
         given["total_steps"] = arguments.total_steps
     if arguments.jobs < 0:
         raise MeerkatError(f"--jobs {arguments.jobs}: must be 1 or more, or 0 for one a CPU")
-    from meerkat.comparison.studies import read_comparison
+    from meerkat.comparison.studies import read_comparison, with_studies
 
     file = Path(arguments.config) if arguments.config else None
     comparison = read_comparison(file, given, arguments.quick)
+    if arguments.studies is not None:
+        comparison = with_studies(comparison, [name.strip() for name in arguments.studies.split(",")])
     from meerkat.comparison.compare import compare
     from meerkat.comparison.results import table
 

@@ -6,7 +6,7 @@ Any setting of a run may be given as a list: it is then an axis, and a study's s
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +106,18 @@ class Comparison(Settings):
         if len(set(seeds)) < len(seeds):
             raise ValueError("each seed may stand there once; a run repeated adds nothing")
         return seeds
+
+
+def with_studies(comparison: Comparison, names: Sequence[str]) -> Comparison:
+    """A comparison with some of its studies alone, in the file's order.
+
+    Raises:
+        MeerkatError: it has no study of some name.
+    """
+    known = [study.name for study in comparison.studies]
+    if unknown := [name for name in names if name not in known]:
+        raise MeerkatError(f"--studies {','.join(names)}: no study is called '{unknown[0]}'; give {', '.join(known)}")
+    return comparison.model_copy(update={"studies": [one for one in comparison.studies if one.name in names]})
 
 
 def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = False) -> Comparison:
