@@ -1,6 +1,7 @@
 """What a person meets: help, errors in one line, exit statuses, JSON alone on standard output."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import tiny_model
 
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
+from meerkat.run.setup import has_device
 from meerkat.settings import config
 from meerkat.settings.config import RunConfig, make_config
 from meerkat.settings.groups import GROUPS
@@ -40,6 +42,7 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
     [
         ("--model", "/no/such/model", "no such folder"),
         ("--model", "./nowhere", "no such folder"),
+        ("--model", "a" * 300, "aaa: File name too long"),
         ("--task", "sst3", "must be one of sst2"),
         ("--task", "boolq", "no field 'question'"),
         ("--data", "/no/such/data", "no such folder"),
@@ -130,6 +133,53 @@ def test_a_mask_of_another_model(
     fails(arguments, capsys, "other weights", "meerkat mask")
     fails(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", made], capsys, "exists already")
     fails(["mask", "--model", str(tmp_path / "one"), "--text", text, "--out", "/no/folder/m"], capsys, "no folder")
+
+
+def test_a_mask_is_not_made_where_it_cannot_be_written(
+    federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    given = ["--model", str(federation / "model"), "--text", str(federation / "text.jsonl")]
+    fails(
+        ["mask", *given, "--out", str(tmp_path / "m.safetensors")], capsys, "cannot be written to; give another --out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("meerkat.run.run.make_mask", "interrupted; nothing was begun"),
+        ("meerkat.run.simulation.run_rounds", "interrupted; what was logged is safe: 'meerkat resume {out}' continues"),
+    ],
+)
+def test_an_interrupt_says_what_is_left(
+    simulate_arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    said: str,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 130
+    assert said.format(out=tmp_path / "run") in capsys.readouterr().err
+    if (tmp_path / "run").exists():
+        assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_run_is_resumed_on_its_device_alone(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert has_device("cpu")
+    assert not has_device("cuda:99")
+    assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr("meerkat.run.simulation.has_device", lambda _: False)
+    fails(["resume", str(tmp_path / "run")], capsys, "was begun on cpu, which is not here; resume it where it is")
 
 
 def test_out_with_a_run_or_anything_else_in_it_is_refused(

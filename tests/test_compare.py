@@ -24,6 +24,7 @@ from meerkat.comparison.evidence import Outcome
 from meerkat.comparison.learning_rates import search_lowest
 from meerkat.comparison.masks import with_masks
 from meerkat.comparison.studies import Comparison
+from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
 from meerkat.run.simulation import simulate
 from meerkat.settings.config import make_config
@@ -161,6 +162,16 @@ def test_every_setting_runs_every_seed_at_the_rate_that_its_own_search_found_bes
         *(("meerkat", "1", "4"), ("meerkat", "2", "2"), ("full-fedzo", "1", "4"), ("full-fedzo", "2", "2"))
     }
     assert [float(line["lr"]) for line in lines] == [row["lr"] for row in rows for _ in range(2)]
+
+
+@pytest.mark.usefixtures("here")
+def test_each_run_s_line_has_its_own_measured_rate(federation: Path, tmp_path: Path) -> None:
+    text = settings(federation, method="random-mask", lr="auto", seeds=[0, 1])
+    assert main(command(tmp_path, text)) == 0
+    lines = results(tmp_path / "out")
+    made = [RunFolder(tmp_path / "out" / line["run"]).config().lr for line in lines]
+    assert [float(line["lr"]) for line in lines] == made
+    assert made[0] != made[1]
 
 
 def test_a_cell_is_an_ordinary_run(compared: Path, federation: Path, tmp_path: Path) -> None:
@@ -347,6 +358,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, 
         ({"partition": ["iid", "column:name"]}, "has no field 'name'"),
         ({"clients": [3, 49]}, "at most the number of training rows, 48"),
         ({"clients": 40}, "learning-rate search, with 0.2 of the training rows held back: 40 clients"),
+        ({"clients": 8, "partition": "dirichlet:0.15", "lr": 0.1}, "clients without rows in each of"),
         ({"max_length": 2}, "leaves no prompt"),
         ({"method": ["meerkat", "task-mask"], "mask": "m"}, "task-mask: makes its mask from the run's own rows"),
         ({"method": ["meerkat", "full-fedzo"], "mask": "m"}, "mask 'm': no such file"),

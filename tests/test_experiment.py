@@ -333,7 +333,14 @@ def test_resume_refuses_other_base_values_and_another_model(
     assert main(["resume", str(finished)]) == 0
 
 
-@pytest.mark.parametrize("content", [b"\xff\n", b"{}\n", b"3\n", b"{\n"])
+HALF_EVALUATIONS = (
+    '{"kind": "evaluation", "round": 0}\n',
+    '{"kind": "evaluation", "round": 0, "scores": 3, "better": {}}\n',
+    '{"kind": "evaluation", "round": 0, "scores": {"loss": "low"}, "better": {"loss": "lower"}}\n',
+)
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b"{}\n", b"3\n", b"{\n", *(line.encode() for line in HALF_EVALUATIONS)])
 def test_damaged_metrics_are_one_line(finished: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "metrics.jsonl").write_bytes(content)
     (finished / "summary.json").unlink()
@@ -341,11 +348,13 @@ def test_damaged_metrics_are_one_line(finished: Path, content: bytes, capsys: py
     assert "delete it, then 'meerkat resume" in capsys.readouterr().err
 
 
-def test_a_lost_summary_or_metrics_are_made_again(finished: Path) -> None:
+@pytest.mark.parametrize("damaged", ["{", "{}", "[]"])
+def test_a_lost_summary_or_metrics_are_made_again(finished: Path, damaged: str) -> None:
     before = RunFolder(finished).summary()
     assert before is not None
-    (finished / "summary.json").write_text("{")
-    (finished / "metrics.jsonl").unlink()
+    (finished / "summary.json").write_text(damaged)
+    if damaged == "{":
+        (finished / "metrics.jsonl").unlink()
     assert main(["resume", str(finished)]) == 0
     after = RunFolder(finished).summary()
     assert after is not None

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from meerkat.report.client_figures import binned, grouped, running_mean, signal,
 from meerkat.report.comparison_page import comparison_page
 from meerkat.report.facts import RunFacts
 from meerkat.report.run_figures import layer_and_kind
-from meerkat.report.run_page import run_page
+from meerkat.report.run_page import _training_loss, run_page
 from meerkat.report.sentences import data_size, percent
 from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
 from meerkat.run.summary import evaluated
@@ -447,6 +448,15 @@ def test_clients_are_grouped_by_truth_and_by_what_was_done() -> None:
         "several labels, stopped early": (0,),
     }
     assert [group.name for group in grouped([0, 1], [1], None)] == ["continues", "stopped early"]
+
+
+def test_a_round_whose_loss_was_lost_does_not_end_the_curve() -> None:
+    losses = [1.0, 2.0, None, 4.0]
+    rounds = [{"kind": "round", "round": i, "loss": loss} for i, loss in enumerate(losses)]
+    run = cast(RunFacts, SimpleNamespace(of_kind=lambda _: rounds))
+    assert _training_loss(run) == ([0.5, 1.5, 3.5], [1.0, 2.0, 4.0])
+    rounds[:] = [dict(metric, loss=None) for metric in rounds]
+    assert _training_loss(run) is None
 
 
 def test_means_over_steps() -> None:

@@ -12,6 +12,7 @@ import pytest
 from meerkat.comparison.results import Line, table, write_results
 from meerkat.comparison.studies import Check, Comparison, Study
 from meerkat.problems.problem import Better
+from meerkat.report.facts import value_in_words
 
 BETTER: dict[str, Better] = {"accuracy": "higher", "loss": "lower"}
 Outcomes = Sequence[float | None]
@@ -199,6 +200,29 @@ def test_two_are_the_same_within_the_references_spread(tmp_path: Path, ours: lis
     outcomes = {1: ours, 2: [0.5, 0.6, 0.7]}
     found = written(tmp_path, outcomes, {"equal": [1, 2]})["studies"][0]["checks"][0]
     assert found["verdict"] == expected
+
+
+def test_values_are_spelled_in_claims_as_in_tables(tmp_path: Path) -> None:
+    masks = ["/a/public.safetensors", "/b/random.safetensors"]
+    both = [(mask, []) for mask in masks] + [(masks[0], ["embeddings", "norms"])]
+    for axis, value, other, said in (
+        ("mask", *masks, "public.safetensors against random.safetensors"),
+        ("exclude", [], ["embeddings", "norms"], "none against embeddings,norms"),
+    ):
+        check = Check(claim="c", axis=axis, better=value, than=[other])
+        study = Study(
+            name="s", axes={"mask": masks, "exclude": [[], ["embeddings", "norms"]]}, shared={}, check=[check]
+        )
+        comparison = Comparison(seeds=[0, 1], studies=[study])
+        lines = [
+            Line(study, {"mask": mask, "exclude": exclude}, (), 0.1, BETTER, (tmp_path,) * 2, (summary(0.5),) * 2)
+            for mask, exclude in both
+        ]
+        (found,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
+        assert found["differences"][0]["setting"][axis] == said
+        assert value_in_words(axis, said) == said
+    assert value_in_words("mask", masks[0]) == "public.safetensors"
+    assert (value_in_words("exclude", []), value_in_words("exclude", ["norms"])) == ("none", "norms")
 
 
 def test_a_claim_speaks_of_the_settings_it_names_alone(tmp_path: Path) -> None:

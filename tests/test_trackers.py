@@ -48,6 +48,9 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         tracking("tensorboard", tmp_path, 0),
     ):
         pass
+    with pytest.raises(MeerkatError, match=r"pip install 'meerkat-fl\[tensorboard\]'"):
+        simulate(make_config(SETTINGS), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert not list(tmp_path.iterdir())
 
 

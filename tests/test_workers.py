@@ -265,7 +265,8 @@ def test_no_process_outlives_the_first(simulate_arguments: list[str], tmp_path: 
     wait_for(log, 4)
     os.killpg(shared.first.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
     status, said = shared.status()
-    assert (status, said) == (130, "meerkat: interrupted; what was logged is safe: 'meerkat resume' continues the run")
+    safe = f"meerkat: interrupted; what was logged is safe: 'meerkat resume {out}' continues the run"
+    assert (status, said) == (130, safe)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         shared = Shared("meerkat", "resume", str(out), "--workers", "2")
         wait_for(log, log.read_bytes().count(b"\n") + 4)

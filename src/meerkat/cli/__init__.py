@@ -1,7 +1,9 @@
 """The command line: its commands, and what becomes of their errors."""
 
+import errno
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
@@ -35,18 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeerkatError as error:
         status, message = 1 if isinstance(error, RunFailed) else 2, str(error)
     except OSError as error:
-        status, message = 1, f"{error.filename or 'input or output'}: {error.strerror or error}"
+        status = 2 if error.errno == errno.ENAMETOOLONG else 1
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("cryptography"):
             raise
         cure = "pip install 'meerkat-fl[flower]'"
         status, message = 2, f"{arguments.command}: needs the 'cryptography' package; {cure}"
     except KeyboardInterrupt:
-        cure = getattr(arguments, "cure", "'meerkat resume' continues the run")
-        status, message = 130, f"interrupted; what was logged is safe: {cure}"
+        status, message = 130, f"interrupted{_what_is_safe(arguments)}"
     if message:
         print(f"meerkat: {message}", file=sys.stderr)
     return status
+
+
+def _what_is_safe(arguments: Namespace) -> str:
+    """What an interrupted command leaves, where it begins something that can be continued."""
+    if not hasattr(arguments, "safe"):
+        return ""
+    folder, cure = arguments.safe
+    return f"; what was logged is safe: {cure}" if folder.exists() else "; nothing was begun"
 
 
 def build_parser() -> Parser:

@@ -1,6 +1,7 @@
 """Commands that make something of a model: simulate, resume, compare, mask."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     from meerkat.run.simulation import simulate
 
     out = _new_folder(arguments, config.method)
+    arguments.safe = out, _resuming(out)
     with sharing(arguments.workers) as ranks:
         summary = simulate(config, out, ranks)
     _show_run(arguments, summary, out)
@@ -57,9 +59,14 @@ def _resume(arguments: argparse.Namespace) -> None:
     from meerkat.cli.workers import sharing
     from meerkat.run.simulation import resume
 
+    arguments.safe = arguments.folder, _resuming(arguments.folder)
     with sharing(arguments.workers) as ranks:
         summary = resume(arguments.folder, ranks)
     _show_run(arguments, summary, arguments.folder)
+
+
+def _resuming(folder: Path) -> str:
+    return f"'meerkat resume {folder}' continues the run"
 
 
 def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Path) -> None:
@@ -74,16 +81,14 @@ def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Pa
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        "meerkat compare [CONFIG.toml] [--out DIR] [--studies N,N,..] [--methods M,M,..] [--SETTING VALUE ...] [--json]"
-    )
+    parser.usage = "meerkat compare [CONFIG.toml] [--out DIR] [--methods M,M,..] [--SETTING VALUE ...] [--json]"
     about = "file of studies, see docs/formats.md; flags override it"
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help=about)
     grid = parser.add_argument_group("the comparison")
     first = add_run_settings(parser, but=("method", "seed", "local_steps", "lr", "held_back", "threads"))
     about = "folder for the comparison; one that was begun is continued [default: a new one under runs/]"
     first.add_argument("--out", metavar="DIR", help=about)
-    grid.add_argument("--studies", metavar="N,N,..", help="names of the studies to make, of the file's [default: all]")
+    grid.add_argument("--studies", metavar="N,N,..", help="the file's studies to run, with commas [default: all]")
     grid.add_argument("--methods", metavar="M,M,..", help="methods to compare, with commas")
     grid.add_argument("--seeds", metavar="N,N,..", help="seeds that each setting is repeated with [default: 0,1,2]")
     grid.add_argument("--local-steps", metavar="T,T,..", help="T: local steps a round, with commas")
@@ -121,7 +126,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from meerkat.comparison.results import table
 
     out = _new_folder(arguments, file.stem if file else "comparison")
-    arguments.cure = f"the same command with --out {out} continues the comparison"
+    arguments.safe = out, f"the same command with --out {out} continues the comparison"
     evidence = Path(arguments.evidence) if arguments.evidence else None
     results = compare(comparison, out, arguments.jobs, evidence)
     from meerkat.report import write_comparison_report
@@ -158,6 +163,8 @@ def _mask(arguments: argparse.Namespace) -> None:
         raise MeerkatError(f"'{out}': exists already; give another --out, or remove it first")
     if not out.parent.is_dir():
         raise MeerkatError(f"'{out}': there is no folder '{out.parent}'; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise MeerkatError(f"'{out}': '{out.parent}' cannot be written to; give another --out")
     config = resolve(config) if config.recipe.moves == "task" else resolve_model(config)
     mask = make_mask(config, open_problem(config))
     write_atomically(out, mask.save)

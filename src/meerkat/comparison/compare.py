@@ -59,7 +59,7 @@ def compare(comparison: Comparison, root: Path, jobs: int = 0, evidence: Path | 
     searched = [i for i, (study, setting) in enumerate(lines) if study.searches(setting)]
     if evidence is not None:
         check_file(evidence)
-    facts = _check(lines, firsts, search, with_origin=evidence is not None)
+    facts = _check(lines, firsts, seeds, search, with_origin=evidence is not None)
     jobs = jobs or ((os.cpu_count() or 1) if resolve(firsts[0]).device == "cpu" else 1)
     known: list[Evidence | None] = [None] * len(lines)
     if evidence is not None:
@@ -185,7 +185,8 @@ def _locked(root: Path) -> Iterator[None]:
 
 def without_idle(config: RunConfig) -> RunConfig:
     """The settings, those without effect at their defaults: runs that differ in them alone are the same run."""
-    unused = {"density", "mask_scope", "exclude"} if config.recipe.moves in ("full", "lora") else set()
+    chosen = config.recipe.moves not in ("full", "lora") and not config.mask
+    unused = set() if chosen else {"density", "mask_scope", "exclude"}
     defaults = {name: RunConfig.model_fields[name].default for name in unused.union(config.idle())}
     return config.model_copy(update=defaults)
 
@@ -213,7 +214,11 @@ class _Facts(NamedTuple):
 
 
 def _check(
-    lines: Sequence[tuple[Study, Setting]], configs: Sequence[RunConfig], search: Search, with_origin: bool
+    lines: Sequence[tuple[Study, Setting]],
+    configs: Sequence[RunConfig],
+    seeds: Sequence[int],
+    search: Search,
+    with_origin: bool,
 ) -> list[_Facts]:
     """Check what only the models, the data and the masks can show, before anything is written.
 
@@ -240,7 +245,7 @@ def _check(
         for i in group:
             searched = lines[i][0].searches(lines[i][1])
             if (same_rows := (*(getattr(resolved[i], name) for name in _OF_THE_ROWS), searched)) not in checked:
-                _check_rows(resolved[i], problem, search if searched else None)
+                _check_rows(resolved[i], problem, seeds, search if searched else None)
             checked.add(same_rows)
         origin = Origin.of(problem) if with_origin else None
         facts |= {i: _Facts(problem.scores, origin, _dtype(resolved[i], problem)) for i in group}
@@ -258,7 +263,7 @@ def _dtype(config: RunConfig, problem: Problem) -> str:
     return fitting_dtype(config, problem.model) if config.dtype == AUTO else config.dtype
 
 
-def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> None:
+def _check_rows(config: RunConfig, problem: Problem, seeds: Sequence[int], search: Search | None) -> None:
     def split(config: RunConfig) -> None:
         training, _ = training_and_evaluation_rows(config, problem.rows)
         partition(config.partition, training, config.clients, config.seed)
@@ -267,7 +272,8 @@ def _check_rows(config: RunConfig, problem: Problem, search: Search | None) -> N
         if config.recipe.moves == "lora":
             raise MeerkatError(f"method {config.method}: adapters depend on the seed; leave --mask out")
         given_mask(config).check_fits(problem.model)
-    split(config)
+    for seed in seeds:
+        split(config.model_copy(update={"seed": seed}))
     if search is None:
         return
     try:

@@ -145,7 +145,7 @@ def _runs(lines: Sequence[Line], seeds: Sequence[int], root: Path) -> Iterator[d
                 "seed": seed,
                 "outcome": "finished" if summary else "diverged",
                 # an axis may have one of these names: what is known without a run stands there in any case
-                "lr": line.lr,
+                "lr": facts.get("lr", line.lr),
                 "rounds": config.rounds,
                 "local_steps": config.local_steps,
                 "params_masked": facts.get("params_masked"),
@@ -209,9 +209,10 @@ def _checked(check: Check, lines: Sequence[Line]) -> dict[str, Any]:
             twins = (one.values(measure) for one in lines if one.setting == {**line.setting, check.axis: other})
             if (twin := next(twins, None)) is None:
                 continue
-            by_seed = [sign * (ours - theirs) for ours, theirs in zip(line.values(measure), twin, strict=True)]
+            by_seed = [sign * (here - there) for here, there in zip(line.values(measure), twin, strict=True)]
             rest = {axis: fixed for axis, fixed in line.setting.items() if axis != check.axis}
-            setting = {**rest, check.axis: f"{value} against {other}"}
+            ours, theirs = (spelled({check.axis: one})[check.axis] for one in (value, other))
+            setting = {**rest, check.axis: f"{ours} against {theirs}"}
             differences.append({"setting": setting, **_verdict(by_seed, twin, check)})
             by_pair.append(by_seed)
     together = _verdict([mean(values) for values in zip(*by_pair, strict=True)], None, check)

@@ -281,9 +281,9 @@ def axis_words(setting: Setting) -> str:
 
 
 def spelled(setting: Setting) -> dict[str, Any]:
-    """A setting's values as a table shows them."""
+    """A setting's values as a table shows them; what is spelled already stays as it is."""
     values = dict(setting)
-    if "exclude" in values:
+    if not isinstance(values.get("exclude", ""), str):
         values["exclude"] = ",".join(values["exclude"]) or "none"
     if "mask" in values:
         values["mask"] = Path(values["mask"]).name

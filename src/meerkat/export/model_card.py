@@ -48,9 +48,9 @@ def model_card(
 
     Args:
         folder: the run's, for its evaluations and events.
-        tuned_fingerprint: of the tuned model, by `meerkat.masks.fingerprint`; empty to leave it out.
+        tuned_fingerprint: of the tuned model, by `meerkat.masks.sparse_mask.fingerprint`; empty to leave it out.
     """
-    evaluations = [one for one in EvaluationMetric.all_of(folder.metrics()) if one.round <= run.rounds]
+    evaluations = [one for one in EvaluationMetric.of_run(folder) if one.round <= run.rounds]
     base, task_name = _base(run.config), _code(problem.name)
     kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
     opening = (
@@ -323,8 +323,8 @@ def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
             "versions": f"torch {_code(run.opening.torch)}, transformers {_code(run.opening.transformers)}",
         }
     )
-    loaded = " `meerkat.masks.fingerprint(model)` gives the loaded model's fingerprint." if tuned_fingerprint else ""
+    again = " `meerkat.masks.sparse_mask.fingerprint(model)` gives the loaded model's fingerprint."
     return (
         f"{table}\n\nAll are SHA-256. In the run's folder, `meerkat verify --json .` replays every round and prints "
-        f"theta's digest.{loaded}"
+        f"theta's digest.{again if tuned_fingerprint else ''}"
     )

@@ -148,8 +148,12 @@ class RunFolder:
             metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
             if all(isinstance(m, dict) and type(m.get("kind")) is str and type(m.get("round")) is int for m in metrics):
                 return metrics
+        raise self.damaged_metrics()
+
+    def damaged_metrics(self) -> RunFailed:
+        """What to raise where a line of the metrics is damaged."""
         cure = f"delete it, then 'meerkat resume {self.root}': the run itself is in the log"
-        raise RunFailed(f"{self.metrics_path}: damaged; {cure}")
+        return RunFailed(f"{self.metrics_path}: damaged; {cure}")
 
     def rewrite_metrics(
         self, keep: Callable[[Metric], bool], order: Callable[[Metric], Any], add: Sequence[Metric] = ()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from meerkat.comparison.results import FILE, FORMAT
+from meerkat.comparison.studies import spelled
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.problem import Better
@@ -162,7 +163,7 @@ class Study:
         Returns:
             None where none of the row's run folders is there.
         """
-        every = [EvaluationMetric.all_of(RunFolder(self.root / run).metrics()) for run in row.get("runs", [])]
+        every = [EvaluationMetric.of_run(RunFolder(self.root / run)) for run in row.get("runs", [])]
         runs = [{m.round * row["local_steps"]: m.scores[score] for m in run} for run in every if run]
         if not runs:
             return None
@@ -198,7 +199,7 @@ def read_comparison(root: Path) -> tuple[Mapping[str, Any], list[Study]]:
 def value_in_words(axis: str, value: Any) -> str:
     """One value of an axis: "T = 10", "u = 0.001", "iid"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return Path(str(value)).name if axis == "mask" else str(value)
+        return str(spelled({axis: value})[axis])
     return f"{_SYMBOLS.get(axis, axis)} = " + (f"{value:,}" if isinstance(value, int) else f"{value:g}")
 
 

@@ -33,7 +33,7 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
     both, score = figure.subplots(1, 2), "loss"
     for folder in folders:
         run = RunFolder.open(folder)
-        config, evaluations = run.config(), EvaluationMetric.all_of(run.metrics())
+        config, evaluations = run.config(), EvaluationMetric.of_run(run)
         score = evaluations[-1].score if evaluations else "loss"
         for axes, name in zip(both, (score, "loss"), strict=True):
             values = np.array([m.scores.get(name) for m in evaluations], np.float64)

@@ -131,9 +131,12 @@ def _values(run: RunFacts, score: str) -> list[float]:
 
 
 def _training_loss(run: RunFacts) -> draw.Points | None:
-    """The clients' mean training loss in each round, smoothed; None where no round has one."""
-    rounds = run.of_kind("round")
-    if all(m["loss"] is None for m in rounds):
+    """The clients' mean training loss in each round, smoothed; None where no round has one.
+
+    A round that was lost and made again from the log has none.
+    """
+    rounds = [m for m in run.of_kind("round") if m["loss"] is not None]
+    if not rounds:
         return None
     losses = np.array([m["loss"] for m in rounds], np.float64)
     return [m["round"] + 0.5 for m in rounds], running_mean(losses, max(1, len(losses) // 15)).tolist()

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.problems.problem import Evaluation, Problem, Split
@@ -16,7 +14,7 @@ from meerkat.record.verification import VerifiedRun, verify
 from meerkat.run.loop import evaluation_of
 from meerkat.run.mask import check_model
 from meerkat.run.precision import runnable_model
-from meerkat.run.setup import open_problem
+from meerkat.run.setup import has_device, open_problem
 from meerkat.run.split import Split as Rows
 from meerkat.run.split import evenly
 from meerkat.run.summary import evaluated
@@ -40,7 +38,7 @@ def load_run(root: Path, as_stored: bool = False) -> tuple[VerifiedRun, Problem]
 def _opened(root: Path, run: VerifiedRun, as_stored: bool = False) -> tuple[Problem, MaskedModel]:
     """A verified run's problem, and its model, which is the one that the run began with."""
     config = run.config
-    if config.device != "cpu" and not torch.cuda.is_available():
+    if not has_device(config.device):
         say(f"note: the run was made on {config.device}, which is not here; its model is loaded on the CPU")
         config = config.model_copy(update={"device": "cpu"})
     problem = open_problem(config)

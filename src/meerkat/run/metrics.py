@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.gradip import gradip, magnitude
 from meerkat.algorithm.replies import Reply
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
-from meerkat.record.run_folder import Metric
+from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.summary import Work
 
 
@@ -161,6 +162,15 @@ class EvaluationMetric(_Line):
     def all_of(cls, metrics: Iterable[Metric]) -> list[Self]:
         """The evaluations among a run's metrics, in order of rounds."""
         return sorted((cls.from_json(m) for m in metrics if m["kind"] == cls.kind), key=lambda m: m.round)
+
+    @classmethod
+    def of_run(cls, folder: RunFolder) -> list[Self]:
+        """A run's evaluations, in order of rounds. Raises RunFailed: a line is damaged."""
+        checked = TypeAdapter(cls)
+        try:
+            return [checked.validate_python(asdict(one)) for one in cls.all_of(folder.metrics())]
+        except (TypeError, ValueError):
+            raise folder.damaged_metrics() from None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,9 @@ def _finite(curve: PerturbationCurve) -> bool:
 def public_batches(
     config: RunConfig, problem: Problem, mask: SparseMask, rows: Sequence[Row]
 ) -> list[tuple[Tensor, Loss]]:
-    """Batches of the run's size of public rows: their exact gradients at the moving entries, and their losses.
+    """Batches of public rows: their exact gradients at the moving entries, and their losses.
+
+    They have the run's size, or all rows where there are fewer.
 
     Gradients, float32 [n], are of the weights as they are (see `for_gradients`); losses, float64 [], of what they
     become later.
@@ -155,5 +157,6 @@ def public_batches(
         return pretraining_gradient(problem.model, mask, [examples[row] for row in batch], loss_of_example)
 
     with for_gradients(problem.model):
-        batches = np.arange(_BATCHES * config.batch_size).reshape(_BATCHES, -1) % len(examples)
+        size = min(config.batch_size, len(examples))
+        batches = np.arange(_BATCHES * size).reshape(_BATCHES, size) % len(examples)
         return [(gradient_of(batch), loss_of(batch)) for batch in batches]

@@ -33,6 +33,7 @@ from meerkat.run.curvature import with_rates
 from meerkat.run.mask import load_mask, make_mask, store_mask
 from meerkat.run.metrics import metric_of
 from meerkat.run.precision import runnable_model, with_precision
+from meerkat.run.trackers import check_tracker
 from meerkat.settings import budget
 from meerkat.settings.algorithm import directions
 from meerkat.settings.config import RunConfig
@@ -94,6 +95,8 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
     Raises:
         MeerkatError: the settings cannot be met, or the folder is not free.
     """
+    budget.check_countable(config)
+    check_tracker(config.tracker)
     mask = make_mask(config, problem)
     if config.stopping != "none" and config.vpcs_rule == "thresholds" and mask.pretraining_gradient is None:
         raise MeerkatError(

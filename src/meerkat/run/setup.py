@@ -88,6 +88,15 @@ def resolve_machine(config: RunConfig) -> RunConfig:
     return config.model_copy(update=filled)
 
 
+def has_device(name: str) -> bool:
+    """Whether this machine has the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # CUDA that is not there, or not compiled in
+        return False
+    return True
+
+
 def open_task(config: RunConfig) -> Task:
     """The task of a run that classifies."""
     return demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)

@@ -22,15 +22,16 @@ from meerkat.record.opening import Opening, check_format
 from meerkat.record.replay import Replay, agree
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import LogReader
+from meerkat.record.summary import Summary
 from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.mask import load_mask
-from meerkat.run.metrics import SplitMetric
+from meerkat.run.metrics import EvaluationMetric, SplitMetric
 from meerkat.run.precision import runnable_model
 from meerkat.run.ranks import RankLost, Ranks
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import budgets_in_words, defence_in_words, plan_in_words
-from meerkat.run.setup import open_problem, resolve
+from meerkat.run.setup import has_device, open_problem, resolve
 from meerkat.run.shared_engine import SharedEngine, answer
 from meerkat.run.split import Split
 from meerkat.run.summary import write_summary
@@ -71,15 +72,19 @@ def resume(root: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     record: Mapping[str, Any] = {}
     for record in LogReader(folder.log_path):
         check_format(record, folder.log_path)
+    evaluations = EvaluationMetric.of_run(folder)
     try:
         summary = folder.summary()
-    except ValueError:
+        rounds = 0 if summary is None else Summary.from_json(summary).rounds
+    except (LookupError, ValueError):
         summary = None  # it is made again from log and metrics
-    if summary is not None and record.get("kind") == "close" and folder.metrics():
-        say(f"{root}: the run is finished, after {summary['rounds']} rounds")
+    if summary is not None and record.get("kind") == "close" and evaluations:
+        say(f"{root}: the run is finished, after {rounds} rounds")
         return summary
     if (config := folder.config()).partition == SITES:
         raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
+    if not has_device(config.device):
+        raise MeerkatError(f"{root}: was begun on {config.device}, which is not here; resume it where it is")
     problem = open_problem(config)
     return _go_on(folder, problem, Split.of(config, problem), ranks)
 

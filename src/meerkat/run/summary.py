@@ -28,7 +28,7 @@ def write_summary(run: Run, extreme: Sequence[int] = (), network: Mapping[str, A
     promised = budget.guarantee(config, steps_by_rows(log), state.round)
     summary: dict[str, Any] = Summary(
         **outcome(config, run.mask, work_by_kind(log), state.early_stopped, digest, promised),
-        **evaluated(config, EvaluationMetric.all_of(folder.metrics())),
+        **evaluated(config, EvaluationMetric.of_run(folder)),
         **_cost(folder),
         extreme_clients=list(extreme),
         clients_without_budget=without_budget(folder),
@@ -57,7 +57,7 @@ def _cost(folder: RunFolder) -> dict[str, Any]:
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "wall_s": sum(m.get("wall_s", 0.0) for m in metrics),
-        "forward_s": sum(m["forward_s"] for m in metrics if m["kind"] in ("round", "calibration")),
+        "forward_s": sum(m.get("forward_s", 0.0) for m in metrics if m["kind"] in ("round", "calibration")),
         "peak_rss_mb": most / (2**20 if sys.platform == "darwin" else 2**10),
     }
 

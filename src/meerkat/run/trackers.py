@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,16 @@ from meerkat.record.files import make_folder
 from meerkat.record.run_folder import Metric
 
 Name = Literal["none", "tensorboard"]
+
+
+def check_tracker(name: Name) -> None:
+    """Raise MeerkatError if a tracker is not installed."""
+    if name == "none":
+        return
+    try:
+        import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise MeerkatError("tracker tensorboard: not installed; pip install 'meerkat-fl[tensorboard]'") from None
 
 
 @contextmanager
@@ -25,13 +36,12 @@ def tracking(name: Name, folder: Path, rounds: int) -> Iterator[Callable[[Metric
     Raises:
         MeerkatError: the tracker is not installed.
     """
+    check_tracker(name)
     if name == "none":
         yield lambda _: None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MeerkatError("tracker tensorboard: not installed; pip install 'meerkat-fl[tensorboard]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     make_folder(folder / "tensorboard")
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=rounds + 1 if rounds else None)
     try:

@@ -52,6 +52,12 @@ def uncountable(config: RunConfig) -> str:
     return ""
 
 
+def check_countable(config: RunConfig) -> None:
+    """Raise MeerkatError if a run's privacy asks too much of an accountant."""
+    if config.dp != "none" and (why := uncountable(config)):
+        raise MeerkatError(why)
+
+
 def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
     """The settings with their noise multiplier; `auto` is the least that keeps every client within its budget.
 
@@ -62,10 +68,9 @@ def with_noise(config: RunConfig, sizes: Sequence[int]) -> RunConfig:
         MeerkatError: more is asked than can be accounted for, no noise is enough, what is given lasts no client to the
             end, or the rows must be known.
     """
+    check_countable(config)
     if config.dp == "none":
         return config
-    if why := uncountable(config):
-        raise MeerkatError(why)
     asked = steps_asked(config)
     if config.dp_noise_multiplier == AUTO:
         if config.dp == "example" and not sizes:
