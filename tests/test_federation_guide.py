@@ -53,3 +53,13 @@ def test_the_examples_can_be_read(tmp_path: Path) -> None:
     config, federation = read_federation(tmp_path / "federation.toml")
     assert [binding.client for binding in federation.sites] == [0, 1, 2]
     assert (config.clients, federation.stream) == (3, site.coordinator)
+
+
+def test_the_example_with_a_model_of_ones_own_can_be_read(tmp_path: Path) -> None:
+    blocks = "\n\n".join(b for b in section("With your own model").split("\n\n") if b.startswith("    "))
+    coordinator, site = blocks.split("# site.toml")
+    (tmp_path / "federation.toml").write_text(coordinator)
+    config, federation = read_federation(tmp_path / "federation.toml")
+    assert (config.clients, config.rounds, federation.deadline_s) == (3, 80, 600)
+    assert config.model.endswith("smollm2-135m")
+    assert tomllib.loads(site)["model"].endswith("smollm2-135m")

@@ -41,8 +41,8 @@ class ModelAndData(Settings):
     """sst2, ag_news, yelp_polarity, boolq, rte, wsc, wic, or a TOML file of your own; with the embedded model topics
     [its default] or reviews"""
     data: str = ""
-    """folder with train.jsonl and validation.jsonl, or a hub data set (NAME or NAME:CONFIGURATION) [default: the
-    embedded task's]"""
+    """folder with train.jsonl and validation.jsonl, or, with the extra hub, .parquet or .csv files or a hub data set
+    (NAME or NAME:CONFIGURATION) [default: the embedded task's]"""
     text: str = ""
     """pre-training text for mask and GradIP: .jsonl with 'text' fields, plain text, or a hub data set [default: the
     embedded model's]"""
@@ -215,7 +215,7 @@ class MachineSettings(Settings):
     """freeze the weights that do not move in 8 or 4 bits: a large model's step then fits into little memory; takes the
     bitsandbytes package"""
     batching: Literal["auto", "off"] = "auto"
-    """auto sends all clients' rows through the model together, sorted by length; off takes client by client"""
+    """auto sends all clients' rows through the model together where each makes one step; off takes client by client"""
     micro_batch: int = Field(0, ge=0)
     """sequences in one forward pass, at most; 0 for any number"""
     tokens_per_pass: Annotated[int, Field(ge=1)] | Auto = AUTO
