@@ -97,6 +97,8 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
     """
     budget.check_countable(config)
     check_tracker(config.tracker)
+    if config.stopping != "none" and config.local_steps == 1:
+        say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
     mask = make_mask(config, problem)
     if config.stopping != "none" and config.vpcs_rule == "thresholds" and mask.pretraining_gradient is None:
         raise MeerkatError(

@@ -17,7 +17,6 @@ from meerkat.problems.models import load_model
 from meerkat.problems.packing import packs
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
-from meerkat.progress import say
 from meerkat.settings.algorithm import estimator, rules
 from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
@@ -41,8 +40,6 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
             raise MeerkatError(
                 f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
             )
-    if config.stopping != "none" and config.local_steps == 1:
-        say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
     filled = {
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
