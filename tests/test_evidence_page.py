@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,31 @@ def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None
     assert "| T = 1 |" not in page
     file.unlink()
     assert "## What moves" not in _page(tmp_path)
+
+
+def test_types_are_compared_in_one_table(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "evidence" / "runs.csv"
+    with file.open(newline="") as rows:
+        runs = list(csv.DictReader(rows))
+    ours = [r for r in runs if (r["method"], r["local_steps"], float(r["held_back"])) == ("meerkat", "1", 0)]
+    both = [
+        row | {"dtype": "bfloat16", "settings": row["settings"].replace('"dtype": "float32"', '"dtype": "bfloat16"')}
+        for row in ours
+    ]
+    with file.open("a", newline="") as out:
+        csv.DictWriter(out, runs[0], lineterminator="\n").writerows(both)
+    shared = (tmp_path / "claims" / "masks.toml").read_text().partition("search =")[0].replace("What moves", "Types")
+    study = 'dtype = ["bfloat16", "float32"]\ncheck = [{ claim = "as well", axis = "dtype", equal = ["bfloat16", "float32"] }]'
+    (tmp_path / "claims" / "types.toml").write_text(
+        f'{shared}lr = {ours[0]["lr"]}\n[[study]]\nname = "types"\n{study}\n'
+    )
+    page = _page(tmp_path)
+    assert "meerkat compare examples/claims/real/types.toml --model model --data DATA --text TEXT --evidence" in page
+    assert "| as well | dtype bfloat16 against float32 | **holds** +0.000 (+0.000 to +0.000); 2 seeds |" in page
+    (of_types,) = re.findall(r"## Types\n.*?(?=\n## )", page, re.DOTALL)
+    for dtype in ("bfloat16", "float32"):
+        assert f"| dtype {dtype} |" in of_types
 
 
 def test_further_seeds_count_where_both_sides_have_them(folder: Path, tmp_path: Path) -> None:
