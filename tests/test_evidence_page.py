@@ -137,10 +137,10 @@ def test_types_are_compared_in_one_table(folder: Path, tmp_path: Path) -> None:
     with file.open("a", newline="") as out:
         csv.DictWriter(out, runs[0], lineterminator="\n").writerows(both)
     shared = (tmp_path / "claims" / "masks.toml").read_text().partition("search =")[0].replace("What moves", "Types")
-    study = 'dtype = ["bfloat16", "float32"]\ncheck = [{ claim = "as well", axis = "dtype", equal = ["bfloat16", "float32"] }]'
-    (tmp_path / "claims" / "types.toml").write_text(
-        f'{shared}lr = {ours[0]["lr"]}\n[[study]]\nname = "types"\n{study}\n'
-    )
+    both_types = '["bfloat16", "float32"]'
+    study = f'dtype = {both_types}\ncheck = [{{ claim = "as well", axis = "dtype", equal = {both_types} }}]\n'
+    text = f'{shared}lr = {ours[0]["lr"]}\n[[study]]\nname = "types"\n{study}'
+    (tmp_path / "claims" / "types.toml").write_text(text)
     page = _page(tmp_path)
     assert "meerkat compare examples/claims/real/types.toml --model model --data DATA --text TEXT --evidence" in page
     assert "| as well | dtype bfloat16 against float32 | **holds** +0.000 (+0.000 to +0.000); 2 seeds |" in page
