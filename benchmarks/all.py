@@ -5,7 +5,7 @@
 
 Each turn runs every program once, one after another, so that what else the machine does meets all of them alike. What
 follows from no clock is computed in the first turn alone. A program that cannot run here is named with its reason.
-The table is printed and written to OUT/bench.md, everything that the programs said to OUT/bench.json.
+The table is printed at the end. OUT/bench.md has it after each program, OUT/bench.json all that they said.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def table(chosen: list[Program], outcomes: Mapping[str, list[dict[str, Any] | st
             spread = f"{in_words(min(values))} to {in_words(max(values))}" if program.timed else "no clock"
             lines.append(f"| {what} | {in_words(statistics.median(values))} | {spread} | `{program.name}` |")
         lines += [f"| not run: {reason} | | | `{program.name}` |" for reason in dict.fromkeys(failed)]
-    ran_once = {name: found[0] for name, found in outcomes.items() if not isinstance(found[0], str)}
+    ran_once = {name: found[0] for name, found in outcomes.items() if found and not isinstance(found[0], str)}
     return "\n".join([*lines, "", *(f"- `{name}`: {found['measured_on']}" for name, found in ran_once.items())])
 
 
@@ -164,17 +164,19 @@ def main() -> None:
     chosen = [program for program in chosen if not arguments.only or program.name in arguments.only.split(",")]
 
     outcomes: dict[str, list[dict[str, Any] | str]] = {program.name: [] for program in chosen}
+    text, result = "", dict[str, Any]()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for turn in range(arguments.turns):
         for program in chosen:
-            if program.timed or not turn:
-                say(f"turn {turn + 1} of {arguments.turns}: {program.name}")
-                outcomes[program.name].append(outcome(program))
-    load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, {arguments.turns} turns"
-    result = {"name": "all", "measured_on": load, "programs": outcomes}
-    text = f"{table(chosen, outcomes)}\n\n{load}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench.md").write_text(text + "\n")
-    (arguments.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+            if not program.timed and turn:
+                continue
+            say(f"turn {turn + 1} of {arguments.turns}: {program.name}")
+            outcomes[program.name].append(outcome(program))
+            load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, {turn + 1} turns"
+            result = {"name": "all", "measured_on": load, "programs": outcomes}
+            text = f"{table(chosen, outcomes)}\n\n{load}"
+            (arguments.out / "bench.md").write_text(text + "\n")
+            (arguments.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if arguments.json else text)
 
 
