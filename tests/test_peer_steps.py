@@ -1,4 +1,4 @@
-"""benchmarks/peers/steps.py: R-AdaZO and FZOO against their papers' formulas, in float64."""
+"""benchmarks/peers/steps.py: R-AdaZO, FZOO and SubZero+ against their papers' formulas, in float64."""
 
 import dataclasses
 import importlib.util
@@ -58,6 +58,47 @@ def test_fzoos_steps_do_not_depend_on_how_large_the_scalars_are() -> None:
     torch.testing.assert_close(after.double(), theta, rtol=0, atol=5e-6)
     doubled = dataclasses.replace(record, aggregate=record.aggregate * np.float32(2))
     assert same_bits(after_each(rule, [doubled])[1], after)
+
+
+def _basis(count: int) -> torch.Tensor:
+    """U, float64 [count, SPACE], from what unit vectors become inside."""
+    inside = torch.stack([steps.inside(one) for one in torch.eye(count)]).double()
+    values, vectors = torch.linalg.eigh(inside)
+    return vectors[:, values > 0.5]
+
+
+def test_subzeros_space_is_a_projection_onto_so_many_dimensions() -> None:
+    basis = _basis(300)
+    assert basis.shape == (300, steps.SPACE)
+    vector = torch.linspace(-2, 3, 300)
+    within = steps.inside(vector)
+    torch.testing.assert_close(within.double(), basis @ (basis.T @ vector.double()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(steps.inside(within), within)
+
+
+def test_subzeros_slopes_are_those_inside_and_its_steps_are_adam_in_few_dimensions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(steps, "SPACE", 5)
+    monkeypatch.setattr(steps, "_groups", steps._groups.__wrapped__)
+    count, target = 300, torch.linspace(-1, 1, 300)
+    basis, theta, z = _basis(count), torch.full((count,), 0.3), torch.linspace(2, -1, count)
+    found = steps.two_sided_inside(lambda at: ((at - target) ** 2).sum() / 2, theta, [z], 1e-2)
+    exact = (theta - target).double() @ basis @ (basis.T @ z.double())
+    assert found.g.item() == pytest.approx(exact.item(), rel=1e-3)
+
+    given = {"estimator": "plain", "server_lr": 5, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-9}
+    config = make_config({**given, "update_rule": "momentum"}).model_copy(update={"estimator": "subzero"})
+    rounds = records(5)
+    start, *ours = after_each(steps.of_estimator(config), rounds)
+    basis, theta64 = _basis(WIDTH), start.double()
+    m, v = torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double()
+    for after, record in zip(ours, rounds, strict=True):
+        down = basis @ (basis.T @ moved_by(record, WIDTH))
+        m, v = 0.8 * m + 0.2 * down, 0.95 * v + 0.05 * down**2
+        theta64 = theta64 + 0.05 * record.plan.lr * m / (torch.sqrt(v) + 1e-9)
+        torch.testing.assert_close(after.double(), theta64, rtol=0, atol=5e-5)
+    assert steps.of_estimator(make_config({})) == steps.FedAvg()
 
 
 def test_fzoo_needs_a_spread() -> None:

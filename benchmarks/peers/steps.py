@@ -5,18 +5,25 @@
 R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Adam whose second moment averages the
 squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the
 standard deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator
-`one-sided` of examples/extending/estimator.py). Both are written from their papers. In a federation the losses'
-differences are G, the aggregate of the clients' scalars, which everyone has.
+`one-sided` of examples/extending/estimator.py). SubZero+ (arXiv 2608.15665) perturbs and steps, by Adam, inside one
+fixed random space of few dimensions; at T = 1 this is the estimator `subzero` with the update rule `of-estimator`. All
+are written from their papers. In a federation the losses' differences are G, the aggregate of the clients' scalars,
+which everyone has.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import stdev
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from meerkat import seeds
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.estimators import Estimator, LossAt, Slopes, two_sided
 from meerkat.algorithm.rounds import Update
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, Moments, descent
 from meerkat.errors import MeerkatError
@@ -34,6 +41,46 @@ class RAdaZO(FedAdam):
         m = (m * self.beta1) - (descent(theta, update, directions) * (1 - self.beta1))
         v = (v * self.beta2) + ((m * m) * (1 - self.beta2))
         return theta - (m / (v + self.tau).sqrt()) * (self.lr * update.plan.lr), (m, v)
+
+
+SPACE = 64
+"""Dimensions of SubZero+'s space."""
+
+
+@cache
+def _groups(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each of so many entries' group and sign, and each group's size."""
+    groups = seeds.permutation(count, 0, "subzero groups") % SPACE
+    signs = np.where(seeds.permutation(count, 0, "subzero signs") % 2, 1.0, -1.0)
+    return groups, signs, np.maximum(np.bincount(groups, minlength=SPACE), 1)
+
+
+def inside(vector: Tensor) -> Tensor:
+    """Its part inside the space, float32 [n]: what the entries of each group have in common, up to their signs.
+
+    The space has an orthonormal basis with one vector a group, so a normal z is normal inside.
+    """
+    groups, signs, sizes = _groups(len(vector))
+    common = np.bincount(groups, weights=vector.cpu().double().numpy() * signs, minlength=SPACE) / sizes
+    return torch.from_numpy((common[groups] * signs).astype(np.float32)).to(vector.device)
+
+
+def two_sided_inside(loss_at: LossAt, theta: Tensor, directions: Iterable[Tensor], eps: float) -> Slopes:
+    """g = (f(theta + eps U U' z) - f(theta - eps U U' z)) / (2 eps), with the basis U"""
+    return two_sided(loss_at, theta, map(inside, directions), eps)
+
+
+@dataclass(frozen=True)
+class SubZero(FedAdam):
+    """Adam inside the space: the entries of a group move alike, up to their signs."""
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta_s eta m / (sqrt(v) + tau),   m = beta_1 m + (1 - beta_1) U U' D,   v of its square by beta_2"""
+        m, v = moments
+        down = inside(descent(theta, update, directions))
+        m = (m * self.beta1) - (down * (1 - self.beta1))
+        v = (v * self.beta2) + ((down * down) * (1 - self.beta2))
+        return theta - (m / (v.sqrt() + self.tau)) * (self.lr * update.plan.lr), (m, v)
 
 
 @dataclass(frozen=True)
@@ -64,4 +111,13 @@ def fzoo(settings: RunConfig) -> FZOO:
     return FZOO(number(settings.server_lr))
 
 
-UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo}
+def of_estimator(settings: RunConfig) -> FedAvg | SubZero:
+    """SubZero+'s steps with its estimator, eta_s a hundredth of server_lr; plain ones with any other."""
+    if settings.estimator != "subzero":
+        return FedAvg()
+    tau = settings.server_tau
+    return SubZero(number(settings.server_lr) / 100, settings.server_beta1, settings.server_beta2, tau)
+
+
+UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo, "of-estimator": of_estimator}
+ESTIMATORS = {"subzero": Estimator("subzero", two_sided_inside, passes=lambda count: 2 * count)}
