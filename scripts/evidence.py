@@ -46,9 +46,9 @@ GAINS = (0.05, 0.1)
 INTRODUCTION = """# Evidence
 
 What our own runs say of the claims in ["Mitigating Non-IID Drift in Zeroth-Order Federated LLM Fine-Tuning with
-Transferable Sparsity"](https://arxiv.org/abs/2506.03337), and, from section 7 on, of our own. `make evidence` writes this
-page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line each ([what is in it](formats.md#evidence)).
-With a new `--evidence` file the commands below make every run again.
+Transferable Sparsity"](https://arxiv.org/abs/2506.03337), and, from section 7 on, of our own. `make evidence` writes
+this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line each
+([what is in it](formats.md#evidence)). With a new `--evidence` file the commands below make every run again.
 
 - Learning rates are searched by one rule on rows held back from the training rows, with the first seed, unless the
   section says otherwise. No rate is chosen on validation rows. A star marks the lowest or the highest that was tried.
@@ -58,9 +58,10 @@ With a new `--evidence` file the commands below make every run again.
   Where one setting is claimed to do as well as another, **holds** means that the whole interval is above -0.05,
   **fails** that it is below; `meerkat compare` is more lenient, and allows for the reference's own spread over seeds.
 - Intervals cover seeds alone: all runs of a model share their validation rows (300 rows give an accuracy to about
-  0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75). What another
-  factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)). Nothing is
-  corrected for the number of claims: among twenty intervals, one is off by chance. Numbers in brackets count settings.
+  0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75). What
+  another factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)). Nothing
+  is corrected for the number of claims: among twenty intervals, one is off by chance. Numbers in brackets count
+  settings.
 - Three seeds, 0 to 2, unless a table says otherwise; where there are more, both sides of a difference have them.
   `--seeds 0,1,2,3,4,5` makes their runs.
 - Settings of which runs are missing are left out (the commands make them too), and so are runs at rates that an
