@@ -57,6 +57,7 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
   **undecided**: it does not; *needs N seeds* says how many would decide it if mean and spread stayed as they are.
   Where one setting is claimed to do as well as another, **holds** means that the whole interval is above -0.05,
   **fails** that it is below; `meerkat compare` is more lenient, and allows for the reference's own spread over seeds.
+  *the same*: both sides are the same runs.
 - Intervals cover seeds alone: all runs of a model share their validation rows (300 rows give an accuracy to about
   0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75). What
   another factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)). Nothing
@@ -117,7 +118,9 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """holds, fails or undecided."""
+        """holds, fails or undecided; the same, where both sides are the same runs."""
+        if self.difference == 0 and self.half == 0:
+            return "the same"
         line = -WORSE if self.as_well else 0.0
         low, high = self.difference - self.half, self.difference + self.half
         return "holds" if low > line else "fails" if high < line else "undecided"
@@ -129,6 +132,8 @@ class Verdict:
             return "one seed"
         if math.isnan(self.difference):
             return "a run diverged"
+        if self.word == "the same":
+            return "the same runs"
         low, high = self.difference - self.half, self.difference + self.half
         notes = [f"; {self.seeds} seeds"] * (self.seeds != USUAL_SEEDS)
         notes += [f"; needs {self._needed()}"] * (self.word == "undecided" and not self.as_well)
@@ -172,6 +177,9 @@ def blocks(comparison: Comparison, file: Path) -> list[Block]:
     made, programs = [], {tuple(run[name] for name in _OF_A_PROGRAM) for run in _of_programs(file.parent)}
     groups: Iterable[Group] = map(Group.of, read(file))
     if any("dtype" in study.axes for study in comparison.studies):
+        assert all("dtype" in study.axes for study in comparison.studies), (
+            "types are compared in all studies or in none"
+        )
         groups = (replace(group, dtype="") for group in groups)
     for group in dict.fromkeys(groups):
         lines = list(_lines(comparison, file, group))
@@ -219,7 +227,7 @@ def _lines(comparison: Comparison, file: Path, group: Group) -> Iterator[Line]:
                 study=study,
                 setting=setting,
                 rates=tuple(rates),
-                lr=outcomes[0].lr,
+                lrs=tuple(outcome.lr for outcome in outcomes),
                 better=Classification.scores,
                 runs=tuple(ROOT / "runs" / str(i) for i in range(len(outcomes))),
                 summaries=tuple(outcome.summary for outcome in outcomes),
@@ -236,7 +244,10 @@ def _all_verdicts(comparison: Comparison, lines: Sequence[Line]) -> dict[str, li
     as_well = {check.claim for study in comparison.studies for check in study.check if check.equal}
     verdicts: dict[str, dict[tuple[str, ...], Verdict]] = {}
     for count in sorted({len(line.runs) for line in lines}, reverse=True):
-        first = [replace(line, runs=line.runs[:count], summaries=line.summaries[:count]) for line in lines]
+        first = [
+            replace(line, lrs=line.lrs[:count], runs=line.runs[:count], summaries=line.summaries[:count])
+            for line in lines
+        ]
         of_as_many = [line for line in first if len(line.runs) == count]
         with_seeds = comparison.model_copy(update={"seeds": _seeds(comparison)[:count]})
         for study in results(with_seeds, of_as_many, ROOT)["studies"]:
@@ -287,7 +298,8 @@ def page(claims: Path, evidence: Path) -> str:
         if not (of_models := blocks(comparison, evidence / "runs.csv")):
             continue
         every += of_models
-        models |= {block.group: block for block in of_models if block.group.dtype}
+        for block in of_models:
+            models |= {one.group: one for one in _by_type(block) if one.group not in models or block.group.dtype}
         overview += _overview(comparison, of_models)
         parts += [f"## {comparison.title}", _commands(toml, of_models)]
         parts += [part for study in comparison.studies for part in _study(study, of_models)]
@@ -298,6 +310,7 @@ def page(claims: Path, evidence: Path) -> str:
     about = table(head, map(_about, by_size))
     rates = _measured_rates(evidence, [block.group for block in by_size])
     words = [verdict.word for block in every for of_study in block.verdicts.values() for verdict in of_study]
+    words = [word for word in words if word != "the same"]
     decided = sum(word != "undecided" for word in words)
     count = f"{len(words)} intervals, some of them in two sections; {decided} decide something."
     return (
@@ -309,6 +322,16 @@ def page(claims: Path, evidence: Path) -> str:
         )
         + "\n"
     )
+
+
+def _by_type(block: Block) -> Iterator[Block]:
+    """The block itself, or one for each of the types that it compares."""
+    if block.group.dtype:
+        yield block
+        return
+    for dtype in dict.fromkeys(line.setting["dtype"] for line in block.lines):
+        lines = [line for line in block.lines if line.setting["dtype"] == dtype]
+        yield Block(replace(block.group, dtype=dtype), lines, {})
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
@@ -339,7 +362,7 @@ def _overview(comparison: Comparison, of_models: Sequence[Block]) -> Iterator[st
 
 
 def _counted(words: Sequence[str]) -> str:
-    counts = {word: words.count(word) for word in ("holds", "fails", "undecided") if word in words}
+    counts = {word: words.count(word) for word in ("holds", "fails", "undecided", "the same") if word in words}
     return ", ".join(f"{word} ({count})" if len(words) > 1 else word for word, count in counts.items())
 
 
@@ -650,7 +673,10 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, to)
     yield f"![How much lower the loss is, by size of the model](evidence/{to.name})"
-    yield "Above the line the claim is right. Bars are 95% intervals; the axis is linear between -0.1 and 0.1."
+    yield (
+        "Above the line ours is better; a claim to do as well allows for 0.05 below it. Bars are 95% intervals; the "
+        "axis is linear between -0.1 and 0.1."
+    )
 
 
 def draw_map(comparison: Comparison, of_models: Sequence[Block], to: Path) -> Iterator[str]:

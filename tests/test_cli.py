@@ -163,11 +163,12 @@ def test_an_interrupt_says_what_is_left(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    (tmp_path / "run").mkdir()  # an empty folder may be given, and holds no run
     with monkeypatch.context() as patch:
         patch.setattr(where, interrupted)
         assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 130
     assert said.format(out=tmp_path / "run") in capsys.readouterr().err
-    if (tmp_path / "run").exists():
+    if (tmp_path / "run" / "config.toml").exists():
         assert main(["resume", str(tmp_path / "run")]) == 0
 
 

@@ -124,15 +124,26 @@ def test_what_has_not_been_run_is_left_out(folder: Path, tmp_path: Path) -> None
     assert "## What moves" not in _page(tmp_path)
 
 
-def test_types_are_compared_in_one_table(folder: Path, tmp_path: Path) -> None:
+def _more_accurate(row: dict[str, str], by: float) -> dict[str, str]:
+    summary = json.loads(row["summary"])
+    summary["scores"]["accuracy"] += by
+    return row | {"summary": json.dumps(summary)}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [((0.0, 0.0), "the same runs"), ((0.01, 0.02), "**holds** +0.015 (-0.049 to +0.079); 2 seeds")],
+)
+def test_types_are_compared_in_one_table(folder: Path, tmp_path: Path, more: tuple[float, float], said: str) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "evidence" / "runs.csv"
     with file.open(newline="") as rows:
         runs = list(csv.DictReader(rows))
     ours = [r for r in runs if (r["method"], r["local_steps"], float(r["held_back"])) == ("meerkat", "1", 0)]
     both = [
-        row | {"dtype": "bfloat16", "settings": row["settings"].replace('"dtype": "float32"', '"dtype": "bfloat16"')}
-        for row in ours
+        _more_accurate(row, by)
+        | {"dtype": "bfloat16", "settings": row["settings"].replace('"dtype": "float32"', '"dtype": "bfloat16"')}
+        for row, by in zip(ours, more, strict=True)
     ]
     with file.open("a", newline="") as out:
         csv.DictWriter(out, runs[0], lineterminator="\n").writerows(both)
@@ -143,7 +154,7 @@ def test_types_are_compared_in_one_table(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "claims" / "types.toml").write_text(text)
     page = _page(tmp_path)
     assert "meerkat compare examples/claims/real/types.toml --model model --data DATA --text TEXT --evidence" in page
-    assert "| as well | dtype bfloat16 against float32 | **holds** +0.000 (+0.000 to +0.000); 2 seeds |" in page
+    assert f"| as well | dtype bfloat16 against float32 | {said} |" in page
     (of_types,) = re.findall(r"## Types\n.*?(?=\n## )", page, re.DOTALL)
     for dtype in ("bfloat16", "float32"):
         assert f"| dtype {dtype} |" in of_types
@@ -196,7 +207,7 @@ def test_bytes_are_counted_to_the_end_of_the_shortest_runs_that_gain_enough() ->
             study=study,
             setting={"method": method, "rounds": rounds},
             rates=(),
-            lr=1.0,
+            lrs=(1.0, 1.0),
             better={},
             runs=(Path("0"), Path("1")),
             summaries=tuple(_summary(method, before.get(method, 0.5), accuracy, 8 * rounds) for accuracy in of_seeds),

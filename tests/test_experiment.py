@@ -337,6 +337,8 @@ HALF_EVALUATIONS = (
     '{"kind": "evaluation", "round": 0}\n',
     '{"kind": "evaluation", "round": 0, "scores": 3, "better": {}}\n',
     '{"kind": "evaluation", "round": 0, "scores": {"loss": "low"}, "better": {"loss": "lower"}}\n',
+    '{"kind": "evaluation", "round": 0, "scores": {}, "better": {}}\n',
+    '{"kind": "evaluation", "round": 0, "scores": {"accuracy": 0.5}, "better": {}}\n',
 )
 
 

@@ -62,4 +62,5 @@ def test_the_example_with_a_model_of_ones_own_can_be_read(tmp_path: Path) -> Non
     config, federation = read_federation(tmp_path / "federation.toml")
     assert (config.clients, config.rounds, federation.deadline_s) == (3, 80, 600)
     assert config.model.endswith("smollm2-135m")
-    assert tomllib.loads(site)["model"].endswith("smollm2-135m")
+    of_site = SiteConfig.model_validate({"client": 0, "data": ".", **tomllib.loads(f"# site.toml{site}")})
+    assert (of_site.model.endswith("smollm2-135m"), of_site.accepts.task) == (True, config.task)

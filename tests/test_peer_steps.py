@@ -90,7 +90,7 @@ def test_subzeros_slopes_are_those_inside_and_its_steps_are_adam_in_few_dimensio
     given = {"estimator": "plain", "server_lr": 5, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-9}
     config = make_config({**given, "update_rule": "momentum"}).model_copy(update={"estimator": "subzero"})
     rounds = records(5)
-    start, *ours = after_each(steps.of_estimator(config), rounds)
+    start, *ours = after_each(steps.adam_with_subzero(config), rounds)
     basis, theta64 = _basis(WIDTH), start.double()
     m, v = torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double()
     for after, record in zip(ours, rounds, strict=True):
@@ -98,7 +98,7 @@ def test_subzeros_slopes_are_those_inside_and_its_steps_are_adam_in_few_dimensio
         m, v = 0.8 * m + 0.2 * down, 0.95 * v + 0.05 * down**2
         theta64 = theta64 + 0.05 * record.plan.lr * m / (torch.sqrt(v) + 1e-9)
         torch.testing.assert_close(after.double(), theta64, rtol=0, atol=5e-5)
-    assert steps.of_estimator(make_config({})) == steps.FedAvg()
+    assert steps.adam_with_subzero(make_config({})) == steps.FedAvg()
 
 
 def test_fzoo_needs_a_spread() -> None:

@@ -48,7 +48,7 @@ def written(
             study=study,
             setting={axis: value},
             rates=((0.1, 0.7), (0.2, math.nan)),
-            lr=0.1,
+            lrs=(0.1,) * len(seeds),
             better=BETTER,
             runs=tuple(root / "cells" / f"{Path(str(value)).name}-{seed}" for seed in seeds),
             summaries=tuple(None if a is None else summary(a, 1 - a) for a in accuracies),
@@ -215,7 +215,9 @@ def test_values_are_spelled_in_claims_as_in_tables(tmp_path: Path) -> None:
         )
         comparison = Comparison(seeds=[0, 1], studies=[study])
         lines = [
-            Line(study, {"mask": mask, "exclude": exclude}, (), 0.1, BETTER, (tmp_path,) * 2, (summary(0.5),) * 2)
+            Line(
+                study, {"mask": mask, "exclude": exclude}, (), (0.1,) * 2, BETTER, (tmp_path,) * 2, (summary(0.5),) * 2
+            )
             for mask, exclude in both
         ]
         (found,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
@@ -231,7 +233,9 @@ def test_a_claim_speaks_of_the_settings_it_names_alone(tmp_path: Path) -> None:
     comparison = Comparison(seeds=[0, 1], studies=[study])
     accuracies = {("meerkat", 1): 0.9, ("full-fedzo", 1): 0.6, ("meerkat", 2): 0.1, ("full-fedzo", 2): 0.8}
     lines = [
-        Line(comparison.studies[0], setting, (), 0.1, BETTER, (tmp_path,) * 2, (summary(a), summary(a + 0.01 * a)))
+        Line(
+            comparison.studies[0], setting, (), (0.1,) * 2, BETTER, (tmp_path,) * 2, (summary(a), summary(a + 0.01 * a))
+        )
         for setting in study.settings()
         for a in [accuracies[setting["method"], setting["local_steps"]]]
     ]

@@ -6,9 +6,10 @@ R-AdaZO ("Refining Adaptive Zeroth-Order Optimization at Ease", ICML 2025) is Ad
 squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optimizer", 2025) divides a step by the
 standard deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator
 `one-sided` of examples/extending/estimator.py). SubZero+ (arXiv 2608.15665) perturbs and steps, by Adam, inside one
-fixed random space of few dimensions; at T = 1 this is the estimator `subzero` with the update rule `of-estimator`. All
-are written from their papers. In a federation the losses' differences are G, the aggregate of the clients' scalars,
-which everyone has.
+fixed random space of few dimensions; at T = 1 this is the estimator `subzero` with the update rule
+`adam-with-subzero`. Its slopes are not <grad, z>, so `--eps auto` cannot measure them: give a number. All are written
+from their papers. In a federation the losses' differences are G, the aggregate of the clients' scalars, which everyone
+has.
 """
 
 from collections.abc import Iterable
@@ -111,7 +112,7 @@ def fzoo(settings: RunConfig) -> FZOO:
     return FZOO(number(settings.server_lr))
 
 
-def of_estimator(settings: RunConfig) -> FedAvg | SubZero:
+def adam_with_subzero(settings: RunConfig) -> FedAvg | SubZero:
     """SubZero+'s steps with its estimator, eta_s a hundredth of server_lr; plain ones with any other."""
     if settings.estimator != "subzero":
         return FedAvg()
@@ -119,5 +120,5 @@ def of_estimator(settings: RunConfig) -> FedAvg | SubZero:
     return SubZero(number(settings.server_lr) / 100, settings.server_beta1, settings.server_beta2, tau)
 
 
-UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo, "of-estimator": of_estimator}
+UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo, "adam-with-subzero": adam_with_subzero}
 ESTIMATORS = {"subzero": Estimator("subzero", two_sided_inside, passes=lambda count: 2 * count)}

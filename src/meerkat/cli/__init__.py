@@ -55,8 +55,8 @@ def _what_is_safe(arguments: Namespace) -> str:
     """What an interrupted command leaves, where it begins something that can be continued."""
     if not hasattr(arguments, "safe"):
         return ""
-    folder, cure = arguments.safe
-    return f"; what was logged is safe: {cure}" if folder.exists() else "; nothing was begun"
+    begun, cure = arguments.safe
+    return f"; what was logged is safe: {cure}" if begun.exists() else "; nothing was begun"
 
 
 def build_parser() -> Parser:

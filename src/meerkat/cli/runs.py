@@ -44,7 +44,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     from meerkat.run.simulation import simulate
 
     out = _new_folder(arguments, config.method)
-    arguments.safe = out, _resuming(out)
+    arguments.safe = out / "config.toml", _resuming(out)
     with sharing(arguments.workers) as ranks:
         summary = simulate(config, out, ranks)
     _show_run(arguments, summary, out)
@@ -59,7 +59,7 @@ def _resume(arguments: argparse.Namespace) -> None:
     from meerkat.cli.workers import sharing
     from meerkat.run.simulation import resume
 
-    arguments.safe = arguments.folder, _resuming(arguments.folder)
+    arguments.safe = arguments.folder / "config.toml", _resuming(arguments.folder)
     with sharing(arguments.workers) as ranks:
         summary = resume(arguments.folder, ranks)
     _show_run(arguments, summary, arguments.folder)
@@ -88,7 +88,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     first = add_run_settings(parser, but=("method", "seed", "local_steps", "lr", "held_back", "threads"))
     about = "folder for the comparison; one that was begun is continued [default: a new one under runs/]"
     first.add_argument("--out", metavar="DIR", help=about)
-    grid.add_argument("--studies", metavar="N,N,..", help="the file's studies to run, with commas [default: all]")
+    grid.add_argument("--studies", metavar="NAME,NAME,..", help="studies of the file to run [default: all]")
     grid.add_argument("--methods", metavar="M,M,..", help="methods to compare, with commas")
     grid.add_argument("--seeds", metavar="N,N,..", help="seeds that each setting is repeated with [default: 0,1,2]")
     grid.add_argument("--local-steps", metavar="T,T,..", help="T: local steps a round, with commas")
@@ -126,7 +126,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from meerkat.comparison.results import table
 
     out = _new_folder(arguments, file.stem if file else "comparison")
-    arguments.safe = out, f"the same command with --out {out} continues the comparison"
+    arguments.safe = out / "cells", f"the same command with --out {out} continues the comparison"
     evidence = Path(arguments.evidence) if arguments.evidence else None
     results = compare(comparison, out, arguments.jobs, evidence)
     from meerkat.report import write_comparison_report

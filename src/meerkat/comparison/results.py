@@ -35,13 +35,19 @@ class Line:
     setting: Setting
     rates: tuple[tuple[float, float], ...]
     """The search: (learning rate, held-back loss), ascending; nan where it diverged."""
-    lr: float
+    lrs: tuple[float, ...]
+    """Each run's learning rate."""
     better: Mapping[str, Better]
     """The problem's scores, the first of which runs are compared by, and which values of them are better."""
     runs: tuple[Path, ...]
     """Run folders, one a seed, in the order of the comparison's seeds; one that evidence stands for need not exist."""
     summaries: tuple[dict[str, Any] | None, ...]
     """Each run's summary; None where it diverged."""
+
+    @property
+    def lr(self) -> float:
+        """The first run's learning rate: that of all, unless each measures its own."""
+        return self.lrs[0]
 
     def values(self, score: str) -> list[float]:
         """One score of each seed's run; nan where it diverged."""
@@ -136,7 +142,7 @@ def _runs(lines: Sequence[Line], seeds: Sequence[int], root: Path) -> Iterator[d
     """Lines of results.csv; what only a finished run has is None where it diverged."""
     for line in lines:
         first, *others = line.better
-        for seed, summary, run in zip(seeds, line.summaries, line.runs, strict=True):
+        for seed, summary, run, lr in zip(seeds, line.summaries, line.runs, line.lrs, strict=True):
             config, facts = line.study.config(line.setting, seed), summary or {}
             scores = facts.get("scores", {})
             yield {
@@ -145,7 +151,7 @@ def _runs(lines: Sequence[Line], seeds: Sequence[int], root: Path) -> Iterator[d
                 "seed": seed,
                 "outcome": "finished" if summary else "diverged",
                 # an axis may have one of these names: what is known without a run stands there in any case
-                "lr": facts.get("lr", line.lr),
+                "lr": lr,
                 "rounds": config.rounds,
                 "local_steps": config.local_steps,
                 "params_masked": facts.get("params_masked"),

@@ -168,9 +168,12 @@ class EvaluationMetric(_Line):
         """A run's evaluations, in order of rounds. Raises RunFailed: a line is damaged."""
         checked = TypeAdapter(cls)
         try:
-            return [checked.validate_python(asdict(one)) for one in cls.all_of(folder.metrics())]
+            evaluations = [checked.validate_python(asdict(one)) for one in cls.all_of(folder.metrics())]
         except (TypeError, ValueError):
             raise folder.damaged_metrics() from None
+        if any(not one.scores or not one.scores.keys() <= one.better.keys() for one in evaluations):
+            raise folder.damaged_metrics()
+        return evaluations
 
 
 @dataclass(frozen=True)
