@@ -680,13 +680,18 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
 
 
 def draw_map(comparison: Comparison, of_models: Sequence[Block], to: Path) -> Iterator[str]:
-    """Draw where Meerkat-vp ends at a lower loss than Meerkat, and where at a higher; gives the words that show it."""
+    """Draw where Meerkat-vp ends at a lower loss than Meerkat, and where at a higher, by how many clients are extreme.
+
+    Gives the words that show it.
+    """
     cells: dict[str, dict[tuple[str, str], Verdict]] = {}
     for study in comparison.studies:
         claims = {check.claim for check in study.check if check.better == "meerkat-vp" and check.measure == "loss"}
         for block in of_models:
             for verdict in block.verdicts.get(study.name, ()):
-                if verdict.claim in claims and verdict.against == "meerkat" and not math.isnan(verdict.difference):
+                mixed = str(verdict.at.get("partition")).startswith("mixed:")
+                compared = mixed and verdict.claim in claims and verdict.against == "meerkat"
+                if compared and not math.isnan(verdict.difference):
                     rest = {axis: value for axis, value in verdict.at.items() if axis != "partition"}
                     row = f"{in_words(rest)}, {study.shared['batch_size']} rows"
                     cells.setdefault(row, {})[block.group.name, str(verdict.at.get("partition"))] = verdict
