@@ -273,7 +273,7 @@ def test_missing_steps_that_are_left_out_count_nothing(data: st.DataObject) -> N
         if rule == "mean" and made:
             share = sum(weights[k] for k in made)
             expected = sum(weights[k] / share * g[k][step].astype(float) for k in made)
-            np.testing.assert_allclose(found[step], expected, rtol=1e-12)
+            np.testing.assert_allclose(found[step], expected, rtol=1e-12, atol=1e-14)  # a sum may nearly cancel
     assert not found[max(steps.values()) :].any()
     ones = {k: np.ones_like(each) for k, each in g.items()}
     for_ones = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(ones, weights, (4, 2))
