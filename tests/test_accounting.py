@@ -269,7 +269,7 @@ HARDEST = [
     (50.0, 1e-5, 0.01, 0.6, "add-or-remove"),
     (50.0, 1e-5, 1e-4, 0.25, "add-or-remove"),
     # the hardest of random searches over everything that an offer can hold
-    (20.0, 1.6e-11, 0.195, 61.6, "add-or-remove"),
+    pytest.param(20.0, 1.6e-11, 0.195, 61.6, "add-or-remove", marks=pytest.mark.slow),
     (32.6, 7e-11, 0.0104, 5.32, "replace"),
     (6.94, 5.8e-11, 0.352, 143.6, "replace"),
     (8.9, 2.8e-9, 6.6e-6, 0.124, "add-or-remove"),

@@ -126,6 +126,7 @@ def scalars_where_sampled(
     arguments = [
         *("simulate", "--task", "topics", "--clients", "4", "--partition", "iid", "--weights", "equal"),
         *("--rounds", "1", "--eval-every", "0", "--threads", "1", "--device", "cpu", "--out", str(out)),
+        *("--lr", "0.05", "--eps", "1e-3", "--gradip", "off"),
         *("--dp", "client", "--dp-noise-multiplier", "2", "--method", "random-mask", *options),
     ]
     with monkeypatch.context() as patch:
