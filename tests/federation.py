@@ -27,7 +27,7 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation import remote_engine
-from meerkat.federation.admission import Admission
+from meerkat.federation.admission import Admission, Binding
 from meerkat.federation.frames import BadFrame, Frame, Kind
 from meerkat.federation.link import Event, WaitingRules
 from meerkat.federation.offer import Offer
@@ -152,12 +152,12 @@ class Setting:
 
     def admission(
         self,
-        nodes: dict[int, str] | None = None,
         members: Members | None = None,
         clock: Callable[[], float] = time.monotonic,
+        bindings: Sequence[Binding] = (),
     ) -> Admission:
         """The run's admission."""
-        return Admission(members or self.members(), self.config.clients, nodes, clock=clock)
+        return Admission(members or self.members(), self.config.clients, bindings, clock=clock)
 
     def offer(self, token: str = "") -> Offer:
         """The run's offer."""
@@ -347,13 +347,13 @@ class Federation:
 
     setting: Setting
     waiting: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
-    nodes: dict[int, str] | None = None
     state: ServerState | None = None
     settings: ServerConfig | None = None
     members: Members | None = None
+    bindings: Sequence[Binding] = ()
 
     def __post_init__(self) -> None:
-        self.admission = self.setting.admission(self.nodes, self.members, lambda: self.wire.now)
+        self.admission = self.setting.admission(self.members, lambda: self.wire.now, self.bindings)
         self.wire = Wire(self.admission)
         self.z = self.setting.directions
         self.settings = self.settings or self.setting.settings

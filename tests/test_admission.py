@@ -26,7 +26,9 @@ IDENTITY = RunIdentity(RUN, False, "00" * 16, MODEL, MASK, "d" * 64, "e" * 64)
 
 
 def admission(nodes: dict[int, str] | None = None) -> Admission:
-    return Admission(Members(IDENTITY), 3, nodes)
+    members = Members(IDENTITY)
+    members.nodes = nodes or {}
+    return Admission(members, 3)
 
 
 def signing_admission(**given: Any) -> Admission:

@@ -29,7 +29,8 @@ def bound(
 ) -> Admission:
     """An admission of three clients, each of which may be bound."""
     members = Members(replace(IDENTITY, signed=True), listed)
-    return Admission(members, 3, nodes, [Binding(**binding) for binding in bindings])
+    members.nodes = nodes or {}
+    return Admission(members, 3, [Binding(**binding) for binding in bindings])
 
 
 def test_a_site_cannot_claim_so_many_rows_that_it_alone_counts() -> None:

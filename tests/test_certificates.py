@@ -16,7 +16,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from meerkat.errors import MeerkatError
-from meerkat.federation.certificates import Pair, certify, issue_server_certificate, make_authority, make_node_key
+from meerkat.federation.certificates import (
+    Pair,
+    certify,
+    issue_server_certificate,
+    make_authority,
+    make_node_key,
+    make_signing_key,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +121,17 @@ def test_no_key_is_overwritten_and_no_certificate_made_without_authority(tmp_pat
         certify(tmp_path, ["localhost"], nodes=0)
     with pytest.raises(MeerkatError, match="0 days"):
         make_authority(tmp_path / "new", days=0)
+
+
+def test_days_beyond_a_date_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MeerkatError, match="10000000 days: must be 1 to 36,500"):
+        certify(tmp_path / "keys", ["localhost"], nodes=0, days=10_000_000)
+
+
+def test_of_a_pair_of_which_one_is_there_neither_is_written(tmp_path: Path) -> None:
+    (tmp_path / "site.pub").write_text("another's")
+    with pytest.raises(MeerkatError, match=r"site\.pub': already exists"):
+        make_signing_key(tmp_path / "site.key")
+    assert not (tmp_path / "site.key").exists()
+    (tmp_path / "site.pub").unlink()
+    assert make_signing_key(tmp_path / "site.key").public.exists()

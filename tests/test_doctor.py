@@ -131,6 +131,17 @@ def test_settings_that_are_wrong_are_a_finding(tmp_path: Path, keys: dict[str, P
     assert "must be host:port" in said(coordinator(tmp_path, keys, stream="127.0.0.1"), "settings")
 
 
+def test_a_text_without_a_text_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (file := tmp_path / "federation.toml").write_text('[run]\ntask = "topics"\ntext = "empty.txt"\n')
+    assert "empty.txt': no text in it" in said(file, "data")
+
+
+@pytest.mark.parametrize("client", [-1, 2**32])
+def test_a_client_number_that_fits_no_frame_is_a_finding(tmp_path: Path, client: int) -> None:
+    assert f"client {client}: must be" in said(write(tmp_path / "site.toml", client=client, data="."), "settings")
+
+
 def test_where_a_site_finds_the_stream_is_a_finding(site: Path) -> None:
     assert said(site, "coordinator") == "the stream is at coordinator.example.org:9001; "
     text = site.read_text()

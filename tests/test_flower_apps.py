@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 pytest.importorskip("flwr")
 
@@ -24,6 +25,8 @@ from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import coordinate
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.flower import client_app, messages, server_app
+from meerkat.federation.flower.messages import offer_in
+from meerkat.federation.site import Site
 from meerkat.federation.site_folders import site_folder, write_sites
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys
 from meerkat.record.verification import verify
@@ -313,6 +316,9 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
         ({"federation": {"revoked": ["a key"]}}, "revoked 'a key': must be a key's fingerprint"),
         ({"federation": {"stream": "localhost:1"}}, "needs certificate and private_key"),
         ({"run": {"local_steps": 200_000}}, "200,000 scalars a round"),
+        ({"run": {"directions": 2000, "local_steps": 2, "method": "meerkat-vp"}}, "200,000 scalars a round"),
+        ({"run": {"partition": "iid"}}, r"\[run\] partition 'iid': rows stay at the sites"),
+        ({"run": {"held_back": 0.1}}, r"\[run\] held_back 0.1: a federation evaluates on validation rows"),
         ({"run": 5}, r"run 5: must be a table, \[run\]"),
         ({"federation": ["quorum"]}, r"must be a table, \[federation\]"),
         ({"run": {"model": True}}, r"\[run\] model True: must be a valid string"),
@@ -325,3 +331,50 @@ def test_bad_settings_are_told_in_a_line(tmp_path: Path, held: dict[str, Any], s
     with pytest.raises(MeerkatError, match=said) as caught:
         read_federation(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offer", [{}, {"offer": "{}", "mask": 10**12}, {"offer": 3, "mask": b""}, {"mask": b"x"}])
+def test_an_offer_that_is_none_takes_no_memory(offer: dict[str, Any]) -> None:
+    for content in ({"offer": ConfigRecord(offer)}, {}):
+        with pytest.raises(MeerkatError, match="offer is malformed"):
+            offer_in(RecordDict(content))
+
+
+@pytest.mark.usefixtures("_identity")
+def test_a_coordinator_that_starts_again_after_the_end_leaves_the_summary_as_it_is(
+    tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setitem(SETTINGS, "threads", "auto")
+    summary = run(federation_file(tmp_path), tmp_path / "run", Grid(sites))
+    torch.set_num_threads(1)  # as on another machine
+    grid = Grid(sites)
+    assert run(federation_file(tmp_path), tmp_path / "run", grid) == summary
+    assert "the run is finished, after 2 rounds" in capsys.readouterr().err
+    assert grid.pushed == []
+
+
+@pytest.mark.usefixtures("_identity")
+def test_a_site_whose_disk_is_full_for_a_while_comes_back(
+    tmp_path: Path, sites: list[Path], simulated: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, full = Site.answer, [True]
+
+    def answering(site: Site, data: bytes) -> bytes | None:
+        if site.client == 1 and full:
+            full.clear()
+            raise RunFailed("the disk is full")
+        return answer(site, data)
+
+    monkeypatch.setattr(Site, "answer", answering)
+    grid = Grid(sites)
+    waiting = {"clients_minimum": 2, "quorum": 2, "patience_s": 60.0}
+    assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["theta_digest"] == simulated()
+    assert grid.pushed.count("train.session") == 3
+
+
+def test_calibrations_that_are_never_made_limit_nothing(tmp_path: Path) -> None:
+    for run in ({"directions": 2000}, {"directions": 2000, "method": "meerkat-vp"}):
+        file = tmp_path / "federation.toml"
+        file.write_text(tomli_w.dumps({"run": {"task": "topics", **run}}))
+        assert read_federation(file)[0].directions == 2000

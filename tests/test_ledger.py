@@ -101,6 +101,63 @@ def test_budgets_cover_one_run_or_all(tmp_path: Path) -> None:
     ledger.close()
 
 
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({}, "taken"),
+        ({"rows": "11"}, "refused"),
+        ({"theta": "ee"}, "refused"),
+        ({"rows": ""}, "refused"),
+        ({"answered": True}, "refused"),
+        ({"lost": True}, "refused"),
+    ],
+)
+def test_a_question_about_changed_rows_takes_the_place_of_one_that_was_never_answered(
+    tmp_path: Path, reboot: Callable[[str], None], more: dict[str, Any], what: str
+) -> None:
+    path, about = tmp_path / "ledger", {"phase": "training", "round": 3, "pointer": 0, "steps": 2}
+    reboot("one")
+    ledger = Ledger(path)
+    reserved(ledger, 10)
+    ledger.append(RUN, 0, "question", {**about, "question": "ab", "theta": "cd", "rows": "11"})
+    if more.pop("answered", False):
+        answered(ledger, 3)
+    ledger.close()
+    if more.pop("lost", False):
+        reboot("two")
+    ledger = Ledger(path)
+    new = {**about, "question": "ef", "theta": "cd", "rows": "22", **more}
+    if what == "refused":
+        with pytest.raises(ValueError, match="asked twice"):
+            ledger.append(RUN, 0, "question", new)
+    else:
+        ledger.append(RUN, 0, "question", new)
+        answered(ledger, 3, b"reply")
+        assert ledger.of(RUN, 0).entries == {Request("training", 3): Entry("ef", "cd", 0, 2, b"reply", rows="22")}
+    ledger.close()
+
+
+def test_a_site_whose_rows_are_changed_while_a_round_waits_for_it_answers_with_the_new_ones(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, server = tmp_path / "ledger", Coordinator(setting)
+    site = site_of(setting, ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(site._client, "steps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # the process is stopped after it was asked
+            site.answer(server.ask())
+    site.close()
+    site = site_of(setting, ledger)
+    monkeypatch.setattr(site._client, "rows_digest", bytes(32))
+    first = site.answer(server.ask())
+    assert site.answer(server.ask()) == first
+    site.close()
+    site = site_of(setting, ledger)  # the old rows are back, and the new ones are answered for
+    with pytest.raises(BadFrame, match="where something else was asked before"):
+        site.answer(server.ask())
+    site.close()
+
+
 def test_a_torn_last_line_is_dropped_for_its_reply_never_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

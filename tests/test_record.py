@@ -18,6 +18,8 @@ from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.record.members import Member
 from meerkat.record.replay import Replay
+from meerkat.record.run_folder import RunFolder
+from meerkat.settings.config import SITES
 
 Records = list[dict[str, Any]]
 
@@ -59,8 +61,18 @@ def test_a_federation_s_log_is_gone_through_with_its_joins(setting: Setting, rec
     again = replay(setting, records)
     assert again.closed
     assert again.state.round == 3
-    assert again.nodes == {k: f"node {k}" for k in range(3)}
+    assert again.members.nodes == {k: f"node {k}" for k in range(3)}
     assert dict(again.settings.examples) == dict(enumerate(setting.sizes))
+
+
+def test_a_federation_is_resumed_by_its_coordinator(setting: Setting, tmp_path: Path) -> None:
+    for partition, said in ((SITES, "start its coordinator again with run folder"), ("iid", "'meerkat resume ")):
+        folder = RunFolder.create(tmp_path / partition, setting.config.model_copy(update={"partition": partition}))
+        assert folder.resumption.startswith(said)
+        assert folder.cure.startswith(f"make room, then {said}")
+        folder.metrics_path.write_text("{}\n")
+        with pytest.raises(RunFailed, match=f"delete it, then {said}"):
+            folder.metrics()
 
 
 def without(number: int) -> Callable[[Records], Records]:
@@ -98,7 +110,6 @@ def again_from(number: int, **values: Any) -> Callable[[Records], Records]:
         (without(0), "round 0 asks client 0, who never joined"),
         (changed(0, examples=9), "the weights of round 0"),
         (again_from(3, round=1, examples=9), "the weights of round 1"),
-        (again_from(3, round=1, node="a stranger's"), "the node of client 0"),
         (changed(3, client=3), "client 3 joined, of 3"),
         (moved(3, 6), "who never joined"),
         (lambda records: [*records, records[3]], "records follow the closing one"),

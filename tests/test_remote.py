@@ -19,11 +19,13 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.federation import frames, remote_engine
+from meerkat.federation.admission import Binding
 from meerkat.federation.catch_up import RecentRounds
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.frames import Closed, Frame, Kind
 from meerkat.federation.site_settings import Refused
 from meerkat.problems.data import load_rows
+from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.signatures import Signer, SigningKey, fingerprint
 
@@ -280,7 +282,7 @@ def test_joins_are_logged_once_before_the_round_they_count_from(
         **dict.fromkeys(("key", "signature", "handover"), ""),
     }
     again = federation.replayed()
-    assert again.nodes == {0: "node 0", 1: "node 1", 2: "node 2"}
+    assert again.members.nodes == {0: "node 0", 1: "node 1", 2: "node 2"}
     assert dict(again.settings.examples) == dict(enumerate(setting.sizes))
 
 
@@ -365,6 +367,17 @@ def test_a_client_that_comes_in_a_calibration_is_logged_before_it_is_asked(
     assert replay(ours, federation.records).closed
 
 
+def test_a_calibration_has_longer_than_a_round(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has eight steps, where a round of ten seconds has two."""
+    federation = Federation.of(setting.but(local_steps=2, **CALIBRATED), monkeypatch)
+    federation.wire.meddle = slow(1, 39.0)
+    federation.round()
+    assert federation.records[3]["kind"] == "calibration"
+    assert federation.records[3]["clients"] == [0, 1, 2]
+    assert federation.records[4]["clients"] == [0, 1, 2]
+    assert answered(federation.round()) == [0, 2]  # a round waits for ten
+
+
 def test_nobody_left_after_a_calibration_is_waited_for(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -387,7 +400,7 @@ def test_a_coordinator_that_starts_again_goes_on_where_its_log_ends(
     first.round()
     first.round()
     again = first.replayed()
-    second = Federation(setting, first.waiting, again.nodes, again.state, again.settings)
+    second = Federation(setting, first.waiting, again.state, again.settings, again.members)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     for client in range(3):
         second.enter(client)
@@ -876,6 +889,35 @@ def test_of_two_that_come_at_once_with_one_key_one_is_shown_out(
     assert federation.replayed().state.round == 1
 
 
+@pytest.mark.parametrize("change", ["the site was registered anew", "the place was another's"])
+def test_a_place_whose_node_changes_is_logged_and_its_log_goes_on(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str], tmp_path: Path, change: str
+) -> None:
+    """Between two starts, the coordinator's settings bind client 1 to another node."""
+    ours = replace(setting, signed=True)
+    first = signing(setting, monkeypatch, keys)
+    first.round()
+    again, records, key = first.replayed(), [*first.records], keys[1]
+    if change == "the place was another's":
+        revocation, key = KeyRevocation(1, fingerprint(SigningKey.load(keys[1]).public)), keys[3]
+        records.append(revocation.to_json())
+        again.members.revoke(revocation)
+    bindings = [Binding(client=0), Binding(client=1, node="77"), Binding(client=2)]
+    bindings[1] = bindings[1].model_copy(update={"key": fingerprint(SigningKey.load(key).public)})
+    second = Federation(ours, first.waiting, again.state, again.settings, again.members, bindings)
+    second.records = records
+    monkeypatch.setattr(remote_engine, "time", second.wire)
+    for client in (0, 2):
+        second.enter(client, signing_key=keys[client])
+    second.enter(1, node="77", signing_key=key, ledger=str(tmp_path / "ledger"))
+    assert answered(second.round()) == [0, 1, 2]
+    (join,) = [record for record in second.records[4:] if record["kind"] == "join"]
+    assert (join["client"], join["node"]) == (1, "77")
+    replayed = second.replayed()
+    assert replayed.state.round == 2
+    assert replayed.members.nodes[1] == "77"
+
+
 def test_a_coordinator_that_starts_again_knows_the_keys(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, keys: list[str]
 ) -> None:
@@ -883,7 +925,7 @@ def test_a_coordinator_that_starts_again_knows_the_keys(
     first = signing(setting, monkeypatch, keys)
     first.round()
     again = first.replayed()
-    second = Federation(ours, first.waiting, again.nodes, again.state, again.settings, again.members)
+    second = Federation(ours, first.waiting, again.state, again.settings, again.members)
     monkeypatch.setattr(remote_engine, "time", second.wire)
     with pytest.raises(Refused, match="nothing hands over"):
         second.enter(1, signing_key=keys[3])

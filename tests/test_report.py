@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from meerkat.algorithm.alignment import alignments
 from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.directions import Directions
+from meerkat.algorithm.estimators import ESTIMATORS
 from meerkat.algorithm.extreme_clients import Vpcs, select
 from meerkat.algorithm.replies import Scalars
 from meerkat.algorithm.rounds import RoundPlan, RoundRecord
@@ -23,7 +26,7 @@ from meerkat.problems.problem import Better
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
 from meerkat.record.summary import Summary, outcome, work_by_kind
-from meerkat.report import write_comparison_report, write_run_report
+from meerkat.report import clients, write_comparison_report, write_run_report
 from meerkat.report.client_figures import binned, grouped, running_mean, signal, split, thinned
 from meerkat.report.comparison_page import comparison_page
 from meerkat.report.facts import RunFacts
@@ -324,6 +327,27 @@ def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
     for raw in ("<b>x", "<script", "<i>&", "<u>"):
         assert raw not in held
     assert "&lt;b&gt;x" in held
+
+
+def test_updates_are_compared_along_the_run_s_own_directions(
+    simulated: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not at all where nobody here knows them."""
+    extension = str(Path(__file__).parents[1] / "examples" / "extending" / "estimator.py")
+    root = simulated("meerkat", "--directions", "2", "--estimator", "one-sided", "--extension", extension)
+    laws: list[Any] = []
+
+    def listening(record: RoundRecord, z: Directions) -> Any:
+        laws.append(z.law)
+        return alignments(record, z)
+
+    monkeypatch.setattr(clients, "alignments", listening)
+    page_of(root)
+    assert laws
+    assert all(law is ESTIMATORS["one-sided"].law for law in laws)
+    assert ESTIMATORS["one-sided"].law is not ESTIMATORS["plain"].law
+    monkeypatch.delitem(ESTIMATORS, "one-sided")
+    assert "not known here, only plain; name its extension with --extension" in page_of(root).words
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,10 @@ class MeerkatError(Exception):
         return _one_line(super().__str__(), _LONGEST)
 
 
+class UnknownName(MeerkatError):
+    """A name of something that an extension may define, and that nobody here knows."""
+
+
 class RunFailed(MeerkatError):
     """A valid run failed on the way, or its record is damaged. Exit status 1."""
 

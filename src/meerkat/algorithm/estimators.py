@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.directions import NORMAL, Law
-from meerkat.errors import Diverged, MeerkatError
+from meerkat.errors import Diverged, UnknownName
 
 LossAt = Callable[[Tensor], Tensor]
 """theta, float32 [n] -> the loss there on the step's batch: float [], or [K] for K clients or rows."""
@@ -73,7 +73,7 @@ ESTIMATORS: dict[str, Estimator] = {PLAIN.name: PLAIN}
 def estimator(name: str) -> Estimator:
     """An estimator by its name. Raises MeerkatError: nobody here knows it."""
     if name not in ESTIMATORS:
-        raise MeerkatError(
+        raise UnknownName(
             f"estimator '{name}': not known here, only {', '.join(ESTIMATORS)}; name its extension with --extension"
         )
     return ESTIMATORS[name]

@@ -10,7 +10,7 @@ that claims it.
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,6 @@ class Admission:
         self,
         members: Members,
         clients: int,
-        nodes: Mapping[int, str] | None = None,
         bindings: Sequence[Binding] = (),
         rows_maximum: int = ROWS_MAXIMUM,
         clock: Callable[[], float] = time.monotonic,
@@ -79,10 +78,9 @@ class Admission:
         """What a site must match.
 
         Args:
-            members: who signs with which key, as logged; its identity names run, model and mask.
+            members: who joined, from which node and with which key, as logged; its identity names run, model and mask.
             clients: client numbers are below it.
-            nodes: the nodes of the client numbers that joined before.
-            bindings: the only clients, one each; empty for any. They outweigh `nodes`.
+            bindings: the only clients, one each; empty for any. They outweigh what is logged.
             rows_maximum: the most rows that a client may claim whose binding says nothing else.
             clock: the time in seconds.
         """
@@ -94,7 +92,7 @@ class Admission:
         self._bindings = {binding.client: binding for binding in bindings}
         self._rows_maximum = rows_maximum
         bound = {binding.client: binding.node for binding in bindings if binding.node}
-        self._nodes = {client: node for client, node in (nodes or {}).items() if node not in bound.values()} | bound
+        self._nodes = {client: node for client, node in members.nodes.items() if node not in bound.values()} | bound
         self._tokens: dict[bytes, str] = {}
         self._spent: set[bytes] = set()
         self._sessions: dict[bytes, tuple[int, str]] = {}

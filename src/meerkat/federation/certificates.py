@@ -35,6 +35,7 @@ _T = TypeVar("_T")
 
 DAYS = 365
 """Default validity of certificates."""
+_MOST_DAYS = 36_500
 _CLOCK_SKEW = timedelta(minutes=5)
 
 
@@ -208,8 +209,8 @@ def _name(role: str) -> x509.Name:
 
 
 def _until(days: int) -> datetime:
-    if days < 1:
-        raise MeerkatError(f"{days} days: must be 1 or more")
+    if not 1 <= days <= _MOST_DAYS:
+        raise MeerkatError(f"{days} days: must be 1 to {_MOST_DAYS:,}")
     return datetime.now(UTC) + timedelta(days=days)
 
 
@@ -248,6 +249,9 @@ def _write_openssh(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519
 def _write_pair(pair: Pair, public: bytes, private: bytes) -> Pair:
     """Write two new files; the private one is never readable by others, not even for a moment."""
     pair.private.parent.mkdir(parents=True, exist_ok=True)
+    for path in (pair.private, pair.public):
+        if os.path.lexists(path):
+            raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first")
     for path, content, mode in ((pair.private, private, 0o600), (pair.public, public, 0o644)):
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -5,7 +5,7 @@ It has the model, the mask and the run folder, and none of the sites' rows. Reac
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -56,11 +56,12 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         RunFailed: the run went wrong on the way. What was logged stays, and the run can be resumed.
     """
     load(federation.extensions)
-    config = resolve(config, rows=federation.evaluate == "coordinator")
+    given, config = config, resolve(config, rows=federation.evaluate == "coordinator")
     listed = read_keys(federation.signers, "signers") if federation.signers else None
     if (out / "config.toml").is_file():
-        folder, problem = RunFolder.open(out), open_problem(config)
-        _check_same(config, folder)
+        folder = RunFolder.open(out)
+        _check_same(config, folder, {name for name, value in given.model_dump().items() if value == AUTO})
+        problem = open_problem(folder.config())
     else:
         RunFolder.check_free(out)
         config.check_none_idle()
@@ -71,20 +72,27 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         if run.opening.signed != federation.sign:
             _refuse_change(folder, f"sign = {str(run.opening.signed).lower()}, which sites have signed")
         run.members.listed = listed
+        if run.closed and (summary := _summary(folder)) is not None:
+            say(f"{out}: the run is finished, after {number_of(run.state.round, 'round')}")
+            return summary
         _revoke(run, federation.revoked)
         network = _coordinate(run, problem, federation, control)
         return write_summary(run, network=network)
 
 
-def _check_same(config: RunConfig, folder: RunFolder) -> None:
-    """Raise MeerkatError where settings given now differ from those that the run began with."""
+def _summary(folder: RunFolder) -> dict[str, Any] | None:
+    """A run's summary; None where it is missing or damaged, and is made again."""
+    try:
+        return folder.summary()
+    except ValueError:
+        return None
+
+
+def _check_same(config: RunConfig, folder: RunFolder, left_open: Collection[str]) -> None:
+    """Raise MeerkatError where settings given now, not left open, differ from those that the run began with."""
     began = folder.config()
-    left_open = {
-        "density",
-        *(name for name in ("lr", "server_lr", "eps", "dtype", "dp_noise_multiplier") if getattr(config, name) == AUTO),
-    }
     for name, value in config.model_dump().items():
-        if name not in left_open and value != (then := getattr(began, name)):
+        if name not in ("density", *left_open) and value != (then := getattr(began, name)):
             _refuse_change(folder, f"{name} {then!r}, not {value!r}")
 
 
@@ -108,7 +116,7 @@ def _revoke(run: Run, names: Iterable[str]) -> None:
 def _coordinate(run: Run, problem: Problem, federation: FederationConfig, control: Control) -> dict[str, Any]:
     """Run the rounds that are left. Returns the network's part of the summary."""
     config, outcome = run.config, "the coordinator stopped"
-    admission = Admission(run.members, config.clients, run.nodes, federation.sites, federation.rows_maximum)
+    admission = Admission(run.members, config.clients, federation.sites, federation.rows_maximum)
     offer = Offer.of(config, run.mask, run.opening, federation.stream, federation.site_patience_s)
     run.folder.open_files()
     with closing(control), closing(control.link(admission)) as link:

@@ -30,7 +30,11 @@ class FederationConfig(Settings):
     clients_wanted: int = Field(0, ge=0, description="clients that the first round waits for; 0 for all")
     start_s: float = Field(300.0, ge=0, description="seconds that it waits for them")
     quorum: int = Field(1, ge=1, description="replies with which a round may close without the others")
-    deadline_s: float = Field(60.0, gt=0, description="seconds after which a round closes without slower clients")
+    deadline_s: float = Field(
+        60.0,
+        gt=0,
+        description="seconds after which a round closes without slower clients; more for a calibration's more steps",
+    )
     patience_s: float = Field(600.0, gt=0, description="seconds that it waits for more where too few clients are left")
     site_patience_s: float = Field(
         30.0, gt=0, le=LONGEST_PATIENCE_S, description="seconds for which a site tries to reconnect"
@@ -62,6 +66,8 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise MeerkatError(f"{file}: {name} {table!r}: must be a table, [{name}] with lines below it")
+    if (given := tables["run"].get("partition", SITES)) != SITES:
+        raise MeerkatError(f"{file}: [run] partition {given!r}: rows stay at the sites; leave it out")
     run = {**tables["run"], "partition": SITES}
     for name in ("model", "data", "text", "mask", "task"):
         run[name] = existing_path(file, run[name]) if isinstance(run.get(name), str) else run.get(name, "")
@@ -84,7 +90,8 @@ def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:
 
 def most_scalars(config: RunConfig) -> int:
     """Scalars of a client's reply, at most."""
-    return config.directions * max(config.local_steps, config.calibration_steps)
+    calibrates = config.stopping != "none" and config.local_steps > 1
+    return config.directions * max(config.local_steps, config.calibration_steps if calibrates else 0)
 
 
 def _keys_in(file: Path, entry: str, setting: str) -> list[str]:
@@ -108,6 +115,8 @@ def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]
         yield f"method {config.method}: sends 4n bytes a round; a federation takes scalar methods"
     if config.recipe.moves == "task":
         yield f"method {config.method}: needs the sites' rows in one place; use meerkat"
+    if config.held_back:
+        yield f"[run] held_back {config.held_back:g}: a federation evaluates on validation rows; leave it out"
     if config.dp != "none" and federation.evaluate == "sites":
         scores = "scores on sites' rows are exact, which no noise covers"
         yield f"evaluate sites: {scores}; with dp {config.dp} use evaluate coordinator"
@@ -122,7 +131,10 @@ def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]
         if (count := getattr(federation, name)) > config.clients:
             yield f"{name} {count}: must be at most [run] clients, {config.clients}"
     if 4 * (scalars := most_scalars(config)) > LIMIT // 2:
-        yield f"{scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; use fewer local_steps"
+        yield (
+            f"{scalars:,} scalars a round: at most {LIMIT // 8:,} fit a frame; "
+            "use fewer directions, local_steps or calibration_steps"
+        )
 
 
 def _binding_conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]:

@@ -323,7 +323,10 @@ def coordinator_rows(config: RunConfig, federation: FederationConfig) -> Results
     if hub := [name for name in (config.text, config.data) if _is_hub_name(name)]:
         yield warn("data", f"hub names were not looked up: {', '.join(hub)}", "if folders are meant, check the paths")
     if config.text and config.text not in hub:
-        next(read_texts(config.text))
+        if next(read_texts(config.text), None) is None:
+            raise MeerkatError(
+                f"text '{config.text}': no text in it; give a .jsonl file with 'text' fields, or plain text"
+            )
         yield ok("text", f"{config.text} can be read")
     if federation.evaluate == "sites":
         yield ok("data", "none needed here: sites evaluate on their own rows")

@@ -43,6 +43,13 @@ class Entry(NamedTuple):
     """None where there is none: the site was stopped, or could not make its steps."""
     lost: bool = False
     """Whether there may have been a reply that went down with the machine: it was charged."""
+    rows: str = ""
+    """SHA-256 of the site's rows, hexadecimal; empty where the ledger did not note it."""
+
+    def gives_way_to(self, other: "Entry") -> bool:
+        """Whether another question may take its place: the site's rows were changed, and no reply ever left."""
+        changed = "" not in (self.rows, other.rows) and self.rows != other.rows
+        return changed and self.theta == other.theta and self.reply is None and not self.lost
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class ClientRecord:
                 self.left = True
             case "question":
                 pointer, steps = _count(record["pointer"]), _count(record["steps"])
-                self._read_question(record, Entry(record["question"], record["theta"], pointer, steps))
+                asked, theta, rows = record["question"], record["theta"], record.get("rows", "")
+                self._read_question(record, Entry(asked, theta, pointer, steps, rows=rows))
             case "answer":
                 self._read_answer(record)
             case "charge":  # of a version that kept noisy replies only, and nothing of what was asked
@@ -109,7 +117,7 @@ class ClientRecord:
 
     def _read_question(self, record: Mapping[str, Any], entry: Entry) -> None:
         request = Request(record["phase"], _count(record["round"]))
-        if request in self.entries:
+        if (earlier := self.entries.get(request)) is not None and not earlier.gives_way_to(entry):
             raise ValueError(f"{request.phase} round {request.round} is asked twice")
         self.entries[request] = entry
         self.last[request.phase] = max(request.round, self.last.get(request.phase, -1))

@@ -173,9 +173,10 @@ class RemoteEngine(Attendance):
         return [client for client in self.sessions.idle() if self._is_logged(self.sessions.by_client[client].site)]
 
     def _is_logged(self, site: AdmittedSite) -> bool:
-        """Whether the log has a client with these rows and this key."""
-        key = self._members.keys.get(site.client, b"").hex()
-        return (self.settings.examples.get(site.client), key) == (site.member.examples, site.member.key)
+        """Whether the log has a client with these rows, on this node, with this key."""
+        client, member, members = site.client, site.member, self._members
+        logged = (self.settings.examples.get(client), members.nodes.get(client), members.keys.get(client, b"").hex())
+        return logged == (member.examples, member.node, member.key)
 
     def run(self, state: ServerState, plan: RoundPlan) -> list[Reply] | None:
         """Ask a plan's participants: the replies that came in time, by ascending client id.
@@ -213,14 +214,15 @@ class RemoteEngine(Attendance):
     def _collect(self, current: _Round, began: float) -> bool:
         """Wait for replies. Returns whether a round can close; if not, it is to be opened again."""
         plan, replies, rules = current.plan, current.replies, self.waiting
+        deadline_s = rules.deadline_s * max(1.0, plan.longest / self.settings.local_steps)  # a calibration has more
         least = min(rules.quorum, len(plan.steps)) if self.settings.aggregation.keeps_replies else 0
         sessions, asked = self.sessions.by_client, (plan.round, plan.phase)
         last_first = [*plan.steps][::-1]  # who was asked last mostly answers last, and is found at once
         while True:
             waited = time.monotonic() - began
-            overdue = waited >= rules.deadline_s
+            overdue = waited >= deadline_s
             if not overdue and any(sessions[client].asked == asked for client in last_first):
-                self._wait(rules.deadline_s - waited)
+                self._wait(deadline_s - waited)
                 continue
             owing = [client for client in plan.steps if sessions[client].asked == asked]
             if len(replies) >= least:
@@ -234,11 +236,11 @@ class RemoteEngine(Attendance):
                 for client in missing if others else ():
                     self._count_failure(client, sessions[client], f"{_PATIENT} rounds in a row waited for it in vain")
                 return False
-            if waited > rules.deadline_s + rules.patience_s:
+            if waited > deadline_s + rules.patience_s:
                 raise RunFailed(
                     f"round {plan.round}: {len(replies)} replies came in {waited:.0f} s, {least} are needed; {_SAFE}"
                 )
-            self._wait(_WAKE_S if overdue else rules.deadline_s - waited)
+            self._wait(_WAKE_S if overdue else deadline_s - waited)
         if owing:
             text = f"round {plan.round}: closed at its deadline without {clients_in_words(owing)}"
             self._report("deadline", text, clients=owing)

@@ -1,7 +1,8 @@
 """One run's part of a site's ledger: each question is answered once, and answers stay within what the site agreed to.
 
 When a question comes again, even to another process, it gets the same reply again. Another question in its place gets
-none: two histories of one federation cannot both have the site's replies.
+none: two histories of one federation cannot both have the site's replies. Where the site's rows were changed before any
+reply left, the question about the new ones takes the old one's place.
 """
 
 import base64
@@ -126,7 +127,14 @@ class RunLedger:
             self._record.pointer = max(self._record.pointer, pointer)
 
     def answer(
-        self, phase: str, round: int, question: str, theta: str, steps: int, reply: Callable[[int], bytes]
+        self,
+        phase: str,
+        round: int,
+        question: str,
+        theta: str,
+        steps: int,
+        reply: Callable[[int], bytes],
+        rows: str = "",
     ) -> bytes:
         """The reply to a question, which is new or was answered before.
 
@@ -135,6 +143,7 @@ class RunLedger:
             theta: SHA-256 of the theta that it is about, hexadecimal.
             steps: the local steps that it asks for; 0 for an evaluation.
             reply: makes the reply; given the local steps that were made before.
+            rows: SHA-256 of the site's rows, hexadecimal.
 
         Raises:
             BadFrame: another question was asked in its place, or about a later round.
@@ -142,7 +151,8 @@ class RunLedger:
             RunFailed: the disk refused to keep it: nothing may leave.
         """
         entry = self.entry(phase, round)
-        if entry is not None and entry.question != question:
+        new = Entry(question, theta, self._record.pointer if entry is None else entry.pointer, steps, rows=rows)
+        if entry is not None and entry.question != question and not entry.gives_way_to(new):
             raise BadFrame(f"{phase} asked for in round {round}, where something else was asked before: not as agreed")
         if entry is not None and entry.reply is not None:
             return entry.reply
@@ -152,11 +162,11 @@ class RunLedger:
         if thetas - {theta}:
             raise BadFrame(f"{phase} asked for in round {round}, about another theta than before: not as agreed")
         self._stay_within_bounds(steps)
-        if entry is None:
-            entry = Entry(question, theta, self._record.pointer, steps)
+        if entry is None or entry.question != question:
+            entry = new
             with details_in_own_log(_UNUSABLE):
                 self._reserve(entry.pointer + steps)
-                asked = {"question": question, "theta": theta, "pointer": entry.pointer, "steps": steps}
+                asked = {"question": question, "theta": theta, "pointer": entry.pointer, "steps": steps, "rows": rows}
                 self._append("question", phase=phase, round=round, **asked)
         made = reply(entry.pointer)
         price, scalars = self._price if steps else _EXACT, steps * self._directions

@@ -248,7 +248,9 @@ class Site:
             return Answer(work.phase, pointer, scalars).encode()
 
         question = self._question(work.phase, work.steps, work.lr)
-        reply = self._ledger.answer(work.phase, self.round, question, self._replica.digest, work.steps, compute)
+        reply = self._ledger.answer(
+            work.phase, self.round, question, self._replica.digest, work.steps, compute, self._client.rows_digest.hex()
+        )
         if self._signer is None:
             return self._frame(Kind.REPLY, reply)
         _, pointer, scalars = Answer.decode(reply)
@@ -281,7 +283,8 @@ class Site:
             return frames.encode_score(*self._client.evaluate(self._replica))
 
         question = self._question(EVALUATION)
-        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute)
+        rows = self._client.rows_digest.hex()
+        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute, rows)
         return self._frame(Kind.SCORE, reply)
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:

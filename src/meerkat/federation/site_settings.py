@@ -75,7 +75,7 @@ class Accepts(Settings):
 class SiteConfig(Settings):
     """A site's side of a federation."""
 
-    client: int = Field(ge=0, description="the site's number among the federation's clients, from 0")
+    client: int = Field(ge=0, lt=2**32, description="the site's number among the federation's clients, from 0")
     data: str = Field(description="folder with the site's rows: train.jsonl, .csv or .parquet")
     model: str = Field(EMBEDDED, description="the pre-trained model: a local folder, a GGUF file or a hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from meerkat import seeds
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, UnknownName
 from meerkat.problems.data import Row
 
 FORMS = "iid, dirichlet:A (A > 0), single-label, mixed:N (N single-label clients, the rest iid), column:NAME"
@@ -42,7 +42,7 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
     """
     name, _, argument = spec.partition(":")
     if name not in PARTITIONERS or bool(argument) != _TAKES_ARGUMENT.get(name, bool(argument)):
-        raise MeerkatError(f"partition '{spec}': must be one of {FORMS}, or one of an extension named by --extension")
+        raise UnknownName(f"partition '{spec}': must be one of {FORMS}, or one of an extension named by --extension")
     if not 1 <= clients <= len(rows):
         raise MeerkatError(
             f"{clients} clients: must be at least 1 and at most the number of training rows, {len(rows)}"

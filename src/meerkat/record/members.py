@@ -33,7 +33,7 @@ from meerkat.record.signatures import (
 
 @dataclass(frozen=True)
 class Member:
-    """A site that became a client of a federation, or came back with other data or another key.
+    """A site that became a client of a federation, or came back with other data, another key or another node.
 
     Raises:
         ValueError: a field is malformed.
@@ -45,7 +45,8 @@ class Member:
     examples: int
     """Its rows."""
     node: str
-    """The node that the client id belongs to from now on: no other may take its place."""
+    """The node that the client id belongs to from now on. Another takes its place where the coordinator's settings
+    say so."""
     key: str = ""
     """The public key that it signs with, 32 bytes, hexadecimal; empty if it does not sign."""
     signature: str = ""
@@ -114,6 +115,8 @@ class Members:
         """Fingerprint of each revoked key -> the round from which it is."""
         self.keys: dict[int, bytes] = {}
         """The public key of each client that signs."""
+        self.nodes: dict[int, str] = {}
+        """The node of each client: that of its last joining."""
         self._joining_digests: dict[int, bytes] = {}
         self._owners: dict[bytes, int] = {}
         self._predecessors: dict[str, str] = {}
@@ -168,6 +171,8 @@ class Members:
     def admit(self, member: Member) -> None:
         """Add a client. Raises BadSignature: see `check`."""
         self.check(member)
+        others = {client: node for client, node in self.nodes.items() if node != member.node}
+        self.nodes = {**others, member.client: member.node}
         if key := bytes.fromhex(member.key):
             if self.needs_handover(member):
                 self._predecessors[fingerprint(key)] = fingerprint(self.keys[member.client])

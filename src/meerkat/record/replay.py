@@ -59,8 +59,6 @@ class Replay:
         """After the records checked so far."""
         self.closed = False
         """Whether the closing record was reached."""
-        self.nodes: dict[int, str] = {}
-        """The node that each client id of a federation belongs to."""
         self.replies = 0
         """Replies in all, calibrations' among them."""
         self.signed: Counter[tuple[int, str]] = Counter()
@@ -150,11 +148,9 @@ class Replay:
         if client >= clients:
             raise RunFailed(f"{self._position}: client {client} joined, of {clients} clients; restore a copy")
         self._agree(f"the round that client {client} joined before", member.round, self.state.round)
-        self._agree(f"the node of client {client}", member.node, self.nodes.get(client, member.node))
         self.members.admit(member)
         self._check_form(member.to_json(), values)
         self.settings = member.added_to(self.settings)
-        self.nodes[client] = member.node
 
     def _replies(self, values: dict[str, Any]) -> RoundRecord | CalibrationRecord:
         """A round or a calibration."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from meerkat.record.files import (
     write_text,
 )
 from meerkat.record.run_log import append_line
-from meerkat.settings.config import RunConfig, make_config, read_toml
+from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
 
 Metric = Mapping[str, Any]
 
@@ -152,8 +153,9 @@ class RunFolder:
 
     def damaged_metrics(self) -> RunFailed:
         """What to raise where a line of the metrics is damaged."""
-        cure = f"delete it, then 'meerkat resume {self.root}': the run itself is in the log"
-        return RunFailed(f"{self.metrics_path}: damaged; {cure}")
+        return RunFailed(
+            f"{self.metrics_path}: damaged; delete it, then {self.resumption}: the run itself is in the log"
+        )
 
     def rewrite_metrics(
         self, keep: Callable[[Metric], bool], order: Callable[[Metric], Any], add: Sequence[Metric] = ()
@@ -185,4 +187,12 @@ class RunFolder:
     @property
     def cure(self) -> str:
         """What to do after a disk error."""
-        return f"make room, then 'meerkat resume {self.root}'"
+        return f"make room, then {self.resumption}"
+
+    @cached_property
+    def resumption(self) -> str:
+        """How the run is resumed."""
+        with suppress(MeerkatError):
+            if self.config().partition == SITES:
+                return f"start its coordinator again with run folder {self.root}"
+        return f"'meerkat resume {self.root}'"

@@ -12,7 +12,7 @@ from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.rounds import RoundRecord
-from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
+from meerkat.errors import DAMAGE, MeerkatError, RunFailed, UnknownName, in_short
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.progress import one_line, track
@@ -106,7 +106,7 @@ class StoredRun:
             records = iter(reader)
             if (first := next(records, None)) is None:
                 starts = reader.torn or not reader.damage
-                cure = f"'meerkat resume {root}' starts the run" if starts else "restore the file from a copy"
+                cure = f"to start the run: {folder.resumption}" if starts else "restore the file from a copy"
                 raise RunFailed(f"{log}: {reader.damage or 'no record in it'}; {cure}")
             opening = Opening.from_json(first, log)
             agree(folder.config_path, "settings", opening.config, file_digest(folder.config_path))
@@ -209,10 +209,10 @@ def _replayed(run: StoredRun) -> VerifiedRun:
         answered.update(record.made.keys())
     state = replay.state
     if reader.damage:
-        cure = f"'meerkat resume {folder.root}' drops it and goes on" if reader.torn else "restore the file from a copy"
+        cure = f"to drop it and go on: {folder.resumption}" if reader.torn else "restore the file from a copy"
         content = f", it reads as {replay.read(reader.broken)}" if reader.damage.endswith("damaged") else ""
         raise RunFailed(
-            f"{reader.path}: {reader.damage}{content}; the {reader.count} records before it are sound: {cure}"
+            f"{reader.path}: {reader.damage}{content}; the {reader.count} records before it are sound; {cure}"
         )
     return VerifiedRun(
         config=run.config,
@@ -238,7 +238,7 @@ def _damage_explained(root: Path) -> Iterator[None]:
     """Raise RunFailed where something in a run's folder is malformed."""
     try:
         yield
-    except RunFailed:
+    except (RunFailed, UnknownName):
         raise
     except (MeerkatError, *DAMAGE) as error:
         reason = error if isinstance(error, MeerkatError) else in_short(error)

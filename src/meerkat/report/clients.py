@@ -8,15 +8,16 @@ from matplotlib.figure import Figure
 
 from meerkat.algorithm.alignment import Alignment, alignments
 from meerkat.algorithm.calibration import CalibrationRecord
-from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.gradip import gradip, magnitude
 from meerkat.algorithm.rounds import RoundRecord
+from meerkat.errors import UnknownName
 from meerkat.record.history import Trajectory
 from meerkat.report import client_figures as draw
 from meerkat.report.client_figures import POINTS, grouped, lines_or_bands, running_mean
 from meerkat.report.facts import RunFacts
 from meerkat.report.page import CaptionedFigure, Page, absent, paragraph
 from meerkat.report.sentences import calibration_outcome
+from meerkat.settings.algorithm import directions
 
 _MOST_ENTRIES = 3e8
 """So many entries of directions are made, at most, to compare updates."""
@@ -160,7 +161,11 @@ def _agreements(page: Page, run: RunFacts) -> None:
     if _one_scalar_each(rounds):
         _agreement(page, rounds, which)
     else:
-        z = Directions(run_key(run.config.seed), len(run.mask))
+        try:
+            z = directions(run.config, len(run.mask))
+        except UnknownName as error:
+            page.add(absent(f"Updates are not compared here: {error}."))
+            return
         _alignment(page, run, [(record.plan.round, alignments(record, z)) for record in rounds], which)
 
 

@@ -4,7 +4,7 @@
 runs and resumed ones all go this way.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,7 @@ class Run:
     model: MaskedModel
     opening: Opening
     members: Members
-    """The members of a federation, and their keys."""
-    nodes: Mapping[int, str]
-    """The node that each client id of a federation belongs to."""
+    """The members of a federation, their nodes and their keys."""
     directions: Directions
     gradient: Tensor | None
     """The pre-training gradient, float32 [n]."""
@@ -187,7 +185,6 @@ def carry_on(
             model=model,
             opening=opening,
             members=members,
-            nodes=replay.nodes,
             directions=z,
             gradient=gradient,
             settings=replay.settings,

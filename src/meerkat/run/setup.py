@@ -8,7 +8,7 @@ import torch
 
 from meerkat import demo
 from meerkat.algorithm.quantised import packing
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, UnknownName
 from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
@@ -158,7 +158,7 @@ def open_problem(config: RunConfig, task: Task | None = None) -> Problem:
     """
     make = PROBLEMS.get(config.problem)
     if make is None:
-        raise MeerkatError(
+        raise UnknownName(
             f"problem '{config.problem}': not known here, only {', '.join(PROBLEMS)}; "
             "name the extension that it comes from with --extension"
         )

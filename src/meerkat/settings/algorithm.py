@@ -16,7 +16,7 @@ from meerkat.algorithm.replica import Rules
 from meerkat.algorithm.robust import norm
 from meerkat.algorithm.server import ServerConfig
 from meerkat.algorithm.update_rules import FedAdam, FedAvg, FedAvgM, FedDyn, UpdateRule
-from meerkat.errors import MeerkatError
+from meerkat.errors import UnknownName
 from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
@@ -51,7 +51,7 @@ def rules(config: RunConfig) -> Rules:
     """How theta moves. Raises MeerkatError for an unknown update rule."""
     name = config.recipe.update_rule or config.update_rule
     if name not in UPDATE_RULES:
-        raise MeerkatError(
+        raise UnknownName(
             f"update rule '{name}': not known here, only {', '.join(UPDATE_RULES)}; name its extension with --extension"
         )
     return Rules(UPDATE_RULES[name](config), CLIENT_RULES[config.recipe.client](config))

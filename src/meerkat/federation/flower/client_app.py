@@ -86,6 +86,8 @@ def _answer_frames(message: Message, context: Context) -> RecordDict:
         site.restore(context.state["site"])
         try:
             answers = list(_answers(site, unpack(message.content)))
+        except RunFailed:  # the next invitation continues
+            raise
         except MeerkatError as error:
             say(f"meerkat: {error}")
             del context.state["site"]

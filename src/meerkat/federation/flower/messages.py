@@ -13,6 +13,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.link import Event
@@ -129,7 +130,10 @@ def offer_in(content: Mapping[str, Any]) -> Offer:
     Raises:
         MeerkatError: it is malformed, or of another version.
     """
-    return Offer.decode(str(content["offer"]["offer"]), bytes(content["offer"]["mask"]))
+    text, mask = (_value(content, "offer", name) for name in ("offer", "mask"))
+    if not isinstance(text, str) or not isinstance(mask, bytes):
+        raise MeerkatError("the invitation's offer is malformed; use the same version of meerkat")
+    return Offer.decode(text, mask)
 
 
 def pack(frames: Sequence[bytes]) -> RecordDict:

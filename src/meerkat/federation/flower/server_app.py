@@ -29,6 +29,8 @@ SESSION = "train.session"
 _POLL_S = 1.0
 _INVITE_AGAIN_S = 5.0
 """Seconds before a node whose session ended early is invited again."""
+_TTL_S = 90 * 86_400.0
+"""Seconds for which Flower keeps an invitation, which a stream's session answers at its end."""
 _DRAIN_S = 15.0
 """Seconds that nodes have to end their sessions when the run is over."""
 _NEVER = float("inf")
@@ -97,7 +99,7 @@ class FlowerControl:
         if not free:
             return
         offers = [RecordDict({"offer": offer_record(offer, admission.token(str(node)))}) for node in free]
-        invitations = [Message(content, node, SESSION) for node, content in zip(free, offers, strict=True)]
+        invitations = [Message(content, node, SESSION, ttl=_TTL_S) for node, content in zip(free, offers, strict=True)]
         for node, message_id in zip(free, self._grid.push_messages(invitations), strict=True):
             if message_id is not None:
                 self._invited[message_id] = node
