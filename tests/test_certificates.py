@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from conftest import full_disk
 
 pytest.importorskip("cryptography")
 
@@ -135,3 +136,11 @@ def test_of_a_pair_of_which_one_is_there_neither_is_written(tmp_path: Path) -> N
     assert not (tmp_path / "site.key").exists()
     (tmp_path / "site.pub").unlink()
     assert make_signing_key(tmp_path / "site.key").public.exists()
+
+
+def test_of_a_pair_that_the_disk_refuses_nothing_is_left(tmp_path: Path) -> None:
+    with full_disk() as fill:
+        fill(10)
+        with pytest.raises(OSError, match="File too large"):
+            make_signing_key(tmp_path / "one.key")
+    assert not [*tmp_path.iterdir()]

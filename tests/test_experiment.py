@@ -320,7 +320,7 @@ def test_resume_refuses_other_base_values_and_another_model(
     mask.theta_0[0] += 1
     mask.save(finished / "mask.safetensors")
     assert main(["resume", str(finished)]) == 1
-    assert "delete it, and 'meerkat resume' makes it again" in capsys.readouterr().err
+    assert "to make it again delete it, then 'meerkat resume" in capsys.readouterr().err
     (finished / "mask.safetensors").write_bytes(whole)
     weights = federation / "model" / "model.safetensors"
     kept = weights.read_bytes()

@@ -3,7 +3,7 @@
 import json
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -26,8 +26,9 @@ from meerkat.federation.coordinator import coordinate
 from meerkat.federation.coordinator_settings import read_federation
 from meerkat.federation.flower import client_app, messages, server_app
 from meerkat.federation.flower.messages import offer_in
-from meerkat.federation.site import Site
+from meerkat.federation.ledger import Ledger
 from meerkat.federation.site_folders import site_folder, write_sites
+from meerkat.record.run_folder import RunFolder
 from meerkat.record.signatures import SigningKey, fingerprint, read_keys
 from meerkat.record.verification import verify
 from meerkat.run import simulation
@@ -333,8 +334,12 @@ def test_bad_settings_are_told_in_a_line(tmp_path: Path, held: dict[str, Any], s
     assert "\n" not in str(caught.value)
 
 
+KEPT = ("accuracy", "loss", "accuracy_before", "theta_digest", "rounds", "payload_bytes_up")
+"""Of a summary, what follows from the log and the model."""
+
+
 @pytest.mark.parametrize("offer", [{}, {"offer": "{}", "mask": 10**12}, {"offer": 3, "mask": b""}, {"mask": b"x"}])
-def test_an_offer_that_is_none_takes_no_memory(offer: dict[str, Any]) -> None:
+def test_a_malformed_offer_takes_no_memory(offer: dict[str, Any]) -> None:
     for content in ({"offer": ConfigRecord(offer)}, {}):
         with pytest.raises(MeerkatError, match="offer is malformed"):
             offer_in(RecordDict(content))
@@ -344,29 +349,37 @@ def test_an_offer_that_is_none_takes_no_memory(offer: dict[str, Any]) -> None:
 def test_a_coordinator_that_starts_again_after_the_end_leaves_the_summary_as_it_is(
     tmp_path: Path, sites: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(2)
     monkeypatch.setitem(SETTINGS, "threads", "auto")
-    summary = run(federation_file(tmp_path), tmp_path / "run", Grid(sites))
-    torch.set_num_threads(1)  # as on another machine
-    grid = Grid(sites)
-    assert run(federation_file(tmp_path), tmp_path / "run", grid) == summary
-    assert "the run is finished, after 2 rounds" in capsys.readouterr().err
-    assert grid.pushed == []
+    before, root, grid = torch.get_num_threads(), tmp_path / "run", Grid(sites)
+    try:
+        torch.set_num_threads(2)
+        summary = run(federation_file(tmp_path), root, Grid(sites))
+        torch.set_num_threads(1)  # as on another machine
+        assert run(federation_file(tmp_path), root, grid) == summary
+        assert "the run is finished, after 2 rounds" in capsys.readouterr().err
+        assert grid.pushed == []
+        for damage in (lambda: (root / "metrics.jsonl").unlink(), lambda: (root / "summary.json").write_text("{}")):
+            damage()  # what is lost is made again from the log
+            made = run(federation_file(tmp_path), root, grid)
+            assert {name: made[name] for name in KEPT} == {name: summary[name] for name in KEPT}
+            assert {metric["kind"] for metric in RunFolder(root).metrics()} >= {"round", "evaluation"}
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_identity")
 def test_a_site_whose_disk_is_full_for_a_while_comes_back(
     tmp_path: Path, sites: list[Path], simulated: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, full = Site.answer, [True]
+    append, full = Ledger.append, [True]
 
-    def answering(site: Site, data: bytes) -> bytes | None:
-        if site.client == 1 and full:
+    def appending(ledger: Ledger, run: str, client: int, kind: str, fields: Mapping[str, Any]) -> None:
+        if client == 1 and kind == "question" and full:
             full.clear()
             raise RunFailed("the disk is full")
-        return answer(site, data)
+        append(ledger, run, client, kind, fields)
 
-    monkeypatch.setattr(Site, "answer", answering)
+    monkeypatch.setattr(Ledger, "append", appending)
     grid = Grid(sites)
     waiting = {"clients_minimum": 2, "quorum": 2, "patience_s": 60.0}
     assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["theta_digest"] == simulated()

@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,8 @@ def test_budgets_cover_one_run_or_all(tmp_path: Path) -> None:
     ("more", "what"),
     [
         ({}, "taken"),
+        ({"steps": 5}, "taken"),
+        ({"unknown": True}, "refused"),
         ({"rows": "11"}, "refused"),
         ({"theta": "ee"}, "refused"),
         ({"rows": ""}, "refused"),
@@ -119,7 +122,8 @@ def test_a_question_about_changed_rows_takes_the_place_of_one_that_was_never_ans
     reboot("one")
     ledger = Ledger(path)
     reserved(ledger, 10)
-    ledger.append(RUN, 0, "question", {**about, "question": "ab", "theta": "cd", "rows": "11"})
+    known = {} if more.pop("unknown", False) else {"rows": "11"}  # which older versions did not note
+    ledger.append(RUN, 0, "question", {**about, "question": "ab", "theta": "cd", **known})
     if more.pop("answered", False):
         answered(ledger, 3)
     ledger.close()
@@ -133,7 +137,9 @@ def test_a_question_about_changed_rows_takes_the_place_of_one_that_was_never_ans
     else:
         ledger.append(RUN, 0, "question", new)
         answered(ledger, 3, b"reply")
-        assert ledger.of(RUN, 0).entries == {Request("training", 3): Entry("ef", "cd", 0, 2, b"reply", rows="22")}
+        steps = new["steps"]
+        assert ledger.of(RUN, 0).entries == {Request("training", 3): Entry("ef", "cd", 0, steps, b"reply", rows="22")}
+        assert (ledger.of(RUN, 0).pointer, ledger.of(RUN, 0).charges) == (steps, [Charge(0.25, 4.0, steps)])
     ledger.close()
 
 
@@ -148,7 +154,13 @@ def test_a_site_whose_rows_are_changed_while_a_round_waits_for_it_answers_with_t
             site.answer(server.ask())
     site.close()
     site = site_of(setting, ledger)
-    monkeypatch.setattr(site._client, "rows_digest", bytes(32))
+    with pytest.raises(BadFrame, match="where something else was asked before"):
+        site.answer(server.ask(lr=9.0))  # the rows are the same
+    site.close()
+    shutil.copytree(setting.folder / "0", tmp_path / "rows")
+    lines = (tmp_path / "rows" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(lines[::-1]))
+    site = site_of(setting, ledger, data=str(tmp_path / "rows"))
     first = site.answer(server.ask())
     assert site.answer(server.ask()) == first
     site.close()

@@ -12,7 +12,7 @@ class MeerkatError(Exception):
 
 
 class UnknownName(MeerkatError):
-    """A name of something that an extension may define, and that nobody here knows."""
+    """A name that nobody here knows, and that an extension may define."""
 
 
 class RunFailed(MeerkatError):

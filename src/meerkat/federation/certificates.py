@@ -9,6 +9,7 @@ Each site makes its own signing key: anyone else who has held that key could sig
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -252,11 +253,14 @@ def _write_pair(pair: Pair, public: bytes, private: bytes) -> Pair:
     for path in (pair.private, pair.public):
         if os.path.lexists(path):
             raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first")
-    for path, content, mode in ((pair.private, private, 0o600), (pair.public, public, 0o644)):
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        except FileExistsError:
-            raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first") from None
-        with os.fdopen(file, "wb") as stream:
-            stream.write(content)
+    with ExitStack() as undo:
+        for path, content, mode in ((pair.private, private, 0o600), (pair.public, public, 0o644)):
+            try:
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            except FileExistsError:
+                raise MeerkatError(f"'{path}': already exists; keys are not overwritten: remove it first") from None
+            undo.callback(path.unlink)
+            with os.fdopen(file, "wb") as stream:
+                stream.write(content)
+        undo.pop_all()
     return pair

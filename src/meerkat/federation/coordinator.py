@@ -22,10 +22,12 @@ from meerkat.progress import number_of, say
 from meerkat.record.members import KeyRevocation
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.signatures import fingerprint, read_keys
+from meerkat.record.summary import Summary
 from meerkat.run.loop import Evaluate, evaluation_of, run_rounds
+from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.run import Run, begin, carry_on
 from meerkat.run.sentences import defence_in_words, rate_in_words
-from meerkat.run.setup import open_problem, resolve
+from meerkat.run.setup import has_device, open_problem, resolve
 from meerkat.run.split import evenly
 from meerkat.run.summary import write_summary
 from meerkat.settings.auto import AUTO
@@ -60,7 +62,9 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     listed = read_keys(federation.signers, "signers") if federation.signers else None
     if (out / "config.toml").is_file():
         folder = RunFolder.open(out)
-        _check_same(config, folder, {name for name, value in given.model_dump().items() if value == AUTO})
+        _check_same(config, folder, {name for name in _MAY_DIFFER if getattr(given, name) == AUTO})
+        if not has_device(device := folder.config().device):
+            raise MeerkatError(f"{out}: was begun on {device}, which is not here; start its coordinator where it is")
         problem = open_problem(folder.config())
     else:
         RunFolder.check_free(out)
@@ -72,7 +76,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         if run.opening.signed != federation.sign:
             _refuse_change(folder, f"sign = {str(run.opening.signed).lower()}, which sites have signed")
         run.members.listed = listed
-        if run.closed and (summary := _summary(folder)) is not None:
+        if run.closed and (summary := _outcome(folder)) is not None:
             say(f"{out}: the run is finished, after {number_of(run.state.round, 'round')}")
             return summary
         _revoke(run, federation.revoked)
@@ -80,11 +84,19 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         return write_summary(run, network=network)
 
 
-def _summary(folder: RunFolder) -> dict[str, Any] | None:
-    """A run's summary; None where it is missing or damaged, and is made again."""
+_MAY_DIFFER = ("lr", "server_lr", "eps", "dtype", "dp_noise_multiplier", "device", "threads", "tokens_per_pass")
+"""Settings that may be left open, which whoever begins a run fills in."""
+
+
+def _outcome(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a closed run; None where it, or what it follows from, is missing or damaged, and is made again."""
     try:
-        return folder.summary()
-    except ValueError:
+        summary = folder.summary()
+        if summary is None or not EvaluationMetric.of_run(folder):
+            return None
+        Summary.from_json(summary)
+        return summary
+    except (LookupError, ValueError):
         return None
 
 
@@ -92,7 +104,7 @@ def _check_same(config: RunConfig, folder: RunFolder, left_open: Collection[str]
     """Raise MeerkatError where settings given now, not left open, differ from those that the run began with."""
     began = folder.config()
     for name, value in config.model_dump().items():
-        if name not in ("density", *left_open) and value != (then := getattr(began, name)):
+        if name not in ("density", "held_back", *left_open) and value != (then := getattr(began, name)):
             _refuse_change(folder, f"{name} {then!r}, not {value!r}")
 
 

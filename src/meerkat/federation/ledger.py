@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     lost: bool = False
     """Whether there may have been a reply that went down with the machine: it was charged."""
     rows: str = ""
-    """SHA-256 of the site's rows, hexadecimal; empty where the ledger did not note it."""
+    """SHA-256 of the files of the site's rows, hexadecimal; empty where the ledger did not note it."""
 
     def gives_way_to(self, other: "Entry") -> bool:
         """Whether another question may take its place: the site's rows were changed, and no reply ever left."""

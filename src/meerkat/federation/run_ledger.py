@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.ledger import Budget, Entry, Ledger, Request
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig, details_in_own_log
@@ -143,7 +143,7 @@ class RunLedger:
             theta: SHA-256 of the theta that it is about, hexadecimal.
             steps: the local steps that it asks for; 0 for an evaluation.
             reply: makes the reply; given the local steps that were made before.
-            rows: SHA-256 of the site's rows, hexadecimal.
+            rows: SHA-256 of the files of the site's rows, hexadecimal; whoever asks has no part in it.
 
         Raises:
             BadFrame: another question was asked in its place, or about a later round.
@@ -166,6 +166,8 @@ class RunLedger:
             entry = new
             with details_in_own_log(_UNUSABLE):
                 self._reserve(entry.pointer + steps)
+                if (earlier := self.entry(phase, round)) is not None and not earlier.gives_way_to(entry):
+                    raise RunFailed(f"{phase} of round {round}: a reply to another question may have been lost")
                 asked = {"question": question, "theta": theta, "pointer": entry.pointer, "steps": steps, "rows": rows}
                 self._append("question", phase=phase, round=round, **asked)
         made = reply(entry.pointer)

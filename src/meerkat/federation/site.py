@@ -249,7 +249,7 @@ class Site:
 
         question = self._question(work.phase, work.steps, work.lr)
         reply = self._ledger.answer(
-            work.phase, self.round, question, self._replica.digest, work.steps, compute, self._client.rows_digest.hex()
+            work.phase, self.round, question, self._replica.digest, work.steps, compute, self._client.files_digest
         )
         if self._signer is None:
             return self._frame(Kind.REPLY, reply)
@@ -283,8 +283,8 @@ class Site:
             return frames.encode_score(*self._client.evaluate(self._replica))
 
         question = self._question(EVALUATION)
-        rows = self._client.rows_digest.hex()
-        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute, rows)
+        files = self._client.files_digest
+        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute, files)
         return self._frame(Kind.SCORE, reply)
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:

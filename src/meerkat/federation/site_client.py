@@ -88,6 +88,8 @@ class SiteClient:
         fit = [example for example in examples if example is not None]
         self.rows_digest = hashlib.sha256(self._is_fit.tobytes() + self._problem.digest(fit).encode()).digest()
         """SHA-256 of the rows as the model sees them; it stays on the site."""
+        self.files_digest = _digest_of_files(Path(settings.data))
+        """SHA-256 of the files that they are in, hexadecimal."""
         self._losses_of = client_losses(self._problem, examples, self.config.dp)
         self.evaluates = settings.evaluate and self.config.dp == "none"  # a score is exact: no noise covers it
         self._validation: Any = None
@@ -144,6 +146,15 @@ class SiteClient:
             self._model.write_(replica.theta)
         evaluation, score = self._problem.evaluate(self._validation), primary(self._problem.scores)
         return score, evaluation.scores[score], evaluation.rows
+
+
+def _digest_of_files(folder: Path) -> str:
+    """SHA-256 of the files of training rows in a folder, hexadecimal, whatever a run's task makes of them."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*train*")):
+        if file.is_file():
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _public_outputs(problem: Problem) -> Callable[[], Tensor] | None:

@@ -55,7 +55,7 @@ class RunFacts:
         try:
             summary = folder.summary()
         except ValueError as error:
-            cure = f"delete it, then 'meerkat resume {root}'"
+            cure = f"delete it, then {folder.resumption}"
             raise RunFailed(f"{folder.summary_path}: damaged ({error}); {cure}") from None
         mask = folder.mask() if folder.mask_path.is_file() else None
         return cls(folder.config(), folder.metrics(), summary, mask, history.read(root), without_budget(folder))

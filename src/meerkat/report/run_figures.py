@@ -47,7 +47,7 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
     paths = [to / "curves.png", to / "curves.svg"]
     for path in paths:
         save = partial(figure.savefig, format=path.suffix[1:], dpi=150)
-        write_atomically(path, save, f"make room, then 'meerkat resume {to}'")
+        write_atomically(path, save, RunFolder(to).cure)
     return paths
 
 

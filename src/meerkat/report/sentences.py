@@ -119,7 +119,7 @@ def unfinished(rounds: int, planned: int) -> str:
     """How far a run without an outcome got."""
     return (
         f"This run is not finished: it got to round {rounds:,} of {planned:,}. This page shows what there is so far; "
-        "'meerkat resume' continues it."
+        "It can be resumed."
     )
 
 

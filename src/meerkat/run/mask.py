@@ -106,7 +106,8 @@ def load_mask(folder: RunFolder, config: RunConfig, problem: Problem) -> SparseM
     theta_0 = MaskedModel(problem.model, mask).read()
     if mask.theta_0 is None or path.digest(mask.theta_0) != path.digest(theta_0):
         raise RunFailed(
-            f"{folder.mask_path}: its base values are not the model's; delete it, and 'meerkat resume' makes it again"
+            f"{folder.mask_path}: its base values are not the model's; "
+            f"to make it again delete it, then {folder.resumption}"
         )
     return mask
 

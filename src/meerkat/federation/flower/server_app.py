@@ -29,8 +29,8 @@ SESSION = "train.session"
 _POLL_S = 1.0
 _INVITE_AGAIN_S = 5.0
 """Seconds before a node whose session ended early is invited again."""
-_TTL_S = 90 * 86_400.0
-"""Seconds for which Flower keeps an invitation, which a stream's session answers at its end."""
+_TTL_S = 7 * 86_400.0
+"""Seconds for which Flower keeps an invitation: a stream's session answers it when it ends."""
 _DRAIN_S = 15.0
 """Seconds that nodes have to end their sessions when the run is over."""
 _NEVER = float("inf")
