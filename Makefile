@@ -5,8 +5,8 @@ EXTRAS := flower,gguf,hub,lora,privacy,quantize,tensorboard,dev
 
 FUZZ_SECONDS ?= 600
 
-# a file's tests stay together, for what they share; the longest file comes first
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+# three on two cores, since many wait; a file's tests stay together, for what they share; the longest file comes first
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo federation llm bench evidence check test test-all test-lowest lock fuzz clean
 
@@ -41,10 +41,10 @@ check: .venv/ready
 	$(BIN)/mypy $(LOOSE:%=--disable-error-code=%) benchmarks scripts examples
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow or not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow"
 
 # The lowest versions that pyproject.toml allows, except torch's: in .venv-lowest, made anew each time.
 # uv chooses the versions and pip installs them, as it does in .venv.
@@ -53,7 +53,7 @@ test-lowest: .venv/ready
 	grep '^torch==' constraints.txt > .venv-lowest/torch.txt
 	$(BIN)/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --all-extras --no-annotate -c .venv-lowest/torch.txt -o .venv-lowest/lowest.txt pyproject.toml
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[$(EXTRAS)]'
-	.venv-lowest/bin/python -m pytest $(TWO_AT_A_TIME)
+	.venv-lowest/bin/python -m pytest $(SIDE_BY_SIDE)
 
 # requirements.lock: what a deployed federation installs, each file by its SHA-256, as the package index lists them.
 # setuptools builds the package itself.
