@@ -210,7 +210,6 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
         model=model,
         opening=absent,
         members=absent,
-        nodes={},
         directions=held.z,
         gradient=None,
         settings=held.settings,
