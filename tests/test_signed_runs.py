@@ -736,15 +736,19 @@ def test_sign_is_what_the_run_began_with(course: Course, run: Path) -> None:
 
 
 def test_what_is_left_open_again_is_what_the_run_began_with(tmp_path: Path) -> None:
-    asked = resolve(make_config({"update_rule": "adam", "dp": "example", "dp_epsilon": 8.0}))
+    given = make_config({"update_rule": "adam", "dp": "example", "dp_epsilon": 8.0})
+    asked = resolve(given)
     left = {"lr", "server_lr", "eps", "dtype", "dp_noise_multiplier"}  # until the run begins
     assert all(getattr(asked, name) == AUTO for name in left)
     numbers = {name: "float32" if name == "dtype" else 0.5 for name in left}
     folder = RunFolder.create(tmp_path / "run", asked.model_copy(update=numbers))
-    _check_same(asked, folder)
-    for name in left - {"dtype"}:
-        with pytest.raises(MeerkatError, match=f"began with {name} 0.5, not 0.25"):
-            _check_same(asked.model_copy(update={name: 0.25}), folder)
+    _check_same(given, asked, folder)
+    elsewhere = {"threads": 99, "tokens_per_pass": 7, "device": "cuda:3"}  # what another machine fills in
+    _check_same(given, asked.model_copy(update=elsewhere), folder)
+    changes = {**dict.fromkeys(left - {"dtype"}, 0.25), **elsewhere}
+    for name, value in changes.items():
+        with pytest.raises(MeerkatError, match=f"began with {name} .*, not {value!r}"):
+            _check_same(given.model_copy(update={name: value}), asked.model_copy(update={name: value}), folder)
 
 
 def test_a_new_federation_with_a_setting_that_does_nothing_is_refused(course: Course, tmp_path: Path) -> None:

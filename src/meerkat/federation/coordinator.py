@@ -5,7 +5,7 @@ It has the model, the mask and the run folder, and none of the sites' rows. Reac
 """
 
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -62,7 +62,7 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
     listed = read_keys(federation.signers, "signers") if federation.signers else None
     if (out / "config.toml").is_file():
         folder = RunFolder.open(out)
-        _check_same(config, folder, {name for name in _MAY_DIFFER if getattr(given, name) == AUTO})
+        _check_same(given, config, folder)
         if not has_device(device := folder.config().device):
             raise MeerkatError(f"{out}: was begun on {device}, which is not here; start its coordinator where it is")
         problem = open_problem(folder.config())
@@ -100,9 +100,9 @@ def _outcome(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
-def _check_same(config: RunConfig, folder: RunFolder, left_open: Collection[str]) -> None:
-    """Raise MeerkatError where settings given now, not left open, differ from those that the run began with."""
-    began = folder.config()
+def _check_same(given: RunConfig, config: RunConfig, folder: RunFolder) -> None:
+    """Raise MeerkatError where settings that are given, filled in in `config`, are not those that the run began with."""
+    began, left_open = folder.config(), {name for name in _MAY_DIFFER if getattr(given, name) == AUTO}
     for name, value in config.model_dump().items():
         if name not in ("density", "held_back", *left_open) and value != (then := getattr(began, name)):
             _refuse_change(folder, f"{name} {then!r}, not {value!r}")
