@@ -101,7 +101,7 @@ def _outcome(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _check_same(given: RunConfig, config: RunConfig, folder: RunFolder) -> None:
-    """Raise MeerkatError where settings that are given, filled in in `config`, are not those that the run began with."""
+    """Raise MeerkatError where a setting that is given, filled in in `config`, is not what the run began with."""
     began, left_open = folder.config(), {name for name in _MAY_DIFFER if getattr(given, name) == AUTO}
     for name, value in config.model_dump().items():
         if name not in ("density", "held_back", *left_open) and value != (then := getattr(began, name)):
