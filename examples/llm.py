@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.progress import say
 from meerkat.report import summary_in_words, write_run_report
 from meerkat.run.simulation import simulate
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = simulate(make_config(SETTINGS | given), out)
     except MeerkatError as error:
         say(f"make llm: {error}")
-        return 2
+        return 1 if isinstance(error, RunFailed) else 2
+    except KeyboardInterrupt:
+        say(f"make llm: interrupted; if {out} is there, 'meerkat resume {out}' continues the run")
+        return 130
     print(f"\n{summary_in_words(summary, out)}\nIt took {(time.monotonic() - began) / 60:.1f} minutes.")
     print(f"Report: {write_run_report(out)}")
     return 0

@@ -1,5 +1,7 @@
+import gc
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -193,6 +195,32 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeerkatError, match="cannot be loaded") as refusal:
         load_rows(str(tmp_path), "train")
     assert str(tmp_path) in one_line(refusal)
+
+
+@pytest.mark.usefixtures("real_datasets")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.csv", b'text\none\n"two, three\n', "cannot be loaded"),
+        ("train.txt", b"caf\xe9\n" * 3, "cannot be loaded ('utf-8' codec can't decode byte 0xe9"),
+        ("train.json", b'{"text": "one"}\nnot json\n', "cannot be loaded"),
+        ("train.csv", b"word\none\n", "its rows have no 'text', only word"),
+    ],
+)
+def test_a_text_folder_that_breaks_while_it_is_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(content)
+    with pytest.raises(MeerkatError, match=re.escape(said)) as refusal:
+        list(read_texts(str(tmp_path / "text")))
+    one_line(refusal)
+    del refusal
+    gc.collect()  # the library leaves its file open
 
 
 @pytest.mark.usefixtures("real_datasets")

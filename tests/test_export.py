@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.export.model import apply_delta
+from meerkat.record.verification import verify
 from meerkat.run.evaluate import load_run
 
 TOKENS = torch.arange(5, 25)[None]
@@ -145,3 +148,43 @@ def test_a_lora_run_goes_as_an_ordinary_model_or_as_adapters(
     assert (held["r"], held["lora_alpha"]) == (8, 16)
     assert held["base_model_name_or_path"] == str((federation / "model").resolve())
     assert (tmp_path / "adapters" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [[], ["--quantize", "int8"]], ids=str)
+def test_no_weight_that_moved_is_rounded_to_the_checkpoint_s_type(
+    simulate_arguments: list[str], federation: Path, tmp_path: Path, options: list[str]
+) -> None:
+    if "--quantize" in options:
+        pytest.importorskip("bitsandbytes")
+    shutil.copytree(federation / "model", tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    base = ["--model", str(tmp_path / "base"), "--dtype", "float32"]
+    given = [*simulate_arguments, *base, "--eps", "3e-3", "--lr", "1e-4", *options]
+    assert main([*given, "--out", str(tmp_path / "run")]) == 0
+    for form in ("merged", "delta"):
+        assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / form), "--form", form]) == 0
+    verified = verify(tmp_path / "run")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert stored.dtype == torch.bfloat16
+    weights = {name: weight.detach().float() for name, weight in stored.named_parameters()}
+    applied = apply_delta(stored.float(), tmp_path / "delta" / "delta.safetensors")
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), applied):
+        assert torch.equal(MaskedModel(model, verified.mask).read(), verified.theta)
+        moved = sum(int((weight.float() != weights[name]).sum()) for name, weight in model.named_parameters())
+        assert 0 < moved <= len(verified.mask)
+
+
+def test_what_adapters_add_is_not_rounded_to_the_checkpoint_s_type(
+    simulate_arguments: list[str], federation: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(federation / "model", tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    given = ["--model", str(tmp_path / "base"), "--dtype", "bfloat16", "--method", "lora-fedzo", "--lr", "1e-3"]
+    assert main([*simulate_arguments, *given, "--out", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "merged")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    pairs = list(zip(base.parameters(), merged.parameters(), strict=True))
+    lost = [((after != before) & (after.bfloat16() == before)).any() for before, after in pairs]
+    assert any(lost)  # in bfloat16

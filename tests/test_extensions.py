@@ -113,6 +113,8 @@ def test_a_folder_that_names_an_extension_imports_nothing(command: str, extended
         ("x = 1", "defines none of ESTIMATORS, UPDATE_RULES, PROBLEMS, PARTITIONERS"),
         ("import nowhere_to_be", "cannot be imported (ModuleNotFoundError"),
         ("raise ValueError('broken')", "cannot be imported (ValueError: broken)"),
+        ("raise SystemExit(0)", "cannot be imported: it ends the program"),
+        ("PROBLEMS = {'x': 5}", "'x' of its PROBLEMS is not what its name says"),
     ],
 )
 def test_an_extension_that_cannot_be_used_is_one_line(tmp_path: Path, content: str, message: str) -> None:

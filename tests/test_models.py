@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,6 +37,7 @@ from meerkat.problems.causal_lm import (
     longest_input,
     row_losses,
 )
+from meerkat.problems.classification import Classification
 from meerkat.problems.models import load_model
 from meerkat.problems.packing import packs
 from meerkat.problems.tasks import Candidate, Example, Row, Task, encode
@@ -509,6 +512,15 @@ def test_a_hub_model_offline_is_refused_at_once() -> None:
     assert "'meerkat-tests/none'" in one_line(refusal)
 
 
+def test_a_token_of_the_text_that_the_model_does_not_know_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"wombat{number:02}" for number in range(93)])
+    (tmp_path / "text.txt").write_text("the plot\nof the wombat92\n")
+    problem = Classification(tiny_model(), larger, text=str(tmp_path / "text.txt"))
+    with pytest.raises(MeerkatError, match=r"token 384 of the text: the model has embeddings for 0 to 383"):
+        problem.public()
+
+
 def remove(*names: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / name).unlink() for name in names] and None
 
@@ -523,6 +535,15 @@ def put(name: str, text: str) -> Callable[[Path], None]:
 def cut_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def fill_with_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def save_bert(folder: Path) -> None:
@@ -549,6 +570,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "tokenizer.json empty": (put("tokenizer.json", "{}"), "cannot be loaded"),
     "weights cut": (cut_weights, "cannot be loaded"),
     "weights not safetensors": (put("model.safetensors", "x"), "cannot be loaded"),
+    "weights that are no numbers": (fill_with_nan, "its logits are not finite"),
     "an encoder (BERT)": (save_bert, "causal"),
     "no language-model head": (save_without_head, "cannot be loaded"),
 }

@@ -1,5 +1,7 @@
 import re
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meerkat.errors import MeerkatError
-from meerkat.problems.partition import ClientRows, Partition, partition
+from meerkat.problems.partition import PARTITIONERS, ClientRows, Partition, partition
 
 Rows = list[dict[str, Any]]
 
@@ -311,3 +313,28 @@ def test_each_epoch_has_an_order_of_its_own() -> None:
 def test_a_late_batch_is_found_without_those_before_it() -> None:
     held = ClientRows(0, np.arange(10), 4, 0)
     assert len(held.batch(10**12)) == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([[0], [1]], "must give a Partition of 2 clients"),
+        (Partition((np.array([0]),)), "must give a Partition of 2 clients"),
+        (Partition((np.array([0]), np.array([], np.int64))), "leaves client 1 without a row"),
+        (Partition((np.array([0]), np.array([0, 1]))), "must give each of 120 rows to one client at most"),
+        (Partition((np.array([0]), np.array([120]))), "must give each of 120 rows to one client at most"),
+        (Partition((np.array([-1]), np.array([1]))), "must give each of 120 rows to one client at most"),
+    ],
+)
+def test_a_split_of_an_extension_is_checked(monkeypatch: pytest.MonkeyPatch, made: Any, said: str) -> None:
+    monkeypatch.setitem(PARTITIONERS, "mine", lambda *_: made)
+    with pytest.raises(MeerkatError, match=f"partition 'mine': {said}"):
+        partition("mine", BALANCED, 2, 0)
+
+
+@pytest.mark.parametrize("argument", ["nan", "-400", "inf", "x", "101"])
+def test_the_example_of_a_partition_takes_a_number(argument: str) -> None:
+    power_law = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "extending" / "partition.py"))["power_law"]
+    with pytest.raises(MeerkatError, match="must be a number from 0 to 100"):
+        power_law(argument, BALANCED, 2, 0)
+    assert sum(map(len, power_law("0", BALANCED, 2, 0).rows)) == len(BALANCED)

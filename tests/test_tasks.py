@@ -396,6 +396,9 @@ def test_an_unknown_task_is_answered_with_those_there_are() -> None:
         ({"sentence": "x", "label": float("nan")}, "label nan"),
         ({"sentence": "x", "label": [1]}, "label [1]"),
         ({"sentence": "half a \ud800", "label": 1}, "'sentence' has half a character"),
+        ({"sentence": float("nan"), "label": 1}, "'sentence' must be text or a number, not nan"),
+        ({"sentence": ["x"], "label": 1}, "'sentence' must be text or a number, not ['x']"),
+        ({"sentence": {"x": 1}, "label": 1}, "'sentence' must be text or a number"),
     ],
 )
 def test_a_row_that_does_not_fit_the_task_is_refused_by_its_number(row: dict[str, Any], said: str) -> None:

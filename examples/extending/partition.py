@@ -20,7 +20,9 @@ def power_law(argument: str, rows: Sequence[Row], clients: int, seed: int) -> Pa
     try:
         exponent = float(argument or 1)
     except ValueError:
-        raise MeerkatError(f"partition 'power-law:{argument}': must be a number, such as power-law:1.5") from None
+        exponent = -1.0
+    if not 0 <= exponent < 100:  # not NaN either
+        raise MeerkatError(f"partition 'power-law:{argument}': must be a number from 0 to 100, such as power-law:1.5")
     shares = np.arange(1, clients + 1) ** -exponent
     cuts = np.cumsum(shares / shares.sum() * (len(rows) - clients)).round().astype(int) + np.arange(1, clients + 1)
     order = seeds.permutation(len(rows), seed, "power law")

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from meerkat.algorithm.estimators import ESTIMATORS
+from meerkat.algorithm.estimators import ESTIMATORS, Estimator
 from meerkat.errors import MeerkatError, in_short
 from meerkat.problems.partition import PARTITIONERS
 from meerkat.run.setup import PROBLEMS
@@ -90,6 +90,8 @@ def _imported(name: str) -> ModuleType:
         spec.loader.exec_module(module)
     except MeerkatError:
         raise
+    except SystemExit:
+        raise MeerkatError(f"extension '{name}': cannot be imported: it ends the program") from None
     except Exception as error:  # whatever the extension's own code raises
         raise MeerkatError(f"extension '{name}': cannot be imported ({in_short(error)})") from None
     return module
@@ -102,5 +104,9 @@ def _add(name: str, module: ModuleType) -> None:
     for kind, values in defined.items():
         if taken := sorted(values.keys() & KINDS[kind].keys()):
             raise MeerkatError(f"extension '{name}': '{taken[0]}' of its {kind} is taken; give it another name")
+        if wrong := [key for key, value in values.items() if not (isinstance(value, Estimator) or callable(value))]:
+            raise MeerkatError(
+                f"extension '{name}': '{wrong[0]}' of its {kind} is not what its name says; see extending.md"
+            )
     for kind, values in defined.items():
         KINDS[kind].update(values)

@@ -48,5 +48,5 @@ def track(items: Iterable[_T], description: str, total: int | None = None) -> It
 def _plain(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
     for done, item in enumerate(items, 1):
         yield item
-        if done * _LINES // total > (done - 1) * _LINES // total:
+        if total and done * _LINES // total > (done - 1) * _LINES // total:
             say(f"{description}: {done} of {total}")

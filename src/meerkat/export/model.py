@@ -33,7 +33,9 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
 
     Args:
         form: "merged" is a whole model that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included, its
-            weights those of the checkpoint where nothing moved, quantised or not in the run; "delta" is one
+            weights those of the checkpoint where nothing moved, quantised or not in the run. It is as wide as what
+            the run computed with: float32 where the checkpoint's type would round what moved in a float32 run, or
+            what LoRA's adapters add. "delta" is one
             safetensors file with the moving entries and their values, for `apply_delta`, or, of a LoRA run, the
             adapters that `peft.PeftModel.from_pretrained` loads.
 
@@ -61,7 +63,11 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
             part.mkdir()
             model: Any = problem.model
             if content == "model":
-                model = merge_lora_(model) if lora else model
+                if lora:
+                    model.float()  # what a merge adds is smaller than the steps of a narrow type
+                    model = merge_lora_(model)
+                elif run.config.dtype == "float32":
+                    _write_exactly(model, run.mask, run.theta)
                 model.save_pretrained(part)
                 cast(Classification, problem).tokenizer.save_pretrained(part)
             elif content == "adapters":
@@ -81,6 +87,16 @@ def export(root: Path, to: Path, form: Form = "merged") -> Path:
     return to / DELTA_FILE if content == "delta" else to
 
 
+@torch.no_grad()
+def _write_exactly(model: nn.Module, mask: SparseMask, theta: Tensor) -> None:
+    """Set the weights at a mask, after widening the model to float32 if its type would round them."""
+    target = MaskedModel(model, mask)
+    theta = theta.to(target.device)
+    target.write_(theta)
+    if not torch.equal(target.read(), theta):
+        MaskedModel(model.float(), mask).write_(theta)
+
+
 def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:
     tensors = {f"indices/{name}": at for name, at in mask.entries.items() if at is not None}
     values = dict(zip(mask.entries, theta.split([count for _, count in mask.counts()]), strict=True))
@@ -97,6 +113,8 @@ def _save_delta(path: Path, mask: SparseMask, theta: Tensor) -> None:
 
 def apply_delta(model: nn.Module, path: Path) -> nn.Module:
     """Set a base model's weights, in place, to those of the run that a delta was exported from. Returns the model.
+
+    They are float32: load the base in float32, or they are rounded to its type.
 
     Raises:
         MeerkatError: the file is not a delta, or its base is another model.

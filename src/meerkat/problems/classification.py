@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from meerkat import seeds
@@ -102,15 +103,18 @@ class Classification:
         """Rows, tokenised. Raises MeerkatError: the model has no embedding for a token, or see `tasks.encode`."""
         length = causal_lm.longest_input(self.model, self.max_length)
         examples = encode(self.task, rows, self.tokenizer, length, self.chat)
-        known = causal_lm.vocabulary(self.model)
         for example in examples:
-            tokens = (*example.sequences, *(candidate.targets for candidate in example.candidates))
-            if (last := max(int(each.max()) for each in tokens)) >= known:
-                raise MeerkatError(
-                    f"token {last} of a row: the model has embeddings for 0 to {known - 1}; "
-                    "use the tokenizer that it was trained with"
-                )
+            self._check_known("a row", *example.sequences, *(candidate.targets for candidate in example.candidates))
         return examples
+
+    def _check_known(self, what: str, *tokens: Tensor | np.ndarray) -> None:
+        """Raise MeerkatError unless the model has an embedding for each token."""
+        known, last = causal_lm.vocabulary(self.model), max(int(each.max()) for each in tokens)
+        if last >= known:
+            raise MeerkatError(
+                f"token {last} of {what}: the model has embeddings for 0 to {known - 1}; "
+                "use the tokenizer that it was trained with"
+            )
 
     def batch(self, examples: Sequence[Example], purpose: Purpose = "steps", /) -> Batch:
         """Examples in passes; one whose gradient is asked for is padded."""
@@ -150,8 +154,10 @@ class Classification:
         if not self.text:
             return None
         length = causal_lm.longest_input(self.model, self.text_length)
+        sequences = causal_lm.load_text(self.text, self.tokenizer, self.text_sequences, length)
+        self._check_known("the text", *sequences)
         return Public(
-            causal_lm.load_text(self.text, self.tokenizer, self.text_sequences, length),
+            sequences,
             causal_lm.language_modelling_loss(self.model),
             {"text": Path(self.text).name, "text_length": str(length)},
             public_rows(self.task, self.text, self.text_sequences),

@@ -126,10 +126,19 @@ def _text_of(line: str, where: str) -> str:
 
 
 def _hub_texts(source: str) -> Iterator[str]:
-    for row in _load_dataset(source, "text", split="train", streaming=True):
-        if not isinstance(row.get("text"), str):
+    rows = iter(_load_dataset(source, "text", split="train", streaming=True))
+    while True:
+        try:  # rows are read as they are asked for
+            row = next(rows, None)
+        except Exception as error:
+            raise _cannot_be_loaded(source, "text", error) from None
+        if row is None:
+            return
+        if not isinstance(text := row.get("text"), str):
             raise MeerkatError(f"text '{source}': its rows have no 'text', only {', '.join(row)}; give another")
-        yield row["text"]
+        if not is_utf8(text):
+            raise MeerkatError(f"text '{source}': a row has half a character, such as \\ud800 alone; correct it")
+        yield text
 
 
 def _from_hub(source: str, split: str) -> list[Row]:
@@ -175,6 +184,12 @@ def _load_dataset(source: str, what: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(name, configuration, **options)
     except Exception as error:  # the library and its transport raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        cure = "a folder with train.jsonl" if what == "data" else "a .jsonl file with 'text' fields"
-        raise MeerkatError(f"{what} '{source}': cannot be loaded ({reason}); give {cure}, or a hub name") from None
+        raise _cannot_be_loaded(source, what, error) from None
+
+
+def _cannot_be_loaded(source: str, what: str, error: Exception) -> MeerkatError:
+    """What to raise for the library's error, or for the one behind it, which says more."""
+    told = str(error.__cause__ or error).strip() or type(error).__name__
+    reason = told.splitlines()[0]
+    cure = "a folder with train.jsonl" if what == "data" else "a .jsonl file with 'text' fields"
+    return MeerkatError(f"{what} '{source}': cannot be loaded ({reason}); give {cure}, or a hub name")

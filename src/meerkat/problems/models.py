@@ -59,7 +59,7 @@ def load_model(name: str, device: str = "cpu") -> tuple[nn.Module, Any]:
     except (RuntimeError, AssertionError) as error:
         raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
     model.requires_grad_(False)
-    if not _is_causal(model.eval()):
+    if not _is_causal(model.eval(), name):
         raise MeerkatError(f"model '{name}': its tokens see later ones; give a causal language model")
     return model, tokenizer
 
@@ -153,8 +153,10 @@ def _reason(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _is_causal(model: nn.Module) -> bool:
+def _is_causal(model: nn.Module, name: str) -> bool:
     """Whether a later token leaves an earlier one's logits alone; encoders such as BERT load as causal models too."""
     ids = torch.tensor([[1, 2], [1, 3]], device=next(model.parameters()).device)
     one, other = model(input_ids=ids).logits[:, 0].float()
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise MeerkatError(f"model '{name}': its logits are not finite; are its weights whole? Fetch it again")
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4)

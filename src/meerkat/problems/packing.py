@@ -30,11 +30,11 @@ def positions(shape: Shape) -> np.ndarray:
     return np.concatenate([np.arange(shared), *(shared + np.arange(length) for length in branches)])
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)
 def _sees(shape: Shape, window: int, device: torch.device) -> Tensor:
     """Which token of a tree (the first index) sees which: bool [tokens, tokens]."""
     branch = torch.from_numpy(np.repeat(np.arange(len(shape)), shape))
-    place = torch.from_numpy(positions(shape))
+    place = torch.from_numpy(positions(shape)).int()
     behind = place[:, None] - place
     own = (branch == 0) | (branch == branch[:, None])
     return (own & (behind >= 0) & (behind < window)).to(device)

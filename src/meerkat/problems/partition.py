@@ -49,7 +49,22 @@ def partition(spec: str, rows: Sequence[Row], clients: int, seed: int) -> Partit
         )
     if name in _BY_LABEL and "label" not in rows[0]:
         raise MeerkatError(f"partition '{spec}': goes by labels, and these rows have none; use iid or column:NAME")
-    return PARTITIONERS[name](argument, rows, clients, seed)
+    made = PARTITIONERS[name](argument, rows, clients, seed)
+    _check(spec, made, len(rows), clients)
+    return made
+
+
+def _check(spec: str, made: Partition, rows: int, clients: int) -> None:
+    """Raise MeerkatError unless a split, which an extension may have made, gives each client rows of its own."""
+    if not isinstance(made, Partition) or len(made.rows) != clients:
+        raise MeerkatError(f"partition '{spec}': must give a Partition of {clients} clients; correct its extension")
+    if empty := [client for client, rows_of in enumerate(made.rows) if not len(rows_of)]:
+        raise MeerkatError(f"partition '{spec}': leaves client {empty[0]} without a row; use fewer clients")
+    every = np.sort(np.concatenate(made.rows))
+    if every[0] < 0 or every[-1] >= rows or (every[1:] == every[:-1]).any():
+        raise MeerkatError(
+            f"partition '{spec}': must give each of {rows} rows to one client at most; correct its extension"
+        )
 
 
 def _labels(rows: Sequence[Row]) -> np.ndarray:

@@ -6,6 +6,7 @@ string; a label may be several tokens. In a chat, the prompt is the user's messa
 
 import hashlib
 import json
+import math
 import string
 import tomllib
 from collections.abc import Callable, Sequence
@@ -150,6 +151,10 @@ def _fields(template: object, labels: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(field) for _, field, _, _ in parts if field != "label"))
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
     """Raise MeerkatError unless there are rows, each with the task's fields and a label in range."""
     if not rows:
@@ -164,6 +169,8 @@ def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
             raise MeerkatError(
                 f"{source}, row {number}: '{broken[0]}' has half a character, such as \\ud800 alone; correct it"
             )
+        if odd := [field for field in task.needs if not _is_text(row[field])]:
+            raise MeerkatError(f"{source}, row {number}: '{odd[0]}' must be text or a number, not {row[odd[0]]!r:.60}")
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(task.labels):
             raise MeerkatError(
