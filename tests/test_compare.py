@@ -104,7 +104,7 @@ def settings(federation: Path, **more: Any) -> str:
     given = {
         **{name: str(federation / name) for name in ("model", "data")},
         **{"text": str(federation / "text.jsonl"), "task": "sst2", "density": 0.01, "clients": 3, "partition": "iid"},
-        **{"batch_size": 4, "total_steps": 4, **more},
+        **{"batch_size": 4, "total_steps": 4, "eps": 1e-3, **more},
     }
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items())
 

@@ -57,6 +57,7 @@ def folder(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "claims").mkdir()
     (root / "evidence").mkdir()
     of_rows = {"task": "sst2", "density": 0.01, "clients": 3, "partition": "iid", "batch_size": 4, "total_steps": 4}
+    of_rows["eps"] = 1e-3
     toml = root / "claims" / "masks.toml"
     toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in of_rows.items()) + STUDY)
     paths = [f"--{name}={federation / place}" for name, place in (("model", "model"), ("data", "data"))]

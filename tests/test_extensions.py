@@ -23,7 +23,7 @@ from meerkat.run.setup import resolve
 from meerkat.settings.config import make_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "extending"
-SMALL = ("--clients", "3", "--batch-size", "4", "--eval-every", "0", "--text-sequences", "8")
+SMALL = ("--clients", "3", "--batch-size", "4", "--eval-every", "0", "--text-sequences", "8", "--eps", "1e-3")
 CASES = {
     "estimator": ("--estimator", "one-sided", "--directions", "2", "--lr", "0.05"),
     "update_rule": ("--update-rule", "diagonal", "--lr", "0.05"),

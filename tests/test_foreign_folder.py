@@ -236,6 +236,7 @@ def check_private(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("usual_umask")
+@pytest.mark.draws
 def test_nobody_else_can_read_a_run(simulate_arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main([*simulate_arguments, "--rounds", "1", "--out", str(run)]) == 0

@@ -52,7 +52,8 @@ def run_of(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     arguments = [
         *("simulate", "--model", str(federation / "model"), "--task", "sst2", "--data", str(federation / "data")),
         *("--text", str(federation / "text.jsonl"), "--density", "0.01", "--clients", "3", "--partition", "iid"),
-        *("--batch-size", "4", "--lr", "0.01", "--threads", "1", "--text-sequences", "3", "--eval-every", "0"),
+        *("--batch-size", "4", "--lr", "0.01", "--eps", "1e-3", "--threads", "1"),
+        *("--text-sequences", "3", "--eval-every", "0"),
         *("--rounds", str(ROUNDS), "--local-steps", str(STEPS)),
     ]
 

@@ -35,6 +35,12 @@ from meerkat.run.setup import open_problem
 TOKENS = [torch.arange(3, 20), torch.arange(40, 60)]
 
 
+@pytest.fixture
+def simulate_arguments(simulate_arguments: list[str]) -> list[str]:
+    """The same, with eps measured."""
+    return [*simulate_arguments, "--eps", "auto"]
+
+
 def simulated(arguments: list[str], out: Path, *options: str) -> dict[str, Any]:
     assert main([*arguments, "--out", str(out), *options]) == 0
     return json.loads((out / "summary.json").read_text())

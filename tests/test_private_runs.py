@@ -39,7 +39,7 @@ def arguments(federation: Path) -> list[str]:
     return [
         *("simulate", "--model", str(federation / "model"), "--task", "sst2", "--data", str(federation / "data")),
         *("--text", str(federation / "text.jsonl"), "--density", "0.01", "--clients", "3", "--partition", "iid"),
-        *("--rounds", str(ROUNDS), "--batch-size", "4", "--lr", "0.01", "--threads", "1"),
+        *("--rounds", str(ROUNDS), "--batch-size", "4", "--lr", "0.01", "--eps", "1e-3", "--threads", "1"),
     ]
 
 

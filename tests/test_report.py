@@ -178,7 +178,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory, federation: Path) -> Cal
             given = ["simulate", "--model", str(federation / "model"), "--task", "sst2", "--out", str(made[name])]
             given += ["--data", str(federation / "data"), "--text", str(federation / "text.jsonl"), "--clients", "3"]
             given += ["--partition", "iid", "--rounds", "4", "--batch-size", "4", "--eval-every", "2", "--threads", "1"]
-            given += ["--density", "0.01", "--method", method, "--lr", "0.01", *more]
+            given += ["--density", "0.01", "--method", method, "--lr", "0.01", "--eps", "1e-3", *more]
             assert main(given) == 0
         return made[name]
 
