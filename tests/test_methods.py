@@ -518,6 +518,15 @@ def test_a_mask_made_without_text_gets_its_gradient_from_the_run_s(
     assert main(["verify", str(tmp_path / "run")]) == 0
 
 
+def test_a_mask_of_another_density_than_was_asked_for_is_refused(
+    run_of: Callable[[str], Path], arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--mask", str(run_of("meerkat") / "mask.safetensors"), "--density", "0.02", "--out", str(tmp_path / "run")]
+    assert main([*arguments, *given]) == 2
+    assert "density 0.02: mask" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # --- GradIP, masks that are given, and rows that are evaluated on ---
 
 

@@ -271,7 +271,7 @@ def _check_rows(config: RunConfig, problem: Problem, seeds: Sequence[int], searc
     if config.mask:
         if config.recipe.moves == "lora":
             raise MeerkatError(f"method {config.method}: adapters depend on the seed; leave --mask out")
-        given_mask(config).check_fits(problem.model)
+        given_mask(config, problem.model)
     for seed in seeds:
         split(config.model_copy(update={"seed": seed}))
     if search is None:

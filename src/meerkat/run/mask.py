@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from meerkat import seeds
 from meerkat.algorithm import path
 from meerkat.algorithm.zeroth_order import MaskedModel
@@ -35,8 +37,7 @@ def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     model, density, kind = problem.model, config.density, config.recipe.moves
     given: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude}
     if config.mask:
-        mask = given_mask(config)
-        mask.check_fits(model)
+        mask = given_mask(config, model)
     elif kind in ("sensitivity", "task"):
         mask = _sensitivity_mask(config, problem)
     elif kind == "magnitude":
@@ -54,16 +55,21 @@ def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     return replace(mask, pretraining_gradient=gradient)
 
 
-def given_mask(config: RunConfig) -> SparseMask:
+def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:
     """The mask that the settings name. A method that chooses by sensitivity takes any, others one of their own kind.
 
     Raises:
-        MeerkatError: there is no such file, or it is of another kind.
+        MeerkatError: there is no such file, or its mask is of another kind, model or density than the run's.
     """
-    mask, kind = SparseMask.load(Path(config.mask)), config.recipe.moves
+    mask, kind, density = SparseMask.load(Path(config.mask)), config.recipe.moves, config.density
     if kind not in ("sensitivity", mask.kind):
         moving = f"its kind is {mask.kind}, and method {config.method} moves entries of kind {kind}"
         raise MeerkatError(f"mask '{config.mask}': {moving}; leave it out, or use method meerkat")
+    mask.check_fits(model)
+    if kind not in ("full", "lora") and density not in (mask.density, RunConfig.model_fields["density"].default):
+        raise MeerkatError(
+            f"density {density:g}: mask '{config.mask}' has density {mask.density:g}; leave one of them out"
+        )
     return mask
 
 
