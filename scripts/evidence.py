@@ -70,8 +70,8 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
 - T is the number of local steps a round, u the share of the parameters that move, mixed:N a split in which N clients
   have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it,
   6,000 of its training rows and the 872 for validation, of which 300 are used, TEXT 2,091 passages of Wikipedia.
-  `--model` takes a model's folder: imdb-6m is a Llama of 5.8M parameters that we trained on film reviews, the others are
-  what `scripts/get_model.py` makes of 4-bit files. Other rows or text make other runs, which `--evidence` tells apart.
+  `--model` takes a model's folder: imdb-6m is a Llama of 5.8M parameters that we trained on film reviews, the others
+  are what `scripts/get_model.py` makes of 4-bit files. Other rows or text make other runs, which `--evidence` tells apart.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
 
@@ -675,8 +675,8 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
         _save(figure, to)
     yield f"![How much lower the loss is, by size of the model](evidence/{to.name})"
     yield (
-        "Above the line the first of the two named is better; a claim to do as well allows for 0.05 below it. Bars are 95% intervals; the "
-        "axis is linear between -0.1 and 0.1."
+        "Above the line the first of the two named is better; a claim to do as well allows for 0.05 below it. Bars are "
+        "95% intervals; the axis is linear between -0.1 and 0.1."
     )
 
 
