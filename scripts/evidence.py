@@ -71,7 +71,8 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
   have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it,
   6,000 of its training rows and the 872 for validation, of which 300 are used, TEXT 2,091 passages of Wikipedia.
   `--model` takes a model's folder: imdb-6m is a Llama of 5.8M parameters that we trained on film reviews, the others
-  are what `scripts/get_model.py` makes of 4-bit files. Other rows or text make other runs, which `--evidence` tells apart.
+  are what `scripts/get_model.py` makes of 4-bit files. Other rows or text make other runs, which `--evidence` tells
+  apart.
 - What we make of all this is in the [log](log.md#the-papers-claims-on-real-language-models).
 """
 
