@@ -502,7 +502,7 @@ def _cell(line: Line | None) -> str:
     star = r"\*" if tried and line.lr in (min(tried), max(tried)) else ""
     lost, seeds = len(line.summaries) - len(finished), len(line.summaries)
     worse = sum(s["scores"]["loss"] > s["scores_before"]["loss"] for s in line.summaries if s)
-    notes = [f"; {seeds} seeds"] * (seeds != USUAL_SEEDS) + [f"; {lost} diverged"] * bool(lost)
+    notes = [f"; {seeds} seed{'s' * (seeds != 1)}"] * (seeds != USUAL_SEEDS) + [f"; {lost} diverged"] * bool(lost)
     notes += [f"; {worse} ended above the start"] * bool(worse)
     return f"{'; '.join(shown)}; {line.lr:g}{star}{''.join(notes)}"
 

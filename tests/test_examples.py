@@ -36,6 +36,7 @@ def test_a_language_model_is_tuned_and_its_page_is_shown(
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_claim_s_comparison_can_be_read(file: Path, quick: bool) -> None:
     comparison = read_comparison(file, {}, quick)
-    assert len(comparison.seeds) >= (2 if quick else 3)
     assert all(study.title and study.note for study in comparison.studies)
-    assert file.stem == "tasks" or any(study.check for study in comparison.studies)  # tasks compares no settings
+    if file.stem != "tasks":  # a pilot
+        assert len(comparison.seeds) >= (2 if quick else 3)
+        assert any(study.check for study in comparison.studies)
