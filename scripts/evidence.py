@@ -665,7 +665,7 @@ def draw_sizes(study: str, of_models: Sequence[Block], to: Path) -> Iterator[str
                 "ls": "",
             }
             axes.errorbar(places, means, halves, label=name, capsize=2, **look)
-        axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower ours is")
+        axes.set(xlabel="model, by its number of parameters", ylabel="loss: how much lower the first is")
         names = [f"{block.group.model}\n{block.group.task}, {block.parameters / 1e6:.3g}M" for block in drawn]
         axes.set_xticks(range(len(names)), labels=names)
         axes.set_xlim(-0.5, len(names) - 0.5)
