@@ -1,6 +1,8 @@
 """Tiny random models, a tokenizer of our own, and a federation small enough to run in a second."""
 
+import copy
 import gc
+import itertools
 import json
 import os
 import resource
@@ -17,6 +19,7 @@ import hypothesis
 import pytest
 import torch
 from matplotlib.figure import Figure
+from nursery import Command, Nursery, run_meerkat, run_script
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -27,6 +30,7 @@ from transformers import (
 )
 
 from meerkat import report
+from meerkat.problems import models
 
 # how long an example takes says more of what else the machine does
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -34,6 +38,12 @@ hypothesis.settings.load_profile("busy")
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""
+
+DRAWING = {
+    (owner, name): getattr(owner, name)
+    for owner, name in ((report, "draw_curves"), (Figure, "savefig"), (Figure, "draw_without_rendering"))
+}
+"""What draws figures."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}the plot"
@@ -90,8 +100,8 @@ def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
     return model.eval()
 
 
-@pytest.fixture(autouse=True)
-def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def blank_figures() -> Iterator[None]:
     """Figures stay blank, but in tests marked `draws`: to draw one takes longer than a tiny run."""
 
     def savefig(_: Figure, to: Any, **__: Any) -> None:
@@ -104,10 +114,37 @@ def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             savefig(Figure(), path)
         return paths
 
-    if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(report, "draw_curves", curves)
-        monkeypatch.setattr(Figure, "savefig", savefig)
-        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", curves)
+        patch.setattr(Figure, "savefig", savefig)
+        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def drawn_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures as they are, in tests marked `draws`."""
+    if request.node.get_closest_marker("draws"):
+        for (owner, name), value in DRAWING.items():
+            monkeypatch.setattr(owner, name, value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def weights_read_once() -> Iterator[None]:
+    """Weights are read once from files that have not changed since, and copied from then on, in a fifth of the time."""
+    read, known = models.load_weights, dict[Any, torch.nn.Module]()
+
+    def load_weights(source: models.Source) -> torch.nn.Module:
+        files = [file for file in sorted(Path(source.place).glob("*")) if file.is_file()]
+        stats = [(file, file.stat()) for file in files]
+        stamp = (source, *((file, stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
+        if files and stamp not in known:
+            known[stamp] = read(source)
+        return copy.deepcopy(known[stamp]) if files else read(source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_weights", load_weights)
+        yield
 
 
 @contextmanager
@@ -118,6 +155,39 @@ def full_disk() -> Iterator[Callable[[int], None]]:
         yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start_meerkat(nursery: Nursery, tmp_path: Path) -> Callable[..., Command]:
+    """Starts `python -m meerkat` with arguments, in a process of its own; `modules`: a folder to import from."""
+    numbers = itertools.count()
+
+    def start(arguments: Sequence[str], modules: Path | None = None) -> Command:
+        printed = tmp_path / f"process-{next(numbers)}"
+        given = {"arguments": [*arguments], "modules": str(modules or "")}
+        return nursery.command(run_meerkat, given, printed)
+
+    return start
+
+
+@pytest.fixture
+def run_example(nursery: Nursery, tmp_path: Path) -> Callable[..., Command]:
+    """Runs a Python script with arguments to its end, in a process of its own that stands in a folder."""
+
+    def run(script: Path, arguments: Sequence[str] = (), folder: Path | None = None) -> Command:
+        given = {"script": str(script), "arguments": [*arguments]}
+        command = nursery.command(run_script, given, tmp_path / "example", folder)
+        command.wait()
+        return command
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from nursery import Command
 
 from meerkat.cli import main
 from meerkat.comparison import cells, compare, processes
@@ -464,31 +464,24 @@ def until(true: Callable[[], Any], seconds: float = 120) -> None:
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 @pytest.mark.usefixtures("here")
 def test_an_interrupted_comparison_leaves_nobody_behind_and_goes_on(
-    federation: Path, tmp_path: Path, sent: signal.Signals, status: int
+    start_meerkat: Callable[[list[str]], Command], federation: Path, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     text = settings(federation, lr=1e-2, seeds=[0]).replace("total_steps = 4", "rounds = 150")
     arguments = command(tmp_path, text, "--jobs", "1")
     out = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-m", "meerkat", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
-        text=True,
-    ) as running:
-        try:
-            until(lambda: any(log.stat().st_size > 2000 for log in out.glob("cells/*/rounds.log")))
-            workers = children(running.pid)
-            # Ctrl-C goes to all processes of a terminal
-            os.killpg(running.pid, sent) if sent == signal.SIGINT else running.send_signal(sent)
-            _, err = running.communicate(timeout=120)
-        finally:
-            running.kill()
+    running = start_meerkat(arguments)
+    try:
+        until(lambda: any(log.stat().st_size > 2000 for log in out.glob("cells/*/rounds.log")))
+        workers = children(running.pid)
+        # Ctrl-C goes to all processes of a terminal
+        os.killpg(running.pid, sent) if sent == signal.SIGINT else running.send_signal(sent)
+        assert running.wait() == status
+    finally:
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
     assert workers
-    assert running.returncode == status
     if sent == signal.SIGINT:
-        said = [line for line in err.splitlines() if "mask" not in line and "gradient" not in line]
+        said = [line for line in running.stderr.splitlines() if "mask" not in line and "gradient" not in line]
         assert said[-1].endswith(f"the same command with --out {out} continues the comparison")
         assert not [line for line in said[:-1] if not line.startswith("sensitivity")]
     until(lambda: not any(lives(pid) for pid in workers))

@@ -1,20 +1,18 @@
 """Extensions: what is written outside the package goes through every command, and nothing that is read imports it."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Command
 from test_compare import InThisProcess
 
-from meerkat import extensions
+from meerkat import demo, extensions
 from meerkat.cli import main
 from meerkat.comparison import processes
 from meerkat.errors import MeerkatError
@@ -33,14 +31,24 @@ CASES = {
 ROUNDS = 12
 
 
-def arguments(case: str) -> list[str]:
-    rounds = ("--rounds", str(ROUNDS), "--threads", "1")
-    return [*SMALL, *CASES[case], *rounds, "--extension", str(EXAMPLES / f"{case}.py")]
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with few of the demo's rows, since to encode all of them takes longer than a run."""
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 300), ("validation", 40)):
+        rows = (demo.TASKS["topics"] / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(rows[:count]))
+    return folder
 
 
-def killed(command: list[str], log: Path, records: int) -> None:
-    """Run a command in a process of its own, and kill it once its log has so many records."""
-    process = subprocess.Popen([sys.executable, "-m", "meerkat", *command], stderr=subprocess.DEVNULL)
+def arguments(case: str, few_rows: Path) -> list[str]:
+    """A case's settings, where its problem is one of rows with them, and its extension."""
+    rows = () if "--problem" in CASES[case] else ("--data", str(few_rows))
+    return [*SMALL, *CASES[case], *rows, "--extension", str(EXAMPLES / f"{case}.py")]
+
+
+def killed(process: Command, log: Path, records: int) -> None:
+    """Kill a process once its log has so many records."""
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < records):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -49,13 +57,20 @@ def killed(command: list[str], log: Path, records: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_extension_goes_through_every_command(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: str,
+    few_rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    start_meerkat: Callable[[list[str]], Command],
 ) -> None:
     extension = ["--extension", str(EXAMPLES / f"{case}.py")]
+    given = arguments(case, few_rows)
+    run = ["simulate", *given, "--rounds", str(ROUNDS), "--threads", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(["simulate", *arguments(case), "--out", str(whole), "--json"]) == 0
+    assert main([*run, "--out", str(whole), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    killed(["simulate", *arguments(case), "--out", str(cut)], cut / "rounds.log", records=3)
+    killed(start_meerkat([*run, "--out", str(cut)]), cut / "rounds.log", records=3)
     assert main(["resume", str(cut), *extension, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["theta_digest"] == summary["theta_digest"]
     assert (cut / "rounds.log").read_bytes() == (whole / "rounds.log").read_bytes()
@@ -65,8 +80,8 @@ def test_an_extension_goes_through_every_command(
     assert (whole / "report.html").stat().st_size > 10_000
     if case != "estimator":  # one in processes of their own, which load it anew, is enough
         monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
-    compared = [*SMALL, *CASES[case], *extension, "--methods", "meerkat", "--seeds", "0,1", "--total-steps", "2"]
-    assert main(["compare", *compared, "--jobs", "1", "--out", str(tmp_path / "compared")]) == 0
+    compared = ["compare", *given, "--methods", "meerkat", "--seeds", "0,1", "--total-steps", "2", "--jobs", "1"]
+    assert main([*compared, "--out", str(tmp_path / "compared")]) == 0
     assert main(["report", str(tmp_path / "compared"), *extension]) == 0
 
 
@@ -89,18 +104,17 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", ["verify", "resume"])
-def test_a_folder_that_names_an_extension_imports_nothing(command: str, extended: Path, tmp_path: Path) -> None:
+def test_a_folder_that_names_an_extension_imports_nothing(
+    command: str, extended: Path, tmp_path: Path, start_meerkat: Callable[..., Command]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(extended, run)
     (run / "summary.json").unlink()
     # what would be imported if a name in a folder were taken for a module's
     (tmp_path / "diagonal.py").write_text("raise SystemExit(99)")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "meerkat", command, str(run)], capture_output=True, text=True, env=environment
-    )
+    ran = start_meerkat([command, str(run)], modules=tmp_path)
+    assert ran.wait() == 2
     error = ran.stderr.strip().splitlines()[-1]
-    assert ran.returncode == 2
     assert "damaged" not in error
     assert "not known here" in error or "must be one of" in error
     assert "--extension" in error

@@ -1,8 +1,7 @@
 """A small real federation in processes of its own, to be killed, stopped and cut off: no Flower, but all the rest.
 
-Run as a program, this file is a nursery: it loads torch and transformers once and forks a coordinator or a node
-whenever it is told to, by a line of JSON. A node is invited as Flower's control invites it: one offer a session,
-its answer at the session's end, and no second offer to one that will not come again.
+A node is invited as Flower's control invites it: one offer a session, its answer at the session's end, and no second
+offer to one that will not come again.
 """
 
 import base64
@@ -15,17 +14,15 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nursery import Nursery
 from proxy import Proxy, free_port
 
 from meerkat.errors import MeerkatError, RunFailed
@@ -38,7 +35,6 @@ from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import SiteConfig
-from meerkat.run.setup import open_problem, resolve
 from meerkat.settings.config import EMBEDDED, SITES, RunConfig
 
 LOOPBACK = "127.0.0.1"
@@ -180,89 +176,6 @@ def take_part(offer: Offer, own: SiteConfig, authority: bytes, note: Callable[..
     return again
 
 
-# in the nursery's process
-
-
-def _nursery() -> None:
-    open_problem(resolve(RunConfig(threads=1, device="cpu")))  # load all imports before forking
-    print("ready", flush=True)
-    children: set[int] = set()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "poll" in asked:
-            pid, status = os.waitpid(asked["poll"], 0 if asked["wait"] else os.WNOHANG)
-            children.discard(pid)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            _be(asked)
-        children.add(pid)
-        print(pid, flush=True)
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
-
-
-def _be(asked: dict[str, Any]) -> None:
-    """Become what was asked for, in a forked child."""
-    status = 70
-    try:
-        os.setpgid(0, 0)
-        said = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for here, there in ((nothing, 0), (said, 1), (said, 2)):
-            os.dup2(here, there)
-        tempfile.tempdir = asked["tmp"]
-        status = {"coordinator": run_coordinator, "node": run_node}[asked["what"]](**asked["with"])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-# in the test's process
-
-
-class Nursery:
-    """The program above, as tests talk to it."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
-
-    def _ask(self, **asked: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def start(self, what: str, log: Path, tmp: Path, **given: Any) -> int:
-        """Start a coordinator or a node; its process id."""
-        return int(self._ask(what=what, log=str(log), tmp=str(tmp), **{"with": given}))
-
-    def poll(self, pid: int, wait: bool = False) -> int | None:
-        """A process' exit status, once: then it is gone for good."""
-        return self._ask(poll=pid, wait=wait)
-
-    def close(self) -> None:
-        """End it, with all that it started."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
-
-
 @dataclass(frozen=True)
 class Fault:
     """Something that goes wrong once."""
@@ -397,9 +310,9 @@ class Federation:
             given = {"site": self._sites[who], "notes": str(self.root / f"notes-{who}")}
             with (self.root / f"notes-{who}").open("a") as notes:
                 notes.write('{"what": "starts"}\n')
-        what = "node" if who >= 0 else "coordinator"
+        what = run_node if who >= 0 else run_coordinator
         log = self.root / f"log-{who}" if who >= 0 else self.log
-        self.pids[who] = self.nursery.start(what, log, self.tmp, control_port=self.control_port, **given)
+        self.pids[who] = self.nursery.start(what, {**given, "control_port": self.control_port}, log, tmp=self.tmp)
 
     def start_all(self) -> None:
         for who in range(-1, NODES):
@@ -559,7 +472,3 @@ class Course:
 def described(schedule: Schedule) -> str:
     """A schedule as one line of JSON."""
     return json.dumps(asdict(schedule))
-
-
-if __name__ == "__main__":
-    _nursery()

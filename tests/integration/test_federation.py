@@ -15,11 +15,11 @@ from federation_processes import (
     Course,
     Fault,
     Federation,
-    Nursery,
     Schedule,
     described,
     run_settings,
 )
+from nursery import Nursery
 
 from meerkat import demo
 from meerkat.federation.certificates import certify
@@ -34,13 +34,6 @@ FINISHED = "the run is finished"
 AT_ONCE_S = 3.5
 """What a busy machine takes for what needs no time; less than the patience of a site that is told nothing."""
 WHOLE = {"clients_minimum": NODES, "quorum": NODES}
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    made = Nursery()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,21 @@
 """Killed with SIGKILL at any instant and resumed, a run ends as one never touched."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from nursery import Command
 
 from meerkat.cli import main
 from meerkat.record.run_folder import RunFolder
 
-
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "meerkat", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+Start = Callable[[Sequence[str]], Command]
 
 
-def killed_and_resumed(arguments: list[str], out: Path, kills: int, seed: int) -> int:
+def killed_and_resumed(start: Start, arguments: list[str], out: Path, kills: int, seed: int) -> int:
     """Start the run, kill it at random instants, resume it each time; how many kills met a living process."""
     rng = random.Random(seed)
     untouched = out.with_name("untouched")
@@ -54,9 +50,9 @@ def _size(out: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-def same_run(arguments: list[str], tmp_path: Path, kills: int) -> int:
+def same_run(start: Start, arguments: list[str], tmp_path: Path, kills: int) -> int:
     out = tmp_path / "killed"
-    met = killed_and_resumed(arguments, out, kills, seed=0)
+    met = killed_and_resumed(start, arguments, out, kills, seed=0)
     untouched, killed = (RunFolder(tmp_path / name).summary() for name in ("untouched", "killed"))
     assert untouched is not None
     assert killed is not None
@@ -66,12 +62,14 @@ def same_run(arguments: list[str], tmp_path: Path, kills: int) -> int:
     return met
 
 
-def test_a_few_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
-    assert same_run([*simulate_arguments, "--rounds", "150", "--eval-every", "7"], tmp_path, kills=2) >= 1
+def test_a_few_kills(start_meerkat: Start, simulate_arguments: list[str], tmp_path: Path) -> None:
+    assert (
+        same_run(start_meerkat, [*simulate_arguments, "--rounds", "150", "--eval-every", "7"], tmp_path, kills=2) >= 1
+    )
 
 
 @pytest.mark.slow
-def test_many_kills(simulate_arguments: list[str], tmp_path: Path) -> None:
-    met = same_run([*simulate_arguments, "--rounds", "3000", "--eval-every", "50"], tmp_path, kills=30)
+def test_many_kills(start_meerkat: Start, simulate_arguments: list[str], tmp_path: Path) -> None:
+    met = same_run(start_meerkat, [*simulate_arguments, "--rounds", "3000", "--eval-every", "50"], tmp_path, kills=30)
     print(f"{met} of 30 kills met a living process")
     assert met >= 20

@@ -138,9 +138,9 @@ class Evidence:
 
     def outcome(self, config: RunConfig) -> Outcome | None:
         """What came of a run; None where it is not in the file."""
-        settings = identity(config, self.made)
-        same = (e for e in read(self.file) if e.origin == self.origin and e.settings == settings)
-        return next((entry.outcome for entry in same), None)
+        if not self.file.exists():
+            return None
+        return _outcomes(self.file, *_stamp(self.file)).get(_name(self.origin, identity(config, self.made)))
 
     def add(self, config: RunConfig, outcome: Outcome, resolved: RunConfig) -> None:
         """Append a run.
@@ -177,14 +177,27 @@ def read(file: Path) -> list[Entry]:
     Raises:
         MeerkatError: it holds something else.
     """
-    if not file.exists():
-        return []
-    return list(_read(file, file.stat().st_mtime_ns, file.stat().st_size))
+    return list(_read(file, *_stamp(file))) if file.exists() else []
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _name(origin: Origin, settings: Mapping[str, Any]) -> tuple[Origin, str]:
+    return origin, json.dumps(settings, sort_keys=True)
+
+
+@lru_cache(maxsize=4)
+def _outcomes(file: Path, *stamp: int) -> dict[tuple[Origin, str], Outcome]:
+    """Of each run, what the file says first."""
+    return {_name(entry.origin, entry.settings): entry.outcome for entry in reversed(_read(file, *stamp))}
 
 
 @lru_cache(maxsize=4)
 def _read(file: Path, *_: int) -> tuple[Entry, ...]:
-    """See `read`. The other arguments change when the file does."""
     try:
         text = file.read_text(encoding="utf-8")
         csv.field_size_limit(sys.maxsize)  # of many clients, a summary is long
