@@ -29,7 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from meerkat import report
+from meerkat import demo, report
 from meerkat.problems import models
 
 # how long an example takes says more of what else the machine does
@@ -238,6 +238,16 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
     texts = ["the film it was great", "the plot it was terrible", "yes or no", "it was the film"]
     (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return root
+
+
+@pytest.fixture(scope="session")
+def few_topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with few rows of the demo's topics, since to encode all of them takes longer than a run."""
+    folder = tmp_path_factory.mktemp("topics")
+    for split, count in (("train", 300), ("validation", 40)):
+        rows = (demo.TASKS["topics"] / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(rows[:count]))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Run as a program, this file is a nursery: it loads them once, and forks a proces
 JSON. Such a process can be killed, stopped and interrupted like any other.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -49,7 +50,10 @@ def _nursery() -> None:
     from meerkat.run.setup import open_problem, resolve
     from meerkat.settings.config import RunConfig
 
-    open_problem(resolve(RunConfig(threads=1, device="cpu")))  # load all imports before forking
+    for module in ("meerkat.cli.runs", "meerkat.cli.outcomes", "meerkat.comparison.compare", "meerkat.report"):
+        import_module(module)
+    open_problem(resolve(RunConfig(threads=1, device="cpu")))
+    gc.freeze()  # or every fork copies what the collector looks at
     print("ready", flush=True)
     children: set[int] = set()
     for line in sys.stdin:

@@ -323,7 +323,18 @@ def test_json_stands_alone_on_standard_output(
 def test_flags_alone_are_enough(federation: Path, tmp_path: Path) -> None:
     flags = ["--model", str(federation / "model"), "--task", "sst2", "--data", str(federation / "data")]
     flags += ["--methods", "full-fedzo, random-mask", "--density", "0.01", "--clients", "3", "--partition", "iid"]
-    flags += ["--seeds", "3", "--local-steps", "1,2", "--total-steps", "2", "--text", str(federation / "text.jsonl")]
+    flags += [
+        "--seeds",
+        "3",
+        "--local-steps",
+        "1,2",
+        "--total-steps",
+        "2",
+        "--text",
+        str(federation / "text.jsonl"),
+        "--eps",
+        "1e-3",
+    ]
     assert main(["compare", *flags, "--out", str(tmp_path / "out")]) == 0
     assert [(line["method"], line["local_steps"], line["seed"]) for line in results(tmp_path / "out")] == [
         *(("full-fedzo", "1", "3"), ("full-fedzo", "2", "3"), ("random-mask", "1", "3"), ("random-mask", "2", "3"))

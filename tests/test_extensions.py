@@ -12,7 +12,7 @@ import pytest
 from nursery import Command
 from test_compare import InThisProcess
 
-from meerkat import demo, extensions
+from meerkat import extensions
 from meerkat.cli import main
 from meerkat.comparison import processes
 from meerkat.errors import MeerkatError
@@ -31,19 +31,9 @@ CASES = {
 ROUNDS = 12
 
 
-@pytest.fixture(scope="module")
-def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with few of the demo's rows, since to encode all of them takes longer than a run."""
-    folder = tmp_path_factory.mktemp("rows")
-    for split, count in (("train", 300), ("validation", 40)):
-        rows = (demo.TASKS["topics"] / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(rows[:count]))
-    return folder
-
-
-def arguments(case: str, few_rows: Path) -> list[str]:
+def arguments(case: str, few_topics: Path) -> list[str]:
     """A case's settings, where its problem is one of rows with them, and its extension."""
-    rows = () if "--problem" in CASES[case] else ("--data", str(few_rows))
+    rows = () if "--problem" in CASES[case] else ("--data", str(few_topics))
     return [*SMALL, *CASES[case], *rows, "--extension", str(EXAMPLES / f"{case}.py")]
 
 
@@ -58,14 +48,14 @@ def killed(process: Command, log: Path, records: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_an_extension_goes_through_every_command(
     case: str,
-    few_rows: Path,
+    few_topics: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     start_meerkat: Callable[[list[str]], Command],
 ) -> None:
     extension = ["--extension", str(EXAMPLES / f"{case}.py")]
-    given = arguments(case, few_rows)
+    given = arguments(case, few_topics)
     run = ["simulate", *given, "--rounds", str(ROUNDS), "--threads", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*run, "--out", str(whole), "--json"]) == 0

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_compare import InThisProcess
 from transformers import PreTrainedTokenizerBase
 
 from meerkat.cli import main
+from meerkat.comparison import processes
 from meerkat.federation.ledger import Ledger
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
@@ -253,7 +255,10 @@ def test_a_folder_of_ours_keeps_its_permissions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("usual_umask")
-def test_nobody_else_can_read_a_comparison(simulate_arguments: list[str], tmp_path: Path) -> None:
+def test_nobody_else_can_read_a_comparison(
+    simulate_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     assert main([*comparison(simulate_arguments), "--out", str(tmp_path / "all")]) == 0
     check_private(tmp_path / "all")
 

@@ -112,7 +112,7 @@ def test_a_row_that_is_left_out_of_a_site_moves_no_other_row_s_slope(
 
 
 def scalars_where_sampled(
-    clients: Sequence[int], out: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+    clients: Sequence[int], data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str
 ) -> dict[int, np.ndarray]:
     """What each client sends in the first round of a client-level simulation that samples these."""
     sent: dict[int, np.ndarray] = {}
@@ -124,9 +124,9 @@ def scalars_where_sampled(
         return replies
 
     arguments = [
-        *("simulate", "--task", "topics", "--clients", "4", "--partition", "iid", "--weights", "equal"),
+        *("simulate", "--task", "topics", "--data", str(data), "--clients", "4", "--partition", "iid"),
         *("--rounds", "1", "--eval-every", "0", "--threads", "1", "--device", "cpu", "--out", str(out)),
-        *("--lr", "0.05", "--eps", "1e-3", "--gradip", "off"),
+        *("--lr", "0.05", "--eps", "1e-3", "--gradip", "off", "--weights", "equal"),
         *("--dp", "client", "--dp-noise-multiplier", "2", "--method", "random-mask", *options),
     ]
     with monkeypatch.context() as patch:
@@ -138,10 +138,10 @@ def scalars_where_sampled(
 
 @pytest.mark.parametrize("batching", ["auto", "off"])
 def test_a_client_s_scalars_depend_on_no_other_client_that_is_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
+    few_topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
-    every = scalars_where_sampled([0, 1, 2, 3], tmp_path / "every", monkeypatch, "--batching", batching)
-    alone = scalars_where_sampled([0], tmp_path / "alone", monkeypatch, "--batching", batching)
+    every = scalars_where_sampled([0, 1, 2, 3], few_topics, tmp_path / "every", monkeypatch, "--batching", batching)
+    alone = scalars_where_sampled([0], few_topics, tmp_path / "alone", monkeypatch, "--batching", batching)
     print(f"client 0 sends {every[0].item():.9g} among four, {alone[0].item():.9g} alone")
     assert np.array_equal(every[0], alone[0])
 

@@ -136,7 +136,7 @@ def test_each_rank_adds_its_own_clients_noise(
     monkeypatch.setattr(
         mechanism.os, "urandom", lambda count: bytes(range(64, 64 + count % 128)) + bytes(count - count % 128)
     )
-    settings = config("--dp", "example", "--dp-noise-multiplier", "1")
+    settings = config("--dp", "example", "--dp-noise-multiplier", "1", "--rounds", "2")
     alone = simulate(settings, tmp_path / "1")
     shared = together(2, lambda ranks: simulate(settings, tmp_path / "2", ranks))
     assert shared["theta_digest"] == alone["theta_digest"]
@@ -244,7 +244,7 @@ LONG = ("--rounds", "120", "--batching", "off", "--eval-every", "0")
 
 def test_a_killed_worker_ends_the_run_and_any_number_resumes_it(simulate_arguments: list[str], tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "run" / "rounds.log"
-    shared = Shared("meerkat", *simulate_arguments, *LONG, "--out", str(out), "--workers", "3")
+    shared = Shared("meerkat", *simulate_arguments, *LONG, "--out", str(out), "--workers", "2")
     wait_for(log, 4)
     os.kill(shared.others()[-1], signal.SIGKILL)
     status, said = shared.status()

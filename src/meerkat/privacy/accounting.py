@@ -128,8 +128,11 @@ def noise_for(target: float, delta: float, rate: float, steps: int, relation: Re
         MeerkatError: none up to LARGEST_NOISE is enough.
     """
 
+    def cost(noise_multiplier: float) -> float:
+        return epsilon([Charge(rate, noise_multiplier, steps)], delta, relation)
+
     def fits(noise_multiplier: float) -> bool:
-        return epsilon([Charge(rate, noise_multiplier, steps)], delta, relation) <= target
+        return cost(noise_multiplier) <= target
 
     low, high = 0.0, 1.0
     while not fits(high):
@@ -143,10 +146,26 @@ def noise_for(target: float, delta: float, rate: float, steps: int, relation: Re
         while high > 1 / 64 and fits(high / 2):
             high /= 2
         low = high / 2
+    bisect = False
     while high - low > _TOLERANCE * high:
-        middle = (low + high) / 2
+        middle = (low + high) / 2 if bisect else _crossing(low, cost(low), high, cost(high), target)
+        before = high - low
         low, high = (low, middle) if fits(middle) else (middle, high)
+        bisect = high - low > before / 2
     return high
+
+
+def _crossing(low: float, too_much: float, high: float, little: float, target: float) -> float:
+    """A noise between two, beside where a power law through their costs meets the target: on its farther side.
+
+    One on each side of where the costs do, and as near to it, ends a search.
+    """
+    if math.isinf(too_much) or little <= 0:
+        return (low + high) / 2
+    share = math.log(too_much / target) / math.log(too_much / little)
+    guess, aside = low * math.pow(high / low, share), 0.4 * _TOLERANCE * high
+    aside = aside if high - guess > guess - low else -aside
+    return min(max(guess + aside, low + abs(aside)), high - abs(aside))
 
 
 def steps_within(
