@@ -33,7 +33,7 @@ from meerkat.report.facts import RunFacts
 from meerkat.report.run_figures import layer_and_kind
 from meerkat.report.run_page import _training_loss, run_page
 from meerkat.report.sentences import data_size, percent
-from meerkat.run.metrics import CalibrationMetric, EvaluationMetric, RoundMetric, SplitMetric
+from meerkat.run.metrics import EvaluationMetric, metric_of, split_metric
 from meerkat.run.summary import evaluated
 from meerkat.settings.config import make_config
 
@@ -120,7 +120,7 @@ def write_run(
     labels = ["sports", "music"]
     counts = np.tile([[10, 12]], (clients, 1))
     counts[:extreme] = [[20, 0]]
-    folder.append_metric(SplitMetric.of(labels, counts).to_json())
+    folder.append_metric(split_metric(labels, counts))
 
     def evaluation(round: int, accuracy: float, loss: float) -> dict[str, Any]:
         scores, per_class = {"accuracy": accuracy, "loss": loss}, {"sports": 0.5, "music": 0.25}
@@ -135,7 +135,7 @@ def write_run(
     found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
     calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
     log.append(calibration.to_json())
-    folder.append_metric(CalibrationMetric.of(calibration, {"forward_s": 0.1}).to_json())
+    folder.append_metric(metric_of(calibration, {"forward_s": 0.1}))
 
     for number in range(rounds if done else rounds - 1):
         steps = {k: 1 if k < extreme else 2 for k in range(clients)}
@@ -149,7 +149,7 @@ def write_run(
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append(record.to_json())
         replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
-        folder.append_metric(RoundMetric.of(record, replies, {"forward_s": 0.1}).to_json())
+        folder.append_metric(metric_of(record, {"forward_s": 0.1}, replies))
         folder.append_metric(evaluation(number + 1, 0.7 - 0.4 / 2**number, 0.4 + 1 / 2**number))
     log.close()
     if done:

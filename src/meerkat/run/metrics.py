@@ -22,100 +22,11 @@ from meerkat.record.summary import Work
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line."""
-
-    round: int
-    """Rounds closed before; of a round, its own number."""
-    facts: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """Written beside the other fields: seconds, and what a federation notes of a round."""
-
-    kind: ClassVar[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The line. Fields that are None for not known are left out, except a round's loss."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
-        known = {name: value for name, value in values.items() if value is not None or name == "loss"}
-        return {"kind": self.kind, **known, **self.facts}
-
-    @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote. Raises TypeError: a field is missing."""
-        names = {f.name for f in fields(cls)}
-        facts = {name: value for name, value in line.items() if name not in names | {"kind"}}
-        return cls(**{name: value for name, value in line.items() if name in names}, facts=facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work(_Line):
-    """What clients did. Traces are of scalars alone, by client: first-order methods have none."""
-
-    bytes_up: int
-    """Of all clients together."""
-    bytes_down: int
-    steps: int
-    """Local steps of all clients."""
-    clients: list[int] | None = None
-    abs_g: list[list[float]] | None = None
-    """|g| at every step of each of the clients."""
-    gradip: list[list[float]] | None = None
-    """GradIP likewise, where there is a pre-training gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundMetric(_Work):
-    """A closed round."""
-
-    loss: float | None
-    """Participants' mean training loss, by weight; None where it is not known."""
-    lr: float
-
-    kind: ClassVar[str] = RoundRecord.kind
-
-    @classmethod
-    def of(cls, record: RoundRecord, replies: Sequence[Reply] = (), facts: Mapping[str, Any] | None = None) -> Self:
-        """Of a round's record; its training loss is known from the replies of a simulation alone."""
-        return cls(**_work(record), loss=_mean_loss(record, replies), lr=record.plan.lr, facts=facts or {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationMetric(_Work):
-    """A calibration: the decision, and the numbers that led to it."""
-
-    rho_later: list[float]
-    rho_quie: list[float]
-    later: list[float]
-    thresholds: Mapping[str, float]
-    extreme: list[int]
-    early_stopped: list[int]
-
-    kind: ClassVar[str] = CalibrationRecord.kind
-
-    @classmethod
-    def of(cls, record: CalibrationRecord, facts: Mapping[str, Any] | None = None) -> Self:
-        """Of a calibration's record."""
-        selection = record.selection
-        return cls(
-            **_work(record),
-            rho_later=_rounded(selection.rho_later),
-            rho_quie=_rounded(selection.rho_quie),
-            later=_rounded(selection.later),
-            thresholds={
-                "rho_later": selection.rho_later_above,
-                "rho_quie": selection.rho_quie_from,
-                "quiet": selection.quiet_below,
-                "loud": selection.loud_above,
-            },
-            extreme=list(selection.extreme),
-            early_stopped=list(record.early_stopped),
-            facts=facts or {},
-        )
-
-
-@dataclass(frozen=True)
-class EvaluationMetric(_Line):
+class EvaluationMetric:
     """How the model did after so many rounds."""
 
+    round: int
+    """Rounds closed before."""
     scores: Mapping[str, float | None]
     """By name, the primary score first; None where no site evaluated."""
     better: Mapping[str, Better]
@@ -123,6 +34,8 @@ class EvaluationMetric(_Line):
     per_class: Mapping[str, float] = field(default_factory=dict)
     rows: int | None = None
     """Rows of the sites that evaluated on their own; None where the rows are at hand."""
+    facts: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Written beside the other fields: the seconds that it took."""
 
     kind: ClassVar[str] = "evaluation"
 
@@ -149,14 +62,18 @@ class EvaluationMetric(_Line):
         return cls(rounds, {primary(better): mean}, better, rows=rows)
 
     def to_json(self) -> dict[str, Any]:
-        """The line, with accuracy and loss beside the scores as well."""
+        """The line, with accuracy and loss beside the scores as well; without `rows` where it is None."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
+        known = {name: value for name, value in values.items() if value is not None}
         accuracy = {"accuracy": self.scores["accuracy"]} if "accuracy" in self.scores else {}
-        return super().to_json() | accuracy | {"loss": self.loss}
+        return {"kind": self.kind, **known, **self.facts, **accuracy, "loss": self.loss}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote."""
-        return super().from_json({name: value for name, value in line.items() if name not in ("accuracy", "loss")})
+        """The record that `to_json` wrote. Raises TypeError: a field is missing."""
+        names = {f.name for f in fields(cls)}
+        facts = {name: value for name, value in line.items() if name not in names | {"kind", "accuracy", "loss"}}
+        return cls(**{name: value for name, value in line.items() if name in names}, facts=facts)
 
     @classmethod
     def all_of(cls, metrics: Iterable[Metric]) -> list[Self]:
@@ -176,29 +93,43 @@ class EvaluationMetric(_Line):
         return evaluations
 
 
-@dataclass(frozen=True)
-class SplitMetric(_Line):
-    """Which client has which labels. A simulation knows it; a server does not."""
+def split_metric(labels: Sequence[str], counts: np.ndarray) -> Metric:
+    """The line of which client has which labels, which a simulation knows and a server does not.
 
-    labels: list[str]
-    counts: list[list[int]]
-    """Rows of each label at each client, [K][labels]"""
-
-    kind: ClassVar[str] = "split"
-
-    @classmethod
-    def of(cls, labels: Sequence[str], counts: np.ndarray) -> Self:
-        """Of the labels' names, and counts int [K, labels]."""
-        return cls(0, list(labels), counts.tolist())
+    Args:
+        labels: their names.
+        counts: rows of each label at each client, int [K, labels].
+    """
+    return {"kind": "split", "round": 0, "labels": list(labels), "counts": counts.tolist()}
 
 
 def metric_of(
     record: RoundRecord | CalibrationRecord, facts: Mapping[str, Any], replies: Sequence[Reply] = ()
 ) -> Metric:
-    """The line of a record; without replies a round's training loss is not known."""
-    if isinstance(record, CalibrationRecord):
-        return CalibrationMetric.of(record, facts).to_json()
-    return RoundMetric.of(record, replies, facts).to_json()
+    """The line of a record; a round's training loss is None without replies.
+
+    Args:
+        facts: written beside the rest: seconds, and what a federation notes of a round.
+    """
+    work = {"kind": record.kind, "round": record.plan.round, **asdict(Work.of(record)), **_traces(record)}
+    if isinstance(record, RoundRecord):
+        return {**work, "loss": _mean_loss(record, replies), "lr": record.plan.lr, **facts}
+    found = record.selection
+    return {
+        **work,
+        "rho_later": _rounded(found.rho_later),
+        "rho_quie": _rounded(found.rho_quie),
+        "later": _rounded(found.later),
+        "thresholds": {
+            "rho_later": found.rho_later_above,
+            "rho_quie": found.rho_quie_from,
+            "quiet": found.quiet_below,
+            "loud": found.loud_above,
+        },
+        "extreme": list(found.extreme),
+        "early_stopped": list(record.early_stopped),
+        **facts,
+    }
 
 
 def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
@@ -211,20 +142,19 @@ def _mean_loss(record: RoundRecord, replies: Sequence[Reply]) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _work(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
-    """Bytes of payload and local steps of all clients together, and each client's traces."""
+def _traces(record: RoundRecord | CalibrationRecord) -> dict[str, Any]:
+    """|g| at every step of each client, and GradIP where there is a pre-training gradient. They are of scalars alone:
+    first-order methods have none.
+    """
     plan, scalars = record.plan, record.scalars
-    work = {"round": plan.round, **asdict(Work.of(record))}
     if plan.sends == "delta":
-        return work
+        return {}
     levels = _rounded(magnitude(np.concatenate([np.zeros((0, plan.directions), np.float32), *scalars.values()])))
     ends = itertools.accumulate(map(len, scalars.values()), initial=0)
-    return {
-        **work,
-        "clients": list(scalars),
-        "abs_g": [levels[first:last] for first, last in itertools.pairwise(ends)],
-        "gradip": [_rounded(gradip(g, record.inner)) for g in scalars.values()] if len(record.inner) else None,
-    }
+    traces = {"clients": [*scalars], "abs_g": [levels[first:last] for first, last in itertools.pairwise(ends)]}
+    if not len(record.inner):
+        return traces
+    return {**traces, "gradip": [_rounded(gradip(g, record.inner)) for g in scalars.values()]}
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:

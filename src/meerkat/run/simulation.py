@@ -26,7 +26,7 @@ from meerkat.record.summary import Summary
 from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
 from meerkat.run.mask import load_mask
-from meerkat.run.metrics import EvaluationMetric, SplitMetric
+from meerkat.run.metrics import EvaluationMetric, split_metric
 from meerkat.run.precision import runnable_model
 from meerkat.run.ranks import RankLost, Ranks
 from meerkat.run.run import Run, begin, carry_on
@@ -140,8 +140,8 @@ def _go_on(folder: RunFolder, problem: Problem, split: Split, ranks: Ranks | Non
             records = sum(1 for _ in LogReader(folder.log_path))
             ranks.tell({"folder": str(folder.root.resolve()), "records": records})
         _announce(run, split, lasting)
-        if problem.labels and not any(metric["kind"] == SplitMetric.kind for metric in folder.metrics()):
-            run.lost.append(SplitMetric.of(problem.labels, split.label_counts(len(problem.labels))).to_json())
+        if problem.labels and not any(metric["kind"] == "split" for metric in folder.metrics()):
+            run.lost.append(split_metric(problem.labels, split.label_counts(len(problem.labels))))
         everyone, evaluate = _Everyone(ranks), evaluation_of(problem, run.model, split.evaluation)
         losses_of = everyone.timed(client_losses(problem, split.examples, config.dp))
         honest = honest_clients(config, run.model, run.directions, split, losses_of)
