@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meerkat.algorithm.directions import Directions, Place
 from meerkat.algorithm.perturbation import SIZES
 from meerkat.algorithm.precision import weights_as
-from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes_along
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.run.mask import make_mask
 from meerkat.run.precision import public_batches
@@ -88,7 +88,7 @@ def errors(model: MaskedModel, theta: Tensor, batches: list[tuple[Tensor, Loss]]
             for p in range(DIRECTIONS):
                 along = z(Place("training", number, 0, p))
                 exact = float((gradient * along).sum(dtype=torch.float64))
-                g = float(slopes_along(model, theta, [along], eps, loss).g)
+                g = float(slopes(model, theta, [along], eps, loss).g)
                 off, of_all = off + (g - exact) ** 2, of_all + exact**2
         found.append((off / of_all) ** 0.5)
     return found

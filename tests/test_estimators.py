@@ -108,7 +108,7 @@ def test_directions_scaled_by_a_vector_are_probed_and_walked_along() -> None:
     z = Directions(KEY, len(mask), law=Law("third alone", PLAIN.law.table, scale))
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 1})
     start = engine.model.read()
-    found = zeroth_order.slopes(engine.model, start, plan, 0, lambda: model.loss(0, 0), z)
+    found = zeroth_order.slopes(engine.model, start, plan.along(0, z), plan.eps, lambda: model.loss(0, 0))
     shifted = start.clone()
     shifted[3] += 1e-3 * z(plan.place(0, 0))[3]
     engine.model.write_(shifted)

@@ -15,7 +15,7 @@ from meerkat import seeds
 from meerkat.algorithm.directions import Directions, Place
 from meerkat.algorithm.estimators import Estimator
 from meerkat.algorithm.precision import weights_as
-from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes_along
+from meerkat.algorithm.zeroth_order import Loss, MaskedModel, slopes
 from meerkat.errors import Diverged
 from meerkat.masks.sparse_mask import SparseMask
 
@@ -74,7 +74,7 @@ def perturbation_curve(
             of_exact += float(exact.square().sum())
             for i, eps in enumerate(SIZES):
                 try:
-                    g, _ = slopes_along(cast, theta, map(directions, places), eps, loss, estimator)
+                    g, _ = slopes(cast, theta, map(directions, places), eps, loss, estimator)
                     squares[i] += float((g - exact).square().sum())
                 except Diverged:  # so far from theta, the loss is not finite
                     squares[i] = math.inf

@@ -6,16 +6,13 @@ Weights are always written from theta, which stays float32. Nothing is added to 
 restoring is exact and no drift builds up (numeric contracts 2 and 3).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.estimators import PLAIN, Estimator, LossAt, Slopes
+from meerkat.algorithm.estimators import PLAIN, Estimator, Slopes
 from meerkat.algorithm.quantised import moving_beside
-from meerkat.algorithm.rounds import RoundPlan
 from meerkat.masks.sparse_mask import SparseMask
 
 Loss = Callable[[], Tensor]
@@ -64,15 +61,9 @@ class MaskedModel:
 
 
 def slopes(
-    model: MaskedModel,
-    theta: Tensor,
-    plan: RoundPlan,
-    step: int,
-    loss: Loss,
-    directions: Directions,
-    estimator: Estimator = PLAIN,
+    model: MaskedModel, theta: Tensor, along: Iterable[Tensor], eps: float, loss: Loss, estimator: Estimator = PLAIN
 ) -> Slopes:
-    """The loss' slopes at theta along all P directions of local step t, on one batch.
+    """The loss' slopes at theta along P directions, float32 [n] each, on one batch.
 
     Args:
         theta: float32 [n] on the model's device; not changed. The weights are theta's again afterwards.
@@ -80,26 +71,16 @@ def slopes(
     Raises:
         Diverged: a loss is not finite.
     """
-    return slopes_along(model, theta, plan.along(step, directions), plan.eps, loss, estimator)
 
+    def loss_at(point: Tensor) -> Tensor:
+        model.write_(point)
+        return loss()
 
-def slopes_along(
-    model: MaskedModel,
-    theta: Tensor,
-    along: Iterable[Tensor],
-    eps: float,
-    loss: Loss,
-    estimator: Estimator = PLAIN,
-) -> Slopes:
-    """The loss' slopes at theta along P directions, float32 [n] each, on one batch.
-
-    theta and the weights afterwards are as in `slopes`.
-
-    Raises:
-        Diverged: a loss is not finite.
-    """
-    with _near(model, theta, loss) as loss_at:
-        return estimator.slopes(loss_at, theta, along, eps)
+    with torch.no_grad():
+        try:
+            return estimator.slopes(loss_at, theta, along, eps)
+        finally:
+            model.write_(theta)
 
 
 def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float, loss: Loss) -> Slopes:
@@ -110,20 +91,5 @@ def projected_gradient(model: MaskedModel, theta: Tensor, z: Tensor, eps: float,
     Raises:
         Diverged: a loss is not finite.
     """
-    (g,), (level,) = slopes_along(model, theta, [z], eps, loss)
+    (g,), (level,) = slopes(model, theta, [z], eps, loss)
     return Slopes(g, level)
-
-
-@contextmanager
-def _near(model: MaskedModel, theta: Tensor, loss: Loss) -> Iterator[LossAt]:
-    """The loss at any point near theta; the weights are theta's again in the end."""
-
-    def loss_at(point: Tensor) -> Tensor:
-        model.write_(point)
-        return loss()
-
-    with torch.no_grad():
-        try:
-            yield loss_at
-        finally:
-            model.write_(theta)
