@@ -8,42 +8,13 @@ and forgotten.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from meerkat.algorithm.client_sampling import poisson_sample
+from meerkat.algorithm.robust import Aggregation
 from meerkat.privacy.mechanism import Mechanism
-
-
-class Aggregator(Protocol):
-    """What the server makes of a round's replies."""
-
-    @property
-    def keeps_replies(self) -> bool:
-        """Whether each reply stays in the record, so that G and GradIP can be recomputed from it."""
-
-    @property
-    def weighs(self) -> bool:
-        """Whether clients may count by their rows."""
-
-    @property
-    def byzantine(self) -> int:
-        """f: replies of a round that may be anything."""
-
-    def invited(self, clients: int, available: Collection[int] | None) -> Collection[int] | None:
-        """Of those available, the clients that a round may ask; None for everyone, among all or those available."""
-
-    def combine(
-        self, replies: Mapping[int, np.ndarray], weights: Mapping[int, float], shape: tuple[int, int]
-    ) -> np.ndarray:
-        """G before the cap, and before it is rounded: float64 [T, P].
-
-        Args:
-            replies: g_k by client id, float32 [T_k, P] with T_k <= T.
-            weights: p_k
-            shape: T, the most steps that a client was asked for, and P.
-        """
 
 
 @dataclass(frozen=True)
@@ -64,7 +35,11 @@ class Hidden:
         return poisson_sample(self.mechanism, clients, available)
 
     def combine(self, replies: Mapping[int, np.ndarray], *_: object) -> np.ndarray:
-        """The noisy mean: float64 [T, P], whoever was sampled; all count equally."""
+        """See `Aggregation.combine`: the noisy mean, whoever was sampled; all count equally."""
         form = self.steps, self.directions
         vectors = [g.astype(np.float64).reshape(-1) for g in replies.values() if g.shape == form]
         return self.mechanism.release(np.stack(vectors) if vectors else np.zeros((0, math.prod(form)))).reshape(form)
+
+
+Aggregator = Aggregation | Hidden
+"""What the server makes of a round's replies."""

@@ -42,6 +42,7 @@ class Aggregation:
     missing_steps: MissingSteps = "zero"
     """What a client counts in steps that it did not make: zero, or nothing, so that the others' weights add up to 1."""
     keeps_replies: ClassVar[bool] = True
+    """Whether each reply stays in the record, so that G and GradIP can be recomputed from it."""
 
     @property
     def needs_f(self) -> bool:
@@ -61,13 +62,19 @@ class Aggregation:
         return self.rule == "mean"
 
     def invited(self, _: int, available: Collection[int] | None) -> Collection[int] | None:
-        """Everyone who is available."""
+        """The clients that a round may ask: those that are available, or None for everyone."""
         return available
 
     def combine(
         self, replies: Mapping[int, np.ndarray], weights: Mapping[int, float], shape: tuple[int, int]
     ) -> np.ndarray:
-        """See `Aggregator`. The mean alone looks at weights."""
+        """G before the cap, and before it is rounded: float64 [T, P].
+
+        Args:
+            replies: g_k by client id, float32 [T_k, P] with T_k <= T.
+            weights: p_k, which the mean alone looks at.
+            shape: T, the most steps that a client was asked for, and P.
+        """
         total = np.zeros(shape)
         rows = clipped({client: replies[client].astype(np.float64) for client in sorted(replies)}, self)
         if self.rule == "mean":
