@@ -7,8 +7,8 @@ The paper's client adds and carries nothing. FedDyn's (Acar et al. 2021; method,
 h_k follows from the client's own scalars, so the server, which knows them, can rebuild it.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,55 +16,38 @@ from torch import Tensor
 from meerkat.algorithm.rounds import Sends
 
 
-class ClientRule(Protocol):
-    """How a client makes its local steps."""
+@dataclass(frozen=True)
+class ClientRule:
+    """How a client makes its local steps. This one adds and carries nothing: the paper's, or backpropagation."""
 
-    @property
-    def sends(self) -> Sends:
-        """What it replies with."""
+    sends: Sends = field(default="scalars", kw_only=True)
+    """What it replies with."""
+    carries: ClassVar[bool] = False
+    """Whether it carries a vector h_k from round to round."""
 
-    @property
-    def carries(self) -> bool:
-        """Whether it carries a vector h_k from round to round."""
-
-    def correction(self, h: Tensor | None, drift: Tensor | None, z: Tensor) -> float:
-        """What is added to a projected gradient along z.
+    def correction(self, h: Tensor | None, drift: Tensor | None, z: Tensor) -> float:  # noqa: ARG002 (nothing is added)
+        """What is added to a projected gradient along z: here, nothing.
 
         Args:
             h: what the client carries, float32 [n]; None for zero, before its first round.
             drift: theta - theta_r, float32 [n]; None for zero, at its first local step.
         """
+        return 0.0
 
-    def carry(self, h: Tensor | None, drift: Tensor) -> Tensor:
-        """What the client carries after a round that its reply counted in: float32 [n].
+    def carry(self, h: Tensor | None, drift: Tensor) -> Tensor:  # noqa: ARG002 (nothing is carried)
+        """What the client carries after a round that its reply counted in, float32 [n]: here, zero.
 
         Args:
             drift: theta_k - theta_r after all its steps, float32 [n].
         """
-
-
-@dataclass(frozen=True)
-class Stateless:
-    """A client that adds and carries nothing: the paper's, or one that backpropagates."""
-
-    sends: Sends = "scalars"
-    carries: ClassVar[bool] = False
-
-    def correction(self, *_: object) -> float:
-        """Nothing."""
-        return 0.0
-
-    def carry(self, _: Tensor | None, drift: Tensor) -> Tensor:
-        """Nothing."""
         return torch.zeros_like(drift)
 
 
 @dataclass(frozen=True)
-class FedDynClient:
+class FedDynClient(ClientRule):
     """The client's half of FedDyn."""
 
     alpha: float
-    sends: ClassVar[Sends] = "scalars"
     carries: ClassVar[bool] = True
 
     def correction(self, h: Tensor | None, drift: Tensor | None, z: Tensor) -> float:
@@ -81,5 +64,5 @@ class FedDynClient:
         return (torch.zeros_like(drift) if h is None else h) - drift * self.alpha
 
 
-ZEROTH_ORDER = Stateless()
-FIRST_ORDER = Stateless("delta")
+ZEROTH_ORDER = ClientRule()
+FIRST_ORDER = ClientRule(sends="delta")
