@@ -244,7 +244,7 @@ def test_a_feddyn_clients_virtual_path_is_what_it_had() -> None:
     _, record = close_round(state, plan, [reply for reply, _ in ran.values()], settings, z)
     assert record.theta_digest == lived.rounds[-1].theta_digest
     for k, (_, end) in ran.items():
-        *_, rebuilt = path.client_path(state.theta, record, k, Directions(KEY, len(lived.mask)))
+        *_, rebuilt = path.walk(state.theta, plan, record.scalars[k], Directions(KEY, len(lived.mask)))
         assert same_bits(rebuilt, end)
 
 

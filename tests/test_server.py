@@ -167,7 +167,7 @@ def test_a_clients_virtual_path_is_what_it_had() -> None:
     _, record = close_round(ServerState(Replica(0, start)), plan, replies, settings, engine.directions)
     elsewhere = Directions(KEY, engine.directions.count)
     for k, (_, end) in lived.items():
-        rebuilt = [theta.clone() for theta in path.client_path(start, record, k, elsewhere)]
+        rebuilt = [theta.clone() for theta in path.walk(start, plan, record.scalars[k], elsewhere)]
         assert len(rebuilt) == settings.local_steps
         assert torch.equal(rebuilt[-1], end)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundPlan, RoundRecord, Update
+from meerkat.algorithm.rounds import RoundPlan, Update
 
 
 def descend(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor, out: Tensor | None = None) -> Tensor:
@@ -23,7 +23,11 @@ def descend(theta: Tensor, rate: np.float32, g: np.float32, z: Tensor, out: Tens
 
 
 def walk(theta: Tensor, plan: RoundPlan, scalars: np.ndarray, directions: Directions) -> Iterator[Tensor]:
-    """theta after each local step that the scalars (float32 [T, P]) describe. Yields one tensor, updated."""
+    """theta after each local step that the scalars (float32 [T, P]) describe.
+
+    By a client's own scalars of a round that began at theta, equal to what the client had, to the bit. Each tensor
+    yielded is the same one, updated: clone what you keep.
+    """
     moved = None
     for step, row in enumerate(scalars):
         for p, g in enumerate(row):
@@ -42,17 +46,6 @@ def moved(theta: Tensor, update: Update, directions: Directions) -> Tensor:
         return theta + torch.from_numpy(update.aggregate).to(theta.device)
     *_, end = walk(theta, update.plan, update.aggregate, directions)
     return end
-
-
-def client_path(theta: Tensor, record: RoundRecord, client: int, directions: Directions) -> Iterator[Tensor]:
-    """One client's virtual path: its theta after each local step of a round that began at theta.
-
-    Equal to what the client had, to the bit. Each tensor yielded is the same one, updated: clone what you keep.
-
-    Raises:
-        KeyError: the client took no part in the round.
-    """
-    return walk(theta, record.plan, record.scalars[client], directions)
 
 
 def digest(theta: Tensor) -> str:

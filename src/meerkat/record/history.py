@@ -99,7 +99,8 @@ def client_path(root: Path, client: int, round: int) -> Iterator[Tensor]:
         if isinstance(record, RoundRecord) and record.plan.round == round:
             if client not in record.scalars:
                 raise MeerkatError(f"run '{root}': client {client} sent no scalars in round {round}; choose another")
-            return (theta.clone() for theta in path.client_path(state.theta, record, client, run.directions))
+            steps = path.walk(state.theta, record.plan, record.scalars[client], run.directions)
+            return (theta.clone() for theta in steps)
     _check_end(run.reader)
     raise MeerkatError(f"run '{root}': has no round {round}, only {run.replay.state.round}; choose an earlier one")
 
