@@ -6,13 +6,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from meerkat.cli import main
+from meerkat.errors import RunFailed
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.summary import as_text
+from meerkat.run.ranks import Ranks
+from meerkat.run.simulation import follow
 
 Texts = list[bytes]
 """The JSON text of each record."""
@@ -101,6 +105,27 @@ def test_an_opening_s_versions_are_versions(run: Path, name: str, value: Any) ->
 
     rewrite(run, at(0, change))
     assert main(["verify", str(run)]) == 1
+
+
+OTHER_KINDS = [[], {}, 7, False, None]
+
+
+@pytest.mark.parametrize("value", OTHER_KINDS, ids=map(repr, OTHER_KINDS))
+@pytest.mark.parametrize("name", ["rule", "federation", "estimator", "update_rule"])
+def test_a_name_in_an_opening_is_text(run: Path, name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(text: bytes) -> bytes:
+        return json.dumps(json.loads(text) | {name: value}, separators=(",", ":")).encode()
+
+    rewrite(run, at(0, change))
+    said = f"rounds.log: {name} in the opening is not what any version writes"
+    (run / "summary.json").unlink()
+    for command in ("verify", "resume"):
+        capsys.readouterr()
+        assert main([command, str(run)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    with pytest.raises(RunFailed, match=said):
+        follow(cast(Ranks, SimpleNamespace(hear=lambda: {"folder": str(run), "records": 1})))
 
 
 def changed_summary(run: Path, **values: Any) -> None:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from meerkat.algorithm import path
@@ -23,7 +23,10 @@ from meerkat.settings.config import RunConfig
 
 FORMAT = 7
 
-_VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
+_Key = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Counts = Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
+_Version = Annotated[str, Field(pattern="^[0-9][0-9A-Za-z.+!_-]{0,63}$")]
 """A package's version, such as 2.13.0+cpu."""
 
 MEANING = (
@@ -38,27 +41,27 @@ MEANING = (
 class Opening:
     """The first record."""
 
-    run_key: str
+    run_key: _Key
     """The directions' 128-bit key, hexadecimal."""
-    config: str
+    config: _Digest
     """SHA-256 of config.toml as it was written."""
-    model: str
+    model: _Digest
     """Fingerprint of the pre-trained weights."""
-    mask: str
+    mask: _Digest
     """SHA-256 of the moving entries."""
-    about_mask: str
+    about_mask: _Digest
     """SHA-256 of what the mask says of itself."""
-    gradient: str
+    gradient: _Digest | Literal[""]
     """SHA-256 of the pre-training gradient at them; empty where there is none."""
-    theta: str
+    theta: _Digest
     """SHA-256 of their base values."""
-    data: str
+    data: _Digest | Literal[""]
     """SHA-256 of the rows as the model sees them, and of who holds which."""
-    examples: list[int]
+    examples: _Counts
     """Rows of each client, by id: the weights p_k follow from them. None in a federation, whose clients join."""
-    torch: str
-    transformers: str
-    allowance: list[int] = field(default_factory=list)
+    torch: _Version
+    transformers: _Version
+    allowance: _Counts = field(default_factory=list)
     """Local steps that each client's privacy budget lasts for, by id; empty without one. Sites keep their own."""
     federation: str = ""
     """A real federation's own id, hexadecimal, drawn at random; empty in a simulation."""
@@ -72,15 +75,21 @@ class Opening:
     update_rule: str = "sgd"
     """How theta follows from a round's aggregate."""
 
+    # an instance is all that pydantic takes from Python where it is strict
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, revalidate_instances="always")
+
     @classmethod
     def from_json(cls, record: dict[str, Any], log: Path) -> "Opening":
         """Read the first record. Raises RunFailed if it is no opening, or names a rule that is unknown here."""
         check_format(record, log)
-        if record.get("kind") != "open" or [*record] != ["kind", *cls.__dataclass_fields__]:
+        if record.get("kind") != "open" or [*record] != ["kind", *(one.name for one in fields(cls))]:
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
-        opening = cls(**{name: value for name, value in record.items() if name != "kind"})
-        if malformed := opening._malformed():
-            raise RunFailed(f"{log}: {malformed} in the opening is not what any version writes; restore a copy")
+        values = {name: value for name, value in record.items() if name != "kind"}
+        try:
+            opening = TypeAdapter(cls).validate_python(cls(**values))
+        except ValidationError as error:
+            name = error.errors()[0]["loc"][0]
+            raise RunFailed(f"{log}: {name} in the opening is not what any version writes; restore a copy") from None
         if opening.rule not in RULES:
             only = ", ".join(map(repr, RULES))
             raise RunFailed(f"{log}: rule {opening.rule!r} is not known, only {only}; use the version that wrote it")
@@ -88,19 +97,6 @@ class Opening:
         if not (is_hex(run, 8) and (opening.data, opening.examples) == ("", []) if run else not opening.signed):
             raise RunFailed(f"{log}: the opening is neither a simulation's nor a federation's; restore a copy")
         return opening
-
-    def _malformed(self) -> str:
-        """The first field that cannot be what it is the name of; empty if there is none."""
-        fits = {
-            "run_key": is_hex(self.run_key, 16),
-            **{name: is_hex(getattr(self, name), 32) for name in ("config", "model", "mask", "about_mask", "theta")},
-            **{name: getattr(self, name) == "" or is_hex(getattr(self, name), 32) for name in ("gradient", "data")},
-            **{name: _are_counts(getattr(self, name)) for name in ("examples", "allowance")},
-            **{name: _is_version(getattr(self, name)) for name in ("torch", "transformers")},
-            "signed": type(self.signed) is bool,
-            "format": type(self.format) is int,
-        }
-        return next((name for name, it_fits in fits.items() if not it_fits), "")
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -114,14 +110,6 @@ class Opening:
         """What a federation's signatures are about."""
         digests = (self.run_key, self.model, self.mask, self.theta, meaning(config))
         return RunIdentity(self.federation, self.signed, *digests)
-
-
-def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _is_version(text: object) -> bool:
-    return isinstance(text, str) and bool(_VERSION.fullmatch(text))
 
 
 def check_format(first: Mapping[str, Any], log: Path) -> None:
