@@ -39,8 +39,8 @@ from stub import SCORES, Coordinator, StubSite
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower.stream import attend
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.record.run_folder import RunFolder
 from meerkat.record.run_log import RunLog
@@ -171,10 +171,9 @@ class Engine(RemoteEngine):
 
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
-    held = Coordinator(keys, nodes, WaitingRules(nodes, nodes, start_s=120.0), rounds)
-    engine = Engine(
-        held.link, held.admission, held.settings, WaitingRules(nodes, nodes, start_s=120.0), held.state, held.z, SCORES
-    )
+    waiting = FederationConfig.model_validate({"clients_minimum": nodes})
+    held = Coordinator(keys, nodes, waiting, rounds)
+    engine = Engine(held.link, held.admission, held.settings, waiting, held.state, held.z, SCORES)
     held.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()

@@ -28,8 +28,8 @@ from stub import LENGTH, Coordinator, StubSite
 
 from meerkat.algorithm.directions import Directions
 from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower.stream import _CALLING_OPTIONS, _METHOD, _SERVICE
-from meerkat.federation.link import WaitingRules
 
 _OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 """Channels of a process would share one, and a coordinator takes one stream of each connection."""
@@ -76,7 +76,9 @@ def main() -> None:
     memory, replies = [], 0
     with tempfile.TemporaryDirectory() as folder:
         keys = certify(Path(folder) / "keys", ["127.0.0.1"], nodes=0)
-        held = Coordinator(keys, count, WaitingRules(count, count, start_s=300.0, deadline_s=300.0))
+        held = Coordinator(
+            keys, count, FederationConfig.model_validate({"clients_minimum": count, "deadline_s": 300.0})
+        )
         tokens = [(client, held.admission.token(f"node {client}")) for client in range(count)]
         spawn = multiprocessing.get_context("spawn")
         for first in range(arguments.processes):

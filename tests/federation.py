@@ -28,8 +28,9 @@ from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.federation import remote_engine
 from meerkat.federation.admission import Admission, Binding
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.frames import BadFrame, Frame, Kind
-from meerkat.federation.link import Event, WaitingRules
+from meerkat.federation.link import Event
 from meerkat.federation.offer import Offer
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.federation.site import Site
@@ -341,12 +342,16 @@ class Wire:
             self._carry(client, answer, up=True)
 
 
+WAITING: dict[str, Any] = {"clients_wanted": 1, "deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0}
+"""How a federation waits for its clients."""
+
+
 @dataclass
 class Federation:
     """A coordinator and its wire."""
 
     setting: Setting
-    waiting: WaitingRules = field(default_factory=lambda: WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    waiting: FederationConfig = field(default_factory=lambda: FederationConfig(**WAITING))
     state: ServerState | None = None
     settings: ServerConfig | None = None
     members: Members | None = None
@@ -377,8 +382,7 @@ class Federation:
         cls, setting: Setting, monkeypatch: pytest.MonkeyPatch, join: int | None = None, **waiting: Any
     ) -> "Federation":
         """A federation whose clock the engine looks at, with all clients there, or the first few."""
-        given = {"deadline_s": 10.0, "start_s": 5.0, "patience_s": 30.0, **waiting}
-        made = cls(setting, WaitingRules(**given))
+        made = cls(setting, FederationConfig(**WAITING | waiting))
         monkeypatch.setattr(remote_engine, "time", made.wire)
         for client in range(setting.config.clients if join is None else join):
             made.enter(client)

@@ -14,8 +14,8 @@ from pathlib import Path
 from stub import Coordinator
 
 from meerkat.errors import MeerkatError
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower import stream
-from meerkat.federation.link import WaitingRules
 from meerkat.record.run_folder import RunFolder
 
 
@@ -32,7 +32,7 @@ def main(certificates: Path, run: Path, soft: int, hard: int, timeout_s: float) 
     keys = {name: certificates / file for name, file in names.items()}
     folder = RunFolder(run)
     folder.open_files()
-    coordinator = Coordinator(keys, 2, WaitingRules(clients_wanted=1, deadline_s=20.0, patience_s=20.0))
+    coordinator = Coordinator(keys, 2, FederationConfig(clients_wanted=1, deadline_s=20.0, patience_s=20.0))
     coordinator.engine.keep_event = folder.append_event
     coordinator.attending(0)
     over = threading.Event()

@@ -30,10 +30,9 @@ from meerkat.errors import MeerkatError
 from meerkat.export.model import apply_delta, export
 from meerkat.federation import frames, remote_engine
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.coordinator_settings import read_federation
+from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.frames import Frame, Kind, StateParts, Work
 from meerkat.federation.ledger import Ledger
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import Offer
 from meerkat.federation.private_rows import read_alone
 from meerkat.federation.remote_engine import RemoteEngine
@@ -328,8 +327,7 @@ class World:
         texts = [as_toml({"run": run, "federation": {**table, "deadline_s": 5.0, "evaluate": "sites"}})]
 
         def check(data: bytes) -> None:
-            config, federation = read_federation(self.written("federation.toml", data))
-            federation.waiting_rules(config.clients)
+            read_federation(self.written("federation.toml", data))
 
         return Reader(_toml(texts), check, texts[0])
 
@@ -465,9 +463,10 @@ class World:
             wire = Wire(admission)
             self.patch.setattr(remote_engine, "time", wire)
             state = ServerState(Replica(0, theta))
-            engine = RemoteEngine(
-                wire, admission, config, WaitingRules(3, 3, 5.0, 2, 5.0, 10.0), state, z, Classification.scores
+            waiting = FederationConfig(
+                clients_minimum=3, clients_wanted=3, start_s=5.0, quorum=2, deadline_s=5.0, patience_s=10.0
             )
+            engine = RemoteEngine(wire, admission, config, waiting, state, z, Classification.scores)
             for client in range(3):
                 wire.connect(cast(Site, Mute(client, admission.token(f"node {client}"), setting)))
             engine.arrivals(0)

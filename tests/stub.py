@@ -16,9 +16,9 @@ from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState, close_round, open_round
 from meerkat.federation import frames
 from meerkat.federation.admission import Admission
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower.stream import StreamLink, attend
 from meerkat.federation.frames import BadFrame, Frame, Kind, StateParts, Work
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.remote_engine import RemoteEngine
 from meerkat.problems.problem import Better
 from meerkat.record.members import Members
@@ -143,7 +143,7 @@ class Coordinator:
         self,
         keys: dict[str, Path],
         clients: int,
-        waiting: WaitingRules | None = None,
+        waiting: FederationConfig | None = None,
         rounds: int = 10_000,
         port: int = 0,
         longest_frame: int = frames.LIMIT,
@@ -158,7 +158,7 @@ class Coordinator:
         self.settings = ServerConfig(rounds, 1, 1, 0.1, EPS, clients, clients, {})
         self.state = ServerState(Replica(0, torch.zeros(LENGTH)))
         self.z = Directions(1, LENGTH)
-        waiting = waiting or WaitingRules(clients, clients, deadline_s=20.0, patience_s=20.0)
+        waiting = waiting or FederationConfig(clients_minimum=clients, deadline_s=20.0, patience_s=20.0)
         self.engine = RemoteEngine(self.link, self.admission, self.settings, waiting, self.state, self.z, SCORES)
 
     def site(self, client: int, compute_s: float = 0.0) -> StubSite:

@@ -14,7 +14,6 @@ from meerkat.errors import RunFailed
 from meerkat.federation import remote_engine
 from meerkat.federation.frames import Work
 from meerkat.federation.ledger import Budget, Ledger
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.site import Site
 from meerkat.privacy import mechanism as mechanisms
 from meerkat.settings import budget
@@ -86,7 +85,7 @@ def test_a_site_that_comes_back_with_more_rows_is_charged_for_those_it_had(
     base: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     setting = base.but(dp="example", dp_noise_multiplier=1.0, rounds=4, batch_size=4)
-    fed = Federation(setting, WaitingRules(deadline_s=10.0, start_s=5.0, patience_s=30.0))
+    fed = Federation(setting)
     monkeypatch.setattr(remote_engine, "time", fed.wire)
     rows = [{"sentence": f"a film {i}", "label": i % 2} for i in range(400)]
     for folder, held in (("few", rows[:4]), ("many", rows)):

@@ -18,9 +18,9 @@ from stub import Attending, Coordinator, StubSite
 from meerkat.errors import MeerkatError
 from meerkat.federation import frames
 from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower import stream
 from meerkat.federation.frames import Kind
-from meerkat.federation.link import WaitingRules
 
 SECONDS = 30.0
 """For what must come at all: a busy machine's patience."""
@@ -42,7 +42,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def coordinator(request: pytest.FixtureRequest, keys: dict[str, Path]) -> Iterator[Coordinator]:
     """A coordinator that is impatient with strangers."""
     request.getfixturevalue("impatient")
-    held = Coordinator(keys, 2, WaitingRules(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS))
+    held = Coordinator(keys, 2, FederationConfig(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS))
     yield held
     held.close()
 
@@ -246,7 +246,8 @@ def test_a_site_that_comes_back_all_the_time_is_let_in_once_in_a_while(
     keys: dict[str, Path], stranger: Connect
 ) -> None:
     now = 0.0
-    held = Coordinator(keys, 2, WaitingRules(deadline_s=SECONDS, patience_s=SECONDS), clock=lambda: now)
+    waiting = FederationConfig(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS)
+    held = Coordinator(keys, 2, waiting, clock=lambda: now)
     honest = held.attending(0)
     list(held.rounds(1))
     restless = held.site(1)

@@ -25,9 +25,9 @@ from stub import RUN, Attending, Coordinator, StubSite, scalars_of
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation import frames
 from meerkat.federation.certificates import certify
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.flower import stream
 from meerkat.federation.frames import Frame, Kind
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.site_settings import Refused
 
 METHOD = "/meerkat.Session/Frames"
@@ -47,7 +47,8 @@ def coordinator(keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Itera
     made = []
 
     def make(clients: int, **waiting: float) -> Coordinator:
-        held = WaitingRules(**{"clients_wanted": clients, "deadline_s": SECONDS, "patience_s": SECONDS, **waiting})
+        given = {"clients_wanted": clients, "start_s": 60.0, "deadline_s": SECONDS, "patience_s": SECONDS, **waiting}
+        held = FederationConfig(**given)
         made.append(Coordinator(keys, clients, held))
         return made[-1]
 

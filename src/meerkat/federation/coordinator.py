@@ -136,7 +136,7 @@ def _coordinate(run: Run, problem: Problem, federation: FederationConfig, contro
             link,
             admission,
             run.settings,
-            federation.waiting_rules(config.clients),
+            federation,
             run.state,
             run.directions,
             problem.scores,

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ from meerkat.errors import MeerkatError
 from meerkat.federation.address import host_and_port
 from meerkat.federation.admission import ROWS_MAXIMUM, Binding
 from meerkat.federation.frames import LIMIT
-from meerkat.federation.link import WaitingRules
 from meerkat.federation.offer import LONGEST_PATIENCE_S
 from meerkat.record.signatures import check_fingerprint, read_keys
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
@@ -46,11 +44,6 @@ class FederationConfig(Settings):
     sites: tuple[Binding, ...] = Field((), description="the only clients, with node, key and rows; empty for any")
     evaluate: Literal["coordinator", "sites"] = Field("coordinator", description="who evaluates, each on its own rows")
     extensions: tuple[str, ...] = Field((), description="extensions that the run needs: modules, or .py files")
-
-    def waiting_rules(self, clients: int) -> WaitingRules:
-        """How the engine waits for a run's clients."""
-        rules = {field.name: getattr(self, field.name) for field in fields(WaitingRules)}
-        return WaitingRules(**rules | {"clients_wanted": self.clients_wanted or clients})
 
 
 def read_federation(file: Path) -> tuple[RunConfig, FederationConfig]:

@@ -22,8 +22,9 @@ from meerkat.algorithm.server import ServerConfig, ServerState, share_of
 from meerkat.errors import RunFailed
 from meerkat.federation import frames
 from meerkat.federation.admission import Admission, AdmittedSite
+from meerkat.federation.coordinator_settings import FederationConfig
 from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
-from meerkat.federation.link import Event, Link, WaitingRules
+from meerkat.federation.link import Event, Link
 from meerkat.federation.sessions import NO_WORK, Session, Sessions
 from meerkat.problems.problem import Better, primary
 from meerkat.progress import number_of, one_line, say
@@ -66,7 +67,8 @@ class RemoteEngine(Attendance):
     admission: Admission
     settings: ServerConfig
     """What rounds are opened from, with the clients that joined so far."""
-    waiting: WaitingRules
+    waiting: FederationConfig
+    """How long it waits, and for how many clients."""
     state: InitVar[ServerState]
     directions: Directions
     """Those that rounds are closed with, prepared while clients work."""
@@ -113,8 +115,8 @@ class RemoteEngine(Attendance):
             RunFailed: too few clients came in time, or every client of the run failed until it was removed.
         """
         rules, began, reported = self.waiting, time.monotonic(), False
-        least = rules.clients_minimum
-        full = max(least, min(rules.clients_wanted, self.settings.clients))
+        least, everyone = rules.clients_minimum, self.settings.clients
+        full = max(least, min(rules.clients_wanted or everyone, everyone))
         self._handle_pending()
         while True:
             waited, idle = time.monotonic() - began, len(self.sessions.idle())
