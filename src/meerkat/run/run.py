@@ -112,6 +112,26 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
     return folder
 
 
+def prepared(
+    folder: RunFolder, config: RunConfig, problem: Problem
+) -> tuple[MaskedModel, Tensor, Directions, Tensor | None]:
+    """What a run's rounds are made with: model, theta_0, directions, and the pre-training gradient if there is one.
+
+    The model is cast and quantised in place; theta_0 is as it was before that. It and the gradient are float32 [n], on
+    the model's device.
+
+    Raises:
+        MeerkatError: the model is not the run's, or cannot be quantised.
+        RunFailed: the mask's base values are not the model's.
+    """
+    mask = load_mask(folder, config, problem)
+    theta_0 = MaskedModel(problem.model, mask).read()
+    model = runnable_model(config, problem, mask)
+    z = directions(config, len(mask), model.device)
+    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
+    return model, theta_0, z, gradient
+
+
 @contextmanager
 def carry_on(
     folder: RunFolder,
@@ -140,11 +160,8 @@ def carry_on(
         folder.remove_leftovers()
         if log.dropped:
             say(f"note: {folder.log_path}: {log.dropped}; that record is dropped and its round is run again")
-        mask = load_mask(folder, config, problem)
-        theta_0 = MaskedModel(problem.model, mask).read()
-        model = runnable_model(config, problem, mask)
-        z = directions(config, len(mask), model.device)
-        gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
+        model, theta_0, z, gradient = prepared(folder, config, problem)
+        mask = model.mask
         opening = Opening(
             run_key=f"{z.key:032x}",
             config=file_digest(folder.config_path),

@@ -25,18 +25,16 @@ from meerkat.record.run_log import LogReader
 from meerkat.record.summary import Summary
 from meerkat.run.local_engine import AttackedEngine, LocalEngine, LossesOf
 from meerkat.run.loop import Attendance, Engine, evaluation_of, run_rounds
-from meerkat.run.mask import load_mask
 from meerkat.run.metrics import EvaluationMetric, split_metric
-from meerkat.run.precision import runnable_model
 from meerkat.run.ranks import RankLost, Ranks
-from meerkat.run.run import Run, begin, carry_on
+from meerkat.run.run import Run, begin, carry_on, prepared
 from meerkat.run.sentences import budgets_in_words, defence_in_words, plan_in_words
 from meerkat.run.setup import has_device, open_problem, resolve
 from meerkat.run.shared_engine import SharedEngine, answer
 from meerkat.run.split import Split
 from meerkat.run.summary import write_summary
 from meerkat.settings import budget
-from meerkat.settings.algorithm import directions, estimator, rules
+from meerkat.settings.algorithm import estimator, rules
 from meerkat.settings.auto import number_or
 from meerkat.settings.config import SITES, RunConfig
 
@@ -104,11 +102,8 @@ def follow(ranks: Ranks) -> None:
     folder = RunFolder.open(Path(start["folder"]))
     config = folder.config()
     problem = open_problem(config)
-    split, mask = Split.of(config, problem), load_mask(folder, config, problem)
-    theta_0 = MaskedModel(problem.model, mask).read()
-    model = runnable_model(config, problem, mask)
-    z = directions(config, len(mask), model.device)
-    gradient = None if mask.pretraining_gradient is None else mask.pretraining_gradient.to(model.device)
+    split = Split.of(config, problem)
+    model, theta_0, z, gradient = prepared(folder, config, problem)
     logged = islice(LogReader(folder.log_path), start["records"])
     opening = Opening.from_json(next(logged), folder.log_path)
     agree(folder.log_path, "the rows, and which client has which", opening.data, split.digest)
