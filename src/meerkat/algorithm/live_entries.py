@@ -53,28 +53,24 @@ def count_live(model: nn.Module, mask: SparseMask, outputs: Callable[[], Tensor]
     if not mask.entries:
         return 0
     with weights_as(model, torch.float32):
-        return _count_live(MaskedModel(model, mask), outputs, enough)
-
-
-def _count_live(model: MaskedModel, outputs: Callable[[], Tensor], enough: int) -> int:
-    theta, count = model.read(), len(model.mask)
-    dealt = min(count, _DEALT)
-    order = torch.from_numpy(seeds.permutation(dealt, 0, "live entries") * (count // dealt)).to(theta.device)
-    amounts = _perturbations(model).to(theta.device)
-    before, live = outputs().double(), 0
-    try:
-        for group in order.tensor_split(min(count, 2 * enough)):
-            step = torch.zeros_like(theta)
-            step[group] = amounts[group] / len(group) ** 0.5
-            model.write_(theta + step)
-            up = outputs().double() - before
-            model.write_(theta - step)
-            down = outputs().double() - before
-            live += bool(torch.cosine_similarity(up, down, dim=0) < _OPPOSITE)
-            if live == enough:
-                break
-    finally:
-        model.write_(theta)
+        masked, count = MaskedModel(model, mask), len(mask)
+        theta, dealt = masked.read(), min(count, _DEALT)
+        amounts = _perturbations(masked).to(theta.device)
+        order = torch.from_numpy(seeds.permutation(dealt, 0, "live entries") * (count // dealt)).to(theta.device)
+        before, live = outputs().double(), 0
+        try:
+            for group in order.tensor_split(min(count, 2 * enough)):
+                step = torch.zeros_like(theta)
+                step[group] = amounts[group] / len(group) ** 0.5
+                masked.write_(theta + step)
+                up = outputs().double() - before
+                masked.write_(theta - step)
+                down = outputs().double() - before
+                live += bool(torch.cosine_similarity(up, down, dim=0) < _OPPOSITE)
+                if live == enough:
+                    break
+        finally:
+            masked.write_(theta)
     return live
 
 

@@ -29,30 +29,26 @@ def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     Raises:
         MeerkatError: a mask that was given does not fit, or one cannot be made.
     """
-    with for_gradients(problem.model):
-        return _make_mask(config, problem)
-
-
-def _make_mask(config: RunConfig, problem: Problem) -> SparseMask:
     model, density, kind = problem.model, config.density, config.recipe.moves
     given: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude}
-    if config.mask:
-        mask = given_mask(config, model)
-    elif kind in ("sensitivity", "task"):
-        mask = _sensitivity_mask(config, problem)
-    elif kind == "magnitude":
-        mask = magnitude_mask(model, density, **given)
-    elif kind == "random":
-        mask = random_mask(model, density, config.seed, **given)
-    else:
-        mask = lora_mask(model) if kind == "lora" else full_mask(model)
-    if config.gradip == "off":
-        return replace(mask, pretraining_gradient=None)
-    if mask.pretraining_gradient is not None or (public := problem.public()) is None:
-        return mask
-    # not part of the method's choice, but GradIP needs it
-    gradient = pretraining_gradient(model, mask, public.examples, public.loss, track=track)
-    return replace(mask, pretraining_gradient=gradient)
+    with for_gradients(model):
+        if config.mask:
+            mask = given_mask(config, model)
+        elif kind in ("sensitivity", "task"):
+            mask = _sensitivity_mask(config, problem)
+        elif kind == "magnitude":
+            mask = magnitude_mask(model, density, **given)
+        elif kind == "random":
+            mask = random_mask(model, density, config.seed, **given)
+        else:
+            mask = lora_mask(model) if kind == "lora" else full_mask(model)
+        if config.gradip == "off":
+            return replace(mask, pretraining_gradient=None)
+        if mask.pretraining_gradient is not None or (public := problem.public()) is None:
+            return mask
+        # not part of the method's choice, but GradIP needs it
+        gradient = pretraining_gradient(model, mask, public.examples, public.loss, track=track)
+        return replace(mask, pretraining_gradient=gradient)
 
 
 def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:

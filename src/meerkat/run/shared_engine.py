@@ -31,7 +31,10 @@ def answer(asked: Mapping[str, Any], engine: LocalEngine, state: ServerState, ra
     """Another rank's replies to the plan that `SharedEngine` told it, as JSON values."""
     plan = RoundPlan(**{**asked, "steps": dict(asked["steps"])})
     replies = engine.run(state, share(plan, ranks.rank, ranks.size))
-    return [[reply.client, reply.steps, reply.loss, pack(_values(reply))] for reply in replies]
+    return [
+        [one.client, one.steps, one.loss, pack(one.scalars if isinstance(one, Scalars) else one.delta)]
+        for one in replies
+    ]
 
 
 def share(plan: RoundPlan, rank: int, ranks: int) -> RoundPlan:
@@ -44,10 +47,6 @@ def share(plan: RoundPlan, rank: int, ranks: int) -> RoundPlan:
         if idlest == rank:
             steps[client] = count
     return replace(plan, steps=dict(sorted(steps.items())))
-
-
-def _values(reply: Reply) -> Any:
-    return reply.scalars if isinstance(reply, Scalars) else reply.delta
 
 
 def _reply(plan: RoundPlan, client: int, steps: int, loss: float, values: str) -> Reply:

@@ -23,28 +23,26 @@ def training_and_evaluation_rows(config: RunConfig, rows: Callable[[Side], list[
 
     Args:
         rows: gives the rows of a split, as `Problem.rows` does.
+
+    Raises:
+        MeerkatError: a side would have no rows.
     """
-    training, evaluated = _training_and_evaluation_rows(config, rows)
-    return training, evenly(evaluated, config.max_eval_samples)
-
-
-def evenly(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most so many of some rows, evenly spaced; all of them where `most` is 0."""
-    count = min(most, len(rows)) or len(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def _training_and_evaluation_rows(config: RunConfig, rows: Callable[[Side], list[Row]]) -> tuple[list[Row], list[Row]]:
-    training = rows("train")
+    training, most = rows("train"), config.max_eval_samples
     if not config.held_back:
-        return training, rows("validation")
+        return training, evenly(rows("validation"), most)
     order = seeds.permutation(len(training), config.seed, "held back")
     count = round(config.held_back * len(training))
     if not 0 < count < len(training):
         raise MeerkatError(
             f"--held-back {config.held_back:g}: leaves no rows on one side of {len(training)}; choose another share"
         )
-    return [training[i] for i in sorted(order[count:])], [training[i] for i in sorted(order[:count])]
+    return [training[i] for i in sorted(order[count:])], evenly([training[i] for i in sorted(order[:count])], most)
+
+
+def evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many of some rows, evenly spaced; all of them where `most` is 0."""
+    count = min(most, len(rows)) or len(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)
