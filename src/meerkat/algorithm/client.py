@@ -85,8 +85,8 @@ def slopes(
     Raises:
         Diverged: a loss is not finite.
     """
-    found = zeroth_order.slopes(model, theta, plan.along(step, directions), plan.eps, loss, estimator)
-    g, level = (values.reshape(plan.directions, *values.shape[1:] or (1,)).T.numpy() for values in found)
+    measured = zeroth_order.slopes(model, theta, plan.along(step, directions), plan.eps, loss, estimator)
+    g, level = (values.reshape(plan.directions, *values.shape[1:] or (1,)).T.numpy() for values in measured)
     if private is None:
         return g, level
     of_clients = np.split(g, np.cumsum(rows, dtype=np.int64)[:-1])
