@@ -63,16 +63,18 @@ def _nursery() -> None:
             children.discard(pid)
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
             continue
+        module, name = asked["what"]
+        what = getattr(import_module(module), name)  # loaded here, for all that are forked from now on
         pid = os.fork()
         if pid == 0:
-            _be(asked)
+            _be(asked, what)
         children.add(pid)
         print(pid, flush=True)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
 
 
-def _be(asked: dict[str, Any]) -> None:
+def _be(asked: dict[str, Any], what: Callable[..., int]) -> None:
     """Become what was asked for, in a forked child."""
     status = 70
     try:
@@ -84,8 +86,7 @@ def _be(asked: dict[str, Any]) -> None:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
         os.chdir(asked["folder"])
         tempfile.tempdir = asked["tmp"]
-        module, name = asked["what"]
-        status = getattr(import_module(module), name)(**asked["given"])
+        status = what(**asked["given"])
     except BaseException:
         traceback.print_exc()
     finally:
