@@ -25,16 +25,17 @@ class ClientRule:
     carries: ClassVar[bool] = False
     """Whether it carries a vector h_k from round to round."""
 
-    def correction(self, h: Tensor | None, drift: Tensor | None, z: Tensor) -> float:  # noqa: ARG002 (nothing is added)
+    def correction(self, _h: Tensor | None, _drift: Tensor | None, _z: Tensor, /) -> float:
         """What is added to a projected gradient along z: here, nothing.
 
         Args:
-            h: what the client carries, float32 [n]; None for zero, before its first round.
-            drift: theta - theta_r, float32 [n]; None for zero, at its first local step.
+            _h: what the client carries, float32 [n]; None for zero, before its first round.
+            _drift: theta - theta_r, float32 [n]; None for zero, at its first local step.
+            _z: the direction, float32 [n].
         """
         return 0.0
 
-    def carry(self, h: Tensor | None, drift: Tensor) -> Tensor:  # noqa: ARG002 (nothing is carried)
+    def carry(self, _h: Tensor | None, drift: Tensor, /) -> Tensor:
         """What the client carries after a round that its reply counted in, float32 [n]: here, zero.
 
         Args:

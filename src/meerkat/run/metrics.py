@@ -114,19 +114,19 @@ def metric_of(
     work = {"kind": record.kind, "round": record.plan.round, **asdict(Work.of(record)), **_traces(record)}
     if isinstance(record, RoundRecord):
         return {**work, "loss": _mean_loss(record, replies), "lr": record.plan.lr, **facts}
-    found = record.selection
+    selection = record.selection
     return {
         **work,
-        "rho_later": _rounded(found.rho_later),
-        "rho_quie": _rounded(found.rho_quie),
-        "later": _rounded(found.later),
+        "rho_later": _rounded(selection.rho_later),
+        "rho_quie": _rounded(selection.rho_quie),
+        "later": _rounded(selection.later),
         "thresholds": {
-            "rho_later": found.rho_later_above,
-            "rho_quie": found.rho_quie_from,
-            "quiet": found.quiet_below,
-            "loud": found.loud_above,
+            "rho_later": selection.rho_later_above,
+            "rho_quie": selection.rho_quie_from,
+            "quiet": selection.quiet_below,
+            "loud": selection.loud_above,
         },
-        "extreme": list(found.extreme),
+        "extreme": list(selection.extreme),
         "early_stopped": list(record.early_stopped),
         **facts,
     }
