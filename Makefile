@@ -5,6 +5,9 @@ EXTRAS := flower,gguf,hub,lora,privacy,quantize,tensorboard,dev
 
 FUZZ_SECONDS ?= 600
 
+# where it is set, each of the hundred processes that tests start compiles all sources anew
+unexport PYTHONDONTWRITEBYTECODE
+
 # three on two cores, since many wait; a file's tests stay together, for what they share; the longest file comes first
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 

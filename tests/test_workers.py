@@ -239,7 +239,7 @@ def wait_for(log: Path, lines: int) -> None:
     raise AssertionError(f"{log} does not grow")
 
 
-LONG = ("--rounds", "120", "--batching", "off", "--eval-every", "0")
+LONG = ("--rounds", "120", "--clients", "2", "--batching", "off", "--eval-every", "0")
 
 
 def test_a_killed_worker_ends_the_run_and_any_number_resumes_it(simulate_arguments: list[str], tmp_path: Path) -> None:
