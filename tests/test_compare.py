@@ -245,6 +245,15 @@ def test_the_search_does_not_look_at_the_validation_rows(compared: Path, federat
     )
 
 
+@pytest.mark.usefixtures("here")
+def test_where_all_runs_hold_rows_back_no_validation_rows_are_needed(federation: Path, tmp_path: Path) -> None:
+    shutil.copytree(federation, tmp_path / "federation")
+    (tmp_path / "federation" / "data" / "validation.jsonl").unlink()
+    given = settings(tmp_path / "federation", held_back=0.25, lr=0.1)
+    assert main(command(tmp_path, given + "seeds = [0]\n", "--evidence", str(tmp_path / "runs.csv"))) == 0
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
+
+
 def test_no_row_that_a_trial_is_judged_on_is_trained_on(compared: Path) -> None:
     for trial in (compared / "out" / "search").iterdir():
         summary = json.loads((trial / "summary.json").read_text())

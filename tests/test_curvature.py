@@ -225,6 +225,13 @@ def test_what_a_mask_cannot_have_measured_is_measured_again(setting: Setting, ch
     assert settled(again)[1].facts == mask.facts
 
 
+def test_what_was_measured_on_other_rows_is_not_said_of_a_run_whose_rate_was_given(setting: Setting) -> None:
+    _, mask = settled(setting)
+    same = replace(setting, mask=mask)
+    assert settled(same, lr=0.25)[1].facts == mask.facts
+    assert CURVATURE not in settled(same, lr=0.25, text_sequences=1)[1].facts
+
+
 @pytest.mark.parametrize("method", ["meerkat", "full-fedzo", "lora-fedzo", "random-mask", "fo-fedavg"])
 def test_a_rate_left_out_is_settled_once_and_used(simulate_arguments: list[str], tmp_path: Path, method: str) -> None:
     at = simulate_arguments.index("--lr")

@@ -1,6 +1,7 @@
 """Every method over the tiny federation: run, resumed anywhere, verified, forged, counted by hand."""
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -525,6 +526,37 @@ def test_a_mask_of_another_density_than_was_asked_for_is_refused(
     assert main([*arguments, *given]) == 2
     assert "density 0.02: mask" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_given_mask_says_itself_how_it_was_chosen(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = tmp_path / "mask.safetensors"
+    made = ["mask", *_for_a_mask(arguments), "--exclude", "none", "--mask-scope", "per-tensor", "--out", str(mask)]
+    assert main(made) == 0
+    simulate(arguments, tmp_path / "run", "--mask", str(mask))
+    config = RunFolder(tmp_path / "run").config()
+    assert (config.exclude, config.mask_scope) == ((), "per-tensor")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Never chosen" not in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
+    for flags, said in (
+        (
+            ("--exclude", "embeddings,norms"),
+            "exclude embeddings,norms: mask '{}' was made with none; leave one of them",
+        ),
+        (("--exclude", "norms"), "exclude norms: mask '{}' was made with none; leave one of them out"),
+    ):
+        assert main([*arguments, *flags, "--mask", str(mask), "--out", str(tmp_path / "refused")]) == 2
+        assert said.format(mask) in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def _for_a_mask(arguments: list[str]) -> list[str]:
+    """Of a run's flags those that `meerkat mask` takes."""
+    names = ("--model", "--text", "--density", "--text-sequences")
+    pairs = itertools.pairwise(arguments)
+    return [part for name, value in pairs if name in names for part in (name, value)]
 
 
 # --- GradIP, masks that are given, and rows that are evaluated on ---

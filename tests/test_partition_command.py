@@ -50,6 +50,16 @@ def test_rows_held_back_go_to_no_site(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{sum(map(len, files))} rows in 2 folders" in said
 
 
+def test_no_validation_rows_are_needed(federation: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes((federation / "data" / "train.jsonl").read_bytes())
+    flags = ["--task", "sst2", "--data", str(tmp_path / "data"), "--clients", "2"]
+    assert main(["partition", *flags, "--partition", "iid", "--out", str(tmp_path / "sites")]) == 0
+    mask = ["--model", str(federation / "model"), "--text", str(federation / "text.jsonl"), "--method", "task-mask"]
+    few = ["--task", "sst2", "--data", str(tmp_path / "data"), "--text-sequences", "4", "--density", "0.01"]
+    assert main(["mask", *mask, *few, "--out", str(tmp_path / "mask.safetensors")]) == 0
+
+
 def test_a_taken_folder_and_a_bad_split_are_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -420,7 +420,22 @@ def test_clients_whose_budget_does_not_last_are_named_wherever_privacy_is_told(
     assert said in (folder / "report.html").read_text()
     capsys.readouterr()
     assert main(["resume", str(folder)]) == 0
-    assert f"note: p{said}; 0 never take part" in capsys.readouterr().err
+    assert f"note: p{said}; 0 never take part".replace(" do ", " may ") in capsys.readouterr().err
+
+
+def test_a_budget_that_lasts_for_the_rounds_that_ask_is_not_said_to_end(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    few = ["--clients-per-round", "1", "--rounds", "8", "--dp-epsilon", "1.5", "--dp-noise-multiplier", "2"]
+    simulate(arguments, run, *EXAMPLE, *few)
+    opening, *rounds = logged(run)
+    asked = [client for record in rounds if record["kind"] == "round" for client in record["clients"]]
+    most = max(map(asked.count, asked))
+    assert all(most < steps < 8 for steps in opening["allowance"])
+    assert "note: privacy budgets that may not last to the end of the run" in capsys.readouterr().err
+    assert json.loads((run / "summary.json").read_text())["clients_without_budget"] == []
+    assert main(["verify", str(run)]) == 0
 
 
 def test_a_budget_that_is_no_protection_is_said_to_be_none(

@@ -14,11 +14,13 @@ from meerkat.algorithm import path
 from meerkat.algorithm.calibration import CalibrationRecord, open_calibration
 from meerkat.algorithm.extreme_clients import Vpcs, select
 from meerkat.algorithm.replica import Replica
+from meerkat.algorithm.rounds import RoundPlan, RoundRecord
 from meerkat.algorithm.server import ServerState
 from meerkat.errors import RunFailed
 from meerkat.record.members import Member
 from meerkat.record.replay import Replay
 from meerkat.record.run_folder import RunFolder
+from meerkat.record.summary import Work
 from meerkat.settings.config import SITES
 
 Records = list[dict[str, Any]]
@@ -39,6 +41,16 @@ def records(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Records:
     federation.round()
     closing = {"kind": "close", "rounds": 3, "theta": path.digest(federation.state.theta)}
     return [*federation.records, closing]
+
+
+@pytest.mark.parametrize(("sends", "up", "down"), [("scalars", 4 * 2 * 3, 4 * 4 * 2 * 3), ("delta", 4 * 7, 4 * 7 * 4)])
+def test_work_is_of_the_replies_that_came(sends: Any, up: int, down: int) -> None:
+    plan = RoundPlan(0, 0.1, 1e-3, 2, dict.fromkeys(range(4), 3), sends=sends)
+    scalars = {1: np.ones((3, 2), np.float32)} if sends == "scalars" else {}
+    aggregate = np.ones((3, 2) if sends == "scalars" else 7, np.float32)
+    unkept = {} if scalars else {1: 3}
+    record = RoundRecord(plan, {1: 1.0}, scalars, aggregate, "", np.zeros((0, 2)), unkept=unkept)
+    assert Work.of(record) == Work(up, down, 3)
 
 
 def test_a_join_comes_out_as_it_went_in() -> None:

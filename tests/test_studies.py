@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meerkat.comparison.studies import Comparison, read_comparison, with_studies
+from meerkat.comparison.studies import Comparison, read_comparison, spelled, with_studies
 from meerkat.errors import MeerkatError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "claims" / "embedded.toml"
@@ -206,6 +206,11 @@ def test_an_older_name_serves_as_an_axis_and_is_overridden_by_the_name_of_today(
     assert read(tmp_path, 'server_optimizer = "adam"', update_rule="momentum").studies[0].config({}, 0).update_rule == (
         "momentum"
     )
+
+
+def test_masks_of_two_runs_are_told_apart() -> None:
+    shown = [spelled({"mask": f"runs/{run}/mask.safetensors"})["mask"] for run in "ab"]
+    assert shown == ["a/mask.safetensors", "b/mask.safetensors"]
 
 
 def test_a_rate_that_is_given_leaves_held_back_rows_free(tmp_path: Path) -> None:

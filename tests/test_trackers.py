@@ -38,7 +38,11 @@ def test_what_nobody_told_is_left_out(tmp_path: Path) -> None:
     with tracking("tensorboard", tmp_path, 0) as follow:
         follow({"kind": "evaluation", "round": 3, "scores": {"accuracy": 0.5, "loss": None}})
         follow({"kind": "split", "round": 0})
-    assert scalars(tmp_path) == {"evaluation/accuracy": [(3, 0.5)]}
+        hidden = {"clients": [], "abs_g": [], "loss": None, "lr": 0.5, "wall_s": 1.0, "bytes_up": 8, "bytes_down": 8}
+        follow({"kind": "round", "round": 3, **hidden})
+    shown = scalars(tmp_path)
+    assert shown["evaluation/accuracy"] == [(3, 0.5)]
+    assert shown.keys() == {"evaluation/accuracy", "round/lr", "round/seconds", "bytes/up", "bytes/down"}
 
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,13 +40,16 @@ class CalibrationRecord:
 
     kind: ClassVar[str] = "calibration"
 
+    @property
+    def made(self) -> Mapping[int, int]:
+        """Local steps that each client replied with, by client id, ascending."""
+        return steps_of(self.scalars)
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {
             "kind": self.kind,
-            **replies_to_json(
-                self.plan, steps_of(self.scalars), self.pointers, self.scalars, self.inner, self.signatures
-            ),
+            **replies_to_json(self.plan, self.made, self.pointers, self.scalars, self.inner, self.signatures),
             "selection": asdict(self.selection),
             "early_stopped": list(self.early_stopped),
         }

@@ -199,7 +199,7 @@ def _portable(config: RunConfig) -> RunConfig:
 
 
 _OF_A_PROBLEM = ("problem", "model", "device", "task", "data", "max_length", "chat_template")
-_OF_THE_ROWS = ("partition", "clients", "mask", "method")
+_OF_THE_ROWS = ("partition", "clients", "mask", "method", "held_back")
 
 
 class _Facts(NamedTuple):

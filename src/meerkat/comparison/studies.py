@@ -286,5 +286,5 @@ def spelled(setting: Setting) -> dict[str, Any]:
     if not isinstance(values.get("exclude", ""), str):
         values["exclude"] = ",".join(values["exclude"]) or "none"
     if "mask" in values:
-        values["mask"] = Path(values["mask"]).name
+        values["mask"] = "/".join(Path(values["mask"]).parts[-2:])  # in run folders all have one name
     return values

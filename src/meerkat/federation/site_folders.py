@@ -8,7 +8,7 @@ from meerkat.errors import MeerkatError
 from meerkat.problems.partition import partition
 from meerkat.record.files import make_folder, write_text
 from meerkat.run.setup import load_split, resolve
-from meerkat.run.split import training_and_evaluation_rows
+from meerkat.run.split import training_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
 from meerkat.settings.validation import check_new_folder
 
@@ -37,7 +37,7 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     if config.problem != CLASSIFICATION:
         raise MeerkatError(f"problem '{config.problem}': only {CLASSIFICATION}'s rows can be written to folders")
     config = resolve(config)
-    training, _ = training_and_evaluation_rows(config, partial(load_split, config))
+    training = training_rows(config, partial(load_split, config))
     split = partition(config.partition, training, config.clients, config.seed)
     make_folder(out)
     for client, rows in enumerate(split.rows):

@@ -44,6 +44,8 @@ def load_model(name: str, device: str = "cpu") -> tuple[nn.Module, Any]:
     Raises:
         MeerkatError: there is no such model, or it has no tokenizer or no causal-LM head, or it is one to be run.
     """
+    if device.startswith("meta"):
+        raise MeerkatError(f"device '{device}': holds no numbers; use --device cpu")
     source = find_model(name)
     try:
         tokenizer = load_tokenizer(source)

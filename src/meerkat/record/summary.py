@@ -127,12 +127,13 @@ class Work:
 
     @classmethod
     def of(cls, record: RoundRecord | CalibrationRecord) -> "Work":
-        """Of one round or calibration."""
+        """Of one round or calibration: of replies that came, and of what went to all that were asked."""
         plan, clients = record.plan, len(record.plan.steps)
-        steps = sum(plan.steps.values())
-        if isinstance(record, RoundRecord) and plan.sends == "delta":
-            payload = 4 * len(record.aggregate) * clients
-            return cls(payload, payload, steps)
+        made = record.made
+        steps = sum(made.values())
+        if plan.sends == "delta":
+            payload = 4 * (len(record.aggregate) if isinstance(record, RoundRecord) else 0)
+            return cls(payload * len(made), payload * clients, steps)
         down = 4 * plan.longest * plan.directions * clients if plan.phase == "training" else 0
         return cls(4 * steps * plan.directions, down, steps)
 

@@ -56,6 +56,8 @@ class VerifiedRun:
     """Signed replies by (client, fingerprint of its key)."""
     work: Mapping[str, Work] = field(default_factory=dict)
     """What clients did, by kind of record."""
+    steps_made: Mapping[int, int] = field(default_factory=dict)
+    """Local steps that each client has made, by id."""
     early_stopped: Collection[int] = ()
     """Clients that make one step a round at the end."""
     summary: Summary | None = None
@@ -181,7 +183,9 @@ def _checked_summary(folder: RunFolder, run: VerifiedRun) -> Summary | None:
     if summary.evaluated_on != "sites" or not run.opening.federation or run.config.dp != "none":
         expected["evaluated_on"] = "held-back" if run.config.held_back else "validation"
     if not run.opening.federation:
-        expected["clients_without_budget"] = budget.ending_early(run.config, run.opening.allowance)
+        expected["clients_without_budget"] = budget.not_lasting(
+            run.config, run.opening.allowance, run.steps_made, run.early_stopped, run.rounds
+        )
     for name, value in expected.items():
         if not alike(getattr(summary, name), value, within=1e-6):  # accounting may differ in its last digits
             agree(folder.summary_path, name, getattr(summary, name), value)
@@ -229,6 +233,7 @@ def _replayed(run: StoredRun) -> VerifiedRun:
         replies=replay.replies,
         signed=dict(replay.signed),
         work=work,
+        steps_made=state.steps_made,
         early_stopped=state.early_stopped,
     )
 

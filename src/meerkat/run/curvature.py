@@ -44,7 +44,7 @@ def with_rates(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[R
     """
     open_rates = [name for name in ("lr", "server_lr") if getattr(config, name) == AUTO]
     if not open_rates:
-        return config, mask
+        return config, _without_strange_curvature(config, problem, mask)
     public, numbers = problem.public(), _numbers_for(open_rates)
     if public is None or not public.rows:
         raise MeerkatError(
@@ -93,15 +93,30 @@ def _measured(
     config: RunConfig, problem: Problem, mask: SparseMask, rows: Sequence[Row]
 ) -> tuple[Curvature, SparseMask]:
     """The curvature on public rows, and the mask with it; one that was measured alike is taken as it is."""
-    candidates = [[{**row, "label": label} for label in range(len(problem.labels))] or [dict(row)] for row in rows]
-    examples = [problem.prepare(alike) for alike in candidates]
-    of = [problem.digest([example for alike in examples for example in alike]), config.objective]
+    examples, of = _candidates(config, problem, rows)
     if (before := _measured_before(mask, of)) is not None:
         return before, mask
     with for_gradients(problem.model):
         known = curvature(_gradients(problem, mask, examples), len(rows))
     fact = {"of": of, "trace": known.trace, "largest": known.largest}
     return known, replace(mask, facts={**mask.facts, CURVATURE: json.dumps(fact)})
+
+
+def _candidates(config: RunConfig, problem: Problem, rows: Sequence[Row]) -> tuple[list[list[Any]], list[str]]:
+    """Each public row with each label, prepared, and what tells that from others."""
+    candidates = [[{**row, "label": label} for label in range(len(problem.labels))] or [dict(row)] for row in rows]
+    examples = [problem.prepare(alike) for alike in candidates]
+    return examples, [problem.digest([example for alike in examples for example in alike]), config.objective]
+
+
+def _without_strange_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> SparseMask:
+    """A mask that says nothing of the curvature on other rows than this problem's."""
+    if CURVATURE not in mask.facts:
+        return mask
+    public = problem.public()
+    if public is not None and _measured_before(mask, _candidates(config, problem, public.rows[:_ROWS])[1]) is not None:
+        return mask
+    return replace(mask, facts={name: fact for name, fact in mask.facts.items() if name != CURVATURE})
 
 
 def _measured_before(mask: SparseMask, of: Sequence[str]) -> Curvature | None:

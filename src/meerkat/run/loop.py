@@ -136,7 +136,7 @@ class _Loop:
         run.append(record)
         present.logged(record)
         if isinstance(record, CalibrationRecord):
-            say(stopped_in_words(record.early_stopped, len(plan.steps)))
+            say(stopped_in_words(record.early_stopped, run.config.clients))
         else:
             present.closed(run.state, record)
 

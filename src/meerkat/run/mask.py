@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from meerkat.algorithm import path
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.masks.baselines import full_mask, magnitude_mask, random_mask
+from meerkat.masks.kinds import Exclusion, Scope
 from meerkat.masks.lora import lora_mask
 from meerkat.masks.sensitivity import pretraining_gradient, sensitivity_mask
 from meerkat.masks.sparse_mask import SparseMask
@@ -19,7 +20,7 @@ from meerkat.progress import track
 from meerkat.record.files import write_atomically
 from meerkat.record.run_folder import RunFolder
 from meerkat.run.precision import for_gradients
-from meerkat.run.split import training_and_evaluation_rows
+from meerkat.run.split import training_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
 
 
@@ -55,7 +56,7 @@ def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:
     """The mask that the settings name. A method that chooses by sensitivity takes any, others one of their own kind.
 
     Raises:
-        MeerkatError: there is no such file, or its mask is of another kind, model or density than the run's.
+        MeerkatError: there is no such file, or its mask is of another kind or model, or chosen otherwise, than asked.
     """
     mask, kind, density = SparseMask.load(Path(config.mask)), config.recipe.moves, config.density
     if kind not in ("sensitivity", mask.kind):
@@ -66,7 +67,29 @@ def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:
         raise MeerkatError(
             f"density {density:g}: mask '{config.mask}' has density {mask.density:g}; leave one of them out"
         )
+    for name, chosen in chosen_by(mask).items():
+        if getattr(config, name) not in (chosen, RunConfig.model_fields[name].default):
+            asked, has = (_spelled(value) for value in (getattr(config, name), chosen))
+            raise MeerkatError(f"{name} {asked}: mask '{config.mask}' was made with {has}; leave one of them out")
     return mask
+
+
+def chosen_by(mask: SparseMask) -> dict[str, Any]:
+    """The settings `exclude` and `mask_scope` that a mask was made with, as far as it says so."""
+    if mask.kind in ("full", "lora"):
+        return {}
+    excluded, scope = mask.facts.get("excluded"), mask.facts.get("scope")
+    without = None if excluded is None else tuple(filter(None, excluded.split(",")))
+    chosen: dict[str, Any] = {}
+    if without is not None and {*without} <= {*get_args(Exclusion)}:
+        chosen["exclude"] = without
+    if scope in get_args(Scope):
+        chosen["mask_scope"] = scope
+    return chosen
+
+
+def _spelled(value: str | tuple[str, ...]) -> str:
+    return value if isinstance(value, str) else ",".join(value) or "none"
 
 
 def _sensitivity_mask(config: RunConfig, problem: Problem) -> SparseMask:
@@ -74,7 +97,7 @@ def _sensitivity_mask(config: RunConfig, problem: Problem) -> SparseMask:
     options: dict[str, Any] = {"scope": config.mask_scope, "exclude": config.exclude, "track": track}
     options["with_gradient"] = config.gradip == "on"
     if config.recipe.moves == "task":
-        training, _ = training_and_evaluation_rows(config, problem.rows)
+        training = training_rows(config, problem.rows)
         drawn = sorted(seeds.permutation(len(training), config.seed, "task mask")[: config.text_sequences])
         examples = problem.prepare([training[i] for i in drawn])
         options |= {"kind": "task", "facts": {"task": problem.name}}

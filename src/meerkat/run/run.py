@@ -30,7 +30,7 @@ from meerkat.record.replay import Replay, closing_record
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.run_log import LogReader, RunLog
 from meerkat.run.curvature import with_rates
-from meerkat.run.mask import load_mask, make_mask, store_mask
+from meerkat.run.mask import chosen_by, load_mask, make_mask, store_mask
 from meerkat.run.metrics import metric_of
 from meerkat.run.precision import runnable_model, with_precision
 from meerkat.run.trackers import check_tracker
@@ -103,10 +103,11 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
             "--vpcs-rule thresholds: reads GradIP, which needs a pre-training gradient; "
             "give --text or a mask that has one, or use automatic"
         )
-    # config.toml says what runs: a given mask's own density, the rates that fit it, the noise that a budget needs
+    # config.toml says what runs: how a given mask was chosen, the rates that fit it, the noise that a budget needs
+    chosen = chosen_by(mask) if config.mask else {}
     config, mask = with_rates(config, problem, mask)
     config, mask = with_precision(config, problem, mask)
-    config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density})
+    config = budget.with_noise(config, sizes).model_copy(update={"density": mask.density, **chosen})
     folder = RunFolder.create(out, config)
     store_mask(folder, mask, problem)
     return folder

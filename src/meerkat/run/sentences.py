@@ -8,11 +8,10 @@ from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings.config import RunConfig
 
 
-def budgets_in_words(clients: Sequence[int], of: int) -> str:
-    """Whose privacy budgets do not last, of so many clients; at most ten are named."""
-    return (
-        f"privacy budgets that do not last to the end of the run: {clients_in_words(clients)} ({len(clients)} of {of})"
-    )
+def budgets_in_words(clients: Sequence[int], of: int, do: str = "do") -> str:
+    """Whose privacy budgets do not last, of so many clients, or `do` "may" not; at most ten are named."""
+    named = f"{clients_in_words(clients)} ({len(clients)} of {of})"
+    return f"privacy budgets that {do} not last to the end of the run: {named}"
 
 
 def defence_in_words(config: RunConfig) -> str:

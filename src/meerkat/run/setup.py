@@ -71,7 +71,7 @@ def resolve_model(config: RunConfig) -> RunConfig:
 def resolve_machine(config: RunConfig) -> RunConfig:
     """The part of `resolve` that is about this machine: device, threads, sizes of passes, absolute paths."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    tokens = causal_lm.TOKENS_PER_PASS["cpu" if device == "cpu" else "cuda"]
+    tokens = causal_lm.TOKENS_PER_PASS["cpu" if device.startswith("cpu") else "cuda"]
     filled: dict[str, Any] = {
         "device": device,
         "threads": number_or(config.threads, torch.get_num_threads()),

@@ -180,7 +180,8 @@ def _announce(run: Run, split: Split, lasting: Sequence[int]) -> None:
         say(defence)
     if early := budget.ending_early(config, lasting):
         never = [client for client in early if lasting[client] < config.local_steps]
-        say(f"note: {budgets_in_words(early, len(sizes))}; {len(never)} never take part: those with the fewest rows")
+        who = budgets_in_words(early, len(sizes), "may")
+        say(f"note: {who}; {len(never)} never take part: those with the fewest rows")
 
 
 class _Everyone(Attendance):

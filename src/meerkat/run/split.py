@@ -27,16 +27,27 @@ def training_and_evaluation_rows(config: RunConfig, rows: Callable[[Side], list[
     Raises:
         MeerkatError: a side would have no rows.
     """
-    training, most = rows("train"), config.max_eval_samples
+    training, held_back = _sides(config, rows)
+    return training, evenly(rows("validation") if held_back is None else held_back, config.max_eval_samples)
+
+
+def training_rows(config: RunConfig, rows: Callable[[Side], list[Row]]) -> list[Row]:
+    """The rows that clients have; validation rows are not read. Otherwise as `training_and_evaluation_rows`."""
+    return _sides(config, rows)[0]
+
+
+def _sides(config: RunConfig, rows: Callable[[Side], list[Row]]) -> tuple[list[Row], list[Row] | None]:
+    """The training rows, without and with those that are held back; None where none are."""
+    training = rows("train")
     if not config.held_back:
-        return training, evenly(rows("validation"), most)
+        return training, None
     order = seeds.permutation(len(training), config.seed, "held back")
     count = round(config.held_back * len(training))
     if not 0 < count < len(training):
         raise MeerkatError(
             f"--held-back {config.held_back:g}: leaves no rows on one side of {len(training)}; choose another share"
         )
-    return [training[i] for i in sorted(order[count:])], evenly([training[i] for i in sorted(order[:count])], most)
+    return [training[i] for i in sorted(order[count:])], [training[i] for i in sorted(order[:count])]
 
 
 def evenly(rows: Sequence[Row], most: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,13 @@ def without_budget(folder: RunFolder) -> list[int]:
     """Clients whose privacy budget does not last to the end of the run: as the log or a federation's sites tell."""
     opening = next(iter(LogReader(folder.log_path)), {})
     if lasting := opening.get("allowance"):
-        return budget.ending_early(folder.config(), lasting)
+        made, early_stopped, rounds = Counter[int](), list[int](), 0
+        for (client, _), steps in steps_by_rows(folder.log_path).items():
+            made[client] += steps
+        for record in LogReader(folder.log_path):
+            rounds += record["kind"] == "round"
+            early_stopped = record.get("early_stopped", early_stopped)
+        return budget.not_lasting(folder.config(), lasting, made, early_stopped, rounds)
     if not opening.get("federation"):
         return []
     declined = {

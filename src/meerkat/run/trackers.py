@@ -60,7 +60,7 @@ def _write(add: Callable[[str, float, int], object], metric: Metric) -> None:
             "round/loss": metric["loss"],
             "round/lr": metric["lr"],
             "round/abs_g": float(np.mean(np.concatenate(metric["abs_g"]))) if metric.get("abs_g") else None,
-            "round/clients": len(metric["clients"]) if "clients" in metric else None,
+            "round/clients": len(metric["clients"]) if metric.get("clients") else None,
             "round/seconds": metric.get("round_s", metric["wall_s"]),
             "bytes/up": metric["bytes_up"],
             "bytes/down": metric["bytes_down"],

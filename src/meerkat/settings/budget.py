@@ -5,7 +5,7 @@ Client-level: a round is one, on clients sampled at q = clients_per_round / K; a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from meerkat.algorithm.replies import LARGEST_LOSS
 from meerkat.errors import MeerkatError
@@ -131,9 +131,24 @@ def allowance(config: RunConfig, sizes: Sequence[int]) -> list[int]:
 
 
 def ending_early(config: RunConfig, lasting: Sequence[int]) -> list[int]:
-    """Clients whose budgets do not last to the end of the run, of a simulation's allowance."""
+    """Clients whose budgets may not last to the end of the run, of a simulation's allowance: if all rounds ask them."""
     asked = steps_asked(config)
     return [client for client, steps in enumerate(lasting) if steps < asked]
+
+
+def not_lasting(
+    config: RunConfig, lasting: Sequence[int], made: Mapping[int, int], early_stopped: Collection[int], rounds: int
+) -> list[int]:
+    """Those of them whose budgets do not last for the rounds that are left, or, after the last, for one more.
+
+    Args:
+        made: local steps that each client has made, by id.
+        early_stopped: clients that make one step a round.
+        rounds: how many are closed.
+    """
+    left = max(config.rounds - rounds, 1)
+    wanted = {k: left * (1 if k in early_stopped else config.local_steps) for k in range(len(lasting))}
+    return [k for k in ending_early(config, lasting) if made.get(k, 0) + wanted[k] > lasting[k]]
 
 
 def spent(config: RunConfig, made: Mapping[tuple[int, int], int], rounds: int, relation: Relation) -> list[float]:

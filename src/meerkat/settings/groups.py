@@ -54,9 +54,9 @@ class ModelAndData(Settings):
     """tokens of a prompt with its label, at most; longer ones are cut on the left"""
     chat_template: Literal["off", "on"] = "off"
     """on puts the prompt into the model's chat template as the user's message, and the label begins the reply"""
-    text_sequences: int = Field(256, ge=1)
+    text_sequences: int = Field(256, ge=1, lt=2**31)
     """sequences of pre-training text that the mask is made from"""
-    text_length: int = Field(256, ge=2)
+    text_length: int = Field(256, ge=2, lt=2**31)
     """tokens of a pre-training sequence, at most"""
     partition: str = "dirichlet:0.5"
     """which client holds which rows: iid, dirichlet:A, single-label, mixed:N, column:NAME"""
@@ -84,11 +84,11 @@ class MethodSettings(Settings):
     without its embeddings in the mask, and their updates would show which tokens a site has [default: embeddings]"""
     local_steps: int = Field(1, ge=1, lt=2**31)
     """T: local steps a round"""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, lt=2**31)
     """rows in a local step's batch"""
     estimator: str = "plain"
     """how a step's slopes are estimated; plain is the paper's: two-sided, along normal directions"""
-    directions: int = Field(1, ge=1)
+    directions: int = Field(1, ge=1, lt=2**31)
     """P: directions a step, averaged"""
     eps: Annotated[float, Field(ge=1e-6)] | Auto = AUTO
     """size of a perturbation; auto is the one of smallest error on public text, measured when the run starts"""
@@ -181,7 +181,7 @@ class CalibrationSettings(Settings):
     at random, or none"""
     vpcs_rule: Rule = "automatic"
     """how extreme clients are found: by comparing clients, or by thresholds (the paper's rule)"""
-    calibration_steps: int = Field(100, ge=2)
+    calibration_steps: int = Field(100, ge=2, lt=2**31)
     """T_cali: uninterrupted local steps of a calibration"""
     initial_steps: int = Field(30, ge=1)
     """T_init: first steps of a calibration, compared with the last"""
