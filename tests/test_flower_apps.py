@@ -8,7 +8,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tomli_w
@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("flwr")
 
+import httpx
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -234,6 +235,50 @@ def test_what_a_node_answers_ends_nobody_s_run(
     waiting = {"clients_minimum": 1, "start_s": 5.0 if kind == "train.frames" else 0.0, "deadline_s": 0.5}
     assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["rounds"] == 2
     assert grid.meddled
+
+
+class Unreadable(Grid):
+    """What node 101 answers first is nothing that Flower can read."""
+
+    unreadable: str | None = None
+
+    def _answer(self, message: Message) -> str | None:
+        made = super()._answer(message)
+        if self.unreadable is None and message.metadata.dst_node_id == 101:
+            self.unreadable = made
+        return made
+
+    def pull_messages(self, ids: Sequence[str]) -> list[Message]:
+        if self.unreadable in ids:
+            raise ValueError("Error parsing message")
+        return super().pull_messages(ids)
+
+
+@pytest.mark.usefixtures("_identity")
+def test_an_answer_that_flower_cannot_read_ends_its_own_session_alone(tmp_path: Path, sites: list[Path]) -> None:
+    grid = Unreadable(sites)
+    waiting = {"clients_minimum": 1, "deadline_s": 0.5}
+    assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["rounds"] == 2
+    assert grid.unreadable is not None
+
+
+def test_an_answer_is_that_of_the_message_that_was_asked_about() -> None:
+    forged: Any = SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id="of-8"))
+    grid: Any = SimpleNamespace(pull_messages=lambda ids: [forged] if ids == ["of-7"] else [])
+    waiting = {"of-7": 7, "of-8": 8}
+    assert [*messages.answered(grid, waiting)] == [(forged, 7)]
+    assert waiting == {"of-8": 8}
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), httpx.ConnectError("no route"), SystemExit(0)])
+def test_a_broken_connection_is_nobody_s_answer(error: BaseException) -> None:
+    def fails(_: Sequence[str]) -> list[Message]:
+        raise error
+
+    waiting = {"of-7": 7}
+    with pytest.raises(type(error)):
+        list(messages.answered(cast(Any, SimpleNamespace(pull_messages=fails)), waiting))
+    assert waiting == {"of-7": 7}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -331,6 +332,47 @@ def test_a_question_without_a_reply_counts_once_the_machine_went_down(
     reboot("wednesday")
     again = Ledger(path)
     assert sum(charge.steps for charge in again.of(RUN, 0).charges) == 2 + 2 + 2
+    again.close()
+
+
+def test_where_no_start_is_told_from_another_a_process_that_lives_loses_nothing(
+    tmp_path: Path, reboot: Callable[[str], None]
+) -> None:
+    path = tmp_path / "ledger"
+    reboot("")
+    ledger = Ledger(path)
+    for at in range(4):
+        reserved(ledger, 10 * at + 10)
+        asked(ledger, at)
+        answered(ledger, at)
+    assert (ledger.of(RUN, 0).pointer, sum(charge.steps for charge in ledger.of(RUN, 0).charges)) == (8, 8)
+    ledger.close()
+    again = Ledger(path)  # another process: the worst counts
+    assert again.of(RUN, 0).pointer == 40
+    again.close()
+
+
+def test_a_signal_in_the_middle_of_a_line_leaves_a_ledger_that_can_be_opened(
+    federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting.make(federation, tmp_path / "sites", rounds=3, local_steps=2, directions=2)
+    path, write = tmp_path / "ledger", os.write
+    site, server = site_of(setting, path), Coordinator(setting)
+
+    def interrupted(file: int, data: bytes) -> int:
+        written = write(file, data)
+        if b'"kind":"answer"' in data:
+            raise SystemExit  # Flower's handler, as the system call returns
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log.os, "write", interrupted)
+        with pytest.raises(SystemExit):
+            site.answer(server.ask())
+    site.close()
+    assert lines(path, "release") == []
+    again = Ledger(path)
+    assert again.of(RUN, 0).entries[Request("training", 0)].reply is not None
     again.close()
 
 

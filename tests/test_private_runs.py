@@ -427,8 +427,8 @@ def test_a_budget_that_lasts_for_the_rounds_that_ask_is_not_said_to_end(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    lasts = epsilon([Charge(4 / 24, 2.0, 8)], 1e-5, "add-or-remove") * 1.001  # a client of 24 rows to the end
-    split = ("--partition", "dirichlet:0.5", "--clients-per-round", "1", "--rounds", "8")
+    lasts = epsilon([Charge(4 / 21, 2.0, 8)], 1e-5, "add-or-remove") * 1.001  # the client of 21 rows to the end
+    split = ("--partition", "dirichlet:5", "--clients-per-round", "1", "--rounds", "8")
     simulate(arguments, run, *EXAMPLE, *split, "--dp-epsilon", str(lasts), "--dp-noise-multiplier", "2")
     opening, *rounds = logged(run)
     asked = [client for record in rounds if record["kind"] == "round" for client in record["clients"]]

@@ -125,6 +125,10 @@ def test_the_meaning_of_a_scalar_is_in_the_settings_digest() -> None:
     assert changed.keys() == {*MEANING}
     digests = {meaning(settings.model_copy(update={name: value})) for name, value in changed.items()}
     assert len({*digests, meaning(settings)}) == len(MEANING) + 1
+    feddyn = settings.model_copy(update={"method": "feddyn"})  # whose scalars depend on alpha
+    alpha = {"feddyn_alpha": 0.25}
+    assert meaning(settings.model_copy(update=alpha)) == meaning(settings)
+    assert meaning(feddyn.model_copy(update=alpha)) != meaning(feddyn)
     assert meaning(settings.model_copy(update={"task": "/here/my.toml", "data": "x"})) == meaning(
         settings.model_copy(update={"task": "my.toml", "model": "y", "threads": 3})
     )

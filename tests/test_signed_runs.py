@@ -33,6 +33,7 @@ from meerkat.federation.admission import Admission
 from meerkat.federation.certificates import make_signing_key
 from meerkat.federation.coordinator import _check_same, coordinate
 from meerkat.federation.coordinator_settings import FederationConfig
+from meerkat.federation.frames import Frame, Kind
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
@@ -141,6 +142,38 @@ class Course:
         staged.wire.after(2.5, lambda: staged.wire.disconnect(1))
         staged.wire.after(2.6, lambda: staged.enter(1, **own))
         staged.wire.after(4.5, lambda: staged.stop("enough for today"))
+
+
+class Evaluating(Staged):
+    """Their nodes evaluate."""
+
+    def enter(self, client: int, **own: Any) -> None:
+        super().enter(client, **own, evaluate=True)
+
+
+def test_a_coordinator_that_was_stopped_in_the_last_evaluation_makes_it_when_it_starts_again(
+    federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_engine, "time", remote_engine.time)  # which a staged federation replaces
+    setting = Setting.make(federation, tmp_path / "sites", rounds=2)
+    config = setting.config.model_copy(update={"partition": SITES, "eval_every": 0})
+    asked, keys = FederationConfig(evaluate="sites", patience_s=30.0), dict[int, dict[str, str]]({0: {}, 1: {}, 2: {}})
+
+    def stopped(staged: Staged) -> None:
+        def meddle(_: int, data: bytes, up: bool) -> list[tuple[float, bytes]]:
+            sent = Frame.decode(data)
+            if not up and (sent.kind, sent.round) == (Kind.EVALUATE, 2):
+                staged.stop("enough for today")
+            return [(1.0 if up else 0.0, data)]
+
+        staged.wire.meddle = meddle
+
+    with pytest.raises(RunFailed, match="enough for today"):
+        coordinate(config, asked, tmp_path / "run", Evaluating(setting, keys, stopped))
+    again = coordinate(config, asked, tmp_path / "run", Evaluating(setting, keys))
+    whole = coordinate(config, asked, tmp_path / "whole", Evaluating(setting, keys))
+    assert again["scores"] == whole["scores"]
+    assert again["scores"]["accuracy"] is not None
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +555,7 @@ def test_a_reply_that_the_coordinator_leaves_out_is_found_in_the_round_after(
         held, theta = told_anew(course, run, lambda at, r, left_out=left_out: r[1:] if at == left_out else r)
         lying = forged(run, tmp_path / "forged", held, theta)
         if left_out == ROUNDS - 1:
+            (lying / "summary.json").unlink()  # the bytes that it counts tell
             assert verify(lying).replies == 15
         else:
             fails(lying, f"(round {left_out + 1}): client 0's reply is not what its key {course.name('k0')} signed")

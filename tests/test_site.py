@@ -20,7 +20,7 @@ from meerkat.algorithm.server import ServerState, close_round, open_round, share
 from meerkat.errors import MeerkatError
 from meerkat.federation import frames
 from meerkat.federation.certificates import make_signing_key
-from meerkat.federation.frames import BadFrame, Closed, Frame, Kind, Work
+from meerkat.federation.frames import Answer, BadFrame, Closed, Frame, Kind, Work
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
 from meerkat.federation.site_settings import Refused, SiteConfig
@@ -312,6 +312,24 @@ def test_a_round_of_other_directions_is_refused(setting: Setting) -> None:
     server.close(None)
     with pytest.raises(BadFrame, match="directions"):
         site.answer(server.ask([Closed(0.1, 1.0, np.ones((2, 3), "f4"), False)]))
+
+
+@pytest.mark.parametrize(("lr", "value"), [(float("nan"), 1.0), (0.01, float("inf"))])
+def test_a_round_with_a_number_that_is_not_finite_is_not_followed(setting: Setting, lr: float, value: float) -> None:
+    server, site = Server(setting), setting.site(0)
+    before = server.state
+    server.close(None)
+    with pytest.raises(BadFrame, match="a closed round with a number that is not finite"):
+        site.answer(server.ask([Closed(lr, 1.0, np.full((2, 2), value, "f4"), False)]))
+    assert stands_at(site, before)
+
+
+def test_a_site_that_lost_its_ledger_begins_where_the_coordinator_counted_though_it_evaluated_before(
+    setting: Setting,
+) -> None:
+    server, site = Server(setting), setting.site(0, evaluate=True)
+    assert decoded(site.answer(server.ask(kind=Kind.EVALUATE, steps=0, pointer=0))).kind is Kind.SCORE
+    assert Answer.decode(decoded(site.answer(server.ask(pointer=500))).body).pointer == 500
 
 
 def test_bytes_of_any_kind_are_bad_frames_or_change_nothing(setting: Setting) -> None:

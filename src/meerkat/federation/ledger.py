@@ -8,6 +8,7 @@ synced says how many the site may make, and those that it may have made when the
 """
 
 import base64
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,8 @@ class Ledger:
         Raises:
             RunFailed: it is damaged, cannot be written, or is open in another process.
         """
-        self.path, self.boot = path, _boot_id()
+        # where the machine tells no start from another, every process counts as one
+        self.path, self.boot = path, _boot_id() or f"process {os.urandom(8).hex()}"
         self._records: dict[tuple[str, int], ClientRecord] = {}
         try:
             self._log = RunLog(path, "start the site again", self._read, self._may_drop)
@@ -219,6 +221,11 @@ class Ledger:
         record = {"kind": kind, "run": run, "client": client, **fields}
         self._log.append(record, sync=False)
         self._read(record)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended a line on the way: nothing can be added before the ledger is opened again."""
+        return self._log.interrupted
 
     def sync(self) -> None:
         """Return when all lines are on the disk; from any thread. Raises RunFailed: the disk refused them."""

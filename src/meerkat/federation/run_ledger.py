@@ -112,7 +112,7 @@ class RunLedger:
         self._thread.shutdown()
         try:
             with details_in_own_log(_UNUSABLE):
-                if self._record.reserved:
+                if self._record.reserved and not self.ledger.interrupted:
                     self._append("release")
         finally:
             self.ledger.close()
@@ -122,8 +122,8 @@ class RunLedger:
         return self._record.entries.get(Request(phase, round))
 
     def begin_at(self, pointer: int) -> None:
-        """Begin after the steps that the coordinator counted, in a run that the ledger knows no question of."""
-        if not self._record.entries:
+        """Begin after the steps that the coordinator counted, in a run that the ledger knows no local step of."""
+        if not any(entry.steps for entry in self._record.entries.values()):
             self._record.pointer = max(self._record.pointer, pointer)
 
     def answer(

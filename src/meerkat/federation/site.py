@@ -206,6 +206,8 @@ class Site:
                 f"a round of {steps} steps of {directions} directions, in a run of {config.local_steps} steps of "
                 f"{config.directions} directions"
             )
+        if not (np.isfinite([closed.lr, closed.share]).all() and np.isfinite(closed.aggregate).all()):
+            raise BadFrame("a closed round with a number that is not finite")
         update = Update(self._plan(closed.lr, steps), closed.aggregate, closed.share)
         counted = None
         if closed.counted and self._client.rules.client.carries:

@@ -119,8 +119,12 @@ def check_format(first: Mapping[str, Any], log: Path) -> None:
 
 
 def meaning(config: RunConfig) -> str:
-    """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file the name alone."""
-    settings = {name: getattr(config, name) for name in MEANING} | {"task": Path(config.task).name}
+    """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file the name alone.
+
+    Under FedDyn its alpha is among them: a scalar depends on it there.
+    """
+    of_method = ("feddyn_alpha",) if config.method == "feddyn" else ()
+    settings = {name: getattr(config, name) for name in (*MEANING, *of_method)} | {"task": Path(config.task).name}
     return hashlib.sha256(json.dumps(settings, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -123,6 +123,8 @@ class RunLog:
         self.dropped = reader.damage
         """What was wrong with a last record that was dropped; empty if none was."""
         self._hash = reader.hash
+        self.interrupted = False
+        """Whether a signal ended an `append`: its line may be there, in whole or in part, and none may follow."""
         os.ftruncate(self._file, reader.end)
         os.fsync(self._file)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -133,15 +135,20 @@ class RunLog:
         """Add all of a record, or none of it; with `sync`, it is on the disk when this returns.
 
         Raises:
-            RunFailed: the disk refused it. What was logged before is untouched.
+            RunFailed: the disk refused it. What was logged before is untouched. Or an earlier record was interrupted.
         """
+        if self.interrupted:
+            raise RunFailed(f"{self.path}: a record was interrupted by a signal; {self._again}")
         text = _JSON.encode(record).encode()
         link = _link(self._hash, text)
         try:
             append_line(self._file, link.encode() + b" " + text + b"\n", sync)
+            self._hash = link
         except OSError as error:
             raise self._refused(error) from None
-        self._hash = link
+        except BaseException:
+            self.interrupted = True
+            raise
 
     def sync(self) -> None:
         """Return when all records are on the disk; from any thread. Raises RunFailed: the disk refused them."""

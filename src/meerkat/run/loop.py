@@ -168,12 +168,13 @@ class _Loop:
         evaluated = {metric["round"] for metric in metrics if metric["kind"] == EvaluationMetric.kind}
         if state.round:
             say(f"{run.folder.root}: going on after round {state.round} of {run.config.rounds}")
-        if state.round < run.config.rounds:
-            run.admit(self.attendance.arrivals(state.round))  # before the first evaluation, which sites may make
+        due = self.evaluation_is_due() and state.round not in evaluated
+        if state.round < run.config.rounds or due:
+            run.admit(self.attendance.arrivals(state.round))  # before an evaluation, which sites may make
         if 0 not in evaluated:
             theta_0 = run.mask.theta_0
             self.evaluate_now(state.theta if theta_0 is None else theta_0.to(state.theta.device), 0)
-        if state.round and self.evaluation_is_due() and state.round not in evaluated:
+        if state.round and due:
             self.evaluate_now(state.theta, state.round)
 
     def evaluation_is_due(self) -> bool:

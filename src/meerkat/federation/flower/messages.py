@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -100,6 +101,10 @@ class MessageLink:
 
     def _pull(self) -> None:
         for answer, client in answered(self._grid, self._unanswered):
+            if answer is None:
+                say(f"client {client}: {MALFORMED}")
+                self._remove(client, dismiss=True)
+                continue
             if (end := session_end(answer)) is not None:
                 why, again = end
                 say(f"client {client}: {why}")
@@ -147,12 +152,25 @@ def unpack(content: Any) -> list[bytes]:
     return [frame if isinstance(frame, bytes) else b"" for frame in values] if isinstance(values, list) else [b""]
 
 
-def answered(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[Message, int]]:
-    """The messages of `waiting`, id -> whom it went to, that were answered by now; they wait no longer."""
-    for answer in grid.pull_messages(list(waiting)) if waiting else ():
-        to = waiting.pop(answer.metadata.reply_to_message_id, None)
-        if to is not None:
-            yield answer, to
+def answered(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[Message | None, int]]:
+    """The messages of `waiting`, id -> whom it went to, that were answered by now; they wait no longer.
+
+    An answer that cannot be read is None. Each is asked for by itself: what a node put into its answer can neither
+    take others with it, nor say that it answers another's message.
+    """
+    for message_id, to in list(waiting.items()):
+        try:
+            answers: list[Message | None] = [*grid.pull_messages([message_id])]
+        except (OSError, httpx.HTTPError):  # of the connection
+            raise
+        except Exception:  # of the content, which Flower does not expect to be malformed
+            answers = [None]
+        if answers:
+            waiting.pop(message_id, None)
+            yield answers[0], to
+
+
+MALFORMED = "its answer is malformed; use the same version of meerkat"
 
 
 def hello_in(answer: Message) -> bytes | None:

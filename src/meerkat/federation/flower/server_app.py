@@ -15,7 +15,7 @@ from meerkat.errors import MeerkatError
 from meerkat.federation.admission import Admission
 from meerkat.federation.coordinator import coordinate
 from meerkat.federation.coordinator_settings import FederationConfig, most_scalars, read_federation
-from meerkat.federation.flower.messages import MessageLink, answered, hello_in, offer_record, session_end
+from meerkat.federation.flower.messages import MALFORMED, MessageLink, answered, hello_in, offer_record, session_end
 from meerkat.federation.flower.stream import StreamLink
 from meerkat.federation.frames import longest_of_a_site
 from meerkat.federation.link import Link
@@ -108,7 +108,9 @@ class FlowerControl:
         """Collect the answers to invitations: of sessions that ended, or that continue in messages."""
         for answer, node in answered(self._grid, self._invited):
             self._not_before[node] = time.monotonic() + _INVITE_AGAIN_S
-            if (end := session_end(answer)) is not None:
+            if answer is None:
+                self._session_ended(node, MALFORMED, again=False)
+            elif (end := session_end(answer)) is not None:
                 self._session_ended(node, *end)
             elif self._messages is not None and (hello := hello_in(answer)) is not None:
                 # without a stream a node stays in its session as long as it answers messages
@@ -116,7 +118,7 @@ class FlowerControl:
                     self._not_before[node] = _NEVER
                     say(f"node {node}: is refused: {why}")
             else:
-                self._session_ended(node, "its answer is malformed; use the same version of meerkat", again=False)
+                self._session_ended(node, MALFORMED, again=False)
 
     def _session_ended(self, node: int, why: str, again: bool) -> None:
         if not again:

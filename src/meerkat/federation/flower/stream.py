@@ -125,12 +125,24 @@ class _Session:
     client: int
     outgoing: asyncio.Queue[Sequence[bytes] | None] = field(default_factory=asyncio.Queue)
     """What is sent together, one after the other; None at the end."""
+    reader: asyncio.Task[None] | None = None
+    """Reads what the site sends."""
+    writer: asyncio.Task[None] | None = None
+    """Sends what is outgoing, and ends the stream."""
+
+    def stop_reading(self) -> None:
+        """Read no more of it."""
+        if self.reader is not None:
+            self.reader.cancel()
 
     def retire(self) -> None:
-        """End it, without what was not sent yet: its peer may never read it."""
+        """End it, without what was not sent yet: its peer may never read it, not even what is being sent."""
+        self.stop_reading()
         while not self.outgoing.empty():
             self.outgoing.get_nowait()
         self.outgoing.put_nowait(None)
+        if self.writer is not None:
+            asyncio.get_running_loop().call_later(_CLEAR_S, self.writer.cancel)
 
 
 class StreamLink:
@@ -245,6 +257,7 @@ class StreamLink:
     def _end(self, client: int) -> _Session | None:
         """Take a client's session from it."""
         if (session := self._sessions.pop(client, None)) is not None:
+            session.stop_reading()
             self._queue(Event("left", client))  # it may have come back since the caller last received events
         return session
 
@@ -289,14 +302,15 @@ class StreamLink:
         self._sessions[site.client] = session
         session.outgoing.put_nowait([site.welcome])
         self._queue(Event("arrived", site.client, site=site))
-        reader = asyncio.create_task(self._read(session, context))
+        session.writer = asyncio.current_task()
+        session.reader = asyncio.create_task(self._read(session, context))
         try:
             while (together := await session.outgoing.get()) is not None:
                 for frame in together:
                     self.bytes_sent += len(frame)
                     await context.write(frame)
         finally:
-            reader.cancel()
+            session.stop_reading()
             if self._sessions.get(site.client) is session:
                 del self._sessions[site.client]
                 self._queue(Event("left", site.client))
