@@ -7,7 +7,7 @@ import pytest
 from federation import Federation, Setting, counted, frame
 
 from meerkat.federation import frames
-from meerkat.federation.frames import Kind
+from meerkat.federation.frames import Frame, Kind
 
 Carried = Callable[[int, bytes, bool], Sequence[tuple[float, bytes]] | None]
 ROUNDS, DEADLINE_S = 100, 10.0
@@ -63,6 +63,21 @@ def test_to_hang_up_just_before_the_deadline_is_to_be_late(setting: Setting, mon
         return []
 
     federation.wire.meddle = silent
+    assert sum(seconds >= DEADLINE_S - 1.0 for seconds in durations(federation, ROUNDS)) <= 7
+
+
+def test_to_fail_just_before_the_deadline_is_to_be_late(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation.of(setting, monkeypatch, deadline_s=DEADLINE_S)
+    replies = iter(range(10**6))
+
+    def fails(client: int, data: bytes, up: bool) -> Sequence[tuple[float, bytes]]:
+        sent = Frame.decode(data)
+        if not (client == 2 and up and sent.kind is Kind.REPLY and next(replies) % 3):  # every third reply is good
+            return [(1.0 if up else 0.0, data)]
+        failure = sent._replace(kind=Kind.FAILED, body=frames.encode_json({"why": "error"}))
+        return [(DEADLINE_S - 0.5, failure.encode())]
+
+    federation.wire.meddle = fails
     assert sum(seconds >= DEADLINE_S - 1.0 for seconds in durations(federation, ROUNDS)) <= 7
 
 

@@ -52,8 +52,12 @@ class _Round:
     """A round that is open: what was asked, and what came."""
 
     plan: RoundPlan
+    began: float
+    """By the monotonic clock, in seconds."""
     replies: dict[int, Scalars] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    failed_late: set[int] = field(default_factory=set)
+    """Clients that let more than half of the deadline pass before they failed."""
 
     def awaits(self, client: int) -> bool:
         return client in self.plan.steps and client not in self.replies and client not in self.failed
@@ -189,20 +193,19 @@ class RemoteEngine(Attendance):
         Raises:
             RunFailed: fewer than the quorum answered for too long.
         """
-        self.sessions.state, self._round = state, (current := _Round(plan))
-        began = time.monotonic()
+        self.sessions.state, self._round = state, (current := _Round(plan, time.monotonic()))
         self._ask(plan, plan.steps)
         self.directions.prepare(plan.place(0, 0))  # closing the round begins with it
         if self._tasks and time.monotonic() - self._deferred_at >= _LEISURE_S:
             self.run_deferred()
         try:
-            complete = self._collect(current, began)
+            complete = self._collect(current)
         finally:
             self._round = None
         if not complete:
             return None
         self._answered_at = time.monotonic()
-        self._round_s = self._answered_at - began
+        self._round_s = self._answered_at - current.began
         return [current.replies[client] for client in sorted(current.replies)]
 
     def _ask(self, plan: RoundPlan, clients: Iterable[int]) -> None:
@@ -213,7 +216,7 @@ class RemoteEngine(Attendance):
             work[client] = Work(plan.phase, plan.lr, plan.steps[client], pointers.get(client, 0))
         self.sessions.send(Kind.WORK, work)
 
-    def _collect(self, current: _Round, began: float) -> bool:
+    def _collect(self, current: _Round) -> bool:
         """Wait for replies. Returns whether a round can close; if not, it is to be opened again."""
         plan, replies, rules = current.plan, current.replies, self.waiting
         deadline_s = rules.deadline_s * max(1.0, plan.longest / self.settings.local_steps)  # a calibration has more
@@ -221,7 +224,7 @@ class RemoteEngine(Attendance):
         sessions, asked = self.sessions.by_client, (plan.round, plan.phase)
         last_first = [*plan.steps][::-1]  # who was asked last mostly answers last, and is found at once
         while True:
-            waited = time.monotonic() - began
+            waited = time.monotonic() - current.began
             overdue = waited >= deadline_s
             if not overdue and any(sessions[client].asked == asked for client in last_first):
                 self._wait(deadline_s - waited)
@@ -249,7 +252,7 @@ class RemoteEngine(Attendance):
         for client in plan.steps:
             if client in replies:
                 sessions[client].rounds.was_in_time()
-            elif current.awaits(client):
+            elif current.awaits(client) or client in current.failed_late:
                 sessions[client].rounds.was_late(plan.round)
         return True
 
@@ -446,6 +449,8 @@ class RemoteEngine(Attendance):
         self._report("failed", f"client {client} could not make its steps: {why}", client=client, why=why)
         if self._round is not None:
             self._round.failed.add(client)
+            if time.monotonic() - self._round.began > self.waiting.deadline_s / 2:
+                self._round.failed_late.add(client)
         self._failing[client] = why
         self._fail(client, session, f"it could not make its steps {_PATIENT} times in a row ({why})")
 
