@@ -257,7 +257,7 @@ class Unreadable(Grid):
 @pytest.mark.usefixtures("_identity")
 def test_an_answer_that_flower_cannot_read_ends_its_own_session_alone(tmp_path: Path, sites: list[Path]) -> None:
     grid = Unreadable(sites)
-    waiting = {"clients_minimum": 1, "deadline_s": 0.5}
+    waiting = {"clients_minimum": 1, "start_s": 0.0, "deadline_s": 0.5}
     assert run(federation_file(tmp_path, waiting), tmp_path / "run", grid)["rounds"] == 2
     assert grid.unreadable is not None
 

@@ -286,5 +286,8 @@ def spelled(setting: Setting) -> dict[str, Any]:
     if not isinstance(values.get("exclude", ""), str):
         values["exclude"] = ",".join(values["exclude"]) or "none"
     if "mask" in values:
-        values["mask"] = "/".join(Path(values["mask"]).parts[-2:])  # in run folders all have one name
+        parts = Path(values["mask"]).parts
+        values["mask"] = "/".join(
+            parts[-2:] if parts[-1:] == ("mask.safetensors",) else parts[-1:]
+        )  # as runs call theirs
     return values

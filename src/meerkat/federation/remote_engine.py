@@ -105,6 +105,11 @@ class RemoteEngine(Attendance):
         """End the run at once, from any thread: waiting for clients then raises RunFailed."""
         self._stopped = why
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is the sites that evaluate."""
+        return self.waiting.evaluate == "sites"
+
     def _report(self, event: str, text: str, **facts: Any) -> None:
         """Show a line; `event` and `facts` are the same for programs."""
         say(text)

@@ -42,6 +42,11 @@ class Engine(Protocol):
 class Attendance:
     """Which clients are there: as it stands, everyone, all the time. A federation's come and go."""
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is the clients that evaluate."""
+        return False
+
     def arrivals(self, _: int) -> Sequence[Member]:
         """Wait until a round can open; the clients that joined, to be logged before it."""
         return ()
@@ -169,7 +174,7 @@ class _Loop:
         if state.round:
             say(f"{run.folder.root}: going on after round {state.round} of {run.config.rounds}")
         due = self.evaluation_is_due() and state.round not in evaluated
-        if state.round < run.config.rounds or due:
+        if state.round < run.config.rounds or (due and not run.closed and self.attendance.evaluates):
             run.admit(self.attendance.arrivals(state.round))  # before an evaluation, which sites may make
         if 0 not in evaluated:
             theta_0 = run.mask.theta_0
