@@ -1,5 +1,6 @@
 """The stream's port under attack: by somebody who was never admitted, and by a site that means ill."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -316,3 +317,21 @@ def test_a_session_that_reads_nothing_ends_before_it_takes_much_memory(coordinat
     assert event is not None
     assert (event.what, event.client) == ("left", 1)
     assert session.outgoing.qsize() == 1  # the end
+
+
+def test_a_removed_site_is_read_no_more_and_its_stream_ends_though_it_reads_nothing(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FLUSH_S", "_CLEAR_S"):
+        monkeypatch.setattr(stream, name, 0.1)
+    link, session = coordinator.link, stream._Session(1)
+
+    async def converse() -> tuple["asyncio.Task[None]", "asyncio.Task[None]"]:
+        reader, writer = (asyncio.create_task(asyncio.sleep(10 * SECONDS)) for _ in range(2))  # which nothing wakes
+        session.reader, session.writer, link._sessions[1] = reader, writer, session
+        return reader, writer
+
+    reader, writer = link._call(converse())
+    link.drop(1, b"removed")
+    assert settles(reader.cancelled)
+    assert settles(writer.cancelled)

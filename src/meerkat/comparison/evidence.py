@@ -59,7 +59,7 @@ class Origin:
 
 
 def _validation_rows(problem: Problem) -> list[Row]:
-    """None where they cannot be read: runs that need them have said so before."""
+    """Empty where they cannot be read: a comparison whose runs need them was refused before."""
     try:
         return problem.rows("validation")
     except MeerkatError:

@@ -44,7 +44,7 @@ def with_rates(config: RunConfig, problem: Problem, mask: SparseMask) -> tuple[R
     """
     open_rates = [name for name in ("lr", "server_lr") if getattr(config, name) == AUTO]
     if not open_rates:
-        return config, _without_strange_curvature(config, problem, mask)
+        return config, _without_foreign_curvature(config, problem, mask)
     public, numbers = problem.public(), _numbers_for(open_rates)
     if public is None or not public.rows:
         raise MeerkatError(
@@ -109,7 +109,7 @@ def _candidates(config: RunConfig, problem: Problem, rows: Sequence[Row]) -> tup
     return examples, [problem.digest([example for alike in examples for example in alike]), config.objective]
 
 
-def _without_strange_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> SparseMask:
+def _without_foreign_curvature(config: RunConfig, problem: Problem, mask: SparseMask) -> SparseMask:
     """A mask that says nothing of the curvature on other rows than this problem's."""
     if CURVATURE not in mask.facts:
         return mask

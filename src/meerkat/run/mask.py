@@ -56,7 +56,8 @@ def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:
     """The mask that the settings name. A method that chooses by sensitivity takes any, others one of their own kind.
 
     Raises:
-        MeerkatError: there is no such file, or its mask is of another kind or model, or chosen otherwise, than asked.
+        MeerkatError: there is no such file, or its mask is of another kind or model than the run's, or was
+            chosen otherwise than asked.
     """
     mask, kind, density = SparseMask.load(Path(config.mask)), config.recipe.moves, config.density
     if kind not in ("sensitivity", mask.kind):

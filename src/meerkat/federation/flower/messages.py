@@ -22,6 +22,8 @@ from meerkat.federation.offer import Offer
 from meerkat.federation.site_settings import Refused
 from meerkat.progress import one_line, say
 
+MALFORMED = "its answer is malformed; use the same version of meerkat"
+"""What is said of a node whose answer cannot be read."""
 FRAMES = "train.frames"
 """The message type that carries frames in both directions."""
 _MOST_FRAMES = 16
@@ -168,9 +170,6 @@ def answered(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[Message | No
         if answers:
             waiting.pop(message_id, None)
             yield answers[0], to
-
-
-MALFORMED = "its answer is malformed; use the same version of meerkat"
 
 
 def hello_in(answer: Message) -> bytes | None:
