@@ -88,16 +88,23 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
+def tiny_model(architecture: str = "llama-tied", seed: int = 0, layers: int = 2) -> Any:
     """A random causal LM of some 30,000 parameters, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(ARCHITECTURES[architecture])
+    config.num_hidden_layers = layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():  # larger than the usual initialisation, so that losses differ visibly
             torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
     return model.eval()
+
+
+def federation_model(seed: int = 0) -> Any:
+    """The tiny federation's model: one layer, which takes half the time of two."""
+    return tiny_model(seed=seed, layers=1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -221,7 +228,7 @@ def random_sequences() -> list[torch.Tensor]:
 def federation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A folder with a tiny model, text, a task of two multi-token labels, and its data."""
     root = tmp_path_factory.mktemp("federation")
-    tiny_model().save_pretrained(root / "model")
+    federation_model().save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     (root / "data").mkdir()
     good, bad = ["fine", "lovely", "the best"], ["dull", "sad", "the worst"]

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import federation_model
 from federation import RUN, Federation, Setting, Wire, write_rows
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -282,7 +282,7 @@ class World:
     def a_mask(self) -> Reader:
         """A mask's file, raw and behind the format's own checks, up to what is done with it."""
         file = self.runs[0] / "mask.safetensors"
-        model, whole = tiny_model(), SparseMask.load(file)
+        model, whole = federation_model(), SparseMask.load(file)
 
         def check(data: bytes) -> None:
             mask = SparseMask.load(self.written("mask.safetensors", data))
@@ -296,7 +296,7 @@ class World:
     def a_delta(self) -> Reader:
         """An exported delta, put into its base model."""
         export(self.runs[0], self.here / "delta", "delta")
-        file, model = self.here / "delta" / "delta.safetensors", tiny_model()
+        file, model = self.here / "delta" / "delta.safetensors", federation_model()
         before = [p.clone() for p in model.parameters()]
 
         def check(data: bytes) -> None:

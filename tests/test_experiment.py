@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import full_disk, tiny_model
+from conftest import federation_model, full_disk
 
 from meerkat.algorithm import path
 from meerkat.algorithm.replies import Scalars
@@ -325,7 +325,7 @@ def test_resume_refuses_other_base_values_and_another_model(
     weights = federation / "model" / "model.safetensors"
     kept = weights.read_bytes()
     try:
-        tiny_model(seed=9).save_pretrained(federation / "model")
+        federation_model(seed=9).save_pretrained(federation / "model")
         assert main(["resume", str(finished)]) == 2
         assert "is not the one the run began with" in capsys.readouterr().err
     finally:

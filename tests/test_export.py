@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import federation_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,9 +55,9 @@ def test_both_forms_give_the_run_s_logits(run: Path, federation: Path, tmp_path:
 def test_a_delta_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
     with pytest.raises(MeerkatError, match="other weights"):
-        apply_delta(tiny_model(seed=5), tmp_path / "delta" / "delta.safetensors")
+        apply_delta(federation_model(seed=5), tmp_path / "delta" / "delta.safetensors")
     with pytest.raises(MeerkatError, match="not a delta"):
-        apply_delta(tiny_model(), run / "mask.safetensors")
+        apply_delta(federation_model(), run / "mask.safetensors")
 
 
 @pytest.mark.parametrize("part", ["shapes", "parameters_total", "model_fingerprint", "format_version"])
@@ -85,7 +85,7 @@ def test_a_delta_with_damaged_tensors_is_refused(
 
 def refused(run: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
     assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
-    file, model = tmp_path / "delta" / "delta.safetensors", tiny_model()
+    file, model = tmp_path / "delta" / "delta.safetensors", federation_model()
     before = [parameter.clone() for parameter in model.parameters()]
     with safe_open(file, framework="pt") as held:
         metadata = held.metadata()

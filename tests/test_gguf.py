@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, VOCABULARY, tiny_model
+from conftest import CHAT_TEMPLATE, VOCABULARY, federation_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("gguf")
@@ -32,7 +32,7 @@ TEXT = "it was great, yes or  no:\nthe film Zoë"
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model(), tokenizer)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", federation_model(), tokenizer)
 
 
 def refusal(name: Path | str) -> str:
@@ -49,9 +49,9 @@ def refusal(name: Path | str) -> str:
 
 def test_the_model_and_the_tokenizer_are_those_that_were_written(file: Path, tokenizer: Any) -> None:
     model, loaded = load_model(str(file))
-    assert fingerprint(model) == fingerprint(tiny_model())
+    assert fingerprint(model) == fingerprint(federation_model())
     ids = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits)
+    torch.testing.assert_close(model(ids).logits, federation_model()(ids).logits)
     assert not model.training
     assert loaded.is_fast
     assert loaded(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
@@ -61,8 +61,8 @@ def test_the_model_and_the_tokenizer_are_those_that_were_written(file: Path, tok
 
 def test_quantised_weights_are_dequantised_to_float32(tmp_path: Path, tokenizer: Any) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
-    model, _ = load_model(str(write_gguf(tmp_path / "tiny.gguf", tiny_model(), tokenizer, kind=kind)))
-    embeddings = tiny_model().get_input_embeddings().weight.detach().numpy()
+    model, _ = load_model(str(write_gguf(tmp_path / "tiny.gguf", federation_model(), tokenizer, kind=kind)))
+    embeddings = federation_model().get_input_embeddings().weight.detach().numpy()
     expected = torch.from_numpy(dequantize(quantize(embeddings, kind), kind))
     assert torch.equal(model.get_input_embeddings().weight, expected)
     assert not torch.equal(expected, torch.from_numpy(embeddings))
@@ -70,7 +70,7 @@ def test_quantised_weights_are_dequantised_to_float32(tmp_path: Path, tokenizer:
 
 
 def test_a_folder_with_one_gguf_file_is_that_model(file: Path) -> None:
-    assert fingerprint(load_model(str(file.parent))[0]) == fingerprint(tiny_model())
+    assert fingerprint(load_model(str(file.parent))[0]) == fingerprint(federation_model())
 
 
 def test_a_folder_with_several_gguf_files_is_refused_with_their_names(file: Path, tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_a_folder_with_several_gguf_files_is_refused_with_their_names(file: Path
 
 
 def test_safetensors_are_taken_where_a_folder_has_both(file: Path, tmp_path: Path, tokenizer: Any) -> None:
-    tiny_model(seed=1).save_pretrained(tmp_path)
+    federation_model(seed=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(file.read_bytes())
-    assert fingerprint(load_model(str(tmp_path))[0]) == fingerprint(tiny_model(seed=1))
+    assert fingerprint(load_model(str(tmp_path))[0]) == fingerprint(federation_model(seed=1))
 
 
 # --- refusals ---
@@ -124,18 +124,18 @@ def test_a_damaged_file_is_refused_in_one_line(file: Path, tmp_path: Path, damag
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    made = write_gguf(tmp_path / "x.gguf", tiny_model(), tokenizer, architecture="burrow")
+    made = write_gguf(tmp_path / "x.gguf", federation_model(), tokenizer, architecture="burrow")
     assert "burrow" in refusal(made)
 
 
 def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    made = write_gguf(tmp_path / "x.gguf", tiny_model(), tokenizer, without=["tokenizer"])
+    made = write_gguf(tmp_path / "x.gguf", federation_model(), tokenizer, without=["tokenizer"])
     assert "tokenizer" in refusal(made)
 
 
 def test_a_file_without_a_tensor_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    made = write_gguf(tmp_path / "x.gguf", tiny_model(), tokenizer, without=["blk.1.ffn_up.weight"])
-    assert "no weights for model.layers.1.mlp.up_proj.weight" in refusal(made)
+    made = write_gguf(tmp_path / "x.gguf", federation_model(), tokenizer, without=["blk.0.ffn_up.weight"])
+    assert "no weights for model.layers.0.mlp.up_proj.weight" in refusal(made)
 
 
 def test_code_beside_a_gguf_file_is_not_run(file: Path, tmp_path: Path) -> None:
@@ -175,12 +175,12 @@ def test_a_run_on_a_gguf_file_is_the_run_on_its_folder_and_goes_home_like_one(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tuned = apply_delta(base, tmp_path / "delta" / "delta.safetensors")
-    assert fingerprint(merged) == fingerprint(tuned) != fingerprint(tiny_model())
+    assert fingerprint(merged) == fingerprint(tuned) != fingerprint(federation_model())
     ours, theirs = load_model(str(file))[1], AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
     card = (tmp_path / "delta" / "README.md").read_text()
     assert f'from_pretrained(base, gguf_file="{file.name}", dtype="float32")' in card
-    assert f"`{file.name}`, fingerprint `{fingerprint(tiny_model())}`" in card
+    assert f"`{file.name}`, fingerprint `{fingerprint(federation_model())}`" in card
 
 
 def test_sites_with_a_gguf_file_are_the_simulation_on_its_folder(
@@ -200,4 +200,4 @@ def test_sites_with_a_gguf_file_are_the_simulation_on_its_folder(
 def test_a_doctor_weighs_a_gguf_file_as_float32(file: Path) -> None:
     memory, model = checked_model(str(file), "cpu")
     assert f"{8 * file.stat().st_size / 1e6:.1f} MB of weights" in memory.found
-    assert fingerprint(tiny_model()) in model.found
+    assert fingerprint(federation_model()) in model.found

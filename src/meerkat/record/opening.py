@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FailFast, Field, ValidationError
 from torch import Tensor
 
 from meerkat.algorithm import path
@@ -20,6 +20,7 @@ from meerkat.record.run_log import LogReader
 from meerkat.record.signatures import RunIdentity, is_hex
 from meerkat.settings.algorithm import server_config
 from meerkat.settings.config import RunConfig
+from meerkat.settings.validation import form_of
 
 FORMAT = 7
 
@@ -86,7 +87,7 @@ class Opening:
             raise RunFailed(f"{log}: the first record is not an opening of this version; use the version that wrote it")
         values = {name: value for name, value in record.items() if name != "kind"}
         try:
-            opening = TypeAdapter(cls).validate_python(cls(**values))
+            opening = form_of(cls).validate_python(cls(**values))
         except ValidationError as error:
             name = error.errors()[0]["loc"][0]
             raise RunFailed(f"{log}: {name} in the opening is not what any version writes; restore a copy") from None

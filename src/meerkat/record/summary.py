@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.rounds import RoundRecord
@@ -17,7 +17,7 @@ from meerkat.privacy.mechanism import Guarantee
 from meerkat.problems.problem import Better
 from meerkat.record.run_log import LogReader
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
-from meerkat.settings.validation import requirement
+from meerkat.settings.validation import form_of, requirement
 
 _NETWORK = ("frame_bytes_down", "frame_bytes_up", "dropped", "caught_up")
 """What a federation's coordinator counts."""
@@ -99,7 +99,7 @@ class Summary:
         own = {name: values[name] for name in values if name in {field.name for field in fields(cls)} - {"network"}}
         network = {name: values[name] for name in _NETWORK if name in values}
         try:
-            summary = TypeAdapter(cls).validate_json(json.dumps(own | ({"network": network} if network else {})))
+            summary = form_of(cls).validate_json(json.dumps(own | ({"network": network} if network else {})))
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {requirement(first['msg'])}") from None

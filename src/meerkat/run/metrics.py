@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.gradip import gradip, magnitude
@@ -19,6 +18,7 @@ from meerkat.algorithm.rounds import RoundRecord
 from meerkat.problems.problem import Better, Evaluation, primary
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.record.summary import Work
+from meerkat.settings.validation import form_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class EvaluationMetric:
     @classmethod
     def of_run(cls, folder: RunFolder) -> list[Self]:
         """A run's evaluations, in order of rounds. Raises RunFailed: a line is damaged."""
-        checked = TypeAdapter(cls)
+        checked = form_of(cls)
         try:
             evaluations = [checked.validate_python(asdict(one)) for one in cls.all_of(folder.metrics())]
         except (TypeError, ValueError):
