@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import queue
 import resource
 import subprocess
@@ -430,6 +431,18 @@ def test_a_caller_who_hangs_up_at_once_leaves_nothing_behind(
     held.close()
     assert site.end().error is None
     assert not caplog.records
+
+
+def test_what_grpc_logs_of_a_broken_call_is_not_shown(
+    coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It depends on which of two things gRPC hears of first, so what it logs then is logged here."""
+    coordinator(1).close()
+    log = logging.getLogger("grpc._cython.cygrpc")
+    log.error("ExecuteBatchError raised in core by servicer method [%s]", "/meerkat.Session/Frames")
+    assert not caplog.records
+    log.error("Unexpected [%s] raised by servicer method [%s]", "KeyError", "/meerkat.Session/Frames")
+    assert len(caplog.records) == 1
 
 
 def _flood(caller: Caller, count: int) -> None:
