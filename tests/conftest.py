@@ -1,4 +1,7 @@
-"""Tiny random models, a tokenizer of our own, and a federation small enough to run in a second."""
+"""A tokenizer of our own, a federation small enough to run in a second, and what makes tests quick.
+
+Torch and all that needs it are imported where they are used: the process that only hands tests out needs none of them.
+"""
 
 import copy
 import gc
@@ -9,7 +12,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -17,20 +20,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start: tests run s
 
 import hypothesis
 import pytest
-import torch
-from matplotlib.figure import Figure
 from nursery import Command, Nursery, run_meerkat, run_script
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
 
-from meerkat import demo, report
-from meerkat.problems import models
+if TYPE_CHECKING:
+    import torch
 
 # how long an example takes says more of what else the machine does
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -39,77 +32,16 @@ hypothesis.settings.load_profile("busy")
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data and models, where a checkout has them beside it. Never copied into the project."""
 
-DRAWING = {
-    (owner, name): getattr(owner, name)
-    for owner, name in ((report, "draw_curves"), (Figure, "savefig"), (Figure, "draw_without_rendering"))
-}
-"""What draws figures."""
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}the plot"
-    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>yes\n{% endif %}"
-)
-"""In the manner of the real ones: it trims a message and writes BOS itself."""
-
-VOCABULARY = 384
-_SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-ARCHITECTURES: dict[str, Any] = {
-    "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
-    "llama-tied": LlamaConfig(**_SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
-    "gemma2": Gemma2Config(**_SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, tie_word_embeddings=True),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    ),
-    "opt": OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    ),
-}
-
-
-def tiny_model(architecture: str = "llama-tied", seed: int = 0, layers: int = 2) -> Any:
-    """A random causal LM of some 30,000 parameters, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(ARCHITECTURES[architecture])
-    config.num_hidden_layers = layers
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():  # larger than the usual initialisation, so that losses differ visibly
-            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
-    return model.eval()
-
-
-def federation_model(seed: int = 0) -> Any:
-    """The tiny federation's model: one layer, which takes half the time of two."""
-    return tiny_model(seed=seed, layers=1)
+LONGEST = ("test_flower_apps", "test_compare", "test_remote", "test_stream", "test_strangers", "test_workers")
+"""The files that take longest come first, after those in folders, so that all processes end at about the same time."""
 
 
 @pytest.fixture(autouse=True, scope="session")
-def blank_figures() -> Iterator[None]:
-    """Figures stay blank, but in tests marked `draws`: to draw one takes longer than a tiny run."""
+def what_draws() -> Iterator[dict[tuple[Any, str], Any]]:
+    """What draws figures, which stay blank, but in tests marked `draws`: to draw one takes longer than a tiny run."""
+    from matplotlib.figure import Figure
+
+    from meerkat import report
 
     def savefig(_: Figure, to: Any, **__: Any) -> None:
         blank = '<svg viewBox="0 0 1 1"></svg>'
@@ -121,24 +53,32 @@ def blank_figures() -> Iterator[None]:
             savefig(Figure(), path)
         return paths
 
+    blank = {(report, "draw_curves"): curves, (Figure, "savefig"): savefig}
+    blank[Figure, "draw_without_rendering"] = lambda _: None
+    drawing = {(owner, name): getattr(owner, name) for owner, name in blank}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_curves", curves)
-        patch.setattr(Figure, "savefig", savefig)
-        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
-        yield
+        for (owner, name), value in blank.items():
+            patch.setattr(owner, name, value)
+        yield drawing
 
 
 @pytest.fixture(autouse=True)
-def drawn_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn_figures(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, what_draws: dict[tuple[Any, str], Any]
+) -> None:
     """Figures as they are, in tests marked `draws`."""
     if request.node.get_closest_marker("draws"):
-        for (owner, name), value in DRAWING.items():
+        for (owner, name), value in what_draws.items():
             monkeypatch.setattr(owner, name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def weights_read_once() -> Iterator[None]:
     """Weights are read once from files that have not changed since, and copied from then on, in a fifth of the time."""
+    import torch
+
+    from meerkat.problems import models
+
     read, known = models.load_weights, dict[Any, torch.nn.Module]()
 
     def load_weights(source: models.Source) -> torch.nn.Module:
@@ -151,6 +91,14 @@ def weights_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load_weights", load_weights)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Files are not forced to the disk: no test survives a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 
@@ -200,7 +148,9 @@ def run_example(nursery: Nursery, tmp_path: Path) -> Callable[..., Command]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """A byte-level BPE with few merges: words are several tokens, and BOS stands in front."""
+    from tiny import VOCABULARY
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -218,8 +168,11 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def random_sequences() -> list[torch.Tensor]:
+def random_sequences() -> "list[torch.Tensor]":
     """Five sequences of token ids of different lengths."""
+    import torch
+    from tiny import VOCABULARY
+
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCABULARY, (length,), generator=generator) for length in (5, 12, 9, 3, 16)]
 
@@ -227,6 +180,8 @@ def random_sequences() -> list[torch.Tensor]:
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A folder with a tiny model, text, a task of two multi-token labels, and its data."""
+    from tiny import federation_model
+
     root = tmp_path_factory.mktemp("federation")
     federation_model().save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -250,6 +205,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 @pytest.fixture(scope="session")
 def few_topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with few rows of the demo's topics, since to encode all of them takes longer than a run."""
+    from meerkat import demo
+
     folder = tmp_path_factory.mktemp("topics")
     for split, count in (("train", 300), ("validation", 40)):
         rows = (demo.TASKS["topics"] / f"{split}.jsonl").read_text().splitlines(keepends=True)
@@ -275,7 +232,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped, with a reason, where there is no GPU."""
+    """GPU tests are skipped, with a reason, where there is no GPU; the longest files come first."""
+    import torch
+
+    items.sort(key=lambda item: item.path.parent.name == "tests" and item.path.stem not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

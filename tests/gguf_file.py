@@ -7,8 +7,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from conftest import CHAT_TEMPLATE
 from gguf.quants import quantize
+from tiny import CHAT_TEMPLATE
 
 
 def write_gguf(

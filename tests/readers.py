@@ -14,12 +14,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import federation_model
 from federation import RUN, Federation, Setting, Wire, write_rows
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from mutations import as_json, as_toml, edited_bytes, edited_safetensors, edited_values, lines_of
 from safetensors.torch import load_file
+from tiny import federation_model
 
 from meerkat.algorithm import path
 from meerkat.algorithm.directions import run_key

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Accepts, Refused, SiteConfig

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from meerkat.cli import main
 from meerkat.errors import MeerkatError

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import federation_model, full_disk
+from conftest import full_disk
+from tiny import federation_model
 
 from meerkat.algorithm import path
 from meerkat.algorithm.replies import Scalars

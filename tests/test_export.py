@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import federation_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import federation_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meerkat.algorithm.zeroth_order import MaskedModel

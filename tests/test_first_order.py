@@ -8,8 +8,8 @@ import pytest
 import reference
 import torch
 from bowl import Bowl, Literal, live, same_bits
-from conftest import tiny_model
 from test_server import bowl_engine, config
+from tiny import tiny_model
 from torch import Tensor, nn
 
 from meerkat.algorithm import client_rules

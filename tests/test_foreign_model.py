@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from meerkat.errors import MeerkatError
 from meerkat.problems.models import load_model

@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("gguf")
 
-from conftest import full_disk, tiny_model
+from conftest import full_disk
 from gguf_file import write_gguf
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meerkat.masks.sparse_mask import fingerprint

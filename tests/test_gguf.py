@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, VOCABULARY, federation_model
+from tiny import CHAT_TEMPLATE, VOCABULARY, federation_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("gguf")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
 from federation import Setting
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from meerkat.algorithm.live_entries import count_live

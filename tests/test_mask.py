@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import tiny_model
 from test_experiment import logged, rewrite, simulate
+from tiny import tiny_model
 from torch import Tensor, nn
 
 from meerkat import seeds

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,

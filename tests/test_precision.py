@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from federation import Federation, Setting
+from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

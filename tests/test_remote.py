@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE
 from federation import Faults, Federation, Setting, counted, frame, opened, replay, write_rows
+from tiny import CHAT_TEMPLATE
 
 from meerkat.algorithm import path, server
 from meerkat.algorithm.client_sampling import seeded_sample

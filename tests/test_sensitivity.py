@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import ARCHITECTURES, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, SHARED
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CHAT_TEMPLATE
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

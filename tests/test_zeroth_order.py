@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from meerkat.algorithm.zeroth_order import MaskedModel, projected_gradient
