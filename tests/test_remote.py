@@ -349,7 +349,7 @@ def test_a_round_goes_on_without_those_who_left(setting: Setting, monkeypatch: p
 
 
 def test_a_client_that_comes_in_a_calibration_is_logged_before_it_is_asked(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = setting.but(local_steps=2, **CALIBRATED)
     federation = Federation.of(ours, monkeypatch, join=2)
@@ -364,6 +364,7 @@ def test_a_client_that_comes_in_a_calibration_is_logged_before_it_is_asked(
         ("join", 0, 2),
         ("round", 0, [0, 1, 2]),
     ]
+    assert " of 3 clients make one local step a round from now on" in capsys.readouterr().err
     assert replay(ours, federation.records).closed
 
 
