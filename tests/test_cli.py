@@ -21,12 +21,12 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *said: str, 
     """The command exits with one line on standard error that says all of this."""
     capsys.readouterr()
     try:
-        found = main(arguments)
+        ended = main(arguments)
     except SystemExit as end:
-        found = int(end.code or 0)
+        ended = int(end.code or 0)
     out, err = capsys.readouterr()
     lines = [line for line in err.strip().splitlines() if line]
-    assert found == status, err
+    assert ended == status, err
     assert not out
     assert len(lines) == 1, err
     for text in said:
@@ -185,7 +185,11 @@ def test_a_run_is_resumed_on_its_device_alone(
     assert main([*simulate_arguments, "--out", str(tmp_path / "run")]) == 0
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.setattr("meerkat.run.simulation.has_device", lambda _: False)
-    fails(["resume", str(tmp_path / "run")], capsys, "was begun on cpu, which is not here; resume it where it is")
+    fails(
+        ["resume", str(tmp_path / "run")],
+        capsys,
+        "was begun on cpu, which this machine does not have; resume it on one",
+    )
 
 
 def test_out_with_a_run_or_anything_else_in_it_is_refused(
@@ -236,8 +240,8 @@ def test_a_config_file_gives_settings_and_flags_override_them(
     assert main([*arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
     from meerkat.record.run_folder import RunFolder
 
-    held = RunFolder(tmp_path / "run").config()
-    assert (held.rounds, held.lr, held.exclude) == (1, 0.5, ("norms",))
+    settings = RunFolder(tmp_path / "run").config()
+    assert (settings.rounds, settings.lr, settings.exclude) == (1, 0.5, ("norms",))
     file.write_text("round = 2\n")
     fails(arguments, capsys, "--round: unknown; must be one of model, task")
     file.write_text("rounds = \n")
@@ -315,11 +319,11 @@ def test_a_run_that_has_begun_says_no_auto(
     run = tmp_path / "run"
     at = simulate_arguments.index("--lr")
     assert main([*simulate_arguments[:at], "--rounds", "1", "--out", str(run)]) == 0
-    held = config.read_toml(run / "config.toml")
-    assert {type(held[name]) for name in ("lr", "eps", "server_lr")} == {float}
-    assert {type(held[name]) for name in ("threads", "tokens_per_pass")} == {int}
+    settings = config.read_toml(run / "config.toml")
+    assert {type(settings[name]) for name in ("lr", "eps", "server_lr")} == {float}
+    assert {type(settings[name]) for name in ("threads", "tokens_per_pass")} == {int}
     text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace(f"threads = {held['threads']}", 'threads = "auto"'))
+    (run / "config.toml").write_text(text.replace(f"threads = {settings['threads']}", 'threads = "auto"'))
     capsys.readouterr()
     fails(["report", str(run)], capsys, "threads auto: must be a number")
 

@@ -49,24 +49,24 @@ def federation(tmp_path: Path, keys: dict[str, Path]) -> Path:
 
 
 def coordinator(folder: Path, keys: dict[str, Path], run: str = "clients = 3\n", **given: Any) -> Path:
-    held = {"stream": f"127.0.0.1:{free_port()}", "certificate": keys["server"], "private_key": keys["server key"]}
-    file = write(folder / "federation.toml", **{name: str(value) for name, value in (held | given).items()})
+    settings = {"stream": f"127.0.0.1:{free_port()}", "certificate": keys["server"], "private_key": keys["server key"]}
+    file = write(folder / "federation.toml", **{name: str(value) for name, value in (settings | given).items()})
     file.write_text(f"[run]\n{run}[federation]\n{file.read_text()}")
     return file
 
 
-def write(file: Path, **held: object) -> Path:
-    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in held.items()))
+def write(file: Path, **settings: object) -> Path:
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
     return file
 
 
 def levels(file: Path, connect: str = "") -> dict[str, str]:
     """The worst level of each check."""
-    found: dict[str, str] = {}
+    worst: dict[str, str] = {}
     for finding in examine(file, connect)["checks"]:
-        worse = max(found.get(finding["check"], "ok"), finding["level"], key=["ok", "warn", "FAIL"].index)
-        found[finding["check"]] = worse
-    return found
+        worse = max(worst.get(finding["check"], "ok"), finding["level"], key=["ok", "warn", "FAIL"].index)
+        worst[finding["check"]] = worse
+    return worst
 
 
 def said(file: Path, check: str, connect: str = "") -> str:
@@ -115,8 +115,8 @@ def test_a_sound_coordinator_has_no_fail(federation: Path, capsys: pytest.Captur
 
 
 def test_one_fail_does_not_hide_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held = {"client": 0, "data": "nowhere", "model": "./no-model", "certificate_authority": "no-ca.crt"}
-    assert main(["doctor", str(write(tmp_path / "site.toml", **held))]) == 1
+    settings = {"client": 0, "data": "nowhere", "model": "./no-model", "certificate_authority": "no-ca.crt"}
+    assert main(["doctor", str(write(tmp_path / "site.toml", **settings))]) == 1
     told = capsys.readouterr()
     assert [line.split()[1] for line in told.out.splitlines() if line.startswith("FAIL")] == [
         *("model", "data", "authority")
@@ -233,9 +233,9 @@ def test_versions_are_held_against_the_package_s_own_metadata(site: Path, monkey
 
 def test_a_model_larger_than_memory_is_not_loaded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_available", lambda: 1000)
-    found = levels(site)
-    assert found["memory"] == "FAIL"
-    assert "model" not in found
+    worst = levels(site)
+    assert worst["memory"] == "FAIL"
+    assert "model" not in worst
 
 
 def test_the_hub_is_not_asked(
@@ -248,19 +248,19 @@ def test_the_hub_is_not_asked(
     site.write_text(site.read_text() + 'model = "org/no-such-model"\n')
     assert levels(site)["model"] == "warn"
     run = 'model = "org/no-such-model"\ntask = "sst2"\ndata = "org/rows"\ntext = "org/text"\n'
-    found = said(coordinator(tmp_path, keys, run), "data")
-    assert "hub names were not looked up: org/text, org/rows" in found
+    text = said(coordinator(tmp_path, keys, run), "data")
+    assert "hub names were not looked up: org/text, org/rows" in text
 
 
 def test_certificates_are_told_apart(site: Path, keys: dict[str, Path], tmp_path: Path) -> None:
     site.write_text(site.read_text().replace("ca.crt", "server.crt"))
     assert "give ca.crt" in said(site, "authority")
     other = certify(tmp_path / "other", ["elsewhere.example.org"], nodes=0, days=20)
-    found = levels(coordinator(tmp_path, keys, private_key=other["server key"]))
-    assert (found["private_key"], found["certificate"]) == ("FAIL", "ok")
+    worst = levels(coordinator(tmp_path, keys, private_key=other["server key"]))
+    assert (worst["private_key"], worst["certificate"]) == ("FAIL", "ok")
     os.chmod(other["server key"], 0o644)
-    found = levels(coordinator(tmp_path, keys, certificate=other["server"], private_key=other["server key"]))
-    assert [found[check] for check in ("certificate", "stream", "private_key", "authority")] == [
+    worst = levels(coordinator(tmp_path, keys, certificate=other["server"], private_key=other["server key"]))
+    assert [worst[check] for check in ("certificate", "stream", "private_key", "authority")] == [
         *("warn", "FAIL", "warn", "ok")  # it ends soon, under another name, with a key for all to read
     ]
     (tmp_path / "other" / "ca.crt").write_bytes(keys["authority"].read_bytes())
@@ -299,7 +299,7 @@ def test_a_coordinator_s_signers_are_read(tmp_path: Path, keys: dict[str, Path])
     assert f"{name} is listed, and revoked" in said(file, "signers")
     for more, wrong in (
         ('revoked = ["none.pub"]\n', "revoked 'none.pub': must be a key's fingerprint"),
-        ('signers = "site.pub"\n', "signers: says whose replies are taken where sign = true"),
+        ('signers = "site.pub"\n', "signers: has an effect only with sign = true"),
         ('revoked = ["SHA256:short"]\n', "revoked 'SHA256:short': must be a key's fingerprint"),
     ):
         file.write_text(text + more)
@@ -322,16 +322,16 @@ def test_a_setting_that_does_nothing_is_told(tmp_path: Path, keys: dict[str, Pat
 
 
 def test_a_port_that_is_taken_or_not_of_this_machine(keys: dict[str, Path], tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        taken = coordinator(tmp_path, keys, stream=f"127.0.0.1:{held.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = coordinator(tmp_path, keys, stream=f"127.0.0.1:{listener.getsockname()[1]}")
         assert "give another port" in said(taken, "port")
     assert 'listen = "0.0.0.0:9094"' in said(coordinator(tmp_path, keys, stream="192.0.2.1:9094"), "port")
 
 
 def test_a_handshake_with_the_coordinator(site: Path, keys: dict[str, Path]) -> None:
     with serving(Pair(keys["server"], keys["server key"])) as address:
-        found = levels(site, address)
-    assert {found[check] for check in ("name", "port", "handshake", "clock")} == {"ok"}
+        worst = levels(site, address)
+    assert {worst[check] for check in ("name", "port", "handshake", "clock")} == {"ok"}
 
 
 def test_a_handshake_with_someone_else(site: Path, tmp_path: Path) -> None:
@@ -354,16 +354,16 @@ def test_a_name_that_is_none_and_a_port_that_is_closed(site: Path) -> None:
 
 
 def test_a_server_without_tls_is_a_finding(site: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
             for _ in range(3):
-                plain, _ = held.accept()
+                plain, _ = listener.accept()
                 plain.sendall(b"220 burrow\r\n")
                 plain.close()
 
         thread = threading.Thread(target=answer)
         thread.start()
-        found = levels(site, f"127.0.0.1:{held.getsockname()[1]}")
+        worst = levels(site, f"127.0.0.1:{listener.getsockname()[1]}")
         thread.join(10)
-    assert found["handshake"] == "FAIL"
+    assert worst["handshake"] == "FAIL"

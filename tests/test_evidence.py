@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import InThisProcess, command, held, results, settings
+from test_compare import InThisProcess, command, comparison_of, results, settings
 
 from meerkat.cli import main
 from meerkat.comparison import cells, processes
@@ -86,7 +86,7 @@ def test_what_stands_there_is_not_run_again_wherever_model_and_rows_lie(
     assert main(command(tmp_path, settings(moved) + GRID, "--evidence", str(tmp_path / "runs.csv"))) == 0
     assert not list((tmp_path / "out" / "masks").iterdir())
     assert lines(tmp_path / "runs.csv") == lines(compared / "runs.csv")
-    new, old = held(tmp_path / "out")["studies"][0], held(compared / "out")["studies"][0]
+    new, old = comparison_of(tmp_path / "out")["studies"][0], comparison_of(compared / "out")["studies"][0]
     assert new["checks"] == old["checks"]
     assert [{**row, "runs": ""} for row in new["rows"]] == [{**row, "runs": ""} for row in old["rows"]]
     assert all(row["runs"] == [] for row in new["rows"])
@@ -236,7 +236,7 @@ def test_a_folder_whose_rows_were_replaced_is_refused(
     (moved / "data" / "train.jsonl").write_text("".join(rows[1:]))
     before = (tmp_path / "runs.csv").read_bytes()
     assert main(arguments) == 2
-    assert "rest on other weights, rows or text" in capsys.readouterr().err
+    assert "used other weights, rows or text" in capsys.readouterr().err
     assert (tmp_path / "runs.csv").read_bytes() == before
 
 
@@ -256,9 +256,9 @@ def test_a_folder_that_was_begun_without_evidence_gives_none(
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_the_same_command_again_still_finds_its_runs(compared: Path, federation: Path) -> None:
-    before = held(compared / "out")
+    before = comparison_of(compared / "out")
     assert main(command(compared, settings(federation) + GRID, "--evidence", str(compared / "runs.csv"))) == 0
-    assert held(compared / "out") == before
+    assert comparison_of(compared / "out") == before
     assert all(len(row["runs"]) == 2 for row in before["studies"][0]["rows"])
 
 

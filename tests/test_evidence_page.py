@@ -323,3 +323,37 @@ def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:
     shutil.copytree(script.ROOT / "docs" / "evidence", tmp_path / "evidence")
     page = script.page(script.ROOT / "examples" / "claims" / "real", tmp_path / "evidence")
     assert page == (script.ROOT / "docs" / "evidence.md").read_text()
+
+
+IN_EVIDENCE = {
+    "one label per client does as well as IID data": "at T = 1 single labels do as well as IID data | T = 1, ",
+    "the mask beats LoRA": "the sensitivity mask ends at a lower loss than LoRA | T = 1 ",
+    "the mask beats the largest weights": "the sensitivity mask ends at a lower loss than the largest weights | T = 1 ",
+    "the mask beats a random mask": "the sensitivity mask ends at a lower loss than a random mask | T = 1 ",
+    "the mask beats moving all parameters": "the sensitivity mask ends at a lower loss than all parameters | T = 1 ",
+    ".01% of the parameters are as accurate as .1%": "1e-4 is as accurate as 1e-3 | ",
+    ".1% of the parameters are as accurate as 1%": "1e-3 is as accurate as 1e-2 | ",
+    "a mask from public text does as well as the task's own": "the mask from public text ends at as low a loss as ",
+    "at the measured rate": "at the measured rate single labels do as well as IID data | ",
+}
+"""The README's claims, and how the page's lines about them begin."""
+
+
+def test_the_readme_s_verdicts_are_the_page_s() -> None:
+    root = SCRIPT.parents[1]
+    page = (root / "docs" / "evidence.md").read_text()
+
+    def verdicts(claim: str) -> list[str]:
+        *_, line = (line for line in page.splitlines() if line.startswith(f"| {IN_EVIDENCE[claim]}"))
+        cells = [cell.strip() for cell in line.strip("| ").split("|")][2:]
+        return [cell.split("**")[1] if "**" in cell else cell for cell in cells]
+
+    table = (root / "README.md").read_text().split("| claim |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    rows = [[cell.strip().replace("**", "") for cell in line.strip("| ").split("|")] for line in table]
+    assert {claim for claim, *_ in rows} == IN_EVIDENCE.keys() - {"at the measured rate"}
+    for claim, *cells in rows:
+        tried = [cell for cell in cells if not cell.endswith("at the measured rate") and cell != "not tried"]
+        assert tried == verdicts(claim)[: len(tried)]
+        if len(tried) < len(cells):
+            assert cells[-1] == "not tried" or cells[-1].split()[0] == verdicts("at the measured rate")[-1]
+            assert cells[:-1] == tried

@@ -76,10 +76,10 @@ class Grid:
 
 @pytest.fixture
 def _identity() -> Iterator[None]:
-    held = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
+    saved = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     yield
-    TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = held
+    TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = saved
 
 
 SETTINGS: dict[str, Any] = {
@@ -105,9 +105,12 @@ def _few_rows(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def federation_file(root: Path, federation: dict[str, Any] | None = None, **run: Any) -> Path:
-    held = {"run": {**SETTINGS, **run}, "federation": {"clients_minimum": 2, "patience_s": 20.0, **(federation or {})}}
+    tables = {
+        "run": {**SETTINGS, **run},
+        "federation": {"clients_minimum": 2, "patience_s": 20.0, **(federation or {})},
+    }
     file = root / "federation.toml"
-    file.write_text(tomli_w.dumps(held))
+    file.write_text(tomli_w.dumps(tables))
     return file
 
 
@@ -116,8 +119,8 @@ def sites(tmp_path: Path) -> list[Path]:
     write_sites(make_config(SETTINGS), tmp_path / "data")
     files = [tmp_path / f"site-{client}.toml" for client in range(2)]
     for client, file in enumerate(files):
-        held = {"client": client, "data": str(site_folder(tmp_path / "data", client))}
-        file.write_text(tomli_w.dumps({**held, "accepts": {"mask_minimum": 1}}))  # or the mask is tried for seconds
+        settings = {"client": client, "data": str(site_folder(tmp_path / "data", client))}
+        file.write_text(tomli_w.dumps({**settings, "accepts": {"mask_minimum": 1}}))  # or the mask is tried for seconds
     return files
 
 
@@ -342,14 +345,14 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
     given = {"sign": True, "signers": "signers", "quorum": 2}
     summary = run(federation_file(tmp_path, given), tmp_path / "run", grid)
     assert summary["theta_digest"] == simulated()
-    found = verify(tmp_path / "run", listed=read_keys(str(tmp_path / "signers"), "signers"))
+    verified = verify(tmp_path / "run", listed=read_keys(str(tmp_path / "signers"), "signers"))
     fingerprints = [fingerprint(SigningKey.load(key).public) for key in keys]
-    assert dict(found.signed) == {(0, fingerprints[0]): 2, (1, fingerprints[1]): 1, (1, fingerprints[2]): 1}
+    assert dict(verified.signed) == {(0, fingerprints[0]): 2, (1, fingerprints[1]): 1, (1, fingerprints[2]): 1}
     assert grid.pushed.count("train.session") == 3
 
 
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("tables", "said"),
     [
         ({"runs": {}}, r"table \[runs\] is unknown"),
         ({"run": {"rounds": 0}}, r"\[run\] rounds 0: must be"),
@@ -358,7 +361,7 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
         ({"run": {"clients": 2}, "federation": {"quorum": 3}}, "quorum 3: must be at most .* 2"),
         ({"run": {"method": "fo-fedavg"}}, "method fo-fedavg: sends 4n bytes"),
         ({"run": {"method": "task-mask"}}, "method task-mask: needs the sites' rows"),
-        ({"federation": {"signers": "keys"}}, "signers: says whose replies are taken where sign = true"),
+        ({"federation": {"signers": "keys"}}, "signers: has an effect only with sign = true"),
         ({"federation": {"revoked": ["a key"]}}, "revoked 'a key': must be a key's fingerprint"),
         ({"federation": {"stream": "localhost:1"}}, "needs certificate and private_key"),
         ({"run": {"local_steps": 200_000}}, "200,000 scalars a round"),
@@ -371,9 +374,9 @@ def test_sites_sign_over_messages_and_a_key_may_change_between_two(
         ({"run": {"data": "x" * 5000}, "federation": {"quorum": 0}}, "quorum 0: must be at least 1"),
     ],
 )
-def test_bad_settings_are_told_in_a_line(tmp_path: Path, held: dict[str, Any], said: str) -> None:
+def test_bad_settings_are_told_in_a_line(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
     file = tmp_path / "federation.toml"
-    file.write_text(tomli_w.dumps(held))
+    file.write_text(tomli_w.dumps(tables))
     with pytest.raises(MeerkatError, match=said) as caught:
         read_federation(file)
     assert "\n" not in str(caught.value)

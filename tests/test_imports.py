@@ -1,4 +1,4 @@
-"""The order of the rooms is the architecture: each imports only from those before it."""
+"""The order of the packages is the architecture: each imports only from those before it."""
 
 import ast
 import subprocess
@@ -9,15 +9,15 @@ import meerkat
 
 SOURCE = Path(meerkat.__file__).parent
 
-ROOMS = (
+PACKAGES = (
     *("errors", "seeds", "progress", "masks", "privacy", "problems", "demo", "algorithm", "settings", "record", "run"),
     *("extensions", "comparison", "report", "export", "federation", "cli"),
 )
 STRANGERS = {"problems": {"masks", "privacy"}, "demo": {"masks", "privacy"}, "algorithm": {"problems", "demo"}}
-"""Rooms that do not know rooms before them: what is learned, and how."""
+"""Packages that do not know packages before them: what is learned, and how."""
 
 
-def _room(path: Path) -> str:
+def _package(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
@@ -29,31 +29,31 @@ def _files() -> list[Path]:
     ]
 
 
-def _imported_rooms(path: Path) -> set[str]:
-    """The package's rooms that a file imports from, anywhere in it."""
+def _imported_packages(path: Path) -> set[str]:
+    """Meerkat's packages that a file imports from, anywhere in it."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module] if node.module != "meerkat" else [f"meerkat.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("meerkat.")} & {*ROOMS}
+    return {name.split(".")[1] for name in names if name.startswith("meerkat.")} & {*PACKAGES}
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {_room(path) for path in _files()} == {*ROOMS}
+def test_every_module_is_in_a_package() -> None:
+    assert {_package(path) for path in _files()} == {*PACKAGES}
 
 
-def test_at_most_twelve_modules_stand_outside_of_rooms() -> None:
+def test_at_most_twelve_modules_stand_outside_of_packages() -> None:
     assert len(list(SOURCE.glob("*.py"))) <= 12
 
 
 def test_no_import_runs_back_up() -> None:
     up = [
-        (str(path.relative_to(SOURCE)), room)
+        (str(path.relative_to(SOURCE)), package)
         for path in _files()
-        for room in _imported_rooms(path)
-        if ROOMS.index(room) > ROOMS.index(_room(path)) or room in STRANGERS.get(_room(path), ())
+        for package in _imported_packages(path)
+        if PACKAGES.index(package) > PACKAGES.index(_package(path)) or package in STRANGERS.get(_package(path), ())
     ]
     assert not up
 

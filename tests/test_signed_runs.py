@@ -83,13 +83,13 @@ class Staged:
     def enter(self, client: int, **own: str) -> None:
         node = f"node {client}"
         folder = self.setting.folder
-        held = {"data": str(folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
-        held["ledger"] = str(folder / f"{client}-{next(_NUMBER)}.ledger")
+        defaults = {"data": str(folder / str(client)), "model": self.setting.config.model, "device": "cpu"}
+        defaults["ledger"] = str(folder / f"{client}-{next(_NUMBER)}.ledger")
         if client in self.sites:
             self.sites[client].close()
         self.sites[client] = site = Site(
             replace(self.offer, token=self.admission.token(node)),
-            SiteConfig(client=client, **{**held, **own}, accepts={"mask_minimum": 1}),
+            SiteConfig(client=client, **{**defaults, **own}, accepts={"mask_minimum": 1}),
             node,
         )
         self.wire.connect(site)
@@ -204,14 +204,14 @@ def other(course: Course, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def records(run: Path) -> list[Record]:
+def records_of(run: Path) -> list[Record]:
     return list(LogReader(run / "rounds.log"))
 
 
-def forged(run: Path, copied: Path, held: list[Record], theta: str = "") -> Path:
+def forged(run: Path, copied: Path, records: list[Record], theta: str = "") -> Path:
     """A copy of a run with other records, chained anew as whoever holds the folder can, and a summary to match."""
     link, lines = "0" * 64, []
-    for record in held:
+    for record in records:
         text = json.dumps(record, separators=(",", ":")).encode()
         link = hashlib.sha256(link.encode() + text).hexdigest()
         lines.append(link.encode() + b" " + text + b"\n")
@@ -240,26 +240,26 @@ def fails(run: Path, *said: str, **given: Any) -> str:
     return text
 
 
-def line(held: list[Record], kind: str, number: int = 0) -> int:
+def line(records: list[Record], kind: str, number: int = 0) -> int:
     """Index of the n-th record of a kind."""
-    return [i for i, record in enumerate(held) if record["kind"] == kind][number]
+    return [i for i, record in enumerate(records) if record["kind"] == kind][number]
 
 
 # the run itself
 
 
 def test_the_run_has_every_kind_of_record_and_is_sound(course: Course, run: Path) -> None:
-    kinds = [record["kind"] for record in records(run)]
+    kinds = [record["kind"] for record in records_of(run)]
     assert kinds == [
         *("open", "join", "join", "join", "calibration", "round", "round", "join", "round"),
         *("revoke", "join", "round", "round", "close"),
     ]
-    found = verify(run, listed=course.listed)
-    assert found.finished
+    verified = verify(run, listed=course.listed)
+    assert verified.finished
     assert (
-        found.replies == sum(found.signed.values()) == 3 * (ROUNDS + 1) - 2
+        verified.replies == sum(verified.signed.values()) == 3 * (ROUNDS + 1) - 2
     )  # who left in a round misses it, and is spared the next
-    assert dict(found.signed) == {
+    assert dict(verified.signed) == {
         (0, course.name("k0")): 6,
         (1, course.name("k1")): 2,
         (1, course.name(ROTATED)): 2,
@@ -274,16 +274,16 @@ def test_a_rotated_key_is_vouched_for_by_the_one_before(course: Course, run: Pat
 
 
 def test_signing_changes_no_bit_of_theta(course: Course, run: Path) -> None:
-    thetas = [record["theta"] for record in records(run) if record["kind"] == "round"]
+    thetas = [record["theta"] for record in records_of(run) if record["kind"] == "round"]
     assert thetas[0] == course.setting.simulated()[0]
 
 
 def test_an_unfinished_run_can_be_verified(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    held = records(run)
-    for end in range(1, len(held)):
-        assert not verify(forged(tmp_path / "run", tmp_path / "cut", held[:end])).finished
+    records = records_of(run)
+    for end in range(1, len(records)):
+        assert not verify(forged(tmp_path / "run", tmp_path / "cut", records[:end])).finished
 
 
 def test_the_outcome_is_told_in_a_line_and_a_line_a_key(
@@ -318,7 +318,7 @@ def test_a_federation_s_scores_are_computed_anew_on_the_coordinator_s_rows(
     (copied / "summary.json").write_text(as_text(summary | {"evaluated_on": "sites"}))
     capsys.readouterr()
     assert main(["verify", str(copied), "--evaluate"]) == 2
-    assert "evaluated by its sites" in capsys.readouterr().err
+    assert "that its sites evaluated it" in capsys.readouterr().err
 
 
 def with_settings(run: Path, copied: Path, **values: Any) -> Path:
@@ -326,13 +326,13 @@ def with_settings(run: Path, copied: Path, **values: Any) -> Path:
     shutil.copytree(run, copied)
     config = RunFolder(copied).config().model_copy(update=values)
     (copied / "config.toml").write_text(config.to_toml())
-    held = records(run)
-    held[0]["config"] = file_digest(copied / "config.toml")
+    records = records_of(run)
+    records[0]["config"] = file_digest(copied / "config.toml")
     summary = json.loads((run / "summary.json").read_text())
     attacking = list(config.attacking_clients)
     summary |= {"partition": config.partition, "attack": config.attack, "attacking_clients": attacking}
     (copied / "summary.json").write_text(as_text(summary))
-    return forged(run, copied, held)
+    return forged(run, copied, records)
 
 
 def test_a_site_is_not_said_to_have_attacked(run: Path, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_who_evaluated_is_checked_as_far_as_the_log_and_the_settings_tell(
     said = "evaluated_on, scores and extreme_clients in summary.json (made by the sites, it says)"
     assert said in capsys.readouterr().out
     assert main(["verify", str(copied), "--evaluate"]) == 2
-    assert "as its summary says and no log" in capsys.readouterr().err.splitlines()[-1]
+    assert "its summary says, and no log confirms" in capsys.readouterr().err.splitlines()[-1]
 
 
 # who holds the folder, and changes it where it stands
@@ -386,10 +386,10 @@ def test_a_bit_in_each_field_of_each_record_is_found_with_its_line(run: Path, tm
 
 
 def test_who_signed_a_damaged_line_is_told(course: Course, run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    at = line(held, "round")
+    records = records_of(run)
+    at = line(records, "round")
     lines = (run / "rounds.log").read_bytes().splitlines(keepends=True)
-    text = lines[at].replace(scalars_of(held[at]), scalars_of(held[at]).swapcase())
+    text = lines[at].replace(scalars_of(records[at]), scalars_of(records[at]).swapcase())
     said = f"it reads as round 0: client 0's reply is not what its key {course.name('k0')} signed; the 5 records before"
     fails(damaged(run, tmp_path / "run", b"".join([*lines[:at], text, *lines[at + 1 :]])), f"line {at + 1} is", said)
     text = b"0" * 64 + lines[at][64:]
@@ -448,10 +448,10 @@ def others_than(value: Any) -> list[Any]:
 
 
 def test_every_field_that_is_changed_and_chained_anew_is_found(run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    for at, record in enumerate(held):
+    records = records_of(run)
+    for at, record in enumerate(records):
         for name, changed in changes(record):
-            run_of = forged(run, tmp_path / "forged", [*held[:at], changed, *held[at + 1 :]])
+            run_of = forged(run, tmp_path / "forged", [*records[:at], changed, *records[at + 1 :]])
             with pytest.raises(RunFailed) as told:
                 verify(run_of)
             assert len(str(told.value).splitlines()) == 1, name
@@ -460,22 +460,22 @@ def test_every_field_that_is_changed_and_chained_anew_is_found(run: Path, tmp_pa
 
 
 def test_a_field_that_should_not_be_there_is_found(run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    for at in range(len(held) - 1):
-        fails(forged(run, tmp_path / "forged", [*held[:at], {**held[at], "note": "x"}, *held[at + 1 :]]))
+    records = records_of(run)
+    for at in range(len(records) - 1):
+        fails(forged(run, tmp_path / "forged", [*records[:at], {**records[at], "note": "x"}, *records[at + 1 :]]))
 
 
 def test_a_record_that_is_removed_and_the_rest_chained_anew_is_found(run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    for at in range(len(held)):
-        fails(forged(run, tmp_path / "forged", [*held[:at], *held[at + 1 :]]))
+    records = records_of(run)
+    for at in range(len(records)):
+        fails(forged(run, tmp_path / "forged", [*records[:at], *records[at + 1 :]]))
 
 
 def test_records_that_are_swapped_and_chained_anew_are_found(run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    for at in range(len(held) - 1):
-        changed = [*held[:at], held[at + 1], held[at], *held[at + 2 :]]
-        if held[at]["kind"] == held[at + 1]["kind"] == "join":  # who came first before a round means nothing
+    records = records_of(run)
+    for at in range(len(records) - 1):
+        changed = [*records[:at], records[at + 1], records[at], *records[at + 2 :]]
+        if records[at]["kind"] == records[at + 1]["kind"] == "join":  # who came first before a round means nothing
             assert verify(forged(run, tmp_path / "forged", changed)).finished
         else:
             fails(forged(run, tmp_path / "forged", changed))
@@ -484,12 +484,12 @@ def test_records_that_are_swapped_and_chained_anew_are_found(run: Path, tmp_path
 def test_a_record_of_another_run_is_found_though_it_says_the_same(
     course: Course, run: Path, other: Path, tmp_path: Path
 ) -> None:
-    held, others = records(run), records(other)
-    for at, record in enumerate(held):
+    records, others = records_of(run), records_of(other)
+    for at, record in enumerate(records):
         if record["kind"] in ("revoke", "close"):  # nobody signs these, and they are the same, word for word
             assert others[at] == record
             continue
-        text = fails(forged(run, tmp_path / "forged", [*held[:at], others[at], *held[at + 1 :]]))
+        text = fails(forged(run, tmp_path / "forged", [*records[:at], others[at], *records[at + 1 :]]))
         if record["kind"] in ("round", "calibration"):
             assert {**others[at], "signatures": []} == {**record, "signatures": []}
             assert f"line {at + 1} ({record['kind']} {record['round']}): client 0's reply is not what its key" in text
@@ -504,30 +504,30 @@ def told_anew(course: Course, run: Path, lie: Callable[[int, list[Reply]], list[
     opened = StoredRun.open(run)
     settings, z, gradient = opened.replay.settings, opened.directions, opened.mask.pretraining_gradient
     state, made = ServerState(Replica(0, opened.mask.theta_0)), []
-    for held in records(run):
-        match held["kind"]:
+    for entry in records_of(run):
+        match entry["kind"]:
             case "join":
-                settings = Member.from_json(held).added_to(settings)
+                settings = Member.from_json(entry).added_to(settings)
             case "calibration":
-                state = calibration.replay(state, CalibrationRecord.from_json(held))
+                state = calibration.replay(state, CalibrationRecord.from_json(entry))
             case "round":
-                record = RoundRecord.from_json(held)
+                record = RoundRecord.from_json(entry)
                 replies = [Scalars(k, g, signature=record.signatures[k]) for k, g in record.scalars.items()]
                 replies = lie(record.plan.round, replies)
                 plan = server.open_round(state, settings, list(record.plan.steps))
                 state, record = server.close_round(state, plan, replies, settings, z, gradient)
-                held = record.to_json()
+                entry = record.to_json()
             case "close":
-                held = {**held, "theta": path.digest(state.theta)}
-        made.append(held)
+                entry = {**entry, "theta": path.digest(state.theta)}
+        made.append(entry)
     assert course.setting.config.rounds == state.round
     return made, path.digest(state.theta)
 
 
 def test_a_coordinator_that_tells_of_itself_truly_is_believed(course: Course, run: Path, tmp_path: Path) -> None:
-    held, theta = told_anew(course, run, lambda _, replies: replies)
-    assert held == records(run)
-    assert verify(forged(run, tmp_path / "forged", held, theta)).finished
+    records, theta = told_anew(course, run, lambda _, replies: replies)
+    assert records == records_of(run)
+    assert verify(forged(run, tmp_path / "forged", records, theta)).finished
 
 
 @pytest.mark.parametrize("round", range(ROUNDS))
@@ -540,11 +540,11 @@ def test_scalars_that_the_coordinator_alters_are_found_whatever_it_computes_from
         changed[0, 0] = np.nextafter(changed[0, 0], np.float32(9))
         return [*rest, replace(last, scalars=changed)] if at == round else replies
 
-    held, theta = told_anew(course, run, lie)
+    records, theta = told_anew(course, run, lie)
     key = course.name("k2" if round < 3 else RENEWED)
-    at = line(held, "round", round)
+    at = line(records, "round", round)
     said = f"line {at + 1} (round {round}): client 2's reply is not what its key {key} signed"
-    fails(forged(run, tmp_path / "forged", held, theta), said)
+    fails(forged(run, tmp_path / "forged", records, theta), said)
 
 
 def test_a_reply_that_the_coordinator_leaves_out_is_found_in_the_round_after(
@@ -552,8 +552,8 @@ def test_a_reply_that_the_coordinator_leaves_out_is_found_in_the_round_after(
 ) -> None:
     """Every reply is signed about the theta that all before it made. After the last round nobody signs any more."""
     for left_out in range(ROUNDS):
-        held, theta = told_anew(course, run, lambda at, r, left_out=left_out: r[1:] if at == left_out else r)
-        lying = forged(run, tmp_path / "forged", held, theta)
+        records, theta = told_anew(course, run, lambda at, r, left_out=left_out: r[1:] if at == left_out else r)
+        lying = forged(run, tmp_path / "forged", records, theta)
         if left_out == ROUNDS - 1:
             (lying / "summary.json").unlink()  # the bytes that it counts tell
             assert verify(lying).replies == 15
@@ -562,9 +562,9 @@ def test_a_reply_that_the_coordinator_leaves_out_is_found_in_the_round_after(
 
 
 def test_signatures_that_are_swapped_are_found(course: Course, run: Path, tmp_path: Path) -> None:
-    held = records(run)
-    at, then = line(held, "round"), line(held, "round", 2)
-    swapped = copy.deepcopy(held)
+    records = records_of(run)
+    at, then = line(records, "round"), line(records, "round", 2)
+    swapped = copy.deepcopy(records)
     signatures = swapped[at]["signatures"]
     signatures[0], signatures[1] = signatures[1], signatures[0]
     fails(
@@ -572,8 +572,8 @@ def test_signatures_that_are_swapped_are_found(course: Course, run: Path, tmp_pa
         f"line {at + 1}",
         f"client 0's reply is not what its key {course.name('k0')}",
     )
-    between = copy.deepcopy(held)
-    between[then]["signatures"][0] = held[at]["signatures"][0]
+    between = copy.deepcopy(records)
+    between[then]["signatures"][0] = records[at]["signatures"][0]
     fails(forged(run, tmp_path / "forged", between), f"line {then + 1}", "client 0's reply is not what its key")
 
 
@@ -585,44 +585,44 @@ def test_a_reply_that_is_put_under_another_client_is_told_whose_it_is(
         moved = [replace(first, client=second.client), replace(second, client=first.client)]
         return [*moved, *rest] if at == 0 else replies
 
-    held, theta = told_anew(course, run, lie)
+    records, theta = told_anew(course, run, lie)
     said = f"client 0's reply is not what its key {course.name('k0')} signed, but what client 1's key"
-    fails(forged(run, tmp_path / "forged", held, theta), f"{said} {course.name('k1')} did")
+    fails(forged(run, tmp_path / "forged", records, theta), f"{said} {course.name('k1')} did")
 
 
 @pytest.mark.parametrize("how", ["all", "one", "emptied", "cut"])
 def test_a_signature_that_is_stripped_is_found(course: Course, run: Path, tmp_path: Path, how: str) -> None:
-    held = copy.deepcopy(records(run))
-    at = line(held, "round", 1)
-    signatures = held[at]["signatures"]
+    records = copy.deepcopy(records_of(run))
+    at = line(records, "round", 1)
+    signatures = records[at]["signatures"]
     short = base64.b64encode(base64.b64decode(signatures[0])[:-1]).decode()
-    held[at]["signatures"] = {
+    records[at]["signatures"] = {
         "all": [],
         "one": ["", *signatures[1:]],
         "emptied": [""] * len(signatures),
         "cut": [short, *signatures[1:]],
     }[how]
     said = "not what its key" if how == "cut" else f"is not signed; its key is {course.name('k0')}"
-    fails(forged(run, tmp_path / "forged", held), f"line {at + 1} (round 1): client 0's reply", said)
+    fails(forged(run, tmp_path / "forged", records), f"line {at + 1} (round 1): client 0's reply", said)
 
 
-def unsigned(held: list[Record]) -> list[Record]:
+def unsigned(records: list[Record]) -> list[Record]:
     """The log as if nobody had ever signed."""
     bare = dict.fromkeys(("key", "signature", "handover"), "")
     stripped = {"open": {"signed": False}, "join": bare, "round": {"signatures": []}, "calibration": {"signatures": []}}
-    return [{**record, **stripped.get(record["kind"], {})} for record in held if record["kind"] != "revoke"]
+    return [{**record, **stripped.get(record["kind"], {})} for record in records if record["kind"] != "revoke"]
 
 
 def test_a_run_that_takes_signed_replies_alone_has_no_unsigned_joining(run: Path, tmp_path: Path) -> None:
-    held = unsigned(records(run))
-    held[0]["signed"] = True
-    fails(forged(run, tmp_path / "forged", held), "line 2 (join of client 0): client 0 has no key")
+    records = unsigned(records_of(run))
+    records[0]["signed"] = True
+    fails(forged(run, tmp_path / "forged", records), "line 2 (join of client 0): client 0 has no key")
 
 
 def test_a_log_that_is_stripped_of_all_signatures_says_so_and_is_found_by_who_knows_the_keys(
     course: Course, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stripped = forged(run, tmp_path / "forged", unsigned(records(run)))
+    stripped = forged(run, tmp_path / "forged", unsigned(records_of(run)))
     assert main(["verify", str(stripped)]) == 0
     assert "0 of 16 replies signed" in capsys.readouterr().out
     said = "client 0 has no key, where every reply must be signed, and the run took unsigned replies: there is nothing"
@@ -642,19 +642,19 @@ def test_a_coordinator_that_invents_a_site_is_found_by_who_knows_the_keys(
     course: Course, run: Path, tmp_path: Path
 ) -> None:
     """With a key of its own it can sign as a site; nothing in the log can tell."""
-    held, key = copy.deepcopy(records(run)), course.signing("stranger")
-    joined, identity = Member.from_json(held[1]), StoredRun.open(run).replay.members.identity
+    records, key = copy.deepcopy(records_of(run)), course.signing("stranger")
+    joined, identity = Member.from_json(records[1]), StoredRun.open(run).replay.members.identity
     joining = identity.joining(0, joined.examples, joined.node, key.public)
-    held[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
-    invented = signed_again(run, held, client=0, key=key)
+    records[1] = replace(joined, key=key.public.hex(), signature=key.sign(joining).hex()).to_json()
+    invented = signed_again(run, records, client=0, key=key)
     assert verify(forged(run, tmp_path / "forged", invented)).finished
     said = f"line 2 (join of client 0, key {course.name('stranger')})", "is not among the listed ones"
     fails(tmp_path / "forged", *said, listed=course.listed)
 
 
-def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) -> list[Record]:
+def signed_again(run: Path, records: list[Record], client: int, key: SigningKey) -> list[Record]:
     """The records with one client's replies signed by a key, as its holder would."""
-    made = copy.deepcopy(held)
+    made = copy.deepcopy(records)
     joined, replay = b"", StoredRun.open(run).replay
     states = {(record.plan.phase, record.plan.round): before for before, record in replay}
     for record in made:
@@ -679,9 +679,9 @@ def signed_again(run: Path, held: list[Record], client: int, key: SigningKey) ->
 
 def test_what_a_revoked_key_signs_is_found(course: Course, run: Path, tmp_path: Path) -> None:
     """A coordinator that wrote down a revocation and went on all the same."""
-    held, name = records(run), course.name("k0")
-    at = line(held, "round", 3)
-    forgery = [*held[:at], KeyRevocation(3, name).to_json(), *held[at:]]
+    records, name = records_of(run), course.name("k0")
+    at = line(records, "round", 3)
+    forgery = [*records[:at], KeyRevocation(3, name).to_json(), *records[at:]]
     said = f"line {at + 2} (round 3): client 0's reply is signed with key {name}, which is revoked from round 3 on"
     fails(forged(run, tmp_path / "forged", forgery), said)
 
@@ -715,7 +715,7 @@ def test_a_revoked_key_that_signed_nothing_is_said_to_have(
     assert notes == [f"note: --revoked {stranger}: no reply of this run is signed with it; is it the right one?"]
     assert main(["verify", str(run), "--revoked", str(course.keys / "k0.pub")]) == 1
     assert "revoked from round 0 on" in capsys.readouterr().err
-    unsigned_one = forged(run, tmp_path / "forged", unsigned(records(run)))
+    unsigned_one = forged(run, tmp_path / "forged", unsigned(records_of(run)))
     assert main(["verify", str(unsigned_one), "--revoked", pub]) == 0
     assert "note: --revoked: no reply of this run is signed, so there was nothing to check" in capsys.readouterr().err
 
@@ -725,7 +725,7 @@ def test_a_coordinator_that_is_told_of_a_key_nobody_has_says_so(
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    cut = forged(tmp_path / "run", tmp_path / "cut", records(run)[:9])
+    cut = forged(tmp_path / "run", tmp_path / "cut", records_of(run)[:9])
     gone = (course.name("stranger"), course.name("k2"))
     with pytest.raises(RunFailed):  # nobody comes
         coordinate(course.config(), course.federation(revoked=gone), cut, Staged(course.setting, {}))
@@ -734,15 +734,15 @@ def test_a_coordinator_that_is_told_of_a_key_nobody_has_says_so(
 
 
 def test_a_key_that_was_never_handed_over_is_found(course: Course, run: Path, tmp_path: Path) -> None:
-    held = copy.deepcopy(records(run))
-    at = line(held, "join", 3)
-    held[at]["handover"] = ""
+    records = copy.deepcopy(records_of(run))
+    at = line(records, "join", 3)
+    records[at]["handover"] = ""
     said = f"line {at + 1} (join of client 1", f"signed with key {course.name('k1')}, and nothing hands over"
-    fails(forged(run, tmp_path / "forged", held), *said)
-    join = Member.from_json(held[at])
+    fails(forged(run, tmp_path / "forged", records), *said)
+    join = Member.from_json(records[at])
     joining = StoredRun.open(run).replay.members.identity.joining(1, join.examples, join.node, bytes.fromhex(join.key))
-    held[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
-    fails(forged(run, tmp_path / "forged", held), f"key {course.name('k1')} has not handed over to")
+    records[at]["handover"] = course.signing("stranger").sign(handover(joining)).hex()
+    fails(forged(run, tmp_path / "forged", records), f"key {course.name('k1')} has not handed over to")
 
 
 # simulations, and the coordinator's settings
@@ -759,9 +759,9 @@ def test_a_simulation_is_said_to_have_no_signatures(
     fails(out, "a simulation, whose replies are not signed; leave --signers out", listed=course.listed)
     assert main(["verify", str(out), "--revoked", course.name("k0")]) == 0
     assert "note: --revoked: no reply of this run is signed" in capsys.readouterr().err
-    held = records(out)
-    held[1]["signatures"] = [base64.b64encode(bytes(64)).decode()] * 3
-    fails(forged(out, tmp_path / "forged", held), "line 2 (round 0): client 0's reply is signed")
+    records = records_of(out)
+    records[1]["signatures"] = [base64.b64encode(bytes(64)).decode()] * 3
+    fails(forged(out, tmp_path / "forged", records), "line 2 (round 0): client 0's reply is signed")
 
 
 def test_sign_is_what_the_run_began_with(course: Course, run: Path) -> None:
@@ -792,7 +792,9 @@ def test_a_new_federation_with_a_setting_that_does_nothing_is_refused(course: Co
 
 
 def test_a_site_without_a_key_is_refused_where_all_must_sign(course: Course, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="signing_key: the run takes signed replies alone; 'meerkat keygen'"):
+    with pytest.raises(
+        Refused, match="signing_key: the run takes only signed replies; make a key with 'meerkat keygen'"
+    ):
         coordinate(course.config(), course.federation(), tmp_path / "run", Staged(course.setting, {0: {}}))
 
 
@@ -800,7 +802,7 @@ def test_after_a_revocation_a_new_key_must_be_listed(course: Course, run: Path, 
     """Whoever has stolen a key has perhaps the node, too: the coordinator's operator has to say which key is next."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    cut = forged(tmp_path / "run", tmp_path / "cut", records(run)[:9])  # before the revocation
+    cut = forged(tmp_path / "run", tmp_path / "cut", records_of(run)[:9])  # before the revocation
     gone = {"revoked": (course.name("k2"),)}
     for more, said in (
         ({"signers": ""}, "was revoked: its successor must be in the coordinator's 'signers'"),
@@ -816,7 +818,7 @@ def test_after_a_revocation_a_new_key_must_be_listed(course: Course, run: Path, 
             cut,
             Staged(course.setting, {2: {"signing_key": course.key("k2")}}),
         )
-    assert [record["kind"] for record in records(cut)].count("revoke") == 1
+    assert [record["kind"] for record in records_of(cut)].count("revoke") == 1
 
 
 def test_a_federation_where_some_sign_is_gone_through(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -898,7 +900,7 @@ def test_a_forger_cannot_say_that_a_site_signed_twice(
     course: Course, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A federation of the same id, with keys and replies of the forger's own."""
-    name = records(run)[0]["federation"]
+    name = records_of(run)[0]["federation"]
     monkeypatch.setattr(coordinator_module.secrets, "token_hex", lambda _: name)
     keys = {k: {"signing_key": str(make_signing_key(tmp_path / f"{k}.key").private)} for k in range(3)}
     coordinate(course.config(), course.federation(signers=""), tmp_path / "forged", Staged(course.setting, keys))
@@ -912,15 +914,16 @@ def test_a_forger_cannot_say_that_a_site_signed_twice(
 
 def test_the_same_reply_under_a_new_key_is_no_second_one(run: Path, tmp_path: Path) -> None:
     """A site that rotated its key signs the reply of an open round again."""
-    held = records(run)
-    at = next(i for i, record in enumerate(held) if record["kind"] == "round")
-    signatures, theta = held[at]["signatures"][::-1], held[at]["theta"][::-1]  # as others, which need not be sound here
-    held[at] = {**held[at], "signatures": signatures, "theta": theta}
+    records = records_of(run)
+    at = next(i for i, record in enumerate(records) if record["kind"] == "round")
+    # as others, which need not be sound here
+    signatures, theta = records[at]["signatures"][::-1], records[at]["theta"][::-1]
+    records[at] = {**records[at], "signatures": signatures, "theta": theta}
     copied = tmp_path / "copied"
     shutil.copytree(run, copied)
     (copied / "rounds.log").unlink()
     log = RunLog(copied / "rounds.log")
-    for record in held[: at + 1]:
+    for record in records[: at + 1]:
         log.append(record)
     log.close()
     parted = fork(run, copied)

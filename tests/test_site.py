@@ -368,9 +368,9 @@ def test_the_session_is_over_when_the_coordinator_says_so(setting: Setting, kind
 
 def test_it_evaluates_where_it_has_agreed_to(setting: Setting) -> None:
     server, site = Server(setting), setting.site(0, evaluate=True)
-    found = decoded(site.answer(server.ask(kind=Kind.EVALUATE)))
-    accuracy, rows = frames.decode_score(found.body, "accuracy", 1000)
-    assert (found.kind, rows) == (Kind.SCORE, setting.sizes[0])
+    answer = decoded(site.answer(server.ask(kind=Kind.EVALUATE)))
+    accuracy, rows = frames.decode_score(answer.body, "accuracy", 1000)
+    assert (answer.kind, rows) == (Kind.SCORE, setting.sizes[0])
     assert 0 < accuracy < 1
     assert accuracy * rows == pytest.approx(round(accuracy * rows))
     reply = site.answer(server.ask())
@@ -512,7 +512,7 @@ def test_a_site_that_was_kept_answers_with_the_key_it_has_now(setting: Setting, 
 
 
 def test_a_run_of_signed_replies_is_refused_without_a_key_before_a_row_is_read(setting: Setting) -> None:
-    with pytest.raises(Refused, match="signing_key: the run takes signed replies alone"):
+    with pytest.raises(Refused, match="signing_key: the run takes only signed replies"):
         replace(setting, signed=True).site(0, data="no such folder")
 
 

@@ -11,9 +11,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     about = "public keys, a line each, that every reply must be signed with [default: the keys in the log]"
     parser.add_argument("--signers", default="", metavar="FILE", help=about)
-    about = (
-        "a key that is revoked: its fingerprint, with or without the round from which on it is, its .pub file, or a "
-    )
+    about = "a revoked key: its fingerprint, optionally with the round from which it is revoked, its .pub file, or a "
     add_list(parser, "--revoked", "KEY[@ROUND]|FILE", f"{about}file of such lines")
     about = "another folder of the same federation: is its log the same history, or do the two fork?"
     parser.add_argument("--against", type=Path, metavar="FOLDER", help=about)

@@ -87,14 +87,14 @@ def check_origins(folder: Path, origins: Mapping[str, Origin]) -> None:
     file = folder / "origins.json"
     cure = "give a new --out"
     if not file.exists() and any(any((folder / name).iterdir()) for name in ("cells", "search", "masks")):
-        raise MeerkatError(f"'{folder}': was begun without --evidence, so nobody noted what its runs rest on; {cure}")
+        raise MeerkatError(f"'{folder}': was begun without --evidence, so what its runs used was not recorded; {cure}")
     try:
         known = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (OSError, *DAMAGE) as error:
         raise MeerkatError(f"{file}: damaged ({in_short(error)}); {cure}") from None
     new = {name: asdict(origin) for name, origin in origins.items()}
     if any(known[name] != new[name] for name in known.keys() & new.keys()):
-        raise MeerkatError(f"'{folder}': its runs rest on other weights, rows or text than are here now; {cure}")
+        raise MeerkatError(f"'{folder}': its runs used other weights, rows or text than those here now; {cure}")
     write_text(file, json.dumps({**known, **new}, indent=1) + "\n")
 
 

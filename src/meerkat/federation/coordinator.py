@@ -64,7 +64,8 @@ def coordinate(config: RunConfig, federation: FederationConfig, out: Path, contr
         folder = RunFolder.open(out)
         _check_same(given, config, folder)
         if not has_device(device := folder.config().device):
-            raise MeerkatError(f"{out}: was begun on {device}, which is not here; start its coordinator where it is")
+            cure = "start its coordinator on one that has it"
+            raise MeerkatError(f"{out}: was begun on {device}, which this machine does not have; {cure}")
         problem = open_problem(folder.config())
     else:
         RunFolder.check_free(out)

@@ -116,9 +116,9 @@ def _conflicts(config: RunConfig, federation: FederationConfig) -> Iterator[str]
     if federation.stream and not (federation.certificate and federation.private_key):
         yield f"stream {federation.stream}: needs certificate and private_key; see 'meerkat certify'"
     if federation.sign and config.dp == "client":
-        yield "sign: dp client keeps no replies that signatures could be of; leave one of the two out"
+        yield "sign: dp client keeps no replies, so there is nothing to sign; leave one of the two out"
     if federation.signers and not federation.sign:
-        yield "signers: says whose replies are taken where sign = true; give that too"
+        yield "signers: has an effect only with sign = true; give that too"
     yield from _binding_conflicts(config, federation)
     for name in ("clients_minimum", "clients_wanted", "quorum"):
         if (count := getattr(federation, name)) > config.clients:
@@ -135,7 +135,8 @@ def _binding_conflicts(config: RunConfig, federation: FederationConfig) -> Itera
     for name in ("client", "node", "key"):
         given = [value for binding in federation.sites if (value := getattr(binding, name)) != ""]
         for value in {value for value in given if given.count(value) > 1}:
-            yield f"sites: {name} {value} is there twice; a site has one entry, and what it gives is its own"
+            cure = "give each site one entry, with a client, node and key of its own"
+            yield f"sites: {name} {value} is there twice; {cure}"
     listed = read_keys(federation.signers, "signers") if federation.signers else None
     for binding in federation.sites:
         if binding.client >= config.clients:

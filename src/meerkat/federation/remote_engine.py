@@ -401,7 +401,7 @@ class RemoteEngine(Attendance):
             case Kind.REPLY | Kind.SIGNED:
                 self._receive_reply(client, session, frame)
             case Kind.BEHIND:
-                self._ask_again(client, session, "its theta does not come out as everyone's")
+                self._ask_again(client, session, "its theta differs from everyone else's")
             case Kind.FAILED:
                 self._receive_failure(client, session, frame)
             case Kind.SCORE:

@@ -54,7 +54,7 @@ class Site:
             key, former_key = settings.signing_keys()
         if offer.sign and key is None:
             raise Refused(
-                "signing_key: the run takes signed replies alone; 'meerkat keygen' makes one, name it in site.toml"
+                "signing_key: the run takes only signed replies; make a key with 'meerkat keygen', name it in site.toml"
             )
         self._client = client = SiteClient(offer, settings, goes_on)
         self.client = settings.client

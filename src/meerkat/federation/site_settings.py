@@ -198,7 +198,7 @@ class SiteConfig(Settings):
         if outputs is None:
             say("note: mask_minimum counts entries whether they move a loss or not: the problem has no public inputs")
         live = len(moving) if outputs is None else count_live(model, moving, outputs, least)
-        asked = f"{len(mask):,} parameters to move, of which {live} were seen to change what the model says"
+        asked = f"{len(mask):,} parameters to move, of which {live} were seen to change the model's output"
         _require("mask_minimum", asked, f"at least {least} that do", live >= least)
 
 

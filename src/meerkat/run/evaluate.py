@@ -39,7 +39,7 @@ def _opened(root: Path, run: VerifiedRun, as_stored: bool = False) -> tuple[Prob
     """A verified run's problem, and its model, which is the one that the run began with."""
     config = run.config
     if not has_device(config.device):
-        say(f"note: the run was made on {config.device}, which is not here; its model is loaded on the CPU")
+        say(f"note: the run was made on {config.device}, which this machine lacks; its model is loaded on the CPU")
         config = config.model_copy(update={"device": "cpu"})
     problem = open_problem(config)
     check_model(RunFolder(root), run.mask, config, problem)
@@ -68,8 +68,8 @@ def check_scores(root: Path, run: VerifiedRun) -> None:
         raise MeerkatError(f"{root}: not finished, so there is no summary whose scores could be checked; resume it")
     if summary.evaluated_on == "sites":
         raise MeerkatError(
-            f"{root}: evaluated by its sites, as its summary says and no log, on rows that are theirs alone; leave "
-            "--evaluate out, and use 'meerkat evaluate' for its scores on your rows"
+            f"{root}: its summary says, and no log confirms, that its sites evaluated it, on rows only they have; "
+            "leave --evaluate out, and use 'meerkat evaluate' for its scores on your rows"
         )
     problem, model = _opened(root, run)
     batch, extreme = _evaluation_rows(folder, run, problem)

@@ -82,7 +82,8 @@ def resume(root: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     if (config := folder.config()).partition == SITES:
         raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
     if not has_device(config.device):
-        raise MeerkatError(f"{root}: was begun on {config.device}, which is not here; resume it where it is")
+        cure = "resume it on one that has it"
+        raise MeerkatError(f"{root}: was begun on {config.device}, which this machine does not have; {cure}")
     problem = open_problem(config)
     return _go_on(folder, problem, Split.of(config, problem), ranks)
 

@@ -188,9 +188,9 @@ class CalibrationSettings(Settings):
     later_steps: int = Field(30, ge=1)
     """T_later: last steps of a calibration"""
     rho_later: _Positive = 2.0
-    """rule thresholds: a client is extreme above this initial over later mean |GradIP|"""
+    """rule thresholds: a client is extreme only if its ratio of initial to later mean |GradIP| is above this"""
     rho_quie: float = Field(0.5, ge=0, le=1)
-    """rule thresholds: and from this share of quiescent later steps on"""
+    """rule thresholds: a client is extreme only if at least this share of its later steps is quiescent"""
     sigma: _Positive = 0.25
     """rule thresholds: a step is quiescent under this share of clients' median initial mean |GradIP|"""
     missing_steps: MissingSteps = "zero"

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,10 +20,15 @@ class Settings(BaseModel):
 _M = TypeVar("_M", bound=BaseModel)
 
 
-@cache
-def form_of(values: Any) -> TypeAdapter[Any]:
+_T = TypeVar("_T")
+_forms: dict[type, TypeAdapter[Any]] = {}
+
+
+def form_of(values: type[_T]) -> TypeAdapter[_T]:
     """What checks the values of a dataclass's fields; made once, which takes milliseconds."""
-    return TypeAdapter(values)
+    if values not in _forms:
+        _forms[values] = TypeAdapter(values)
+    return _forms[values]
 
 
 def validate(model: type[_M], values: Mapping[str, Any], where: str = "--") -> _M:

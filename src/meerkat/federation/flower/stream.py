@@ -190,8 +190,10 @@ class StreamLink:
             self.port = self._call(self._listen(listen, grpc.ssl_server_credentials([pair]), options))
         except RuntimeError:
             self._stop_loop()
-            causes = "is the port free, the host this machine's (if not, give 'listen'), the key the certificate's?"
-            raise MeerkatError(f"stream {listen}: cannot listen there; {causes} 'meerkat doctor' tells") from None
+            causes = (
+                "is the port free, is the host this machine's (if not, give 'listen'), is the key the certificate's?"
+            )
+            raise MeerkatError(f"stream {listen}: cannot listen there; {causes} Ask 'meerkat doctor'") from None
 
     def send(self, frames: Mapping[int, Sequence[bytes]]) -> None:
         """Send each client its frames, in order; those of a client that has left are lost."""
