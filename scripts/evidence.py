@@ -58,7 +58,7 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
   Where one setting is claimed to do as well as another, **holds** means that the whole interval is above -0.05,
   **fails** that it is below; `meerkat compare` is more lenient, and allows for the reference's own spread over seeds.
   *the same*: both sides are the same runs.
-- Intervals cover seeds alone: all runs of a model share their validation rows (300 rows give an accuracy to about
+- Intervals cover only what the seed changes: all runs of a model share their validation rows (300 rows give an accuracy to about
   0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75). What
   another factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)). Nothing
   is corrected for the number of claims: among twenty intervals, one is off by chance. Numbers in brackets count
@@ -66,9 +66,9 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
 - Three seeds, 0 to 2, unless a table says otherwise; where there are more, both sides of a difference have them.
   `--seeds 0,1,2,3,4,5` makes their runs. Seeds were added where fewer had left claims undecided, and the intervals do
   not allow for such repeated looks: a verdict with more than three seeds is off more often than one time in twenty.
-- Settings of which runs are missing are left out (the commands make them too), and so are runs at rates that an
-  earlier search, with shorter trials, chose.
-- T is the number of local steps a round, u the share of the parameters that move, mixed:N a split in which N clients
+- Settings with missing runs are left out (the commands make them too), and so are runs at rates that an earlier search,
+  with shorter trials, chose.
+- T is the number of local steps per round, u the share of the parameters that move, mixed:N a split in which N clients
   have one label each; `meerkat simulate --help` explains methods and other settings. DATA is SST-2 as GLUE has it,
   6,000 of its training rows and the 872 for validation, of which 300 are used, TEXT 2,091 passages of Wikipedia.
   `--model` takes a model's folder: imdb-6m is a Llama of 5.8M parameters that we trained on film reviews, the others
