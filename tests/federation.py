@@ -105,9 +105,9 @@ class Setting:
         mask = make_mask(config, open_problem(config))
         rows = load_rows(config.data, "train")
         dealt = partition(config.partition, rows, config.clients, config.seed).rows
-        for client, held in enumerate(dealt):
-            write_rows(folder / str(client), [rows[i] for i in held])
-        return cls(root, folder, config, mask, [len(held) for held in dealt])
+        for client, part in enumerate(dealt):
+            write_rows(folder / str(client), [rows[i] for i in part])
+        return cls(root, folder, config, mask, [len(part) for part in dealt])
 
     def but(self, **changes: Any) -> "Setting":
         """The same with other settings, on the same mask and rows."""
@@ -178,8 +178,8 @@ class Setting:
         problem = open_problem(self.config)
         model, z = runnable_model(self.config, problem, self.mask), self.directions
         rows = problem.rows("train")
-        held = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
-        clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(held)]
+        dealt = partition(self.config.partition, rows, self.config.clients, self.config.seed).rows
+        clients = [ClientRows(k, r, self.config.batch_size, self.config.seed) for k, r in enumerate(dealt)]
         losses_of = client_losses(problem, problem.prepare(rows))
         rule = self.settings.rules.client
         return LocalEngine(
@@ -266,8 +266,8 @@ class Wire:
     # the coordinator's side: see link.Link
 
     def send(self, frames: dict[int, list[bytes]]) -> None:
-        for client, held in frames.items():
-            for data in held:
+        for client, outgoing in frames.items():
+            for data in outgoing:
                 self.down.append((client, Frame.decode(data)))
                 self._carry(client, data, up=False)
 
@@ -311,11 +311,11 @@ class Wire:
             self.disconnect(client)
             return
         stream = self._streams[client]
-        for delay, held in arriving:
+        for delay, arrived in arriving:
             at = max(self._busy_until.get((client, up), 0.0), self.now + delay)
             self._busy_until[client, up] = at
             arrive = self._heard if up else self._at_site
-            self.after(at - self.now, lambda held=held, arrive=arrive: arrive(client, stream, held))
+            self.after(at - self.now, lambda arrived=arrived, arrive=arrive: arrive(client, stream, arrived))
 
     def _heard(self, client: int, stream: int, data: bytes) -> Event | None:
         return Event("frame", client, data) if self._streams.get(client) == stream else None
@@ -422,10 +422,10 @@ class Federation:
             while not (replies := self.engine.run(self.state, plan)):
                 self.gather()
                 plan = calibration.open_calibration(self.state, self.settings, self.engine.available())
-            self.state, found = calibration.close_calibration(
+            self.state, calibrated = calibration.close_calibration(
                 self.state, plan, replies, self.settings, self.z, gradient
             )
-            self.records.append(found.to_json())
+            self.records.append(calibrated.to_json())
             self.gather()
         plan = server.open_round(self.state, self.settings, self.engine.available())
         while not (replies := self.engine.run(self.state, plan)):

@@ -80,20 +80,20 @@ def edited_bytes(draw: DrawFn, seeds: Sequence[bytes], at_most: int = 4) -> byte
 @st.composite
 def edited_values(draw: DrawFn, seed: Any, at_most: int = 3) -> Any:
     """JSON-like values after a few edits, each somewhere inside: an odd value, another's, one more, one less."""
-    held = [copy.deepcopy(seed)]  # so that the whole can be replaced, too
+    root = [copy.deepcopy(seed)]  # so that the whole can be replaced, too
     for _ in range(draw(st.integers(1, at_most))):
         # a place chosen level by level: what is high up is met as often as what is long
-        parent, key = _place(draw, held)
+        parent, key = _place(draw, root)
         edit = draw(st.sampled_from(["odd", "odd", "near", "elsewhere", "drop", "double", "text"]))
         value = parent[key]
         if edit == "near" and isinstance(value, int | float) and not isinstance(value, bool):
             parent[key] = draw(st.sampled_from([value + 1, value - 1, -value, value * 2, float(value), str(value)]))
         elif edit == "elsewhere":
-            other, where = _place(draw, held)
+            other, where = _place(draw, root)
             parent[key] = copy.deepcopy(other[where])
-        elif edit == "drop" and parent is not held:
+        elif edit == "drop" and parent is not root:
             del parent[key]
-        elif edit == "double" and isinstance(parent, list) and parent is not held:
+        elif edit == "double" and isinstance(parent, list) and parent is not root:
             parent.insert(key, copy.deepcopy(value))
         elif edit == "double" and isinstance(parent, dict):
             parent[draw(st.sampled_from(["more", "", str(key) + "_"]))] = copy.deepcopy(value)
@@ -101,12 +101,12 @@ def edited_values(draw: DrawFn, seed: Any, at_most: int = 3) -> Any:
             parent[key] = draw(edited_bytes([value.encode(errors="replace")], 1)).decode(errors="replace")
         else:
             parent[key] = copy.deepcopy(draw(st.sampled_from(_ODD)))
-    return held[0]
+    return root[0]
 
 
-def _place(draw: DrawFn, held: list[Any]) -> tuple[Any, Any]:
+def _place(draw: DrawFn, root: list[Any]) -> tuple[Any, Any]:
     """A container among values, and the key of one of its members."""
-    parent: Any = held
+    parent: Any = root
     key: Any = 0
     while isinstance(inner := parent[key], list | dict) and inner and draw(st.integers(0, 4)):
         parent = inner
@@ -139,9 +139,9 @@ def as_toml(value: Any) -> bytes:
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_none(held) for key, held in value.items()}
+        return {key: _without_none(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_none(held) for held in value]
+        return [_without_none(inner) for inner in value]
     return "" if value is None else value
 
 
@@ -156,44 +156,44 @@ def edited_safetensors(draw: DrawFn, tensors: dict[str, torch.Tensor], metadata:
         for k, v in told.items()
     }
     texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
-    held = dict(tensors)
+    edited = dict(tensors)
     for _ in range(draw(st.integers(0, 2))):
-        name = draw(st.sampled_from(sorted(held))) if held else ""
+        name = draw(st.sampled_from(sorted(edited))) if edited else ""
         if name:
-            _edit_tensor(draw, held, name)
-    return save(held, metadata=texts)
+            _edit_tensor(draw, edited, name)
+    return save(edited, metadata=texts)
 
 
-def _edit_tensor(draw: DrawFn, held: dict[str, torch.Tensor], name: str) -> None:
-    values = held[name]
+def _edit_tensor(draw: DrawFn, tensors: dict[str, torch.Tensor], name: str) -> None:
+    values = tensors[name]
     kind = draw(
         st.sampled_from(["type", "shape", "shorter", "longer", "reversed", "number", "drop", "rename", "scalar"])
     )
     if kind == "type":
         types = [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.bool]
-        held[name] = values.to(draw(st.sampled_from(types)))
+        tensors[name] = values.to(draw(st.sampled_from(types)))
     elif kind == "shape":
-        held[name] = values.reshape(draw(st.sampled_from([(1, -1), (-1, 1)])))
+        tensors[name] = values.reshape(draw(st.sampled_from([(1, -1), (-1, 1)])))
     elif kind == "shorter":
-        held[name] = values.flatten()[: draw(st.integers(0, values.numel()))].clone()
+        tensors[name] = values.flatten()[: draw(st.integers(0, values.numel()))].clone()
     elif kind == "longer":
-        held[name] = values.repeat(2) if values.dim() == 1 else values.flatten().repeat(3)
+        tensors[name] = values.repeat(2) if values.dim() == 1 else values.flatten().repeat(3)
     elif kind == "reversed":
-        held[name] = values.flatten().flip(0).clone()
+        tensors[name] = values.flatten().flip(0).clone()
     elif kind == "number" and values.numel():
         changed = values.flatten().clone()
         whole = [0, 1, -1, 100, 2**31 - 1] if changed.dtype in (torch.int32, torch.int64) else [0, 1]
         numbers = [float("nan"), float("inf"), 6e4, -1.0] if changed.dtype.is_floating_point else whole
         changed[draw(st.integers(0, len(changed) - 1))] = draw(st.sampled_from(numbers))
-        held[name] = changed
+        tensors[name] = changed
     elif kind == "drop":
-        del held[name]
+        del tensors[name]
     elif kind == "rename":
-        held[draw(st.sampled_from(["", "x", "indices/", "values/", "theta_0", "pretraining_gradient"]))] = held.pop(
-            name
+        tensors[draw(st.sampled_from(["", "x", "indices/", "values/", "theta_0", "pretraining_gradient"]))] = (
+            tensors.pop(name)
         )
     else:
-        held[name] = torch.zeros(())
+        tensors[name] = torch.zeros(())
 
 
 def _parsed(text: str) -> Any:

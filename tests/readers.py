@@ -164,11 +164,11 @@ class World:
 
     def a_log(self) -> Reader:
         """A run's log with damage in its bytes, or in its records under a whole chain."""
-        held = [{file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} for run in self.runs]
-        records = [[json.loads(line[65:]) for line in files["rounds.log"].splitlines()] for files in held]
+        folders = [{file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} for run in self.runs]
+        records = [[json.loads(line[65:]) for line in files["rounds.log"].splitlines()] for files in folders]
 
         def damaged(number: int) -> SearchStrategy[tuple[int, bytes]]:
-            raw = edited_bytes([held[number]["rounds.log"]])
+            raw = edited_bytes([folders[number]["rounds.log"]])
             edited = edited_values(records[number]).map(lambda values: chained(list(lines_of(_listed(values)))))
             texts = edited_bytes([as_json(record) for record in records[number]], 2)
             replaced = st.tuples(st.integers(0, len(records[number]) - 1), texts).map(
@@ -180,19 +180,21 @@ class World:
 
         def check(given_input: tuple[int, bytes]) -> None:
             number, log = given_input
-            replays(self.run_folder({**held[number], "rounds.log": log}))
+            replays(self.run_folder({**folders[number], "rounds.log": log}))
 
-        return Reader(st.one_of(*map(damaged, range(len(held)))), check, (0, held[0]["rounds.log"]))
+        return Reader(st.one_of(*map(damaged, range(len(folders)))), check, (0, folders[0]["rounds.log"]))
 
     def a_form(self) -> Reader:
         """A run's log with a record in another form, under a whole chain: whatever it says, it is refused."""
         run = self.runs[0]
-        held = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-        texts = [line[65:] for line in held["rounds.log"].splitlines()]
+        contents = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+        texts = [line[65:] for line in contents["rounds.log"].splitlines()]
 
         def check(changed: tuple[int, bytes]) -> None:
             at, text = changed
-            verification.verify(self.run_folder({**held, "rounds.log": chained([*texts[:at], text, *texts[at + 1 :]])}))
+            verification.verify(
+                self.run_folder({**contents, "rounds.log": chained([*texts[:at], text, *texts[at + 1 :]])})
+            )
             assert text == texts[at], "a record in another form is taken"
 
         def changed(at: int) -> SearchStrategy[tuple[int, bytes]]:
@@ -204,25 +206,25 @@ class World:
     def a_folder(self) -> Reader:
         """A run's folder with other settings, mask or summary, and an opening that agrees with them."""
         run = self.runs[-1]
-        held = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-        records = [json.loads(line[65:]) for line in held["rounds.log"].splitlines()]
+        contents = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+        records = [json.loads(line[65:]) for line in contents["rounds.log"].splitlines()]
         tensors, metadata = _parts(run / "mask.safetensors")
         set_to = read_toml(run / "config.toml")
 
         def agreeing(config: bytes, mask: bytes, summary: bytes) -> dict[str, bytes]:
             opening = {**records[0], "config": hashlib.sha256(config).hexdigest()}
             try:
-                found = SparseMask.load(self.written("mask.safetensors", mask))
-                opening |= {"mask": found.digest(), "model": found.fingerprint}
-                opening["about_mask"] = found.description_digest()
-                opening["theta"] = path.digest(cast(torch.Tensor, found.theta_0))
+                loaded = SparseMask.load(self.written("mask.safetensors", mask))
+                opening |= {"mask": loaded.digest(), "model": loaded.fingerprint}
+                opening["about_mask"] = loaded.description_digest()
+                opening["theta"] = path.digest(cast(torch.Tensor, loaded.theta_0))
                 opening["run_key"] = f"{run_key(make_config(read_toml(self.written('c.toml', config))).seed):032x}"
             except Exception:  # whatever it is, reading the folder will say so
                 pass
             log = chained(list(lines_of([opening, *records[1:]])))
             return {"config.toml": config, "mask.safetensors": mask, "summary.json": summary, "rounds.log": log}
 
-        config, mask, summary = (held[name] for name in ("config.toml", "mask.safetensors", "summary.json"))
+        config, mask, summary = (contents[name] for name in ("config.toml", "mask.safetensors", "summary.json"))
         inputs = st.one_of(
             st.tuples(edited_values(set_to).map(as_toml), st.just(mask), st.just(summary)),
             st.tuples(st.just(config), edited_safetensors(tensors, metadata), st.just(summary)),
@@ -249,13 +251,13 @@ class World:
         records = [json.loads(line[65:]) for line in file.read_bytes().splitlines()]
 
         def check(data: bytes) -> None:
-            held = Ledger(self.written("ledger", data))
+            opened = Ledger(self.written("ledger", data))
             try:
-                record = held.of(RUN, 1)
+                record = opened.of(RUN, 1)
                 assert record.pointer >= 0
                 assert all(charge.steps > 0 for charge in record.charges)
             finally:
-                held.close()
+                opened.close()
 
         edited = edited_values(records).map(lambda values: chained(list(lines_of(_listed(values)))))
         return Reader(st.one_of(edited, edited, edited_bytes([file.read_bytes()])), check, file.read_bytes())
@@ -370,8 +372,8 @@ class World:
         def check(data: bytes) -> None:
             file = self.written("study.toml", data)
             for quick in (False, "quick" in data.decode(errors="replace")):
-                found = read_comparison(file, {}, quick)
-                assert all(study.settings() for study in found.studies)
+                comparison = read_comparison(file, {}, quick)
+                assert all(study.settings() for study in comparison.studies)
 
         return Reader(_toml([text, small]), check, small)
 
@@ -517,9 +519,9 @@ class World:
         with_text = {**known, "task": "mine.toml", "task_text": 'template = "{sentence} {label}"\nlabels = ["a", "b"]'}
 
         def check(offered: tuple[bytes, bytes]) -> None:
-            found = Offer.decode(offered[0].decode(errors="replace"), offered[1])
+            decoded = Offer.decode(offered[0].decode(errors="replace"), offered[1])
             Path(own.ledger).unlink(missing_ok=True)
-            Site(found, own).close()
+            Site(decoded, own).close()
 
         edited = st.one_of(edited_values(known), edited_values(with_text)).map(as_json)
         inputs = st.one_of(
@@ -566,11 +568,11 @@ class World:
             for row in read_alone(folder, TASKS[name]):
                 if not isinstance(row, MeerkatError):
                     encode(TASKS[name], [row], self.tokenizer, 64)
-            held = load_rows(str(folder), "train")
-            check_rows(TASKS[name], held, "rows")
-            encode(TASKS[name], held, self.tokenizer, 64)
+            loaded = load_rows(str(folder), "train")
+            check_rows(TASKS[name], loaded, "rows")
+            encode(TASKS[name], loaded, self.tokenizer, 64)
             for spec in ("iid", "dirichlet:0.5", "single-label", "mixed:1", "column:site"):
-                partition(spec, held, min(2, len(held)), 0)
+                partition(spec, loaded, min(2, len(loaded)), 0)
 
         edited = edited_values(rows).map(lambda values: b"".join(line + b"\n" for line in lines_of(_listed(values))))
         inputs = st.tuples(st.sampled_from(sorted(TASKS)), st.one_of(edited, edited, edited_bytes([text])))

@@ -94,16 +94,16 @@ def test_at_q_1_it_is_the_closed_form(sigma: float, steps: int, relation: Relati
     """T Gaussians of sigma are one of mu = sqrt(T) / sigma; another example in place of one moves the sum twice."""
     moved = 2 if relation == "replace" else 1
     exact = gaussian_epsilon(moved * math.sqrt(steps) / sigma, DELTA)
-    found = epsilon([Charge(1.0, sigma, steps)], DELTA, relation)
-    assert exact <= found * (1 + 1e-12)
-    assert found == pytest.approx(exact, rel=3e-4)
+    cost = epsilon([Charge(1.0, sigma, steps)], DELTA, relation)
+    assert exact <= cost * (1 + 1e-12)
+    assert cost == pytest.approx(exact, rel=3e-4)
 
 
 @pytest.mark.parametrize("relation", BOTH)
 @pytest.mark.parametrize(("q", "sigma", "steps"), [(0.1, 1.0, 1), (0.3, 0.8, 2), (0.05, 0.7, 4), (0.5, 2.0, 6)])
 def test_with_sampling_it_is_the_literal_convolution(q: float, sigma: float, steps: int, relation: Relation) -> None:
-    found = epsilon([Charge(q, sigma, steps)], DELTA, relation)
-    assert found == pytest.approx(literal_epsilon(q, sigma, steps, DELTA, relation), rel=2e-3)
+    cost = epsilon([Charge(q, sigma, steps)], DELTA, relation)
+    assert cost == pytest.approx(literal_epsilon(q, sigma, steps, DELTA, relation), rel=2e-3)
 
 
 def test_the_literal_convolution_is_the_closed_form_where_both_are() -> None:
@@ -171,9 +171,9 @@ def test_more_steps_more_often_or_less_noise_cost_more(q: float, sigma: float, s
 @few
 @given(rates, st.integers(1, 400), st.floats(0.5, 4.0), st.sampled_from(BOTH))
 def test_the_noise_found_is_enough_and_hardly_more(q: float, steps: int, target: float, relation: Relation) -> None:
-    found = noise_for(target, DELTA, q, steps, relation)
-    assert epsilon([Charge(q, found, steps)], DELTA, relation) <= target
-    assert epsilon([Charge(q, found * (1 - 2 * accounting._TOLERANCE), steps)], DELTA, relation) > target
+    noise = noise_for(target, DELTA, q, steps, relation)
+    assert epsilon([Charge(q, noise, steps)], DELTA, relation) <= target
+    assert epsilon([Charge(q, noise * (1 - 2 * accounting._TOLERANCE), steps)], DELTA, relation) > target
 
 
 @few
@@ -181,12 +181,12 @@ def test_the_noise_found_is_enough_and_hardly_more(q: float, steps: int, target:
 def test_steps_found_fit_and_one_more_does_not(q: float, sigma: float, target: float, before: int) -> None:
     most = 100
     spent = [Charge(0.2, 4.0, before)]
-    found = steps_within(target, DELTA, q, sigma, "add-or-remove", most, spent)
-    assert 0 <= found <= most
-    if found or epsilon(spent, DELTA, "add-or-remove") <= target:
-        assert epsilon([*spent, Charge(q, sigma, found)], DELTA, "add-or-remove") <= target
-    if found < most:
-        assert epsilon([*spent, Charge(q, sigma, found + 1)], DELTA, "add-or-remove") > target
+    steps = steps_within(target, DELTA, q, sigma, "add-or-remove", most, spent)
+    assert 0 <= steps <= most
+    if steps or epsilon(spent, DELTA, "add-or-remove") <= target:
+        assert epsilon([*spent, Charge(q, sigma, steps)], DELTA, "add-or-remove") <= target
+    if steps < most:
+        assert epsilon([*spent, Charge(q, sigma, steps + 1)], DELTA, "add-or-remove") > target
 
 
 def test_steps_of_the_noise_that_was_found_are_those_it_was_found_for() -> None:

@@ -36,8 +36,8 @@ def adapted_model(architecture: str = "llama-tied", seed: int = 0) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=TOKENS[None]).logits
-    return found
+    output: Tensor = model(input_ids=TOKENS[None]).logits
+    return output
 
 
 def adapters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -107,9 +107,9 @@ def test_each_layer_in_question_gets_a_of_rank_8_and_a_zero_b(architecture: str)
         for name, module in expected.items()
     }
     add_lora(base, 0)
-    found = adapters(base)
-    assert list(found) == list(expected)
-    for name, (a, b) in found.items():
+    pairs = adapters(base)
+    assert list(pairs) == list(expected)
+    for name, (a, b) in pairs.items():
         out_features, in_features = shapes[name]
         assert a.shape == (8, in_features)
         assert b.shape == (out_features, 8)
@@ -162,16 +162,16 @@ def test_a_layer_computes_w_x_plus_2_b_a_x(architecture: str) -> None:
     def watch(name: str) -> Any:
         return lambda _, inputs, output: seen.update({name: (inputs[0], output)})
 
-    found = adapters(model)
-    for name in found:
+    pairs = adapters(model)
+    for name in pairs:
         model.get_submodule(name).register_forward_hook(watch(name))
     logits(model)
-    assert seen.keys() == found.keys()
+    assert seen.keys() == pairs.keys()
     for name, (x, y) in seen.items():
         inside = model.get_submodule(name).base_layer
         w = inside.weight.double() if isinstance(inside, nn.Linear) else inside.weight.double().T
         bias = 0 if inside.bias is None else inside.bias.double()
-        a, b = (part.double() for part in found[name])
+        a, b = (part.double() for part in pairs[name])
         for i in range(x.shape[1]):
             column = x[0, i].double()
             expected = w @ column + bias + 16 / 8 * (b @ (a @ column))
@@ -236,13 +236,13 @@ def test_merged_the_model_is_an_ordinary_one_with_the_same_logits(architecture: 
 
     model = adapted_model(architecture)
     stir_(model)
-    expected, found = logits(model), {name: (a.clone(), b.clone()) for name, (a, b) in adapters(model).items()}
+    expected, pairs = logits(model), {name: (a.clone(), b.clone()) for name, (a, b) in adapters(model).items()}
     with untouched_global_state():
         assert merge_lora_(model) is model
 
     literal = tiny_model(architecture)
     with torch.no_grad():
-        for name, (a, b) in found.items():
+        for name, (a, b) in pairs.items():
             weight = literal.get_submodule(name).weight
             weight += 2 * (b @ a).T if architecture == "gpt2" else 2 * (b @ a)
     assert [*dict(model.named_modules())] == [*dict(literal.named_modules())]

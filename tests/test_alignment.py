@@ -35,11 +35,11 @@ def closed(scalars: Mapping[int, np.ndarray], directions: int, lr: float = 0.3) 
 
 
 def literal(record: RoundRecord, count: int) -> dict[int, tuple[float, float]]:
-    g = [torch.from_numpy(held) for held in record.scalars.values()]
+    g = [torch.from_numpy(scalars) for scalars in record.scalars.values()]
     whole = torch.from_numpy(record.aggregate)
     rate = record.plan.lr / record.plan.directions
-    found = reference.update_geometry(g, whole, vectors(record.plan, count), rate)
-    return {k: (norm, cosine) for k, (_, norm, cosine) in zip(record.scalars, found, strict=True)}
+    geometry = reference.update_geometry(g, whole, vectors(record.plan, count), rate)
+    return {k: (norm, cosine) for k, (_, norm, cosine) in zip(record.scalars, geometry, strict=True)}
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,11 +49,11 @@ def test_norms_and_cosines_are_those_of_the_rebuilt_updates(data: st.DataObject)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     made = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))  # early-stopped clients among them
     record = closed({3 * k: rng.normal(size=(t, width)).astype(np.float32) for k, t in enumerate(made)}, width)
-    found, expected = alignments(record, Directions(KEY, count)), literal(record, count)
-    assert list(found) == list(expected)
+    aligned, expected = alignments(record, Directions(KEY, count)), literal(record, count)
+    assert list(aligned) == list(expected)
     for k, (norm, cosine) in expected.items():
-        assert found[k].norm == pytest.approx(norm, rel=1e-6)
-        assert found[k].cosine == pytest.approx(cosine, abs=1e-6)
+        assert aligned[k].norm == pytest.approx(norm, rel=1e-6)
+        assert aligned[k].cosine == pytest.approx(cosine, abs=1e-6)
 
 
 def test_a_client_alone_points_where_the_federation_goes() -> None:
@@ -63,22 +63,24 @@ def test_a_client_alone_points_where_the_federation_goes() -> None:
 
 def test_opposite_clients_point_opposite_ways() -> None:
     g = np.array([[2.0, 1.0]], np.float32)
-    found = alignments(closed({0: g, 1: g, 2: -g}, 2), Directions(KEY, 40))
-    assert [round(a.cosine, 9) for a in found.values()] == [1, 1, -1]
-    assert found[0].norm == pytest.approx(found[2].norm)
+    aligned = alignments(closed({0: g, 1: g, 2: -g}, 2), Directions(KEY, 40))
+    assert [round(a.cosine, 9) for a in aligned.values()] == [1, 1, -1]
+    assert aligned[0].norm == pytest.approx(aligned[2].norm)
 
 
 def test_a_zero_update_has_no_cosine_but_a_norm_of_zero() -> None:
-    found = alignments(closed({0: np.zeros((2, 1), np.float32), 1: np.ones((2, 1), np.float32)}, 1), Directions(KEY, 9))
-    assert found[0].norm == 0
-    assert math.isnan(found[0].cosine)
-    assert found[1].cosine == pytest.approx(1)
+    aligned = alignments(
+        closed({0: np.zeros((2, 1), np.float32), 1: np.ones((2, 1), np.float32)}, 1), Directions(KEY, 9)
+    )
+    assert aligned[0].norm == 0
+    assert math.isnan(aligned[0].cosine)
+    assert aligned[1].cosine == pytest.approx(1)
 
 
 def test_where_the_federation_stands_still_nobody_has_a_cosine() -> None:
     g = np.ones((2, 1), np.float32)
-    found = alignments(closed({0: g, 1: -g}, 1), Directions(KEY, 9))
-    assert all(math.isnan(a.cosine) and a.norm > 0 for a in found.values())
+    aligned = alignments(closed({0: g, 1: -g}, 1), Directions(KEY, 9))
+    assert all(math.isnan(a.cosine) and a.norm > 0 for a in aligned.values())
 
 
 def test_a_first_order_round_has_no_alignment() -> None:

@@ -46,10 +46,10 @@ def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_p
             assert main(["mask", "--method", "random-mask", "--density", "0.1", "--seed", seed, "--out", str(out)]) == 0
             options = [*options, str(out)]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *options]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["name"] == name
-    assert found["share_percent" if name == "protections" else "ratio"] > 0
-    assert found["measured_on"]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["name"] == name
+    assert result["share_percent" if name == "protections" else "ratio"] > 0
+    assert result["measured_on"]
 
 
 ROUND_LATENCY = {"median_ms", "fsync_ms", "echo_ms", "bytes", "metrics_ms", "flower_messages_ms"}
@@ -67,12 +67,12 @@ ROUND_LATENCY = {"median_ms", "fsync_ms", "echo_ms", "bytes", "metrics_ms", "flo
 def test_every_benchmark_of_the_network_gives_its_headlines(name: str, options: list[str], headlines: set[str]) -> None:
     pytest.importorskip("flwr")
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *options]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["name"] == name
-    assert found["measured_on"]
-    assert all(found[headline] > 0 for headline in headlines)
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["name"] == name
+    assert result["measured_on"]
+    assert all(result[headline] > 0 for headline in headlines)
     if name == "round_latency":
-        assert 138 <= found["bytes"] <= 200  # a frame, its gRPC, HTTP/2 and TLS framing; and the goal
+        assert 138 <= result["bytes"] <= 200  # a frame, its gRPC, HTTP/2 and TLS framing; and the goal
 
 
 @pytest.mark.slow
@@ -87,17 +87,17 @@ def test_what_is_measured_of_a_gpu_is_measured_of_a_cpu_and_goes_on_where_it_sto
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--device", "cpu", "--shapes", "tiny"]
     command += ["--model", str(demo.MODEL), "--data", str(tmp_path), "--text", str(demo.TEXT), "--rounds", "10"]
     command += ["--minutes", "60"]
-    found = []
+    results = []
     for methods in ("meerkat", "meerkat,random-mask"):
         subprocess.run([*command, "--methods", methods], capture_output=True, check=True)
-        found.append(json.loads(out.read_text()))
-    assert all(found[0]["bits"].values())
-    assert found[0]["shapes"]["tiny"]["backpropagation"]["ratio"] > 0
-    reached = [{(line["task"], line["local_steps"]): line for line in each["accuracy"]} for each in found]
+        results.append(json.loads(out.read_text()))
+    assert all(results[0]["bits"].values())
+    assert results[0]["shapes"]["tiny"]["backpropagation"]["ratio"] > 0
+    reached = [{(line["task"], line["local_steps"]): line for line in each["accuracy"]} for each in results]
     assert reached[0].keys() == {(task, steps) for task in rows for steps in (1, 10)}
-    assert len(found[1]["accuracy"]) == 8
-    for line in found[0]["accuracy"]:
-        again = next(each for each in found[1]["accuracy"] if each | {"seconds": 0} == line | {"seconds": 0})
+    assert len(results[1]["accuracy"]) == 8
+    for line in results[0]["accuracy"]:
+        again = next(each for each in results[1]["accuracy"] if each | {"seconds": 0} == line | {"seconds": 0})
         assert again["rates"]
 
 

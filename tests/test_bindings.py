@@ -46,10 +46,10 @@ def test_another_site_s_client_number_is_out_of_reach() -> None:
     names = [fingerprint(key.public) for key in keys]
     by_node = [{"client": 0, "node": A}, {"client": 1, "node": B}]
     by_key = [{"client": 0, "key": names[0]}, {"client": 1, "key": names[1]}]
-    held = f"the coordinator holds {names[0]} for it"
+    refusal = f"the coordinator holds {names[0]} for it"
     for bindings, said in (
         (by_node, "client 0 is another node's"),
-        (by_key, held),
+        (by_key, refusal),
     ):
         at = bound(bindings, listed=names)
         with pytest.raises(Refused, match=re.escape(said)):

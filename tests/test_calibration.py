@@ -204,11 +204,11 @@ def decided(
     early_stop: EarlyStop,
     seed: int = 0,
     round: int = 0,
-    held: frozenset[int] = frozenset(),
+    stopped: frozenset[int] = frozenset(),
     but: set[int] = frozenset(),
 ) -> CalibrationRecord:
     settings = federation(clients=20, directions=1, early_stop=early_stop, seed=seed)
-    state = state_at(round, None, held)
+    state = state_at(round, None, stopped)
     plan = open_calibration(state, settings)
     answered = {k: g for k, g in scalars({3, 7, 11}).items() if k not in but}
     return decide(state, plan, answered, np.zeros((0, 1)), settings)
@@ -228,10 +228,10 @@ def test_random_early_stopping_stops_as_many_whoever_they_are() -> None:
 
 def test_who_did_not_answer_stays_as_it_was() -> None:
     silent = {7, 8}
-    record = decided("vp", held=frozenset({7, 12}), but=silent)
+    record = decided("vp", stopped=frozenset({7, 12}), but=silent)
     assert 7 not in record.selection.clients
     assert record.early_stopped == (3, 7, 11)  # 7 stays stopped, 8 stays free, 12 answered and is free again
-    random = decided("random", held=frozenset({7, 12}), but=silent)
+    random = decided("random", stopped=frozenset({7, 12}), but=silent)
     assert 7 in random.early_stopped
     assert 8 not in random.early_stopped
     assert len(random.early_stopped) == 3
@@ -249,8 +249,8 @@ def test_an_answer_in_part_is_none() -> None:
     after, record = close_calibration(state, plan, replies[::-1], settings, engine.directions)
     assert list(record.scalars) == list(record.selection.clients) == [0, 2, 3]
     assert after.steps_made == {0: 24, 1: 9, 2: 24, 3: 24}
-    held = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
-    assert list(held.scalars) == [0, 2, 3]
+    reread = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
+    assert list(reread.scalars) == [0, 2, 3]
 
 
 def test_a_calibration_that_nobody_answers_leaves_everyone_as_it_was() -> None:
@@ -259,8 +259,8 @@ def test_a_calibration_that_nobody_answers_leaves_everyone_as_it_was() -> None:
     after, record = close_calibration(state, plan, [], settings, Directions(KEY, 4), torch.ones(4))
     assert after.early_stopped == {1}
     assert not due(after, settings)
-    held = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
-    assert held.selection == record.selection
+    reread = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
+    assert reread.selection == record.selection
 
 
 def test_the_decision_is_that_of_selection_on_these_signals() -> None:
@@ -288,28 +288,28 @@ def test_the_decision_is_that_of_selection_on_these_signals() -> None:
 def test_a_record_is_the_same_after_a_journey_through_json(with_gradient: bool) -> None:
     gradient = torch.ones(len(bowl_engine()[1])) if with_gradient else None
     (record,) = live(federation(directions=2, rounds=1), gradient=gradient, quiet=QUIET).calibrations
-    held = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
-    assert held.plan == record.plan
-    assert held.selection == record.selection
-    assert held.early_stopped == record.early_stopped == (2,)
-    assert held.inner.shape == record.inner.shape == ((24, 2) if with_gradient else (0, 2))
-    assert np.array_equal(held.inner, record.inner)
-    assert held.scalars.keys() == record.scalars.keys()
-    assert all(np.array_equal(held.scalars[k], g) for k, g in record.scalars.items())
+    reread = CalibrationRecord.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False)))
+    assert reread.plan == record.plan
+    assert reread.selection == record.selection
+    assert reread.early_stopped == record.early_stopped == (2,)
+    assert reread.inner.shape == record.inner.shape == ((24, 2) if with_gradient else (0, 2))
+    assert np.array_equal(reread.inner, record.inner)
+    assert reread.scalars.keys() == record.scalars.keys()
+    assert all(np.array_equal(reread.scalars[k], g) for k, g in record.scalars.items())
     for state in (state_at(0, None), state_at(0, None, frozenset({4}))):
-        assert calibration.replay(state, held) == calibration.replay(state, record)
+        assert calibration.replay(state, reread) == calibration.replay(state, record)
 
 
 @pytest.mark.parametrize("damage", [{"clients": []}, {"extra": 1}])
 def test_a_selection_of_another_form_is_refused(damage: dict[str, object]) -> None:
     (record,) = live(federation(rounds=1)).calibrations
-    held = record.to_json()
+    fields = record.to_json()
     if "extra" in damage:
-        held["selection"] = held["selection"] | damage
+        fields["selection"] = fields["selection"] | damage
     else:
-        del held["selection"]["clients"]
+        del fields["selection"]["clients"]
     with pytest.raises(ValueError, match="selection"):
-        CalibrationRecord.from_json(held)
+        CalibrationRecord.from_json(fields)
 
 
 @pytest.mark.parametrize("early_stop", ["vp", "random"])

@@ -97,8 +97,8 @@ def test_what_the_card_says_is_what_the_run_s_folder_says(run: Path, tmp_path: P
     assert "Philox4x64-10" in tuned["directions"]
 
     data = facts(text, "Data")
-    held = opening["examples"]
-    assert data["training rows"] == f"{sum(held)}: " + ", ".join(f"client {k} {n}" for k, n in enumerate(held))
+    counts = opening["examples"]
+    assert data["training rows"] == f"{sum(counts)}: " + ", ".join(f"client {k} {n}" for k, n in enumerate(counts))
     assert data["split"] == "`mixed:1`, clients simulated on one machine"
     assert data["source"] == "`data`, a local folder; its origin is not known"
     assert data["SHA-256 of the rows and their split"] == f"`{opening['data']}`"
@@ -128,21 +128,21 @@ def test_the_card_tells_neither_the_run_s_key_nor_where_data_lie(run: Path, tmp_
 
 
 def test_the_front_matter_parses(run: Path, tmp_path: Path) -> None:
-    held = ModelCard(exported(run, tmp_path / "merged"), ignore_metadata_errors=False).data.to_dict()
-    assert held["library_name"] == "transformers"
-    assert held["metrics"] == ["accuracy"]
-    assert {"meerkat", "federated-learning", "method:meerkat-vp"} <= {*held["tags"]}
-    assert not held.keys() & {"base_model", "datasets", "license"}, "paths are no names of the hub"
+    front_matter = ModelCard(exported(run, tmp_path / "merged"), ignore_metadata_errors=False).data.to_dict()
+    assert front_matter["library_name"] == "transformers"
+    assert front_matter["metrics"] == ["accuracy"]
+    assert {"meerkat", "federated-learning", "method:meerkat-vp"} <= {*front_matter["tags"]}
+    assert not front_matter.keys() & {"base_model", "datasets", "license"}, "paths are no names of the hub"
 
 
 def test_names_of_the_hub_stand_in_the_front_matter(run: Path) -> None:
     replayed = verification.verify(run)
     config = replayed.config.model_copy(update={"model": "meta-llama/Llama-3.2-1B", "data": "aps/super_glue:boolq"})
     text = model_card(RunFolder(run), replace(replayed, config=config), SST2, "delta")
-    held = ModelCard(text).data.to_dict()
-    assert held["base_model"] == "meta-llama/Llama-3.2-1B"
-    assert held["datasets"] == ["aps/super_glue"]
-    assert held["library_name"] == "meerkat"
+    front_matter = ModelCard(text).data.to_dict()
+    assert front_matter["base_model"] == "meta-llama/Llama-3.2-1B"
+    assert front_matter["datasets"] == ["aps/super_glue"]
+    assert front_matter["library_name"] == "meerkat"
     assert 'base = "meta-llama/Llama-3.2-1B"\n' in text
     assert facts(text, "Data")["source"] == "`aps/super_glue:boolq`, a hub data set"
 
@@ -154,11 +154,11 @@ def loaded_by_the_card(folder: Path, text: str, alone: bool = False) -> dict[str
 import json, torch
 from meerkat.masks.sparse_mask import fingerprint
 logits = model(torch.arange(5, 25)[None]).logits
-found = json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was great")["input_ids"][0]])
+told = json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it was great")["input_ids"][0]])
 """
     if alone:
         environment = {**os.environ, "PYTHONPATH": str(Path(meerkat.__file__).parents[1])}
-        command = [sys.executable, "-W", "ignore", "-c", f"{code}print(found)"]
+        command = [sys.executable, "-W", "ignore", "-c", f"{code}print(told)"]
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         said = ran.stdout.splitlines()[-1]
@@ -166,9 +166,9 @@ found = json.dumps([fingerprint(model), logits[0, -1].tolist(), tokenizer("it wa
         scope: dict[str, Any] = {}
         with contextlib.chdir(folder), warnings.catch_warnings(action="ignore"):
             exec(code, scope)
-        said = scope["found"]
-    found, logits, first = json.loads(said)
-    return {"fingerprint": found, "logits": torch.tensor(logits), "first": first}
+        said = scope["told"]
+    digest, logits, first = json.loads(said)
+    return {"fingerprint": digest, "logits": torch.tensor(logits), "first": first}
 
 
 def logits_of(run: Path) -> torch.Tensor:
@@ -181,11 +181,11 @@ def logits_of(run: Path) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["merged", "delta"])
 def test_the_card_s_code_loads_the_run_s_model(run: Path, tmp_path: Path, form: str) -> None:
     text = exported(run, tmp_path / form, "--form", form)
-    found = loaded_by_the_card(tmp_path / form, text)
-    torch.testing.assert_close(found["logits"], logits_of(run), rtol=0, atol=1e-6)
+    loaded = loaded_by_the_card(tmp_path / form, text)
+    torch.testing.assert_close(loaded["logits"], logits_of(run), rtol=0, atol=1e-6)
     said = facts(text, "Digests, and how to verify them")["fingerprint of the tuned model"]
-    assert said == f"`{found['fingerprint']}`"
-    assert found["first"] == 0
+    assert said == f"`{loaded['fingerprint']}`"
+    assert loaded["first"] == 0
 
 
 @pytest.mark.parametrize(("form", "library"), [("merged", "transformers"), ("delta", "peft")])
@@ -193,8 +193,8 @@ def test_a_lora_run_s_card(simulate_arguments: list[str], tmp_path: Path, form: 
     run = tmp_path / "run"
     assert main([*simulate_arguments, "--method", "lora-fedzo", "--lr", "1", "--out", str(run)]) == 0
     text = exported(run, tmp_path / form, "--form", form)
-    found = loaded_by_the_card(tmp_path / form, text)
-    torch.testing.assert_close(found["logits"], logits_of(run), rtol=1e-4, atol=1e-4)
+    loaded = loaded_by_the_card(tmp_path / form, text)
+    torch.testing.assert_close(loaded["logits"], logits_of(run), rtol=1e-4, atol=1e-4)
     assert ModelCard(text).data.library_name == library
     assert facts(text, "The mask")["never moved"] == "`everything but the adapters`"
     assert ("fingerprint of the tuned model" in text) == (form == "merged")

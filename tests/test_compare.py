@@ -120,10 +120,10 @@ def results(out: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if name != "wall_s"} for row in csv.DictReader(file)]
 
 
-def held(out: Path) -> dict[str, Any]:
-    found = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
-    assert isinstance(found, dict)
-    return found
+def comparison_of(out: Path) -> dict[str, Any]:
+    comparison = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
+    assert isinstance(comparison, dict)
+    return comparison
 
 
 def work(out: Path) -> dict[Path, tuple[int, bytes]]:
@@ -150,7 +150,7 @@ def again(compared: Path, folder: Path) -> Path:
 
 
 def test_every_setting_runs_every_seed_at_the_rate_that_its_own_search_found_best(compared: Path) -> None:
-    rows = held(compared / "out")["studies"][0]["rows"]
+    rows = comparison_of(compared / "out")["studies"][0]["rows"]
     assert len(rows) == 4
     for row in rows:
         assert row["seeds"] == [0, 1]
@@ -194,7 +194,7 @@ def test_settings_of_one_seed_share_the_split_and_seeds_do_not(compared: Path) -
     for line in results(compared / "out"):
         opening = next(iter(LogReader(compared / "out" / line["run"] / "rounds.log")))
         splits.setdefault(line["seed"], set()).add(opening["data"])
-    assert {seed: len(found) for seed, found in splits.items()} == {"0": 1, "1": 1}
+    assert {seed: len(digests) for seed, digests in splits.items()} == {"0": 1, "1": 1}
     assert splits["0"] != splits["1"]
 
 
@@ -236,7 +236,7 @@ def test_the_search_does_not_look_at_the_validation_rows(compared: Path, federat
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows))
     assert main(command(tmp_path, settings(tmp_path / "federation") + GRID)) == 0
-    ours, theirs = (held(out / "out")["studies"][0]["rows"] for out in (tmp_path, compared))
+    ours, theirs = (comparison_of(out / "out")["studies"][0]["rows"] for out in (tmp_path, compared))
     assert [row["rates"] for row in ours] == [row["rates"] for row in theirs]
     assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
     # whereas the runs are judged on them: with every label turned, right is wrong
@@ -277,7 +277,7 @@ def test_a_rate_that_is_given_is_not_searched_and_one_that_diverges_is_told(
     assert [(line["lr"], line["outcome"]) for line in results(out)] == [
         *(("0.001", "finished"), ("0.001", "finished"), ("1e+30", "diverged"), ("1e+30", "diverged"))
     ]
-    assert held(out)["studies"][0]["rows"][1]["diverged"] == [0, 1]
+    assert comparison_of(out)["studies"][0]["rows"][1]["diverged"] == [0, 1]
     before = work(out)
     assert main(arguments) == 0
     assert work(out) == before
@@ -325,7 +325,7 @@ def test_json_stands_alone_on_standard_output(
     out = again(compared, tmp_path)
     capsys.readouterr()
     assert main(command(tmp_path, (tmp_path / "studies.toml").read_text(), "--json")) == 0
-    assert json.loads(capsys.readouterr().out) == held(out)
+    assert json.loads(capsys.readouterr().out) == comparison_of(out)
 
 
 @pytest.mark.usefixtures("here")
@@ -521,6 +521,6 @@ def test_the_python_call_takes_a_comparison(federation: Path, tmp_path: Path) ->
     (tmp_path / "c.toml").write_text(settings(federation, lr=1e-3, seeds=[5]))
     asked = read_comparison(tmp_path / "c.toml", {})
     assert isinstance(asked, Comparison)
-    found = compare.compare(asked, tmp_path / "out")
-    assert found["studies"][0]["rows"][0]["seeds"] == [5]
-    assert found["studies"][0]["rows"][0]["client_steps"] == [4 * 3]
+    comparison = compare.compare(asked, tmp_path / "out")
+    assert comparison["studies"][0]["rows"][0]["seeds"] == [5]
+    assert comparison["studies"][0]["rows"][0]["client_steps"] == [4 * 3]

@@ -26,10 +26,10 @@ def test_the_embedded_data_is_what_the_script_makes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("task", "chance"), [("topics", 0.25), ("reviews", 0.5)])
 def test_the_embedded_model_stands_near_chance_before_fine_tuning(task: str, chance: float) -> None:
     model, tokenizer = load_model(str(demo.MODEL))
-    held = demo.load_task(task)
-    examples = encode(held, load_rows(str(demo.TASKS[task]), "validation"), tokenizer, 256)
-    found = causal_lm.evaluate(model, causal_lm.collate(examples, tokens_per_pass=2048), held.labels)
-    assert abs(found.scores["accuracy"] - chance) < 0.1
+    loaded = demo.load_task(task)
+    examples = encode(loaded, load_rows(str(demo.TASKS[task]), "validation"), tokenizer, 256)
+    evaluation = causal_lm.evaluate(model, causal_lm.collate(examples, tokens_per_pass=2048), loaded.labels)
+    assert abs(evaluation.scores["accuracy"] - chance) < 0.1
 
 
 def test_the_demo_fits_into_a_repository() -> None:

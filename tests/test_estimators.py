@@ -46,11 +46,11 @@ def test_slopes_estimate_the_gradient_along_each_direction(chosen: Estimator, co
         passes.append(theta)
         return loss_at(theta)
 
-    found = chosen.slopes(counting, START, ways, 1e-6)
+    slopes = chosen.slopes(counting, START, ways, 1e-6)
     exact = torch.stack([torch.stack([((k + 1) * SLOPE + START) @ z for k in range(3)]) for z in ways])
-    torch.testing.assert_close(found.g, exact, rtol=0, atol=1e-3)
-    torch.testing.assert_close(found.loss, loss_at(START).expand(count, 3), rtol=0, atol=1e-3)
-    assert found.g.dtype == found.loss.dtype == torch.float64
+    torch.testing.assert_close(slopes.g, exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(slopes.loss, loss_at(START).expand(count, 3), rtol=0, atol=1e-3)
+    assert slopes.g.dtype == slopes.loss.dtype == torch.float64
     assert len(passes) == chosen.passes(count)
 
 
@@ -108,11 +108,11 @@ def test_directions_scaled_by_a_vector_are_probed_and_walked_along() -> None:
     z = Directions(KEY, len(mask), law=Law("third alone", PLAIN.law.table, scale))
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 1})
     start = engine.model.read()
-    found = zeroth_order.slopes(engine.model, start, plan.along(0, z), plan.eps, lambda: model.loss(0, 0))
+    slopes = zeroth_order.slopes(engine.model, start, plan.along(0, z), plan.eps, lambda: model.loss(0, 0))
     shifted = start.clone()
     shifted[3] += 1e-3 * z(plan.place(0, 0))[3]
     engine.model.write_(shifted)
     above = model.loss(0, 0).item()
     engine.model.write_(2 * start - shifted)
     below = model.loss(0, 0).item()
-    assert found.g.item() == pytest.approx((above - below) / 2e-3, rel=1e-6)
+    assert slopes.g.item() == pytest.approx((above - below) / 2e-3, rel=1e-6)

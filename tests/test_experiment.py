@@ -492,10 +492,10 @@ def test_metrics_that_were_lost_are_made_again_from_the_log(
         assert {name: one[name] for name in one.keys() - unknown} == {
             name: other[name] for name in one.keys() - unknown
         }
-    found = folder.summary()
+    remade = folder.summary()
     assert summary is not None
-    assert found is not None
-    assert found["payload_bytes_up"] == summary["payload_bytes_up"]
+    assert remade is not None
+    assert remade["payload_bytes_up"] == summary["payload_bytes_up"]
 
 
 def test_a_torn_metric_is_made_again(simulate_arguments: list[str], tmp_path: Path) -> None:
@@ -525,10 +525,10 @@ def test_metrics_of_another_kind_are_kept_and_those_of_no_kind_refused(
 
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "summary.json").unlink()
-    held = run_log.RunLog(finished / "rounds.log")
+    log = run_log.RunLog(finished / "rounds.log")
     assert main(["resume", str(finished)]) == 2
     assert "another process" in capsys.readouterr().err
-    held.close()
+    log.close()
 
 
 def test_a_mask_made_before_is_used(simulate_arguments: list[str], federation: Path, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def refused(run: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]
     assert main(["export", str(run), "--to", str(tmp_path / "delta"), "--form", "delta"]) == 0
     file, model = tmp_path / "delta" / "delta.safetensors", federation_model()
     before = [parameter.clone() for parameter in model.parameters()]
-    with safe_open(file, framework="pt") as held:
-        metadata = held.metadata()
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
     tensors = load_file(file)
     change(tensors, metadata)
     save_file(tensors, file, metadata=metadata)
@@ -123,10 +123,10 @@ def test_evaluate_gives_accuracy_overall_and_per_class(run: Path, capsys: pytest
     summary = json.loads((run / "summary.json").read_text())
     capsys.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["accuracy"] == summary["accuracy"]
-    assert found["per_class"].keys() == {"terrible", "great"}
-    assert sum(found["per_class"].values()) / 2 == pytest.approx(found["accuracy"])  # six rows of each class
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["accuracy"] == summary["accuracy"]
+    assert evaluation["per_class"].keys() == {"terrible", "great"}
+    assert sum(evaluation["per_class"].values()) / 2 == pytest.approx(evaluation["accuracy"])  # six rows of each class
 
 
 @torch.no_grad()
@@ -144,9 +144,9 @@ def test_a_lora_run_goes_as_an_ordinary_model_or_as_adapters(
     torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
 
     assert main(["export", str(run), "--to", str(tmp_path / "adapters"), "--form", "delta"]) == 0
-    held = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
-    assert (held["r"], held["lora_alpha"]) == (8, 16)
-    assert held["base_model_name_or_path"] == str((federation / "model").resolve())
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert config["base_model_name_or_path"] == str((federation / "model").resolve())
     assert (tmp_path / "adapters" / "adapter_model.safetensors").is_file()
 
 

@@ -62,7 +62,7 @@ rules = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(paths, rules)
 def test_the_papers_rule_is_the_literal_one(gradips: list[list[float]], vpcs: Vpcs) -> None:
-    found = by_thresholds(gradips, vpcs)
+    selection = by_thresholds(gradips, vpcs)
     traces = [torch.tensor(a, dtype=torch.float64) for a in gradips]
     sigma = vpcs.sigma * float(np.median([a.abs()[: vpcs.initial_steps].mean().item() for a in traces]))
     expected = reference.vpcs_extreme(
@@ -70,30 +70,30 @@ def test_the_papers_rule_is_the_literal_one(gradips: list[list[float]], vpcs: Vp
     )
     for k, a in enumerate(traces):
         rho = reference.rho_later(a, vpcs.initial_steps, vpcs.later_steps)
-        assert found.rho_quie[k] == reference.rho_quie(a, vpcs.later_steps, found.quiet_below)
+        assert selection.rho_quie[k] == reference.rho_quie(a, vpcs.later_steps, selection.quiet_below)
         if math.isfinite(rho):
-            assert found.rho_later[k] == pytest.approx(rho, rel=1e-12)
-        assert math.isfinite(found.rho_later[k])
+            assert selection.rho_later[k] == pytest.approx(rho, rel=1e-12)
+        assert math.isfinite(selection.rho_later[k])
         if rho == pytest.approx(vpcs.rho_later, rel=1e-12):
             expected -= {k}  # sums in another order may fall on either side of an exact tie
-    tied = {k for k in found.extreme if found.rho_later[k] == pytest.approx(vpcs.rho_later, rel=1e-12)}
-    assert set(found.extreme) - tied == expected
-    assert found.quiet_below == pytest.approx(sigma, rel=1e-12)
+    tied = {k for k in selection.extreme if selection.rho_later[k] == pytest.approx(vpcs.rho_later, rel=1e-12)}
+    assert set(selection.extreme) - tied == expected
+    assert selection.quiet_below == pytest.approx(sigma, rel=1e-12)
 
 
 def test_a_client_at_the_first_threshold_is_not_above_it_and_at_the_second_is_extreme() -> None:
     # sigma = .25 of the median initial mean 4 = 1; later means 2 and 1.75, half of the later steps quiet
     tied, above = [4, 4, 4, 9, 9, 9, 0, 4], [4, 4, 4, 9, 9, 9, 0, 3.5]
-    found = by_thresholds([tied, above])
-    assert found.rho_later == (2.0, 4 / 1.75)
-    assert found.rho_quie == (0.5, 0.5)
-    assert found.extreme == (1,)
+    selection = by_thresholds([tied, above])
+    assert selection.rho_later == (2.0, 4 / 1.75)
+    assert selection.rho_quie == (0.5, 0.5)
+    assert selection.extreme == (1,)
 
 
 def test_a_step_at_the_level_of_quiet_is_not_quiet() -> None:
-    found = by_thresholds([[4, 4, 4, 9, 9, 9, 1, 1]])
-    assert found.quiet_below == 1
-    assert found.rho_quie == (0.0,)
+    selection = by_thresholds([[4, 4, 4, 9, 9, 9, 1, 1]])
+    assert selection.quiet_below == 1
+    assert selection.rho_quie == (0.0,)
 
 
 def test_the_sign_of_gradip_does_not_matter() -> None:
@@ -105,9 +105,9 @@ def test_the_papers_rule_misses_who_is_quiet_from_the_start_and_the_automatic_on
     signal = federation(1, [0.05] + [1] * 9, [1] * 10)
     vpcs = Vpcs(rule="thresholds")
     assert select(dict(enumerate(signal)), dict(enumerate(signal)), vpcs).extreme == ()
-    found = automatic(signal)
-    assert found.rho_later[0] < found.rho_later_above
-    assert found.extreme == (0,)
+    selection = automatic(signal)
+    assert selection.rho_later[0] < selection.rho_later_above
+    assert selection.extreme == (0,)
 
 
 @pytest.mark.parametrize("rule", ["thresholds", "automatic"])
@@ -116,26 +116,26 @@ def test_clients_whose_signal_is_zero_give_no_nan(rule: str) -> None:
     signal = federation(0, [1] * 5, [1] * 5)
     signal[2] = 0  # always
     signal[3, 50:] = 0  # from the middle on
-    found = select(dict(enumerate(signal)), dict(enumerate(signal)), vpcs)
-    numbers = [*found.rho_later, *found.rho_quie, *found.later, found.rho_later_above, found.quiet_below]
-    assert np.isfinite([*numbers, found.loud_above]).all()
-    assert set(found.extreme) == ({3} if rule == "thresholds" else {2, 3})
+    selection = select(dict(enumerate(signal)), dict(enumerate(signal)), vpcs)
+    numbers = [*selection.rho_later, *selection.rho_quie, *selection.later, selection.rho_later_above]
+    assert np.isfinite([*numbers, selection.quiet_below, selection.loud_above]).all()
+    assert set(selection.extreme) == ({3} if rule == "thresholds" else {2, 3})
 
 
 @pytest.mark.parametrize("rule", ["thresholds", "automatic"])
 def test_where_all_signals_are_zero_nobody_is_extreme(rule: str) -> None:
     vpcs = Vpcs(rule="thresholds" if rule == "thresholds" else "automatic")
     still = dict.fromkeys(range(4), np.zeros(100))
-    found = select(still, still, vpcs)
-    assert found.extreme == ()
-    assert np.isfinite([*found.rho_later, found.rho_later_above, found.quiet_below]).all()
+    selection = select(still, still, vpcs)
+    assert selection.extreme == ()
+    assert np.isfinite([*selection.rho_later, selection.rho_later_above, selection.quiet_below]).all()
 
 
 @pytest.mark.parametrize("rule", ["thresholds", "automatic"])
 def test_without_any_answer_nobody_is_extreme(rule: str) -> None:
-    found = select({}, {}, Vpcs(rule="thresholds" if rule == "thresholds" else "automatic"))
-    assert found.clients == found.extreme == found.rho_later == ()
-    assert np.isfinite([found.rho_later_above, found.quiet_below]).all()
+    selection = select({}, {}, Vpcs(rule="thresholds" if rule == "thresholds" else "automatic"))
+    assert selection.clients == selection.extreme == selection.rho_later == ()
+    assert np.isfinite([selection.rho_later_above, selection.quiet_below]).all()
 
 
 # --- the automatic rule ---
@@ -209,36 +209,36 @@ def test_at_most_one_in_a_hundred_is_flagged_where_equals_scatter_by_more_than_t
 
 
 def test_clients_that_decay_are_found_and_the_others_are_not() -> None:
-    found = share_flagged([1] * 10, [10] * 3 + [1] * 7)
-    assert found[:3].min() > 0.98
-    assert found[3:].max() <= 0.01
+    shares = share_flagged([1] * 10, [10] * 3 + [1] * 7)
+    assert shares[:3].min() > 0.98
+    assert shares[3:].max() <= 0.01
 
 
 def test_they_are_found_where_four_in_five_decay() -> None:
-    found = share_flagged([1] * 10, [12] * 8 + [1] * 2)
-    assert found[:8].min() > 0.95
-    assert found[8:].max() <= 0.01
+    shares = share_flagged([1] * 10, [12] * 8 + [1] * 2)
+    assert shares[:8].min() > 0.95
+    assert shares[8:].max() <= 0.01
 
 
 def test_the_slow_are_found_where_four_in_five_decay() -> None:
     """Half of them fall to a third, while lively clients' |g| rises: the middle of all is no guide, nor is a gap."""
-    found = share_flagged([1.5] * 8 + [1] * 2, [3] * 4 + [15] * 4 + [0.6] * 2)
-    assert found[:4].min() > 0.75
-    assert found[4:8].min() > 0.98
-    assert found[8:].max() <= 0.01
+    shares = share_flagged([1.5] * 8 + [1] * 2, [3] * 4 + [15] * 4 + [0.6] * 2)
+    assert shares[:4].min() > 0.75
+    assert shares[4:8].min() > 0.98
+    assert shares[8:].max() <= 0.01
 
 
 def test_the_lively_are_not_taken_for_quiet_where_most_begin_far_above_them() -> None:
-    found = share_flagged([5] * 7 + [1] * 3, [12] * 7 + [1] * 3)
-    assert found[:7].min() > 0.98
-    assert found[7:].max() <= 0.01
+    shares = share_flagged([5] * 7 + [1] * 3, [12] * 7 + [1] * 3)
+    assert shares[:7].min() > 0.98
+    assert shares[7:].max() <= 0.01
 
 
 def test_who_begins_far_above_the_others_is_found_though_it_does_not_decay() -> None:
     """The gradient of a single label is not cancelled by another's; its client may take longer than a calibration."""
-    found = share_flagged([4] * 3 + [1] * 7, [1] * 10)
-    assert found[:3].min() > 0.98
-    assert found[3:].max() <= 0.01
+    shares = share_flagged([4] * 3 + [1] * 7, [1] * 10)
+    assert shares[:3].min() > 0.98
+    assert shares[3:].max() <= 0.01
     one = automatic(federation(0, [4] * 3 + [1] * 7, [1] * 10))
     assert max(one.rho_later[:3]) < one.rho_later_above
     assert one.extreme == (0, 1, 2)
@@ -271,9 +271,9 @@ def test_as_many_are_taken_for_lively_as_is_most_likely(dimensions: int, data: s
 
 def test_they_are_found_where_most_fall_alike_and_far_under_the_others() -> None:
     """Four fall to a fifth and four to a tenth, and end far under the two lively ones, whose fall alone says little."""
-    found = share_flagged([0.5] * 4 + [2] * 4 + [1] * 2, [4] * 4 + [16] * 4 + [1.5] * 2)
-    assert found[:8].min() > 0.95
-    assert found[8:].max() <= 0.01
+    shares = share_flagged([0.5] * 4 + [2] * 4 + [1] * 2, [4] * 4 + [16] * 4 + [1.5] * 2)
+    assert shares[:8].min() > 0.95
+    assert shares[8:].max() <= 0.01
 
 
 def test_somebody_is_held_against_however_many_steps_tell_the_levels_apart() -> None:
@@ -284,22 +284,22 @@ def test_somebody_is_held_against_however_many_steps_tell_the_levels_apart() -> 
 
 
 def test_who_is_quiet_from_the_start_is_found_though_it_does_not_decay() -> None:
-    found = share_flagged([0.1] * 3 + [1] * 7, [1] * 10)
-    assert found[:3].min() > 0.98
-    assert found[3:].max() <= 0.01
+    shares = share_flagged([0.1] * 3 + [1] * 7, [1] * 10)
+    assert shares[:3].min() > 0.98
+    assert shares[3:].max() <= 0.01
 
 
 def test_quiet_clients_do_not_make_lively_ones_that_learn_look_decayed() -> None:
     """IID clients' |g| falls too, to less than half over a path; a client that was quiet all along has not fallen."""
-    found = share_flagged([0.07] * 3 + [1] * 7, [1] * 3 + [3.5] * 7)
-    assert found[:3].min() > 0.9
-    assert found[3:].max() <= 0.01
+    shares = share_flagged([0.07] * 3 + [1] * 7, [1] * 3 + [3.5] * 7)
+    assert shares[:3].min() > 0.9
+    assert shares[3:].max() <= 0.01
 
 
 def test_both_kinds_at_once_are_found() -> None:
-    found = share_flagged([0.1] * 3 + [1] * 7, [1] * 3 + [10] * 2 + [1] * 5)
-    assert found[:5].min() > 0.97
-    assert found[5:].max() <= 0.01
+    shares = share_flagged([0.1] * 3 + [1] * 7, [1] * 3 + [10] * 2 + [1] * 5)
+    assert shares[:5].min() > 0.97
+    assert shares[5:].max() <= 0.01
 
 
 def test_fewer_steps_need_a_clearer_difference() -> None:

@@ -166,7 +166,7 @@ def _read(file: Path) -> bytes:
 def _said(log: Path, lines: int) -> list[str]:
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        if log.exists() and len(found := log.read_text().splitlines()) >= lines:
-            return found
+        if log.exists() and len(logged := log.read_text().splitlines()) >= lines:
+            return logged
         time.sleep(0.05)
     raise AssertionError(f"{log} stayed short")

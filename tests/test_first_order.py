@@ -172,12 +172,12 @@ def test_replaying_the_records_gives_the_same_bits(optimizer: UpdateRule) -> Non
     _, mask, engine = bowl_engine()
     state = ServerState(Replica(0, engine.model.read()))
     for record, theta in zip(lived.rounds, lived.thetas, strict=True):
-        held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-        assert held.plan == record.plan
-        assert held.made == record.made == dict.fromkeys(record.plan.steps, 3)
-        assert held.scalars == {}
-        assert held.inner.shape == record.inner.shape == (0, 2)
-        state = replay(state, held, settings, Directions(1, len(mask)))  # no direction is asked for
+        reread = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+        assert reread.plan == record.plan
+        assert reread.made == record.made == dict.fromkeys(record.plan.steps, 3)
+        assert reread.scalars == {}
+        assert reread.inner.shape == record.inner.shape == (0, 2)
+        state = replay(state, reread, settings, Directions(1, len(mask)))  # no direction is asked for
         assert same_bits(state.theta, theta)
 
 

@@ -291,9 +291,9 @@ def test_a_folder_in_an_exported_model_can_be_entered(
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
     assert main(["export", str(finished), "--to", str(tmp_path / "model")]) == 0
-    found = modes(tmp_path / "model")
-    assert found["model/additional_chat_templates"] == "0o755"
-    assert found["model/additional_chat_templates/tool_use.jinja"] == "0o644"
+    permissions = modes(tmp_path / "model")
+    assert permissions["model/additional_chat_templates"] == "0o755"
+    assert permissions["model/additional_chat_templates/tool_use.jinja"] == "0o644"
 
 
 # --- what a killed process leaves -----------------------------------------------------------------

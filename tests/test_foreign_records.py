@@ -45,15 +45,15 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def records(run: Path) -> list[Record]:
+def records_of(run: Path) -> list[Record]:
     return list(LogReader(run / "rounds.log"))
 
 
-def write_records(run: Path, held: list[Record]) -> None:
+def write_records(run: Path, records: list[Record]) -> None:
     """Write a log anew, for the settings that stand beside it now."""
-    held[0]["config"] = hashlib.sha256((run / "config.toml").read_bytes()).hexdigest()
+    records[0]["config"] = hashlib.sha256((run / "config.toml").read_bytes()).hexdigest()
     link, lines = "0" * 64, []
-    for record in held:
+    for record in records:
         text = json.dumps(record, separators=(",", ":")).encode()
         link = hashlib.sha256(link.encode() + text).hexdigest()
         lines.append(f"{link} ".encode() + text + b"\n")
@@ -62,10 +62,10 @@ def write_records(run: Path, held: list[Record]) -> None:
 
 def with_settings(run: Path, **values: Any) -> None:
     """Change settings, and the log's digest of them."""
-    path, held = run / "config.toml", records(run)
+    path, records = run / "config.toml", records_of(run)
     settings = RunFolder(run).config().model_dump() | values
     path.write_text(tomli_w.dumps({name: value for name, value in settings.items() if value is not None}))
-    write_records(run, held)
+    write_records(run, records)
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture[str], *said: str, status: int = 1) -> None:
@@ -90,7 +90,7 @@ def test_a_short_log_that_asks_for_many_steps_takes_no_memory(
     mask = SparseMask.load(run / "mask.safetensors")
     replace(mask, pretraining_gradient=None).save(run / "mask.safetensors")
     with_settings(run, local_steps=many)
-    opening, asked = records(run)[:2]
+    opening, asked = records_of(run)[:2]
     (run / "summary.json").unlink()
     one = base64.b64encode(bytes(4)).decode()
     clients = len(asked["clients"])
@@ -141,12 +141,12 @@ def test_a_selection_in_other_types_is_refused(
     calibrated: Path, tmp_path: Path, name: str, value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(calibrated, tmp_path / "run"))
-    held = records(run)
-    selection = held[1]["selection"]
+    records = records_of(run)
+    selection = records[1]["selection"]
     forged = value(selection[name]) if callable(value) else value
     assert json.dumps(forged) != json.dumps(selection[name])
     selection[name] = forged
-    write_records(run, held)
+    write_records(run, records)
     refused(["verify", str(run)], capsys, "rounds.log, line 2")
 
 
@@ -160,8 +160,8 @@ def test_settings_say_the_mask_s_density(run: Path, capsys: pytest.CaptureFixtur
 
 def metrics(run: Path, kind: str, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     path = run / "metrics.jsonl"
-    held = map(json.loads, path.read_text().splitlines())
-    path.write_text("".join(json.dumps(change(m) if m["kind"] == kind else m) + "\n" for m in held))
+    noted = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(change(m) if m["kind"] == kind else m) + "\n" for m in noted))
 
 
 def deep_metrics(run: Path) -> None:

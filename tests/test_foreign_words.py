@@ -110,10 +110,10 @@ class Tags(HTMLParser):
 
 
 def check_inert(html: str) -> None:
-    found = Tags(html)
-    assert not found.tags & {"script", "img", "iframe", "object", "link", "base", "form"}
-    assert not [name for name in found.attributes if name.startswith("on") or name == "src"]
-    assert not [value for value in found.addresses if "://evil" in value]
+    page = Tags(html)
+    assert not page.tags & {"script", "img", "iframe", "object", "link", "base", "form"}
+    assert not [name for name in page.attributes if name.startswith("on") or name == "src"]
+    assert not [value for value in page.addresses if "://evil" in value]
 
 
 @pytest.mark.draws

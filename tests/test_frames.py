@@ -74,16 +74,16 @@ def test_a_reply_is_told_with_its_signature_or_without(phase: Any, scalars: np.n
 
 @given(_work)
 def test_work_comes_out_as_it_went_in(work: Work) -> None:
-    found = Work.decode(work.encode())
-    assert (found.phase, found.lr, found.steps, found.pointer) == (work.phase, work.lr, work.steps, work.pointer)
-    assert len(found.closed) == len(work.closed)
-    assert all(same_closed(a, b) for a, b in zip(found.closed, work.closed, strict=True))
+    again = Work.decode(work.encode())
+    assert (again.phase, again.lr, again.steps, again.pointer) == (work.phase, work.lr, work.steps, work.pointer)
+    assert len(again.closed) == len(work.closed)
+    assert all(same_closed(a, b) for a, b in zip(again.closed, work.closed, strict=True))
 
 
 @given(st.sampled_from(["training", "calibration"]), _scalars)
 def test_scalars_come_out_to_the_bit(phase: Any, scalars: np.ndarray) -> None:
-    found, pointer, again = frames.Answer.decode(frames.Answer(phase, 2**62 - 1, scalars).encode())
-    assert (found, pointer) == (phase, 2**62 - 1)
+    decoded_phase, pointer, again = frames.Answer.decode(frames.Answer(phase, 2**62 - 1, scalars).encode())
+    assert (decoded_phase, pointer) == (phase, 2**62 - 1)
     assert again.dtype == np.float32
     assert again.shape == scalars.shape
     assert again.tobytes() == scalars.tobytes()
@@ -255,9 +255,9 @@ def test_a_state_that_was_cut_off_begins_again(monkeypatch: pytest.MonkeyPatch) 
     bodies = parts_of(values, monkeypatch)
     parts = StateParts(9)
     parts.add(bodies[0])
-    *_, found = [parts.add(body) for body in bodies]
-    assert found is not None
-    assert np.array_equal(found, values)
+    *_, state = [parts.add(body) for body in bodies]
+    assert state is not None
+    assert np.array_equal(state, values)
 
 
 GOLDEN = {

@@ -33,13 +33,13 @@ def script() -> Any:
     return module
 
 
-def write_wheel(folder: Path, package: str, held: dict[str, bytes]) -> None:
+def write_wheel(folder: Path, package: str, contents: dict[str, bytes]) -> None:
     about = f"{package}-1.0.dist-info"
     files = {
         f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode(),
         f"{about}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{about}/RECORD": b"",
-        **held,
+        **contents,
     }
     with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as archive:
         for name, data in files.items():

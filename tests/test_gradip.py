@@ -50,9 +50,9 @@ def test_every_clients_gradip_is_the_literal_one(data: st.DataObject) -> None:
 def test_with_one_direction_it_is_the_papers_formula() -> None:
     plan = RoundPlan(3, 0.1, 1e-3, 1, {0: 6})
     g = np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)
-    found = gradip(g, inner_products(gradient(), plan, Directions(KEY, WIDTH)))
+    signal = gradip(g, inner_products(gradient(), plan, Directions(KEY, WIDTH)))
     expected = reference.gradip(gradient(), torch.from_numpy(g), vectors(plan))
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(signal, expected.numpy(), rtol=1e-12)
 
 
 def test_many_clients_at_once_are_the_clients_one_by_one() -> None:
@@ -86,8 +86,8 @@ def test_a_first_order_round_has_no_inner_products() -> None:
 def test_phases_rounds_and_steps_have_products_of_their_own() -> None:
     z = Directions(KEY, WIDTH)
     plans = [RoundPlan(r, 0.1, 1e-3, 2, {0: 3}, phase) for r in (0, 1) for phase in ("training", "calibration")]
-    found = np.concatenate([inner_products(gradient(), plan, z).ravel() for plan in plans])
-    assert len(np.unique(found)) == 4 * 3 * 2
+    products = np.concatenate([inner_products(gradient(), plan, z).ravel() for plan in plans])
+    assert len(np.unique(products)) == 4 * 3 * 2
 
 
 @pytest.mark.parametrize("steps", [{0: 1, 1: 4}, {0: 4}, {0: 4, 1: 4, 2: 1}])

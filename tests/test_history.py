@@ -98,14 +98,14 @@ def test_trajectories_are_the_scalars_and_the_gradient_multiplied_by_hand(run_of
                 size = sum(abs(float(g_p)) for g_p in row) / len(row)
                 at = record.plan.round * STEPS + t
                 expected.setdefault(client, []).append((at, float(grad_p @ moved), size))
-    found = history.read(folder).trajectories()
-    assert list(found) == sorted(expected)
-    assert len(found) >= 2
+    trajectories = history.read(folder).trajectories()
+    assert list(trajectories) == sorted(expected)
+    assert len(trajectories) >= 2
     for client, steps in expected.items():
         at, gradip, abs_g = (np.array(column) for column in zip(*steps, strict=True))
-        assert found[client].steps.tolist() == at.tolist()
-        np.testing.assert_allclose(found[client].gradip, gradip, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(found[client].abs_g, abs_g, rtol=1e-12)
+        assert trajectories[client].steps.tolist() == at.tolist()
+        np.testing.assert_allclose(trajectories[client].gradip, gradip, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(trajectories[client].abs_g, abs_g, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["plain", "momentum", "vp"])
@@ -115,9 +115,9 @@ def test_trajectories_are_what_the_metrics_say(run_of: Run, name: str) -> None:
     for metric in RunFolder(folder).metrics():
         if metric["kind"] == "round":
             for i, client in enumerate(metric["clients"]):
-                held = noted.setdefault(client, {"abs_g": [], "gradip": []})
-                held["abs_g"] += metric["abs_g"][i]
-                held["gradip"] += metric["gradip"][i]
+                columns = noted.setdefault(client, {"abs_g": [], "gradip": []})
+                columns["abs_g"] += metric["abs_g"][i]
+                columns["gradip"] += metric["gradip"][i]
     for client, trajectory in history.read(folder).trajectories().items():
         np.testing.assert_allclose(trajectory.abs_g, noted[client]["abs_g"], rtol=1e-4)
         np.testing.assert_allclose(trajectory.gradip, noted[client]["gradip"], rtol=1e-4)
@@ -227,9 +227,9 @@ def test_updates_are_each_rounds_alignments_and_norms_are_how_far_clients_went(r
         for state, record in verification.StoredRun.open(folder).replay
         if isinstance(record, RoundRecord)
     }
-    found = dict(history.updates(folder))
-    assert list(found) == list(range(ROUNDS))
-    for number, aligned in found.items():
+    updates = dict(history.updates(folder))
+    assert list(updates) == list(range(ROUNDS))
+    for number, aligned in updates.items():
         record = RoundRecord.from_json(rounds(folder)[number])
         assert aligned == alignments(record, Directions(run_key(0), len(starts[0])))
         for client, alignment in aligned.items():

@@ -55,8 +55,8 @@ def test_a_mask_of_entries_that_move_no_loss_is_refused(
     setting = replace(Setting.make(tmp_path, tmp_path / "sites"), mask=key_biases(model, live))
     with pytest.raises(Refused) as told:
         setting.site(0, data="no such folder", accepts={"mask_minimum": 60})
-    found = f"mask_minimum: the run asks for {64 + live} parameters to move, of which {live} were seen to change"
-    assert str(told.value).startswith(found)
+    message = f"mask_minimum: the run asks for {64 + live} parameters to move, of which {live} were seen to change"
+    assert str(told.value).startswith(message)
     assert "the site accepts at least 60 that do" in str(told.value)
     with pytest.raises(
         MeerkatError, match="not fit for the run"

@@ -34,15 +34,15 @@ def test_saved_and_loaded_masks_are_equal(tmp_path: Path, random_sequences: list
     for made in (sensitivity_mask(model, random_sequences, loss, facts={"text": "a.jsonl"}), full_mask(model)):
         made = dataclasses.replace(made, theta_0=torch.arange(len(made)).float())
         made.save(tmp_path / "m.safetensors")
-        held = SparseMask.load(tmp_path / "m.safetensors")
-        held.check_fits(model)
-        assert held.digest() == made.digest()
-        assert list(held.entries) == list(made.entries)
-        assert (held.kind, held.density, held.facts, held.total) == (made.kind, made.density, made.facts, made.total)
-        assert held.theta_0 is not None
-        assert torch.equal(held.theta_0, made.theta_0)
+        mask = SparseMask.load(tmp_path / "m.safetensors")
+        mask.check_fits(model)
+        assert mask.digest() == made.digest()
+        assert list(mask.entries) == list(made.entries)
+        assert (mask.kind, mask.density, mask.facts, mask.total) == (made.kind, made.density, made.facts, made.total)
+        assert mask.theta_0 is not None
+        assert torch.equal(mask.theta_0, made.theta_0)
         if made.pretraining_gradient is not None:
-            assert torch.equal(held.pretraining_gradient, made.pretraining_gradient)
+            assert torch.equal(mask.pretraining_gradient, made.pretraining_gradient)
 
 
 def test_a_mask_of_another_model_is_refused() -> None:
@@ -130,8 +130,8 @@ def test_the_fingerprint_sees_names_shapes_and_values() -> None:
 
 def test_overlap_is_the_share_of_entries_in_common() -> None:
     def moving(**entries: list[int] | None) -> SparseMask:
-        held = {name: None if at is None else torch.tensor(at) for name, at in entries.items()}
-        return SparseMask(entries=held, shapes=dict.fromkeys(held, (2, 5)), fingerprint="", total=20)
+        indices = {name: None if at is None else torch.tensor(at) for name, at in entries.items()}
+        return SparseMask(entries=indices, shapes=dict.fromkeys(indices, (2, 5)), fingerprint="", total=20)
 
     some, others = moving(a=[0, 3, 7], b=[1]), moving(a=[3, 7, 8, 9])
     assert some.overlap(others) == others.overlap(some) == 2 / 4

@@ -443,12 +443,12 @@ def dense(mask: SparseMask, model: nn.Module) -> Tensor:
 
 def candidates(row: dict[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
     """Each candidate's tokens, and how many at the end cover the label's characters."""
-    found = []
+    pairs = []
     for label in ("terrible", "great"):
         ids = tokenizer(f"{row['sentence']} It was {label}")["input_ids"]
         lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-        found.append((ids, next(n for n in range(1, len(ids)) if sum(lengths[-n:]) >= len(label))))
-    return found
+        pairs.append((ids, next(n for n in range(1, len(ids)) if sum(lengths[-n:]) >= len(label))))
+    return pairs
 
 
 @pytest.mark.parametrize("limit", [48, 5])
@@ -480,14 +480,14 @@ def test_concentration_is_that_of_a_full_sort() -> None:
     rng = np.random.default_rng(0)
     scores = {"a": torch.from_numpy(rng.lognormal(0, 3, (300, 70)).astype(np.float32)), "b": torch.zeros(40)}
     every = np.sort(np.concatenate([t.numpy().ravel() for t in scores.values()]).astype(np.float64))[::-1]
-    held = np.concatenate([[0], np.cumsum(every)]) / every.sum()
-    found = concentration(scores)
-    assert [share for share, _ in found] == [float(f"{s:.3g}") for s in np.logspace(-5, 0, 31)]
-    for share, part in zip(np.logspace(-5, 0, 31), (part for _, part in found), strict=True):
-        exact = np.interp(share * len(every), np.arange(len(every) + 1), held)
+    cumulative = np.concatenate([[0], np.cumsum(every)]) / every.sum()
+    curve = concentration(scores)
+    assert [share for share, _ in curve] == [float(f"{s:.3g}") for s in np.logspace(-5, 0, 31)]
+    for share, part in zip(np.logspace(-5, 0, 31), (part for _, part in curve), strict=True):
+        exact = np.interp(share * len(every), np.arange(len(every) + 1), cumulative)
         assert part == pytest.approx(exact, rel=1 / 128, abs=2e-5)
-    assert found[-1] == (1.0, 1.0)
-    assert found == sorted(found)
+    assert curve[-1] == (1.0, 1.0)
+    assert curve == sorted(curve)
 
 
 def test_where_nothing_is_sensitive_there_is_no_concentration() -> None:
@@ -513,9 +513,9 @@ def test_a_mask_made_without_text_gets_its_gradient_from_the_run_s(
     assert main(["mask", *settings, "--method", "random-mask", "--out", str(mask)]) == 0
     assert SparseMask.load(mask).pretraining_gradient is None
     assert main([*simulate_arguments, "--mask", str(mask), "--out", str(tmp_path / "run")]) == 0
-    held = SparseMask.load(tmp_path / "run" / "mask.safetensors")
-    assert held.pretraining_gradient is not None
-    assert held.digest() == SparseMask.load(mask).digest()
+    loaded = SparseMask.load(tmp_path / "run" / "mask.safetensors")
+    assert loaded.pretraining_gradient is not None
+    assert loaded.digest() == SparseMask.load(mask).digest()
     assert main(["verify", str(tmp_path / "run")]) == 0
 
 

@@ -74,12 +74,12 @@ def one_line(refusal: pytest.ExceptionInfo[MeerkatError]) -> str:
 
 def literal_candidates(row: Row, tokenizer: Any) -> list[tuple[list[int], int]]:
     """Each candidate's tokens, and how many at the end cover the label's characters."""
-    found = []
+    pairs = []
     for label in TASK.labels:
         ids = tokenizer(f"{row['text']} it was {label}")["input_ids"]
         lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-        found.append((ids, next(n for n in range(1, len(ids)) if sum(lengths[-n:]) >= len(label))))
-    return found
+        pairs.append((ids, next(n for n in range(1, len(ids)) if sum(lengths[-n:]) >= len(label))))
+    return pairs
 
 
 def literal_scores(model: nn.Module, rows: Sequence[Row], tokenizer: Any) -> Tensor:
@@ -98,12 +98,12 @@ def literal_scores(model: nn.Module, rows: Sequence[Row], tokenizer: Any) -> Ten
 
 @pytest.fixture(scope="module")
 def examples(tokenizer: Any) -> list[Example]:
-    found = encode(TASK, ROWS, tokenizer, 128)
-    lengths = {len(sequence) for example in found for sequence in example.sequences}
+    encoded = encode(TASK, ROWS, tokenizer, 128)
+    lengths = {len(sequence) for example in encoded for sequence in example.sequences}
     assert len(lengths) > 4  # they need padding
-    assert {len(c.targets) for example in found for c in example.candidates} == {1, 2}
-    assert {len(example.sequences) for example in found} == {2}
-    return found
+    assert {len(c.targets) for example in encoded for c in example.candidates} == {1, 2}
+    assert {len(example.sequences) for example in encoded} == {2}
+    return encoded
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -431,11 +431,11 @@ def by_hand_row(last: int, label: int) -> Example:
 
 def test_evaluation_counts_what_is_right_overall_and_by_class() -> None:
     batch = collate([by_hand_row(1, 0), by_hand_row(2, 0), by_hand_row(3, 1), by_hand_row(1, 0)])
-    found = evaluate(BY_HAND, batch, ("bad", "good", "odd"))
+    evaluation = evaluate(BY_HAND, batch, ("bad", "good", "odd"))
     losses = [-math.log(p) for p in (0.6 / 0.85, 0.1 / 0.45, 0.3 / 0.55, 0.6 / 0.85)]
-    assert found.rows == 4
-    assert found.per_class == {"bad": pytest.approx(2 / 3), "good": 1.0}  # no rows are odd
-    assert found.scores == {"accuracy": 0.75, "loss": pytest.approx(sum(losses) / 4)}
+    assert evaluation.rows == 4
+    assert evaluation.per_class == {"bad": pytest.approx(2 / 3), "good": 1.0}  # no rows are odd
+    assert evaluation.scores == {"accuracy": 0.75, "loss": pytest.approx(sum(losses) / 4)}
 
 
 def test_a_label_of_several_tokens_is_scored_by_its_mean() -> None:
@@ -622,17 +622,17 @@ SEPARATED = ["the film: it was great", "yes or no\u2028the plot"]
 def test_text_is_read_a_sequence_a_line(
     tmp_path: Path, tokenizer: Any, name: str, content: str, texts: list[str]
 ) -> None:
-    found = load_text(text_file(tmp_path, name, content), tokenizer, 10, 1000)
-    assert [ids.tolist() for ids in found] == [tokenizer(text)["input_ids"] for text in texts]
-    assert {ids.dtype for ids in found} == {torch.int64}
+    sequences = load_text(text_file(tmp_path, name, content), tokenizer, 10, 1000)
+    assert [ids.tolist() for ids in sequences] == [tokenizer(text)["input_ids"] for text in texts]
+    assert {ids.dtype for ids in sequences} == {torch.int64}
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_text_is_cut_to_count_and_length(tmp_path: Path, tokenizer: Any, name: str) -> None:
     texts = ["the film it was great", "yes", "the plot it was terrible", "no"]
     content = "\n" + (jsonl(*texts) if name == "a.jsonl" else "\n\n".join(texts))
-    found = load_text(text_file(tmp_path, name, content), tokenizer, 3, 4)
-    assert [ids.tolist() for ids in found] == [tokenizer(text)["input_ids"][:4] for text in texts[:3]]
+    sequences = load_text(text_file(tmp_path, name, content), tokenizer, 3, 4)
+    assert [ids.tolist() for ids in sequences] == [tokenizer(text)["input_ids"][:4] for text in texts[:3]]
 
 
 def test_lines_past_the_count_are_not_read(tmp_path: Path, tokenizer: Any) -> None:

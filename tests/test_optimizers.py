@@ -150,9 +150,9 @@ def test_replaying_the_records_gives_the_same_bits(optimizer: UpdateRule, per_ro
     lived = live(settings)
     state = ServerState(Replica(0, live(dataclasses.replace(settings, rounds=0)).engine.model.read()))
     for record, then in zip(lived.rounds, lived.states, strict=True):
-        held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-        assert held.plan == record.plan
-        state = replay(state, held, settings, Directions(KEY, len(lived.mask)))
+        reread = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+        assert reread.plan == record.plan
+        state = replay(state, reread, settings, Directions(KEY, len(lived.mask)))
         assert path.digest(state.theta) == record.theta_digest
         moments, expected = state.replica.moments, then.replica.moments
         assert len(moments) == len(expected) > 0

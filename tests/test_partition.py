@@ -46,10 +46,10 @@ def check_is_split(split: Partition, rows: Rows, clients: int, covers: bool = Tr
     assert len(split.rows) == clients
     assert all(len(part) for part in split.rows)
     assert all(part.dtype == np.int64 and part.tolist() == sorted(part.tolist()) for part in split.rows)
-    held = [row for part in split.rows for row in part.tolist()]
-    assert len(held) == len(set(held))
-    assert set(held) <= set(range(len(rows)))
-    assert len(held) == len(rows) or not covers
+    dealt = [row for part in split.rows for row in part.tolist()]
+    assert len(dealt) == len(set(dealt))
+    assert set(dealt) <= set(range(len(rows)))
+    assert len(dealt) == len(rows) or not covers
 
 
 def same(one: Partition, other: Partition) -> bool:
@@ -284,9 +284,9 @@ some_rows = st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True
 @settings(deadline=None)
 @given(some_rows, st.integers(1, 40), seeds, st.integers(0, 9))
 def test_every_epoch_goes_through_all_rows_once(rows: list[int], batch_size: int, seed: int, client: int) -> None:
-    held = ClientRows(client, np.array(rows), batch_size, seed)
+    client_rows = ClientRows(client, np.array(rows), batch_size, seed)
     size = min(batch_size, len(rows))
-    taken = batches(held, range(-(-3 * len(rows) // size)))  # three epochs, and the rest of the last batch
+    taken = batches(client_rows, range(-(-3 * len(rows) // size)))  # three epochs, and the rest of the last batch
     assert {len(batch) for batch in taken} == {size}
     stream = [row for batch in taken for row in batch]
     for epoch in range(3):
@@ -305,14 +305,14 @@ def test_a_batch_is_a_function_of_seed_client_and_step() -> None:
 
 
 def test_each_epoch_has_an_order_of_its_own() -> None:
-    held = ClientRows(0, np.arange(16), 16, 0)
-    orders = batches(held, range(5))
+    client_rows = ClientRows(0, np.arange(16), 16, 0)
+    orders = batches(client_rows, range(5))
     assert len({tuple(order) for order in [*orders, sorted(orders[0])]}) == 6
 
 
 def test_a_late_batch_is_found_without_those_before_it() -> None:
-    held = ClientRows(0, np.arange(10), 4, 0)
-    assert len(held.batch(10**12)) == 4
+    client_rows = ClientRows(0, np.arange(10), 4, 0)
+    assert len(client_rows.batch(10**12)) == 4
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,9 @@ def test_subzeros_slopes_are_those_inside_and_its_steps_are_adam_in_few_dimensio
     monkeypatch.setattr(steps, "_groups", steps._groups.__wrapped__)
     count, target = 300, torch.linspace(-1, 1, 300)
     basis, theta, z = _basis(count), torch.full((count,), 0.3), torch.linspace(2, -1, count)
-    found = steps.two_sided_inside(lambda at: ((at - target) ** 2).sum() / 2, theta, [z], 1e-2)
+    slopes = steps.two_sided_inside(lambda at: ((at - target) ** 2).sum() / 2, theta, [z], 1e-2)
     exact = (theta - target).double() @ basis @ (basis.T @ z.double())
-    assert found.g.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert slopes.g.item() == pytest.approx(exact.item(), rel=1e-3)
 
     given = {"estimator": "plain", "server_lr": 5, "server_beta1": 0.8, "server_beta2": 0.95, "server_tau": 1e-9}
     config = make_config({**given, "update_rule": "momentum"}).model_copy(update={"estimator": "subzero"})

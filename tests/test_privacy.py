@@ -72,8 +72,8 @@ def engine_of(
 
     def losses_of(rows: list[np.ndarray]) -> Loss:
         def losses() -> Tensor:
-            each = [torch.stack([model.of_row(int(i)) for i in held]) if len(held) else torch.zeros(0) for held in rows]
-            return torch.cat([held.double() for held in each]) if private else torch.stack([h.mean() for h in each])
+            each = [torch.stack([model.of_row(int(i)) for i in part]) if len(part) else torch.zeros(0) for part in rows]
+            return torch.cat([own.double() for own in each]) if private else torch.stack([own.mean() for own in each])
 
         return losses
 
@@ -89,12 +89,12 @@ def engine_of(
 
 def lived(engine: LocalEngine, settings: ServerConfig) -> list[dict[int, np.ndarray]]:
     """The scalars of each round."""
-    state, found = ServerState(Replica(0, engine.model.read())), []
+    state, scalars = ServerState(Replica(0, engine.model.read())), []
     for _ in range(settings.rounds):
         plan = open_round(state, settings)
         state, record = close_round(state, plan, engine.run(state, plan), settings, engine.directions)
-        found.append(dict(record.scalars))
-    return found
+        scalars.append(dict(record.scalars))
+    return scalars
 
 
 class Sizes(Mechanism):
@@ -290,13 +290,13 @@ def test_the_rate_is_the_share_expected_and_never_above_one(count: int, rate: fl
 
 def test_two_threads_never_share_noise() -> None:
     """`random.gauss` keeps a value back for the next call, and two threads may both take it."""
-    found: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: found.append(mechanisms.gaussian(2000))) for _ in range(4)]
+    drawn: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: drawn.append(mechanisms.gaussian(2000))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    values = np.concatenate(found)
+    values = np.concatenate(drawn)
     assert len({*values.tolist()}) == len(values) == 8000
     assert mechanisms._SYSTEM.gauss_next is None
 

@@ -129,8 +129,8 @@ slopes = st.integers(1, 4).flatmap(
 
 @given(slopes, st.floats(1e-3, 1e3))
 def test_no_contribution_is_longer_than_the_clip_over_all_directions(vectors: np.ndarray, clip: float) -> None:
-    found = clipped(vectors, clip)
-    for vector, kept in zip(vectors, found, strict=True):
+    shortened = clipped(vectors, clip)
+    for vector, kept in zip(vectors, shortened, strict=True):
         length = np.linalg.norm(kept)
         assert length <= clip * (1 + 1e-12)
         if not np.isfinite(vector).all():
@@ -248,11 +248,11 @@ def searched() -> Searched:
 
 @pytest.mark.usefixtures("repeatable")
 def test_no_setting_leaks_more_than_promised_of_the_mechanism_as_it_is(searched: Searched) -> None:
-    found = summed_up(search(searched, chosen(40)[::6], 200))
-    assert found["exceeding"] == 0
-    assert found["others_moved"] == 0
-    assert 0.5 < found["movement"]["add-or-remove"] <= 1 + 1e-12
-    assert 1 < found["movement"]["replace"] <= 2 + 1e-12
+    summary = summed_up(search(searched, chosen(40)[::6], 200))
+    assert summary["exceeding"] == 0
+    assert summary["others_moved"] == 0
+    assert 0.5 < summary["movement"]["add-or-remove"] <= 1 + 1e-12
+    assert 1 < summary["movement"]["replace"] <= 2 + 1e-12
 
 
 def coupled(problem: Problem, examples: Sequence[Any]) -> LossesOf:
@@ -269,10 +269,10 @@ def coupled(problem: Problem, examples: Sequence[Any]) -> LossesOf:
 
 @pytest.mark.usefixtures("repeatable")
 def test_rows_that_depend_on_each_other_are_caught(searched: Searched) -> None:
-    found = compare(searched, chosen(1)[0], coupled, 500, 0.95)
-    assert found.movement > 10
-    assert found.others > 0
-    assert found.measured > 1.1 * BUDGET
+    compared = compare(searched, chosen(1)[0], coupled, 500, 0.95)
+    assert compared.movement > 10
+    assert compared.others > 0
+    assert compared.measured > 1.1 * BUDGET
 
 
 def test_at_least_fifty_settings_are_searched_and_none_twice() -> None:
@@ -286,15 +286,15 @@ def test_the_audit_of_the_embedded_model_gives_its_headline(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["privacy_audit.py", "--json", "--trials", "4000", "--settings", "50"])
     privacy_audit.main()
-    found = json.loads(capsys.readouterr().out)
-    assert found["name"] == "privacy_audit"
-    assert 0 < found["ratio"] < 1
-    assert found["measured_on"]
-    assert (found["search"]["settings"], found["search"]["exceeding"], found["search"]["others_moved"]) == (50, 0, 0)
-    assert found["sharing"]["others_moved"] > 0
-    for name, measured in found["measured"].items():
+    result = json.loads(capsys.readouterr().out)
+    assert result["name"] == "privacy_audit"
+    assert 0 < result["ratio"] < 1
+    assert result["measured_on"]
+    assert (result["search"]["settings"], result["search"]["exceeding"], result["search"]["others_moved"]) == (50, 0, 0)
+    assert result["sharing"]["others_moved"] > 0
+    for name, measured in result["measured"].items():
         if name != "broken: rows share a pass":  # how far a sum moves then is up to the CPU's rounding
-            assert (measured > found["promised"]) == name.startswith("broken"), name
+            assert (measured > result["promised"]) == name.startswith("broken"), name
 
 
 def test_the_score_is_a_log_likelihood_ratio() -> None:
@@ -305,8 +305,8 @@ def test_the_score_is_a_log_likelihood_ratio() -> None:
     density: Callable[[np.ndarray], np.ndarray] = without.pdf
     for sampled in (q, 0.0, 1.0):
         ratio = ((1 - sampled) * density(sums) + sampled * density(sums - canary)) / density(sums)
-        found = evidence(sums, canary, others, q, spread, np.full(6, sampled))
-        np.testing.assert_allclose(found, np.log(ratio), atol=1e-12)
+        score = evidence(sums, canary, others, q, spread, np.full(6, sampled))
+        np.testing.assert_allclose(score, np.log(ratio), atol=1e-12)
 
 
 def test_the_lower_bound_is_that_of_clopper_and_pearson() -> None:
@@ -323,10 +323,10 @@ def test_the_lower_bound_is_one() -> None:
     rng, delta, mu = np.random.default_rng(0), 1e-2, 1.0
 
     def exceeds(epsilon: float) -> bool:
-        found = stats.norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu)
-        return bool(found > delta)
+        exact = stats.norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu)
+        return bool(exact > delta)
 
     true = next(e for e in np.arange(0, 10, 1e-3) if not exceeds(e))
-    found = np.array([lower_bound(rng.normal(mu, 1, 1000), rng.normal(0, 1, 1000), delta) for _ in range(60)])
-    assert np.mean(found > true) <= 0.05
-    assert np.median(found) > true / 3
+    bounds = np.array([lower_bound(rng.normal(mu, 1, 1000), rng.normal(0, 1, 1000), delta) for _ in range(60)])
+    assert np.mean(bounds > true) <= 0.05
+    assert np.median(bounds) > true / 3

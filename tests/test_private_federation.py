@@ -88,8 +88,8 @@ def test_a_site_that_comes_back_with_more_rows_is_charged_for_those_it_had(
     fed = Federation(setting)
     monkeypatch.setattr(remote_engine, "time", fed.wire)
     rows = [{"sentence": f"a film {i}", "label": i % 2} for i in range(400)]
-    for folder, held in (("few", rows[:4]), ("many", rows)):
-        write_rows(tmp_path / folder, held)
+    for folder, part in (("few", rows[:4]), ("many", rows)):
+        write_rows(tmp_path / folder, part)
     for client in (1, 2):
         fed.enter(client, ledger=str(tmp_path / f"ledger-{client}"))
     made: dict[tuple[int, int], int] = {}

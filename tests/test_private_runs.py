@@ -66,7 +66,7 @@ def hidden(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
 def uneven(arguments: list[str], federation: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """An example-level run whose clients have other numbers of rows, and a budget that lasts the largest to the end."""
     rows = load_rows(str(federation / "data"), "train")
-    sizes = [len(held) for held in partition("dirichlet:0.5", rows, 3, 0).rows]
+    sizes = [len(part) for part in partition("dirichlet:0.5", rows, 3, 0).rows]
     assert len({*sizes}) == 3
     target = epsilon([Charge(min(1.0, 4 / max(sizes)), 8.0, 2 * ROUNDS)], 1e-5, "add-or-remove") * 1.001
     folder = tmp_path_factory.mktemp("uneven") / "run"
@@ -212,8 +212,8 @@ def test_an_allowance_that_was_changed_is_found(
 
 def test_metrics_of_an_example_level_run_hold_noisy_scalars_and_no_loss(uneven: tuple[Path, list[int]]) -> None:
     rounds = [m for m in RunFolder(uneven[0]).metrics() if m["kind"] == "round"]
-    held = [RoundRecord.from_json(r) for r in logged(uneven[0]) if r["kind"] == "round"]
-    for metric, record in zip(rounds, held, strict=True):
+    records = [RoundRecord.from_json(r) for r in logged(uneven[0]) if r["kind"] == "round"]
+    for metric, record in zip(rounds, records, strict=True):
         assert metric["loss"] is None
         assert metric["clients"] == [*record.scalars]
         assert np.allclose(np.ravel(metric["abs_g"]), [abs(g[0, 0]) for g in record.scalars.values()], rtol=1e-4)
@@ -222,12 +222,12 @@ def test_metrics_of_an_example_level_run_hold_noisy_scalars_and_no_loss(uneven: 
 # --- client level ---
 
 
-def numbers_in(held: Any) -> Iterator[float]:
+def numbers_in(value: Any) -> Iterator[float]:
     """All fractions in a JSON value."""
-    if isinstance(held, float):
-        yield held
-    elif isinstance(held, dict | list):
-        for inner in held.values() if isinstance(held, dict) else held:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from numbers_in(inner)
 
 
@@ -274,13 +274,13 @@ def test_a_client_level_run_goes_on_with_its_pointers(hidden: tuple[Path, Sent],
         patch.setattr(LocalEngine, "run", listening)
         assert main(["resume", str(folder)]) == 0
     assert (folder / "rounds.log").read_bytes().startswith(whole)
-    made, found = dict.fromkeys(range(3), 0), []
+    made, expected = dict.fromkeys(range(3), 0), []
     for record in logged(folder)[1:-1]:
         for client in record["clients"]:
             if record["round"] >= records - 1:
-                found.append((client, made[client]))
+                expected.append((client, made[client]))
             made[client] += 2
-    assert asked == found
+    assert asked == expected
     assert verification.verify(folder).finished
 
 

@@ -46,8 +46,8 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def simulated(capsys: pytest.CaptureFixture[str], out: Path, arguments: list[str]) -> dict[str, Any]:
     assert main(["simulate", *arguments, "--out", str(out), "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    summary: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return summary
 
 
 def test_it_runs_and_is_evaluated_verified_reported_and_exported(
@@ -245,13 +245,13 @@ def test_losses_scores_and_digests_are_the_literal_ones() -> None:
         logits = problem.model(row["input"][None])[0]
         losses.append((logits.logsumexp(0) - logits[row["label"]]).item())
     assert problem.row_losses(problem.batch(examples)).tolist() == pytest.approx(losses, rel=1e-5)
-    found = problem.evaluate(problem.batch(examples, "evaluation"))
-    assert found.rows == 60
-    assert found.scores["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    evaluation = problem.evaluate(problem.batch(examples, "evaluation"))
+    assert evaluation.rows == 60
+    assert evaluation.scores["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     hits = [problem.model(row["input"][None]).argmax().item() == row["label"] for row in rows]
-    assert found.scores["accuracy"] == pytest.approx(np.mean(hits))
+    assert evaluation.scores["accuracy"] == pytest.approx(np.mean(hits))
     for k, label in enumerate(problems.SHAPES):
-        assert found.per_class[label] == pytest.approx(np.mean(hits[k::3]))
+        assert evaluation.per_class[label] == pytest.approx(np.mean(hits[k::3]))
     means = client_losses(problem, examples)([np.array([0, 3]), np.array([5])])()
     assert means.tolist() == pytest.approx([(losses[0] + losses[3]) / 2, losses[5]], rel=1e-5)
     assert problem.digest(examples) != problem.digest(examples[::-1])

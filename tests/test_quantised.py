@@ -52,8 +52,8 @@ LEVELS = {"int8": torch.arange(-127, 128) / 127, "nf4": NF4}
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=TOKENS[None]).logits
-    return found
+    output: Tensor = model(input_ids=TOKENS[None]).logits
+    return output
 
 
 def quantised(bits: Bits, architecture: str = "llama-tied") -> tuple[Any, MaskedModel]:
@@ -138,8 +138,8 @@ def test_a_weight_takes_its_bits_and_half_a_bit_of_scale(bits: Bits, most: float
     layer = QuantisedLinear(linear, None, bits)
     rounding = torch.dist(rounded(linear.weight, bits), linear.weight)
     assert torch.dist(layer.weight(torch.float32), rounded(linear.weight, bits)) < 0.3 * rounding
-    held = [value for value in (*vars(layer).values(), layer._scales.absmax) if isinstance(value, Tensor)]
-    assert most - 0.02 < 8 * sum(value.nbytes for value in held) / 2**21 <= most
+    tensors = [value for value in (*vars(layer).values(), layer._scales.absmax) if isinstance(value, Tensor)]
+    assert most - 0.02 < 8 * sum(value.nbytes for value in tensors) / 2**21 <= most
 
 
 def test_lora_s_adapters_move_on_a_quantised_base() -> None:

@@ -147,8 +147,8 @@ def test_a_calibration_is_computed_no_longer_than_its_record_is(setting: Setting
 
 
 def test_a_client_that_comes_back_with_other_data_is_no_damage(setting: Setting, records: Records) -> None:
-    held = again_from(6, round=3, examples=9)(records)
-    assert replay(setting, held).settings.examples[0] == 9
+    rejoined = again_from(6, round=3, examples=9)(records)
+    assert replay(setting, rejoined).settings.examples[0] == 9
 
 
 def test_a_join_in_a_simulation_s_log_is_refused(setting: Setting) -> None:

@@ -75,10 +75,10 @@ def checked(html: str) -> Outline:
     assert "http" not in outside
     assert "<script" not in html
     assert "@import" not in html
-    found = Outline(html)
-    assert len(found.ids) == len(set(found.ids))
-    assert found.references <= set(found.ids)
-    return found
+    outline = Outline(html)
+    assert len(outline.ids) == len(set(outline.ids))
+    assert outline.references <= set(outline.ids)
+    return outline
 
 
 MASK = SparseMask(
@@ -132,8 +132,8 @@ def write_run(
     fade = np.where(np.arange(clients)[:, None] < extreme, np.exp(-np.arange(60) / 12), 1.0)
     g = (rng.normal(size=(clients, 60)) * fade).astype(np.float32)[..., None]
     inner = rng.normal(size=(60, 1)) if gradient else np.zeros((0, 1))
-    found = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
-    calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, found, tuple(range(extreme)))
+    selection = select({k: np.abs(g[k, :, 0]) for k in range(clients)}, {}, Vpcs(calibration_steps=60))
+    calibration = CalibrationRecord(plan, dict(enumerate(g)), inner, selection, tuple(range(extreme)))
     log.append(calibration.to_json())
     folder.append_metric(metric_of(calibration, {"forward_s": 0.1}))
 
@@ -143,8 +143,8 @@ def write_run(
         scalars = {k: rng.normal(size=(count, 1)).astype(np.float32) for k, count in steps.items()}
         weights = dict.fromkeys(steps, 1 / clients)
         total = np.zeros((max(steps.values()), 1), np.float32)
-        for held in scalars.values():
-            total[: len(held)] += held / clients
+        for own in scalars.values():
+            total[: len(own)] += own / clients
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
         record = RoundRecord(plan, weights, scalars, total, "a" * 64, inner)
         log.append(record.to_json())
@@ -221,7 +221,7 @@ def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
     first = {path: path.read_bytes() for path in [root / "report.html", *(root / "figures").iterdir()]}
     assert {path.suffix for path in first} == {".html", ".png", ".svg"}
     write_comparison_report(root)
-    assert all(path.read_bytes() == held for path, held in first.items())
+    assert all(path.read_bytes() == data for path, data in first.items())
     assert b"<dc:date>" not in b"".join(first.values())
 
 
@@ -237,13 +237,13 @@ def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
 @pytest.mark.draws
 def test_a_thousand_clients_have_bands_and_no_thousand_names(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1000, rounds=2, extreme=20)
-    held = run_page(RunFacts.read(root)).html()
-    found = checked(held)
-    assert len(held) < 3e6
-    assert "several labels, continues (980)" in found.words
-    assert "one label, stopped early (20)" in found.words
-    assert "client 500" not in found.words
-    assert len(found.words) < 30_000
+    html = run_page(RunFacts.read(root)).html()
+    outline = checked(html)
+    assert len(html) < 3e6
+    assert "several labels, continues (980)" in outline.words
+    assert "one label, stopped early (20)" in outline.words
+    assert "client 500" not in outline.words
+    assert len(outline.words) < 30_000
 
 
 def test_many_clients_of_one_step_have_bands_that_are_seen() -> None:
@@ -266,9 +266,9 @@ def test_columns_of_clients_with_equal_shares_stand_together() -> None:
 @pytest.mark.draws
 def test_one_client(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", clients=1, extreme=0)
-    held = run_page(RunFacts.read(root)).html()
-    assert held == run_page(RunFacts.read(root)).html()  # the same bytes each time
-    words = checked(held).words
+    html = run_page(RunFacts.read(root)).html()
+    assert html == run_page(RunFacts.read(root)).html()  # the same bytes each time
+    words = checked(html).words
     assert "1 client, mixed:1" in words
     assert "There is only one client" in words
 
@@ -322,11 +322,11 @@ def test_hostile_settings_are_escaped(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", task="<b>x", model="</title><script>alert(1)</script>", partition="column:<i>&")
     metrics = (root / "metrics.jsonl").read_text().replace('"sports"', json.dumps("$<u>\\\\frac{</svg>"))
     (root / "metrics.jsonl").write_text(metrics.replace('"music"', '"_\\u97f3"'))
-    held = run_page(RunFacts.read(root)).html()
-    checked(held)
+    html = run_page(RunFacts.read(root)).html()
+    checked(html)
     for raw in ("<b>x", "<script", "<i>&", "<u>"):
-        assert raw not in held
-    assert "&lt;b&gt;x" in held
+        assert raw not in html
+    assert "&lt;b&gt;x" in html
 
 
 def test_updates_are_compared_along_the_run_s_own_directions(
@@ -364,15 +364,15 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
 
 def row(setting: dict[str, Any], accuracy: list[float | None], **more: Any) -> dict[str, Any]:
     seeds = list(range(len(accuracy)))
-    held = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "best": False}
+    fields = {"setting": setting, "lr": 0.2, "rates": [], "seeds": seeds, "best": False}
     losses = [None if a is None else 1.5 - a for a in accuracy]
-    held |= {"scores": {"accuracy": accuracy, "loss": losses}, "loss": losses}
-    held |= {"accuracy": accuracy, "accuracy_before": [0.25] * len(seeds)}
-    held |= {"scores_before": {"accuracy": [0.25] * len(seeds), "loss": [1.0] * len(seeds)}}
-    held |= {"rounds": 40, "local_steps": setting.get("local_steps", 1), "params_masked": 553, "runs": []}
-    held |= {"payload_bytes_up_per_client": 1600.0, "payload_bytes_down_per_client": 1600.0}
+    fields |= {"scores": {"accuracy": accuracy, "loss": losses}, "loss": losses}
+    fields |= {"accuracy": accuracy, "accuracy_before": [0.25] * len(seeds)}
+    fields |= {"scores_before": {"accuracy": [0.25] * len(seeds), "loss": [1.0] * len(seeds)}}
+    fields |= {"rounds": 40, "local_steps": setting.get("local_steps", 1), "params_masked": 553, "runs": []}
+    fields |= {"payload_bytes_up_per_client": 1600.0, "payload_bytes_down_per_client": 1600.0}
     return (
-        held
+        fields
         | {"client_steps": [400] * len(seeds), "wall_s": [2.0] * len(seeds), "early_stopped": [0] * len(seeds)}
         | more
     )
@@ -385,8 +385,14 @@ def study(axes: dict[str, list[Any]], rows: list[dict[str, Any]], **more: Any) -
 
 def write_comparison(root: Path, *studies: dict[str, Any]) -> Path:
     root.mkdir(exist_ok=True)
-    held = {"format": 2, "title": "Drift & steps", "model": "embedded", "task": "topics", "studies": list(studies)}
-    (root / "compare.json").write_text(json.dumps(held))
+    comparison = {
+        "format": 2,
+        "title": "Drift & steps",
+        "model": "embedded",
+        "task": "topics",
+        "studies": list(studies),
+    }
+    (root / "compare.json").write_text(json.dumps(comparison))
     return root
 
 
@@ -406,15 +412,15 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
         cell = tmp_path / "cells" / str(seed)
         cell.mkdir(parents=True)
         scores = {r: {"accuracy": 0.25 + r / 100, "loss": 1.0} for r in (0, 20, 40)}
-        judged = [EvaluationMetric(r, found, BETTER).to_json() for r, found in scores.items()]
+        judged = [EvaluationMetric(r, reached, BETTER).to_json() for r, reached in scores.items()]
         (cell / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in judged))
     rows[0]["runs"] = ["cells/0", "cells/1"]
     axes = {"partition": ["iid", "dirichlet:0.5"], "local_steps": [1, 10]}
     write_comparison(tmp_path, study(axes, rows, checks=checks, note="Equal steps <everywhere>."))
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"Report: {tmp_path / 'report.html'}\n"
-    held = (tmp_path / "report.html").read_text()
-    words = checked(held).words
+    html = (tmp_path / "report.html").read_text()
+    words = checked(html).words
     for said in (
         "Drift & steps",
         "Equal steps <everywhere>.",
@@ -427,7 +433,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     ):
         assert said in words
     assert words.index("Claims") < words.index("Outcomes") < words.index("Final accuracy")
-    assert '<tr class="best"><td class="t">iid</td>' in held
+    assert '<tr class="best"><td class="t">iid</td>' in html
     assert "2.00\N{MULTIPLICATION SIGN} 4.0 s" in words
     assert "Some curves are left out: their run folders are not here." in words
     stems = {path.stem for path in (tmp_path / "figures").iterdir()}
@@ -440,13 +446,13 @@ def test_a_study_of_forty_rows_names_few_lines(tmp_path: Path) -> None:
     rows = [row({"method": m, "local_steps": t}, [0.5 + i / 100]) for i, m in enumerate(methods) for t in steps]
     densities = [row({"density": u}, [0.5]) for u in (1e-4, 1e-2, 1.0)]
     one = study({"method": methods, "local_steps": steps}, rows)
-    found = checked(
+    outline = checked(
         comparison_page(
             write_comparison(tmp_path / "c", one, study({"density": [1e-4, 1e-2, 1.0]}, densities, name="b"))
         ).html()
     )
-    assert "13 others" in found.words
-    assert "Loss by share that moves" in found.words
+    assert "13 others" in outline.words
+    assert "Loss by share that moves" in outline.words
 
 
 def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
@@ -464,8 +470,8 @@ def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_clients_are_grouped_by_truth_and_by_what_was_done() -> None:
-    found = {group.name: group.clients for group in grouped(range(5), stopped=[0, 1], extreme=[1, 2])}
-    assert found == {
+    groups = {group.name: group.clients for group in grouped(range(5), stopped=[0, 1], extreme=[1, 2])}
+    assert groups == {
         "several labels, continues": (3, 4),
         "one label, stopped early": (1,),
         "one label, continues": (2,),
@@ -485,15 +491,15 @@ def test_a_round_whose_loss_was_lost_does_not_end_the_curve() -> None:
 
 def test_means_over_steps() -> None:
     assert running_mean(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
-    x, held = binned([np.array([0, 1, 2, 3]), np.array([2])], [np.array([1.0, 3.0, 5.0, 7.0]), np.array([9.0])], 2)
+    x, means = binned([np.array([0, 1, 2, 3]), np.array([2])], [np.array([1.0, 3.0, 5.0, 7.0]), np.array([9.0])], 2)
     assert x.tolist() == [1.0, 3.0]
-    assert held[0].tolist() == [2.0, 6.0]
-    assert np.isnan(held[1][0])
-    assert held[1][1] == 9
-    x, held = thinned(np.arange(4.0), np.array([[1.0, np.nan, np.nan, np.nan]]), 2)
+    assert means[0].tolist() == [2.0, 6.0]
+    assert np.isnan(means[1][0])
+    assert means[1][1] == 9
+    x, means = thinned(np.arange(4.0), np.array([[1.0, np.nan, np.nan, np.nan]]), 2)
     assert x.tolist() == [0.5, 2.5]
-    assert held[0][0] == 1
-    assert np.isnan(held[0][1])
+    assert means[0][0] == 1
+    assert np.isnan(means[0][1])
 
 
 def test_numbers_in_words() -> None:

@@ -58,9 +58,11 @@ def written(
     for line in lines:
         for run in line.runs[:ABSENT]:
             run.mkdir(parents=True, exist_ok=True)
-    found = write_results(comparison, lines, root)
-    assert json.loads((root / "compare.json").read_text(), parse_constant=pytest.fail) == json.loads(json.dumps(found))
-    return found
+    results = write_results(comparison, lines, root)
+    assert json.loads((root / "compare.json").read_text(), parse_constant=pytest.fail) == json.loads(
+        json.dumps(results)
+    )
+    return results
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
@@ -110,12 +112,12 @@ def test_what_was_excluded_and_masks_are_spelled_shortly(tmp_path: Path) -> None
 
 
 def test_a_setting_with_a_diverged_run_is_told_and_never_the_best(tmp_path: Path) -> None:
-    found = written(tmp_path, {1: [0.99, None], 2: [0.5, 0.6], 4: [None, None]})
-    rows = found["studies"][0]["rows"]
+    results = written(tmp_path, {1: [0.99, None], 2: [0.5, 0.6], 4: [None, None]})
+    rows = results["studies"][0]["rows"]
     assert [row["best"] for row in rows] == [False, True, False]
     assert [(row["seeds"], row["diverged"]) for row in rows] == [([0], [1]), ([0, 1], []), ([], [0, 1])]
     assert rows[0]["rates"] == [[0.1, 0.7], [0.2, None]]
-    _, _, first, second, third = table(found).splitlines()
+    _, _, first, second, third = table(results).splitlines()
     assert "0.990 (1 of 2 diverged)" in first
     assert second.startswith("* 2")
     assert "0.550 +- 0.071" in second
@@ -123,10 +125,10 @@ def test_a_setting_with_a_diverged_run_is_told_and_never_the_best(tmp_path: Path
 
 
 def test_the_best_is_bold_on_a_terminal_and_starred_elsewhere(tmp_path: Path) -> None:
-    found = written(tmp_path, {1: [0.6], 2: [0.5]})
-    assert [line[:2] for line in table(found).splitlines()[2:]] == ["* ", "  "]
-    assert "\033" not in table(found)
-    bold = [line for line in table(found, bold=True).splitlines() if "\033[1m" in line]
+    results = written(tmp_path, {1: [0.6], 2: [0.5]})
+    assert [line[:2] for line in table(results).splitlines()[2:]] == ["* ", "  "]
+    assert "\033" not in table(results)
+    bold = [line for line in table(results, bold=True).splitlines() if "\033[1m" in line]
     assert len(bold) == 1
     assert bold[0].startswith("\033[1m* 1")
 
@@ -144,10 +146,10 @@ T95_OF_3_SEEDS = 0.9 / math.sqrt(2 * 0.95 * 0.05)
 
 
 def test_a_claim_holds_fails_or_is_undecided_by_its_paired_differences(tmp_path: Path) -> None:
-    found = verdict(tmp_path, [0.1, 0.2, 0.3])
-    assert found["mean"] == pytest.approx(0.2)
-    assert found["se"] == pytest.approx(0.1 / math.sqrt(3))
-    assert found["verdict"] == "holds"  # 0.2 > 2.92 * 0.0577
+    claim = verdict(tmp_path, [0.1, 0.2, 0.3])
+    assert claim["mean"] == pytest.approx(0.2)
+    assert claim["se"] == pytest.approx(0.1 / math.sqrt(3))
+    assert claim["verdict"] == "holds"  # 0.2 > 2.92 * 0.0577
     assert verdict(tmp_path, [-0.1, -0.2, -0.3])["verdict"] == "fails"
     assert verdict(tmp_path, [0.1, 0.1, 0.4])["verdict"] == "undecided"  # 0.2 < 2.92 * 0.1
     assert verdict(tmp_path, [0.0, 0.0, 0.0])["verdict"] == "undecided"
@@ -174,17 +176,17 @@ def test_one_seed_or_a_diverged_run_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_a_lower_loss_is_better(tmp_path: Path) -> None:
-    found = verdict(tmp_path, [0.1, 0.11, 0.12], measure="loss")  # losses are 1 - accuracy
-    assert found["mean"] == pytest.approx(0.11)
-    assert found["verdict"] == "holds"
+    claim = verdict(tmp_path, [0.1, 0.11, 0.12], measure="loss")  # losses are 1 - accuracy
+    assert claim["mean"] == pytest.approx(0.11)
+    assert claim["verdict"] == "holds"
 
 
 def test_a_claim_over_several_holds_where_each_does(tmp_path: Path) -> None:
     outcomes = {1: [0.5, 0.6, 0.7], 2: [0.4, 0.5, 0.6], 4: [0.51, 0.61, 0.71]}
-    found = written(tmp_path, outcomes, {"better": 1, "than": [2, 4]})["studies"][0]["checks"][0]
-    assert [d["mean"] for d in found["differences"]] == pytest.approx([0.1, -0.01])
-    assert [d["verdict"] for d in found["differences"]] == ["holds", "fails"]
-    assert found["mean"] == pytest.approx(0.045)
+    claim = written(tmp_path, outcomes, {"better": 1, "than": [2, 4]})["studies"][0]["checks"][0]
+    assert [d["mean"] for d in claim["differences"]] == pytest.approx([0.1, -0.01])
+    assert [d["verdict"] for d in claim["differences"]] == ["holds", "fails"]
+    assert claim["mean"] == pytest.approx(0.045)
     assert "fails: c (+0.045" in table(written(tmp_path, outcomes, {"better": 1, "than": [2, 4]}))
 
 
@@ -198,8 +200,8 @@ def test_a_claim_over_several_holds_where_each_does(tmp_path: Path) -> None:
 )
 def test_two_are_the_same_within_the_references_spread(tmp_path: Path, ours: list[float], expected: str) -> None:
     outcomes = {1: ours, 2: [0.5, 0.6, 0.7]}
-    found = written(tmp_path, outcomes, {"equal": [1, 2]})["studies"][0]["checks"][0]
-    assert found["verdict"] == expected
+    claim = written(tmp_path, outcomes, {"equal": [1, 2]})["studies"][0]["checks"][0]
+    assert claim["verdict"] == expected
 
 
 def test_values_are_spelled_in_claims_as_in_tables(tmp_path: Path) -> None:
@@ -220,8 +222,8 @@ def test_values_are_spelled_in_claims_as_in_tables(tmp_path: Path) -> None:
             )
             for mask, exclude in both
         ]
-        (found,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
-        assert found["differences"][0]["setting"][axis] == said
+        (claim,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
+        assert claim["differences"][0]["setting"][axis] == said
         assert value_in_words(axis, said) == said
     assert value_in_words("mask", masks[0]) == "public.safetensors"
     assert (value_in_words("exclude", []), value_in_words("exclude", ["norms"])) == ("none", "norms")
@@ -239,7 +241,7 @@ def test_a_claim_speaks_of_the_settings_it_names_alone(tmp_path: Path) -> None:
         for setting in study.settings()
         for a in [accuracies[setting["method"], setting["local_steps"]]]
     ]
-    (found,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
-    (difference,) = found["differences"]
+    (claim,) = write_results(comparison, lines, tmp_path)["studies"][0]["checks"]
+    (difference,) = claim["differences"]
     assert difference["setting"] == {"local_steps": 1, "method": "meerkat against full-fedzo"}
     assert difference["mean"] == pytest.approx(0.3 * 1.005)

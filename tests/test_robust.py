@@ -158,10 +158,10 @@ def test_f_replies_cannot_move_a_coordinate_out_of_the_honest_ones(
     rows = np.concatenate([honest, wrong])
     places = list(range(len(rows)))
     order.shuffle(places)
-    found = robust(rows[places], Aggregation(rule=rule, byzantine=f))
+    combined = robust(rows[places], Aggregation(rule=rule, byzantine=f))
     slack = 1e-9 * (1 + np.abs(honest).max())
-    assert (found >= honest.min(0) - slack).all()
-    assert (found <= honest.max(0) + slack).all()
+    assert (combined >= honest.min(0) - slack).all()
+    assert (combined <= honest.max(0) + slack).all()
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,11 +174,11 @@ def test_f_replies_cannot_move_a_rule_far_from_the_honest_mean(
     drawn: tuple[np.ndarray, np.ndarray, int], rule: str, mixing: str
 ) -> None:
     honest, wrong, f = drawn
-    found = robust(np.concatenate([honest, wrong]), Aggregation(rule=rule, byzantine=f, mixing=mixing))
+    combined = robust(np.concatenate([honest, wrong]), Aggregation(rule=rule, byzantine=f, mixing=mixing))
     centre = honest.mean(0)
     spread = max(np.linalg.norm(row - centre) for row in honest)
     # (f, kappa)-robustness, which all these rules have, is of this form: what the attackers send is not in it
-    assert np.linalg.norm(found - centre) <= 12 * math.sqrt(honest.shape[1]) * spread + 1e-6
+    assert np.linalg.norm(combined - centre) <= 12 * math.sqrt(honest.shape[1]) * spread + 1e-6
 
 
 def test_the_mean_and_a_rule_that_expects_too_few_are_moved_without_bound() -> None:
@@ -252,11 +252,11 @@ def test_a_step_is_aggregated_over_those_who_made_it_and_counts_by_their_share(r
     by = Aggregation(rule=rule, byzantine=1)
     steps = {0: 1, 1: 4, 2: 4, 3: 1, 4: 4, 5: 4, 6: 4, 7: 2}
     g = {k: rows_of(t, 2, k).astype(np.float32) for k, t in steps.items()}
-    found = by.combine(g, {}, (4, 2))
+    combined = by.combine(g, {}, (4, 2))
     for first, last in ((0, 1), (1, 2), (2, 4)):
         made = [k for k, t in steps.items() if t >= last]
         expected = robust(np.stack([g[k][first:last].ravel().astype(float) for k in made]), by)
-        np.testing.assert_allclose(found[first:last].ravel(), len(made) / 8 * expected, rtol=1e-15)
+        np.testing.assert_allclose(combined[first:last].ravel(), len(made) / 8 * expected, rtol=1e-15)
 
 
 @settings(max_examples=60, deadline=None)
@@ -267,14 +267,14 @@ def test_missing_steps_that_are_left_out_count_nothing(data: st.DataObject) -> N
     steps = {k: data.draw(st.integers(1, 3)) for k in range(8)}
     g = {k: rows_of(t, 2, 7 + k).astype(np.float32) for k, t in steps.items()}
     weights = {k: (k + 1) / 36 for k in g}
-    found = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(g, weights, (4, 2))
+    combined = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(g, weights, (4, 2))
     for step in range(3):
         made = [k for k, t in steps.items() if t > step]
         if rule == "mean" and made:
             share = sum(weights[k] for k in made)
             expected = sum(weights[k] / share * g[k][step].astype(float) for k in made)
-            np.testing.assert_allclose(found[step], expected, rtol=1e-12, atol=1e-14)  # a sum may nearly cancel
-    assert not found[max(steps.values()) :].any()
+            np.testing.assert_allclose(combined[step], expected, rtol=1e-12, atol=1e-14)  # a sum may nearly cancel
+    assert not combined[max(steps.values()) :].any()
     ones = {k: np.ones_like(each) for k, each in g.items()}
     for_ones = Aggregation(rule=rule, byzantine=1, missing_steps="left-out").combine(ones, weights, (4, 2))
     np.testing.assert_allclose(for_ones[: max(steps.values())], 1.0, rtol=1e-12)
@@ -283,8 +283,8 @@ def test_missing_steps_that_are_left_out_count_nothing(data: st.DataObject) -> N
 @pytest.mark.parametrize("rule", RULES)
 def test_for_equal_replies_every_rule_is_the_mean_missing_steps_included(rule: str) -> None:
     g = {k: np.ones((1 if k < 3 else 3, 1), np.float32) for k in range(8)}
-    found = Aggregation(rule=rule, byzantine=1).combine(g, dict.fromkeys(g, 1 / 8), (3, 1))
-    np.testing.assert_allclose(found.ravel(), [1, 5 / 8, 5 / 8], rtol=1e-15)
+    combined = Aggregation(rule=rule, byzantine=1).combine(g, dict.fromkeys(g, 1 / 8), (3, 1))
+    np.testing.assert_allclose(combined.ravel(), [1, 5 / 8, 5 / 8], rtol=1e-15)
 
 
 @pytest.mark.parametrize("rule", NEEDS_F)
@@ -317,24 +317,24 @@ def test_nobody_is_no_step() -> None:
 
 def test_a_long_reply_keeps_its_direction_and_gets_the_norm_it_may_have() -> None:
     rows = {0: np.array([[3.0], [4.0]]), 1: np.array([[0.3], [0.4]])}
-    found = clipped(rows, Aggregation(clipping="fixed", clip_norm=2.0))
-    np.testing.assert_allclose(found[0].ravel(), [1.2, 1.6])
-    assert found[1] is rows[1]
+    shortened = clipped(rows, Aggregation(clipping="fixed", clip_norm=2.0))
+    np.testing.assert_allclose(shortened[0].ravel(), [1.2, 1.6])
+    assert shortened[1] is rows[1]
 
 
 def test_lengths_are_clipped_to_their_median_whatever_the_number_of_steps() -> None:
     rows = {k: np.full((t, 1), level) for k, (t, level) in enumerate([(1, 1.0), (4, 2.0), (9, 7.0)])}
-    found = clipped(rows, Aggregation(clipping="median"))
-    np.testing.assert_allclose([found[k].ravel()[0] for k in range(3)], [1, 2, 2])
+    shortened = clipped(rows, Aggregation(clipping="median"))
+    np.testing.assert_allclose([shortened[k].ravel()[0] for k in range(3)], [1, 2, 2])
 
 
 @settings(max_examples=60, deadline=None)
 @given(attacked())
 def test_a_minority_cannot_be_longer_than_the_longest_honest_reply(drawn: tuple[np.ndarray, np.ndarray, int]) -> None:
     honest, wrong, _ = drawn
-    found = clipped({k: row[None] for k, row in enumerate([*honest, *wrong])}, Aggregation(clipping="median"))
+    shortened = clipped({k: row[None] for k, row in enumerate([*honest, *wrong])}, Aggregation(clipping="median"))
     longest = max(np.linalg.norm(row) for row in honest)
-    assert all(np.linalg.norm(row) <= longest * (1 + 1e-9) for row in found.values())
+    assert all(np.linalg.norm(row) <= longest * (1 + 1e-9) for row in shortened.values())
 
 
 # --- always on: the cap on a round's step ----------------------------------------------------------
@@ -496,8 +496,8 @@ def test_a_round_in_which_fewer_answered_is_replayed() -> None:
     moved, record = close_round(state, plan, replies, settings, engine.directions)
     expected = np.median([reply.scalars.astype(float) for reply in replies], axis=0).astype(np.float32)
     np.testing.assert_array_equal(record.aggregate, expected)
-    held = [record.to_json()]
-    assert gone_through(held, state.theta, settings).state.round == moved.round == 1
+    records = [record.to_json()]
+    assert gone_through(records, state.theta, settings).state.round == moved.round == 1
 
 
 # --- settings --------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ def test_a_record_survives_json_to_the_bit(data: st.DataObject) -> None:
     inner = np.array(data.draw(st.lists(st.floats(-9, 9), min_size=width, max_size=width))).reshape(1, width)
     record = RoundRecord(plan, weights, replies, scalars(max(steps.values())), "ab", inner[:0])
     record = replace(record, inner=np.repeat(inner, max(steps.values()), 0) if data.draw(st.booleans()) else inner[:0])
-    held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-    assert held.plan == record.plan
-    assert held.weights == record.weights
-    assert held.theta_digest == "ab"
-    assert (held.inner.shape, held.inner.tobytes()) == (record.inner.shape, record.inner.tobytes())
-    assert held.aggregate.tobytes() == record.aggregate.tobytes()
-    assert {k: g.tobytes() for k, g in held.scalars.items()} == {k: g.tobytes() for k, g in record.scalars.items()}
+    reread = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+    assert reread.plan == record.plan
+    assert reread.weights == record.weights
+    assert reread.theta_digest == "ab"
+    assert (reread.inner.shape, reread.inner.tobytes()) == (record.inner.shape, record.inner.tobytes())
+    assert reread.aggregate.tobytes() == record.aggregate.tobytes()
+    assert {k: g.tobytes() for k, g in reread.scalars.items()} == {k: g.tobytes() for k, g in record.scalars.items()}
 
 
 def test_a_scalar_costs_four_bytes_before_base64() -> None:
@@ -54,9 +54,9 @@ def test_a_scalar_costs_four_bytes_before_base64() -> None:
 def test_a_record_whose_scalars_do_not_fit_is_refused() -> None:
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 2, 1: 2})
     two = np.ones((2, 1), np.float32)
-    held = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "", two[:0]).to_json()
+    fields = RoundRecord(plan, {0: 0.5, 1: 0.5}, {0: two, 1: two}, two, "", two[:0]).to_json()
     with pytest.raises(ValueError, match="cannot reshape"):
-        RoundRecord.from_json({**held, "made": [2, 1]})
+        RoundRecord.from_json({**fields, "made": [2, 1]})
 
 
 def test_a_round_of_deltas_is_kept_as_their_mean_to_the_bit() -> None:

@@ -179,13 +179,13 @@ def test_half_precision_may_be_private(dtype: str) -> None:
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_a_row_s_loss_is_the_same_bits_among_any_rows_and_at_any_place(kind: str) -> None:
     problem = PROBLEMS[kind]()
-    held = problem.rows("train")[:40] if kind == "an extension's" else rows_of_all_lengths()
-    losses_of = client_losses(problem, problem.prepare(held), "example")
-    alone = torch.cat([losses_of([np.array([row])])() for row in range(len(held))])
-    assert len(alone.unique()) > len(held) / 2
+    rows = problem.rows("train")[:40] if kind == "an extension's" else rows_of_all_lengths()
+    losses_of = client_losses(problem, problem.prepare(rows), "example")
+    alone = torch.cat([losses_of([np.array([row])])() for row in range(len(rows))])
+    assert len(alone.unique()) > len(rows) / 2
     rng = np.random.default_rng(1)
-    for count in (1, 2, 7, len(held)):
-        drawn = rng.permutation(len(held))[:count]
+    for count in (1, 2, 7, len(rows)):
+        drawn = rng.permutation(len(rows))[:count]
         clients = np.array_split(drawn, 3)
         assert torch.equal(losses_of(clients)(), alone[torch.from_numpy(drawn)]), (kind, count)
 
@@ -196,20 +196,20 @@ def test_a_simulation_s_rows_have_the_slopes_of_the_site_s(
     rows = rows_of_all_lengths()
     of_site = answered_by_a_site(quiet, rows, tmp_path, released)
     problem = topics()
-    held = [np.arange(3), np.arange(3, ROWS), np.arange(ROWS)]
+    dealt = [np.arange(3), np.arange(3, ROWS), np.arange(ROWS)]
     plan = RoundPlan(0, 0.1, EPS, 1, dict.fromkeys(range(3), 1))
     for together in (True, False):
         engine = LocalEngine(
             MaskedModel(problem.model, quiet.mask),
             quiet.directions,
-            lambda client, _: held[client],
+            lambda client, _: dealt[client],
             client_losses(problem, problem.prepare(rows), "example"),
             together,
             Mechanism(CLIP, 4.0, ROWS),
         )
         engine.run(ServerState(Replica(0, quiet.theta_0)), plan)
         for client, of_client in enumerate(released[-3:]):
-            assert np.array_equal(of_client, of_site[held[client]])
+            assert np.array_equal(of_client, of_site[dealt[client]])
 
 
 # --- the clip and the sum, in exact arithmetic ---

@@ -34,11 +34,11 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
     assert read(path)[0] == []
     write(path)
     write(path, [{"kind": "more"}])
-    records, found = read(path)
+    records, reader = read(path)
     assert records == [*RECORDS, {"kind": "more"}]
-    assert found.count == 5
-    assert found.end == path.stat().st_size
-    assert not found.damage
+    assert reader.count == 5
+    assert reader.end == path.stat().st_size
+    assert not reader.damage
     assert path.read_bytes().count(b"\n") == 5
 
 
@@ -55,8 +55,8 @@ def test_no_changed_byte_goes_unseen(whole: bytes, tmp_path: Path, data: st.Data
     at = data.draw(st.integers(0, len(whole) - 1))
     changed[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(changed)
-    records, found = read(path)
-    assert found.damage
+    records, reader = read(path)
+    assert reader.damage
     assert records == RECORDS[: len(records)]
     ends = accumulate(len(line) for line in whole.splitlines(keepends=True))
     assert len(records) == sum(end <= at for end in ends)
@@ -72,9 +72,9 @@ def test_lines_cannot_be_moved(tmp_path: Path, change: str) -> None:
         "repeat": [lines[0], *lines],
     }[change]
     path.write_bytes(b"".join(lines))
-    _, found = read(path)
-    assert found.damage == "line 2 is damaged"
-    assert not found.torn
+    _, reader = read(path)
+    assert reader.damage == "line 2 is damaged"
+    assert not reader.torn
     with pytest.raises(RunFailed, match="line 2 is damaged, as no killed process leaves it"):
         RunLog(path)
 
@@ -85,8 +85,8 @@ def test_every_cut_of_the_last_record_is_torn_and_dropped(tmp_path: Path) -> Non
     last = len(whole) - len(whole.splitlines(keepends=True)[-1])
     for end in range(last + 1, len(whole)):
         path.write_bytes(whole[:end])
-        records, found = read(path)
-        assert found.torn
+        records, reader = read(path)
+        assert reader.torn
         assert records == RECORDS[:3]
         log = RunLog(path)
         assert log.dropped == "line 4 is cut short"

@@ -11,11 +11,11 @@ PAGE = (HERE.parent / "docs" / "security.md").read_text()
 
 def named() -> list[tuple[str, str]]:
     """Each file that is named, and the test in it; empty for the whole file. A test alone is of the file before."""
-    found, file = [], ""
+    tests, file = [], ""
     for match in re.finditer(r"`(?:(test_\w+\.py))?(?:::(test_\w+))?`", PAGE):
         file = match[1] or file
-        found.append((file, match[2] or ""))
-    return found
+        tests.append((file, match[2] or ""))
+    return tests
 
 
 def test_the_page_names_tests() -> None:

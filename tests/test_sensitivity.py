@@ -53,9 +53,9 @@ def test_top_entries_are_those_of_a_full_stable_sort(values: list[float], data: 
     cut = data.draw(st.integers(0, len(values)))
     tensor = torch.tensor(values)
     tensors = {"a": tensor[:cut], "b": tensor[cut:]}
-    found = top_entries(tensors, n)
+    entries = top_entries(tensors, n)
     expected = reference.top_n_mask(tensor + 0.0, n).nonzero().flatten()
-    both = torch.cat([found.get("a", torch.zeros(0).long()), found.get("b", torch.zeros(0).long()) + cut])
+    both = torch.cat([entries.get("a", torch.zeros(0).long()), entries.get("b", torch.zeros(0).long()) + cut])
     assert both.tolist() == expected.tolist()
 
 

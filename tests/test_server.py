@@ -178,8 +178,8 @@ def test_replaying_the_records_gives_the_same_bits() -> None:
     _, mask, engine = bowl_engine()
     state = ServerState(Replica(0, engine.model.read()))
     for theta, record in zip(thetas, records, strict=True):
-        held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-        state = replay(state, held, settings, Directions(KEY, len(mask)))
+        reread = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+        state = replay(state, reread, settings, Directions(KEY, len(mask)))
         assert torch.equal(state.theta, theta)
         assert path.digest(state.theta) == record.theta_digest
     assert state.steps_made == dict.fromkeys(range(3), settings.rounds * settings.local_steps)
@@ -230,12 +230,14 @@ def test_aggregating_scalars_equals_averaging_weights(data: st.DataObject) -> No
     plan = RoundPlan(0, lr=1e-3, eps=1e-3, directions=width, steps=steps)
     z = Directions(KEY, 20)
     start = torch.zeros(20)
-    total = aggregate([Scalars(k, held) for k, held in g.items()], shares, plan)
+    total = aggregate([Scalars(k, scalars) for k, scalars in g.items()], shares, plan)
     ours = path.moved(start, Update(plan, total), z)
-    ends = [list(path.walk(start, plan, held, z))[-1] for held in g.values()]
+    ends = [list(path.walk(start, plan, scalars, z))[-1] for scalars in g.values()]
     theirs = reference.aggregate_weights(ends, list(shares.values()))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
-    literal_total = reference.aggregate_scalars([torch.from_numpy(held) for held in g.values()], list(shares.values()))
+    literal_total = reference.aggregate_scalars(
+        [torch.from_numpy(scalars) for scalars in g.values()], list(shares.values())
+    )
     np.testing.assert_array_equal(total, literal_total.numpy().astype(np.float32))
 
 
@@ -265,11 +267,11 @@ def test_who_does_not_answer_or_stops_early_is_in_the_record_as_such() -> None:
     plan = open_round(start, settings)
     replies = [Scalars(2, np.full((1, 1), 7, np.float32)), Scalars(0, np.array([[1], [2], [3]], np.float32))]
     state, record = close_round(start, plan, replies, settings, engine.directions)
-    held = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
-    assert held.plan == plan
-    assert held.weights == {0: 10 / 15, 2: 5 / 15}
-    assert {k: g.ravel().tolist() for k, g in held.scalars.items()} == {0: [1, 2, 3], 2: [7]}
-    assert torch.equal(replay(start, held, settings, engine.directions).theta, state.theta)
+    reread = RoundRecord.from_json(json.loads(json.dumps(record.to_json())))
+    assert reread.plan == plan
+    assert reread.weights == {0: 10 / 15, 2: 5 / 15}
+    assert {k: g.ravel().tolist() for k, g in reread.scalars.items()} == {0: [1, 2, 3], 2: [7]}
+    assert torch.equal(replay(start, reread, settings, engine.directions).theta, state.theta)
     assert state.steps_made == {0: 6, 1: 3, 2: 4}
 
 

@@ -39,13 +39,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream, name, 1.0, raising=False)
 
 
-@pytest.fixture
-def coordinator(request: pytest.FixtureRequest, keys: dict[str, Path]) -> Iterator[Coordinator]:
+@pytest.fixture(name="coordinator")
+def impatient_coordinator(request: pytest.FixtureRequest, keys: dict[str, Path]) -> Iterator[Coordinator]:
     """A coordinator that is impatient with strangers."""
     request.getfixturevalue("impatient")
-    held = Coordinator(keys, 2, FederationConfig(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS))
-    yield held
-    held.close()
+    coordinator = Coordinator(keys, 2, FederationConfig(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS))
+    yield coordinator
+    coordinator.close()
 
 
 Connect = Callable[[int], Stranger]
@@ -178,14 +178,14 @@ def test_a_frame_that_no_site_can_mean_is_refused_when_it_begins(
 ) -> None:
     """A run of one scalar a round lets a caller make the coordinator hold 4,096 bytes, not the frame's own limit."""
     monkeypatch.setattr(stream, "_HELLO_S", SECONDS)
-    held = Coordinator(keys, 1, longest_frame=frames.longest_of_a_site(1))
-    caller = stranger(held.port).shake_hands(keys["authority"]).begin()
+    coordinator = Coordinator(keys, 1, longest_frame=frames.longest_of_a_site(1))
+    caller = stranger(coordinator.port).shake_hands(keys["authority"]).begin()
     caller.call().say(bytes(4096), size=frames.LONGEST_WORDS + 1)
-    assert settles(lambda: held.link.refused == 1)  # long before the hello is overdue
+    assert settles(lambda: coordinator.link.refused == 1)  # long before the hello is overdue
     assert caller.answer()
-    site = held.attending(0)
-    assert len(list(held.rounds(3))) == 3
-    held.close()
+    site = coordinator.attending(0)
+    assert len(list(coordinator.rounds(3))) == 3
+    coordinator.close()
     assert site.end().error is None
     caller.close()
 
@@ -248,13 +248,13 @@ def test_a_site_that_comes_back_all_the_time_is_let_in_once_in_a_while(
 ) -> None:
     now = 0.0
     waiting = FederationConfig(clients_wanted=1, deadline_s=SECONDS, patience_s=SECONDS)
-    held = Coordinator(keys, 2, waiting, clock=lambda: now)
-    honest = held.attending(0)
-    list(held.rounds(1))
-    restless = held.site(1)
+    coordinator = Coordinator(keys, 2, waiting, clock=lambda: now)
+    honest = coordinator.attending(0)
+    list(coordinator.rounds(1))
+    restless = coordinator.site(1)
 
     def is_let_in() -> bool:
-        caller = stranger(held.port)
+        caller = stranger(coordinator.port)
         if heard := admitted(caller, restless, keys["authority"]):
             restless.answer(caller.messages[0])
         caller.close()
@@ -263,8 +263,8 @@ def test_a_site_that_comes_back_all_the_time_is_let_in_once_in_a_while(
     assert [is_let_in() for _ in range(12)] == [True] * 10 + [False] * 2
     now = 1.0
     assert [is_let_in() for _ in range(2)] == [True, False]
-    assert settles(lambda: next(held.rounds(1)).scalars.keys() == {0})
-    held.close()
+    assert settles(lambda: next(coordinator.rounds(1)).scalars.keys() == {0})
+    coordinator.close()
     assert honest.end().error is None
 
 

@@ -42,15 +42,15 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def coordinator(keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Coordinator]]:
+def start_coordinator(keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Coordinator]]:
     """Makes coordinators, quick to refuse, that are closed when the test is over."""
     monkeypatch.setattr(stream, "_REFUSED_S", 0.0)
     made = []
 
     def make(clients: int, **waiting: float) -> Coordinator:
         given = {"clients_wanted": clients, "start_s": 60.0, "deadline_s": SECONDS, "patience_s": SECONDS, **waiting}
-        held = FederationConfig(**given)
-        made.append(Coordinator(keys, clients, held))
+        config = FederationConfig(**given)
+        made.append(Coordinator(keys, clients, config))
         return made[-1]
 
     yield make
@@ -101,42 +101,42 @@ class Caller:
 
 
 def test_a_federation_closes_every_round_and_every_site_ends_at_the_same_theta(
-    coordinator: Callable[..., Coordinator],
+    start_coordinator: Callable[..., Coordinator],
 ) -> None:
-    held = coordinator(3)
-    sites = [held.attending(client) for client in range(3)]
-    records = list(held.rounds(10))
-    held.close("the run is finished")
+    coordinator = start_coordinator(3)
+    sites = [coordinator.attending(client) for client in range(3)]
+    records = list(coordinator.rounds(10))
+    coordinator.close("the run is finished")
     assert len(records) == 10
     for number, record in enumerate(records):
         assert record.scalars == {client: scalars_of(client, number) for client in range(3)}
     for attending in sites:
         assert attending.end().error is None
         assert attending.site.ended == "the run is finished"
-        assert (attending.site.round, attending.site.digest) == (10, held.digest)
+        assert (attending.site.round, attending.site.digest) == (10, coordinator.digest)
         assert attending.site.states == 0
-    assert sum(held.engine.counts.values()) == 0
+    assert sum(coordinator.engine.counts.values()) == 0
 
 
-def test_port_and_threads_are_given_back(coordinator: Callable[..., Coordinator], keys: dict[str, Path]) -> None:
+def test_port_and_threads_are_given_back(start_coordinator: Callable[..., Coordinator], keys: dict[str, Path]) -> None:
     before = _threads()
-    held = coordinator(1)
-    site = held.attending(0)
-    list(held.rounds(2))
-    idle = Caller(held)
+    coordinator = start_coordinator(1)
+    site = coordinator.attending(0)
+    list(coordinator.rounds(2))
+    idle = Caller(coordinator)
     with pytest.raises(MeerkatError, match=r"is the port free"):
-        Coordinator(keys, 1, port=held.port)
-    held.close()
+        Coordinator(keys, 1, port=coordinator.port)
+    coordinator.close()
     assert site.end().error is None
     idle.close()
-    again = Coordinator(keys, 1, port=held.port)
+    again = Coordinator(keys, 1, port=coordinator.port)
     again.close()
     gc.collect()
     assert _settles(lambda: not _threads() - before)
 
 
 def test_a_link_is_closed_when_all_that_attends_to_its_streams_is_done(
-    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+    start_coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gRPC's server waits for its calls, and what attends to them may take longer."""
     read = stream.StreamLink._read
@@ -148,11 +148,11 @@ def test_a_link_is_closed_when_all_that_attends_to_its_streams_is_done(
             await asyncio.sleep(0.5)
 
     monkeypatch.setattr(stream.StreamLink, "_read", slow_to_end)
-    held = coordinator(1)
-    site = held.attending(0)
-    list(held.rounds(1))
-    held.close()
-    assert not asyncio.all_tasks(held.link._loop)
+    coordinator = start_coordinator(1)
+    site = coordinator.attending(0)
+    list(coordinator.rounds(1))
+    coordinator.close()
+    assert not asyncio.all_tasks(coordinator.link._loop)
     assert site.end().error is None
 
 
@@ -171,21 +171,21 @@ def _settles(condition: Callable[[], bool]) -> bool:
 
 
 def test_a_coordinator_of_another_authority_is_not_spoken_to(
-    coordinator: Callable[..., Coordinator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_coordinator: Callable[..., Coordinator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = coordinator(1)
+    coordinator = start_coordinator(1)
     other = certify(tmp_path / "other", ["127.0.0.1"], nodes=0)
-    site = held.site(0)
-    stranger = Attending(site, held.port, other["authority"].read_bytes(), patience_s=0.5).end()
+    site = coordinator.site(0)
+    stranger = Attending(site, coordinator.port, other["authority"].read_bytes(), patience_s=0.5).end()
     assert isinstance(stranger.error, RunFailed)
     assert str(stranger.error) == stream._UNREACHED
     assert "CERTIFICATE_VERIFY_FAILED" in capsys.readouterr().err
     assert not site.welcomed
-    assert held.link.receive(0.1) is None
+    assert coordinator.link.receive(0.1) is None
     # its token was not shown to anyone: it still serves
-    right = Attending(site, held.port, held.authority)
-    list(held.rounds(1))
-    held.close()
+    right = Attending(site, coordinator.port, coordinator.authority)
+    list(coordinator.rounds(1))
+    coordinator.close()
     assert right.end().error is None
 
 
@@ -206,28 +206,28 @@ def test_a_key_that_is_not_the_certificate_s_is_told_plainly(keys: dict[str, Pat
         Coordinator({**keys, "server": tmp_path / "nowhere.crt"}, 1)
 
 
-def test_a_stolen_token_is_refused_and_its_owner_unharmed(coordinator: Callable[..., Coordinator]) -> None:
-    held = coordinator(1)
-    site = held.site(0)
+def test_a_stolen_token_is_refused_and_its_owner_unharmed(start_coordinator: Callable[..., Coordinator]) -> None:
+    coordinator = start_coordinator(1)
+    site = coordinator.site(0)
     hello = site.hello()
-    owner = Attending(site, held.port, held.authority)
-    list(held.rounds(2))
-    thief = Caller(held).say(hello)
+    owner = Attending(site, coordinator.port, coordinator.authority)
+    list(coordinator.rounds(2))
+    thief = Caller(coordinator).say(hello)
     assert thief.why() == "the token was used before"
     assert thief.hear() is None
     thief.close()
-    assert len(list(held.rounds(2))) == 2
-    held.close()
+    assert len(list(coordinator.rounds(2))) == 2
+    coordinator.close()
     assert owner.end().error is None
-    assert (owner.site.round, owner.site.digest, held.link.refused) == (4, held.digest, 1)
+    assert (owner.site.round, owner.site.digest, coordinator.link.refused) == (4, coordinator.digest, 1)
 
 
-def test_without_a_token_nobody_comes_in(coordinator: Callable[..., Coordinator]) -> None:
-    held = coordinator(1)
-    stranger = Attending(StubSite(0, "00" * 32), held.port, held.authority).end()
+def test_without_a_token_nobody_comes_in(start_coordinator: Callable[..., Coordinator]) -> None:
+    coordinator = start_coordinator(1)
+    stranger = Attending(StubSite(0, "00" * 32), coordinator.port, coordinator.authority).end()
     assert isinstance(stranger.error, Refused)
     assert "no token of this session" in str(stranger.error)
-    assert held.link.receive(0.1) is None
+    assert coordinator.link.receive(0.1) is None
 
 
 OTHERS_RUN = bytes(8)
@@ -253,14 +253,14 @@ def _hello(body: bytes, run: bytes = bytes.fromhex(RUN)) -> bytes:
     ],
 )
 def test_garbage_in_place_of_a_hello_is_refused(
-    coordinator: Callable[..., Coordinator], first: bytes, why: str
+    start_coordinator: Callable[..., Coordinator], first: bytes, why: str
 ) -> None:
-    held = coordinator(1)
-    caller = Caller(held).say(first)
+    coordinator = start_coordinator(1)
+    caller = Caller(coordinator).say(first)
     assert why in caller.why()
     assert caller.hear() is None
     caller.close()
-    assert held.link.receive(0) is None
+    assert coordinator.link.receive(0) is None
 
 
 def _peak_kib() -> int:
@@ -295,24 +295,24 @@ except grpc.RpcError as error:
     ],
 )
 def test_a_frame_beyond_the_limit_is_refused_at_no_cost(
-    coordinator: Callable[..., Coordinator], keys: dict[str, Path], size: int, compression: str
+    start_coordinator: Callable[..., Coordinator], keys: dict[str, Path], size: int, compression: str
 ) -> None:
-    held = coordinator(1)
-    site = held.attending(0)
-    list(held.rounds(2))
+    coordinator = start_coordinator(1)
+    site = coordinator.attending(0)
+    list(coordinator.rounds(2))
     before = _peak_kib()
-    command = [sys.executable, "-c", OVERSIZED, str(held.port), str(keys["authority"]), str(size), compression]
+    command = [sys.executable, "-c", OVERSIZED, str(coordinator.port), str(keys["authority"]), str(size), compression]
     # a long run: the caller is left alone with its gigabyte, while rounds go on
     caller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while caller.poll() is None:
-        list(held.rounds(1))
+        list(coordinator.rounds(1))
         time.sleep(0.02)
     assert caller.communicate()[0].split()[0] in ("RESOURCE_EXHAUSTED", "heard")
     assert _peak_kib() - before < 16 << 10
-    assert held.link.refused == 1
-    held.close()
+    assert coordinator.link.refused == 1
+    coordinator.close()
     assert site.end().error is None
-    assert site.site.digest == held.digest
+    assert site.site.digest == coordinator.digest
 
 
 def _wrong_replies() -> dict[str, Callable[[StubSite], bytes]]:
@@ -353,17 +353,21 @@ class Liar(StubSite):
 
 
 @pytest.mark.parametrize("lie", list(_wrong_replies()))
-def test_a_site_that_lies_is_shown_out_and_the_others_go_on(coordinator: Callable[..., Coordinator], lie: str) -> None:
-    held = coordinator(2, clients_minimum=1)
-    liar = Attending(Liar(0, held.admission.token("node 0"), _wrong_replies()[lie]), held.port, held.authority)
-    honest = held.attending(1)
-    records = list(held.rounds(5))
+def test_a_site_that_lies_is_shown_out_and_the_others_go_on(
+    start_coordinator: Callable[..., Coordinator], lie: str
+) -> None:
+    coordinator = start_coordinator(2, clients_minimum=1)
+    liar = Attending(
+        Liar(0, coordinator.admission.token("node 0"), _wrong_replies()[lie]), coordinator.port, coordinator.authority
+    )
+    honest = coordinator.attending(1)
+    records = list(coordinator.rounds(5))
     assert [sorted(record.scalars) for record in records] == [[0, 1], [0, 1], [1], [1], [1]]
     assert isinstance(liar.end().error, Refused)
-    assert held.engine.counts["malformed"] == 1
-    held.close()
+    assert coordinator.engine.counts["malformed"] == 1
+    coordinator.close()
     assert honest.end().error is None
-    assert honest.site.digest == held.digest
+    assert honest.site.digest == coordinator.digest
 
 
 class Echoing(StubSite):
@@ -383,10 +387,10 @@ class Echoing(StubSite):
 
 
 def test_replies_of_another_round_and_replies_twice_do_not_count(
-    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+    start_coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = coordinator(1)
-    site = Echoing(0, held.admission.token("node 0"))
+    coordinator = start_coordinator(1)
+    site = Echoing(0, coordinator.admission.token("node 0"))
     made = stream._Call.__init__
 
     def wired(call: stream._Call, *arguments: object) -> None:
@@ -394,50 +398,50 @@ def test_replies_of_another_round_and_replies_twice_do_not_count(
         site.say = call.send
 
     monkeypatch.setattr(stream._Call, "__init__", wired)
-    attending = Attending(site, held.port, held.authority)
-    records = list(held.rounds(10))
+    attending = Attending(site, coordinator.port, coordinator.authority)
+    records = list(coordinator.rounds(10))
     assert [record.scalars for record in records] == [{0: scalars_of(0, number)} for number in range(10)]
-    assert held.engine.counts["duplicate"] >= 16
-    held.close()
+    assert coordinator.engine.counts["duplicate"] >= 16
+    coordinator.close()
     assert attending.end().error is None
-    assert site.digest == held.digest
+    assert site.digest == coordinator.digest
 
 
 def test_a_caller_who_says_nothing_is_hung_up_on_and_delays_nobody(
-    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+    start_coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "_HELLO_S", 4.0)  # ten rounds are over long before
-    held = coordinator(1)
-    silent = [Caller(held) for _ in range(5)]
-    site = held.attending(0)
-    list(held.rounds(10))
-    assert held.link.refused == 0  # they still hold the line
+    coordinator = start_coordinator(1)
+    silent = [Caller(coordinator) for _ in range(5)]
+    site = coordinator.attending(0)
+    list(coordinator.rounds(10))
+    assert coordinator.link.refused == 0  # they still hold the line
     assert [caller.hear() for caller in silent] == [None] * 5
-    assert held.link.refused == 5
-    held.close()
+    assert coordinator.link.refused == 5
+    coordinator.close()
     assert site.end().error is None
     for caller in silent:
         caller.close()
 
 
 def test_a_caller_who_hangs_up_at_once_leaves_nothing_behind(
-    coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
+    start_coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
 ) -> None:
-    held = coordinator(1)
+    coordinator = start_coordinator(1)
     for _ in range(5):
-        Caller(held).close()
-    site = held.attending(0)
-    list(held.rounds(2))
-    held.close()
+        Caller(coordinator).close()
+    site = coordinator.attending(0)
+    list(coordinator.rounds(2))
+    coordinator.close()
     assert site.end().error is None
     assert not caplog.records
 
 
 def test_what_grpc_logs_of_a_broken_call_is_not_shown(
-    coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
+    start_coordinator: Callable[..., Coordinator], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It depends on which of two things gRPC hears of first, so what it logs then is logged here."""
-    coordinator(1).close()
+    start_coordinator(1).close()
     log = logging.getLogger("grpc._cython.cygrpc")
     log.error("ExecuteBatchError raised in core by servicer method [%s]", "/meerkat.Session/Frames")
     assert not caplog.records
@@ -451,44 +455,44 @@ def _flood(caller: Caller, count: int) -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 8])
-def test_a_flood_from_one_site_waits_in_the_network(coordinator: Callable[..., Coordinator], calls: int) -> None:
+def test_a_flood_from_one_site_waits_in_the_network(start_coordinator: Callable[..., Coordinator], calls: int) -> None:
     """Of a site that sends on, in one stream or in one after another, a few frames are held: no more are read."""
-    held = coordinator(2, clients_wanted=1)
-    first = held.site(0)
+    coordinator = start_coordinator(2, clients_wanted=1)
+    first = coordinator.site(0)
     for _ in range(calls):
-        flooding = Caller(held).say(first.hello())
+        flooding = Caller(coordinator).say(first.hello())
         welcome = flooding.hear()
         assert welcome is not None
         first.answer(welcome.encode())
         _flood(flooding, 30)
-        assert _settles(lambda: held.link.bytes_received >= frames.LIMIT)
+        assert _settles(lambda: coordinator.link.bytes_received >= frames.LIMIT)
         received = -1
-        while received != held.link.bytes_received:  # nobody handles them: it comes to rest
-            received = held.link.bytes_received
+        while received != coordinator.link.bytes_received:  # nobody handles them: it comes to rest
+            received = coordinator.link.bytes_received
             time.sleep(0.3)
         if calls > 1:
             flooding.close()
-    assert 1 <= held.link.bytes_received / frames.LIMIT <= stream._UNREAD
-    honest = held.attending(1)
-    assert _settles(lambda: set(next(held.rounds(1)).scalars) == {1})
-    assert held.engine.counts["malformed"] >= 1
-    held.close()
+    assert 1 <= coordinator.link.bytes_received / frames.LIMIT <= stream._UNREAD
+    honest = coordinator.attending(1)
+    assert _settles(lambda: set(next(coordinator.rounds(1)).scalars) == {1})
+    assert coordinator.engine.counts["malformed"] >= 1
+    coordinator.close()
     assert honest.end().error is None
     flooding.close()
 
 
-def test_what_an_old_stream_did_not_read_is_not_kept(coordinator: Callable[..., Coordinator]) -> None:
-    held = coordinator(1)
-    site = held.site(0)
-    first = Caller(held).say(site.hello())
+def test_what_an_old_stream_did_not_read_is_not_kept(start_coordinator: Callable[..., Coordinator]) -> None:
+    coordinator = start_coordinator(1)
+    site = coordinator.site(0)
+    first = Caller(coordinator).say(site.hello())
     welcome = first.hear()
     assert welcome is not None
     site.answer(welcome.encode())
-    old = held.link._sessions[0]
+    old = coordinator.link._sessions[0]
     for _ in range(4):
-        held.link.send({0: [bytes(frames.LIMIT)] * 20})
+        coordinator.link.send({0: [bytes(frames.LIMIT)] * 20})
     assert _settles(lambda: old.outgoing.qsize() > 1)
-    again = Caller(held).say(site.hello())
+    again = Caller(coordinator).say(site.hello())
     assert again.hear() is not None
     assert old.outgoing.qsize() <= 1
     for caller in (first, again):
@@ -496,24 +500,26 @@ def test_what_an_old_stream_did_not_read_is_not_kept(coordinator: Callable[..., 
 
 
 def test_what_a_site_that_was_let_go_does_not_read_is_not_kept(
-    coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+    start_coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "_FLUSH_S", 0.3)
-    held = coordinator(1)
-    caller = Caller(held).say(held.site(0).hello())
+    coordinator = start_coordinator(1)
+    caller = Caller(coordinator).say(coordinator.site(0).hello())
     assert caller.hear() is not None
-    session = held.link._sessions[0]
+    session = coordinator.link._sessions[0]
     for _ in range(4):
-        held.link.send({0: [bytes(frames.LIMIT)] * 20})
-    held.link.drop(0, b"last")
+        coordinator.link.send({0: [bytes(frames.LIMIT)] * 20})
+    coordinator.link.drop(0, b"last")
     assert _settles(lambda: session.outgoing.qsize() > 1)
     assert _settles(lambda: session.outgoing.qsize() <= 1)
     caller.close()
 
 
-def test_a_stream_that_breaks_before_its_welcome_leaves_nothing_behind(coordinator: Callable[..., Coordinator]) -> None:
-    held = coordinator(1)
-    hello = held.site(0).hello()
+def test_a_stream_that_breaks_before_its_welcome_leaves_nothing_behind(
+    start_coordinator: Callable[..., Coordinator],
+) -> None:
+    coordinator = start_coordinator(1)
+    hello = coordinator.site(0).hello()
 
     class Broken:
         async def read(self) -> bytes:
@@ -523,45 +529,45 @@ def test_a_stream_that_breaks_before_its_welcome_leaves_nothing_behind(coordinat
             raise grpc.aio.UsageError("the stream is gone")
 
     with pytest.raises(grpc.aio.UsageError):
-        held.link._call(held.link._attend(iter(()), Broken()))
-    assert not held.link._sessions
-    events = [held.link.receive(5.0) for _ in range(2)]
+        coordinator.link._call(coordinator.link._attend(iter(()), Broken()))
+    assert not coordinator.link._sessions
+    events = [coordinator.link.receive(5.0) for _ in range(2)]
     assert [event and event.what for event in events] == ["arrived", "left"]
 
 
 def test_a_site_that_is_shown_out_just_after_it_came_back_is_not_waited_for(
-    coordinator: Callable[..., Coordinator],
+    start_coordinator: Callable[..., Coordinator],
 ) -> None:
     """What made the coordinator drop it stands in the queue before its new arrival: that arrival is stale."""
-    held = coordinator(2, clients_wanted=1, deadline_s=1.0)
-    honest = held.attending(1)
-    list(held.rounds(1))
-    site = held.site(0)
-    first = Caller(held).say(site.hello())
+    coordinator = start_coordinator(2, clients_wanted=1, deadline_s=1.0)
+    honest = coordinator.attending(1)
+    list(coordinator.rounds(1))
+    site = coordinator.site(0)
+    first = Caller(coordinator).say(site.hello())
     welcome = first.hear()
     assert welcome is not None
     site.answer(welcome.encode())
     first.say(b"garbage")
-    assert _settles(lambda: held.link.bytes_received > 0)
-    again = Caller(held).say(site.hello())
+    assert _settles(lambda: coordinator.link.bytes_received > 0)
+    again = Caller(coordinator).say(site.hello())
     assert again.hear() is not None
     assert first.hear() is None  # a client has one stream
-    assert _settles(lambda: set(next(held.rounds(1)).scalars) == {1} and held.engine.facts()["here"] == 1)
-    held.close()
+    assert _settles(lambda: set(next(coordinator.rounds(1)).scalars) == {1} and coordinator.engine.facts()["here"] == 1)
+    coordinator.close()
     assert honest.end().error is None
     for caller in (first, again):
         caller.close()
 
 
 @pytest.fixture
-def proxied(coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., tuple[Coordinator, Proxy]]]:
+def proxied(start_coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., tuple[Coordinator, Proxy]]]:
     """Makes a coordinator, and a proxy in front of it."""
     made = []
 
     def make(clients: int, delay_s: float = 0.0, jitter_s: float = 0.0, **waiting: float) -> tuple[Coordinator, Proxy]:
-        held = coordinator(clients, **waiting)
-        made.append(Proxy(held.port, delay_s, jitter_s))
-        return held, made[-1]
+        coordinator = start_coordinator(clients, **waiting)
+        made.append(Proxy(coordinator.port, delay_s, jitter_s))
+        return coordinator, made[-1]
 
     yield make
     for each in made:
@@ -571,49 +577,51 @@ def proxied(coordinator: Callable[..., Coordinator]) -> Iterator[Callable[..., t
 def test_a_site_comes_back_with_its_secret_after_its_connection_broke(
     proxied: Callable[..., tuple[Coordinator, Proxy]],
 ) -> None:
-    held, proxy = proxied(2, clients_minimum=2)
-    sites = [held.attending(0), held.attending(1, proxy.port)]
-    list(held.rounds(3))
+    coordinator, proxy = proxied(2, clients_minimum=2)
+    sites = [coordinator.attending(0), coordinator.attending(1, proxy.port)]
+    list(coordinator.rounds(3))
     for _ in range(3):
         proxy.cut()
         proxy.mend()
-        records = list(held.rounds(3))
+        records = list(coordinator.rounds(3))
         assert [record.scalars for record in records[1:]] == [
             {client: scalars_of(client, record.plan.round) for client in range(2)} for record in records[1:]
         ]
     assert proxy.connections == 4
-    held.close()
+    coordinator.close()
     for attending in sites:
         assert attending.end().error is None
-        assert (attending.site.round, attending.site.digest) == (12, held.digest)
+        assert (attending.site.round, attending.site.digest) == (12, coordinator.digest)
         assert attending.site.states == 0
-    assert held.engine.counts["behind"] == held.engine.counts["malformed"] == held.link.refused == 0
+    assert (
+        coordinator.engine.counts["behind"] == coordinator.engine.counts["malformed"] == coordinator.link.refused == 0
+    )
 
 
 def test_a_site_that_was_away_catches_up(proxied: Callable[..., tuple[Coordinator, Proxy]]) -> None:
     """Ten rounds are told one by one; for more rounds than theta is long, theta is sent."""
-    held, proxy = proxied(2, clients_minimum=1, clients_wanted=2)
-    sites = [held.attending(0), held.attending(1, proxy.port)]
-    list(held.rounds(2))
+    coordinator, proxy = proxied(2, clients_minimum=1, clients_wanted=2)
+    sites = [coordinator.attending(0), coordinator.attending(1, proxy.port)]
+    list(coordinator.rounds(2))
     for away, whole in ((10, 0), (200, 1)):
         proxy.cut()
-        alone = list(held.rounds(away))
+        alone = list(coordinator.rounds(away))
         assert set(alone[-1].scalars) == {0}
         proxy.mend()
-        assert _settles(lambda: set(next(held.rounds(1)).scalars) == {0, 1})
+        assert _settles(lambda: set(next(coordinator.rounds(1)).scalars) == {0, 1})
         assert sites[1].site.states == whole
-    held.close()
+    coordinator.close()
     for attending in sites:
         assert attending.end().error is None
-        assert attending.site.digest == held.digest
+        assert attending.site.digest == coordinator.digest
 
 
 def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
     proxied: Callable[..., tuple[Coordinator, Proxy]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held, proxy = proxied(1, patience_s=3.0)
-    site = held.attending(0, proxy.port, patience_s=1.0)
-    list(held.rounds(2))
+    coordinator, proxy = proxied(1, patience_s=3.0)
+    site = coordinator.attending(0, proxy.port, patience_s=1.0)
+    list(coordinator.rounds(2))
     began = time.monotonic()
     proxy.cut()
     assert isinstance(site.end().error, RunFailed)
@@ -622,26 +630,26 @@ def test_a_site_whose_coordinator_is_gone_gives_up_within_its_patience(
     assert time.monotonic() - began >= 1.0  # it did try
     assert not site.site.ended
     with pytest.raises(RunFailed, match="0 clients here"):
-        list(held.rounds(1))
+        list(coordinator.rounds(1))
 
 
 def test_a_site_that_hears_nothing_for_long_is_free_again(
-    coordinator: Callable[..., Coordinator],
+    start_coordinator: Callable[..., Coordinator],
 ) -> None:
-    held = coordinator(1)
+    coordinator = start_coordinator(1)
     before = _threads()
-    site = held.attending(0, idle_s=1.5)
-    list(held.rounds(2))
+    site = coordinator.attending(0, idle_s=1.5)
+    list(coordinator.rounds(2))
     assert isinstance(site.end().error, RunFailed)
     assert "no frame for 1.5 s" in str(site.error)
     assert _settles(lambda: not _threads() - before)
 
 
-def test_a_site_that_works_for_long_is_not_idle(coordinator: Callable[..., Coordinator]) -> None:
-    held = coordinator(1)
-    site = held.attending(0, compute_s=2.5, idle_s=1.0)
-    assert len(list(held.rounds(1))) == 1
-    held.close()
+def test_a_site_that_works_for_long_is_not_idle(start_coordinator: Callable[..., Coordinator]) -> None:
+    coordinator = start_coordinator(1)
+    site = coordinator.attending(0, compute_s=2.5, idle_s=1.0)
+    assert len(list(coordinator.rounds(1))) == 1
+    coordinator.close()
     assert site.end().error is None
 
 
@@ -655,14 +663,14 @@ class Failing(StubSite):
 
 
 def test_a_site_that_fails_says_so_without_a_word_of_its_data(
-    coordinator: Callable[..., Coordinator], capsys: pytest.CaptureFixture[str]
+    start_coordinator: Callable[..., Coordinator], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = coordinator(2, clients_minimum=1)
-    failing = Attending(Failing(0, held.admission.token("node 0")), held.port, held.authority)
-    other = held.attending(1)
-    assert [sorted(record.scalars) for record in held.rounds(4)] == [[0, 1], [0, 1], [1], [1]]
+    coordinator = start_coordinator(2, clients_minimum=1)
+    failing = Attending(Failing(0, coordinator.admission.token("node 0")), coordinator.port, coordinator.authority)
+    other = coordinator.attending(1)
+    assert [sorted(record.scalars) for record in coordinator.rounds(4)] == [[0, 1], [0, 1], [1], [1]]
     assert isinstance(failing.end().error, ValueError)
-    held.close()
+    coordinator.close()
     assert other.end().error is None
     said = capsys.readouterr().err
     assert "client 0 takes no part: error" in said
@@ -690,22 +698,22 @@ def test_over_a_slow_network_a_round_takes_one_round_trip(
 ) -> None:
     """50 ms each way: nothing in a round waits twice. Then one node is away for twenty rounds."""
     delay, compute, deadline = 0.05, 0.05, 2.0
-    held, proxy = proxied(3, delay, 0.01, clients_minimum=2, deadline_s=deadline)
-    away = Proxy(held.port, delay, 0.01)
-    sites = [held.attending(client, port, compute) for client, port in ((0, proxy.port), (1, proxy.port))]
-    sites.append(held.attending(2, away.port, compute))
-    list(held.rounds(3))
-    times = _timed(held.rounds(40))
+    coordinator, proxy = proxied(3, delay, 0.01, clients_minimum=2, deadline_s=deadline)
+    away = Proxy(coordinator.port, delay, 0.01)
+    sites = [coordinator.attending(client, port, compute) for client, port in ((0, proxy.port), (1, proxy.port))]
+    sites.append(coordinator.attending(2, away.port, compute))
+    list(coordinator.rounds(3))
+    times = _timed(coordinator.rounds(40))
     assert _lower_quartile(times) <= 1.3 * (2 * delay + compute)
     getattr(away, how)()
-    times = _timed(held.rounds(20))
+    times = _timed(coordinator.rounds(20))
     assert max(times) <= deadline + 1.0
     assert _lower_quartile(times) <= 1.3 * (2 * delay + compute)
     away.mend()
-    assert _settles(lambda: set(next(held.rounds(1)).scalars) == {0, 1, 2})
-    assert len(list(held.rounds(5))[-1].scalars) == 3
-    held.close()
+    assert _settles(lambda: set(next(coordinator.rounds(1)).scalars) == {0, 1, 2})
+    assert len(list(coordinator.rounds(5))[-1].scalars) == 3
+    coordinator.close()
     for attending in sites:
         assert attending.end().error is None
-        assert attending.site.digest == held.digest
+        assert attending.site.digest == coordinator.digest
     away.close()

@@ -30,9 +30,9 @@ def test_settings_are_the_product_of_the_axes_and_the_last_varies_fastest(tmp_pa
 
 
 def test_without_axes_or_a_file_there_is_one_setting() -> None:
-    found = read_comparison(None, {})
-    assert found.seeds == [0, 1, 2]
-    assert [study.settings() for study in found.studies] == [[{}]]
+    comparison = read_comparison(None, {})
+    assert comparison.seeds == [0, 1, 2]
+    assert [study.settings() for study in comparison.studies] == [[{}]]
 
 
 def test_total_steps_gives_every_local_steps_its_rounds_and_ten_points_of_a_curve(tmp_path: Path) -> None:

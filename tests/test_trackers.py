@@ -23,14 +23,14 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     simulate(make_config(SETTINGS), tmp_path / "run")
-    metrics, found = RunFolder.open(tmp_path / "run").metrics(), scalars(tmp_path / "run")
+    metrics, shown = RunFolder.open(tmp_path / "run").metrics(), scalars(tmp_path / "run")
     evaluated = [m for m in metrics if m["kind"] == "evaluation"]
-    assert found["evaluation/accuracy"] == [(m["round"], pytest.approx(m["accuracy"])) for m in evaluated]
+    assert shown["evaluation/accuracy"] == [(m["round"], pytest.approx(m["accuracy"])) for m in evaluated]
     assert [m["round"] for m in evaluated] == [0, 1, 2]
     rounds = [m for m in metrics if m["kind"] == "round"]
-    assert found["round/loss"] == [(m["round"] + 1, pytest.approx(m["loss"])) for m in rounds]
-    assert found["bytes/up"] == [(1, 8.0), (2, 8.0)]
-    assert [step for step, _ in found["round/abs_g"]] == [1, 2]
+    assert shown["round/loss"] == [(m["round"] + 1, pytest.approx(m["loss"])) for m in rounds]
+    assert shown["bytes/up"] == [(1, 8.0), (2, 8.0)]
+    assert [step for step, _ in shown["round/abs_g"]] == [1, 2]
 
 
 def test_what_nobody_told_is_left_out(tmp_path: Path) -> None:

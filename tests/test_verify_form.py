@@ -248,8 +248,8 @@ def test_a_mask_with_more_in_it_is_refused(run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     file = run / "mask.safetensors"
-    with safe_open(file, framework="pt") as held:
-        metadata = held.metadata()
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
     tensors = load_file(file)
     save_file(tensors, file, metadata=metadata | {"note": "audited"})
     assert main(["verify", str(run)]) == 1

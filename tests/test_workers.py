@@ -216,8 +216,10 @@ class Shared:
         self.first: subprocess.Popen[str] = subprocess.Popen([sys.executable, "-m", *command], **pipes)
 
     def others(self) -> list[int]:
-        found = subprocess.run(["pgrep", "-P", str(self.first.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        listing = subprocess.run(
+            ["pgrep", "-P", str(self.first.pid), "-f", "spawn_main"], capture_output=True, text=True
+        )
+        return [int(pid) for pid in listing.stdout.split()]
 
     def status(self) -> tuple[int, str]:
         """The exit status of the first, and what it said last, once all processes have ended."""

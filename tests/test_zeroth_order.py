@@ -60,8 +60,8 @@ def test_projected_gradient_is_the_directional_derivative(architecture: str) -> 
     grads = dict(model.named_parameters())
     slopes = [grads[name].grad.flatten()[at] for name, at in masked.mask.entries.items()]
     expected = torch.cat(slopes) @ z
-    found, level = projected_gradient(masked, masked.read(), z, 1e-3, lambda: loss(TOKENS))
-    assert found.item() == pytest.approx(expected.item(), rel=0.01)
+    slope, level = projected_gradient(masked, masked.read(), z, 1e-3, lambda: loss(TOKENS))
+    assert slope.item() == pytest.approx(expected.item(), rel=0.01)
     assert level.item() == pytest.approx(loss(TOKENS).item(), rel=1e-2)
 
 
