@@ -310,7 +310,7 @@ def test_an_update_rule_may_be_given_by_its_older_name_but_not_by_both(
     assert rules == ["adam", "momentum"]
     file.write_text('server_optimizer = "adam"\nupdate_rule = "adam"\n')
     capsys.readouterr()
-    fails(arguments, capsys, "server_optimizer: is an older name of update_rule", "give update_rule alone")
+    fails(arguments, capsys, "server_optimizer: is an older name of update_rule", "give only update_rule")
 
 
 def test_a_run_that_has_begun_says_no_auto(

@@ -209,7 +209,7 @@ def test_the_digest_that_a_site_pins_is_printed_on_both_sides(
     site.write_text(f'{text}[accepts]\ntask = "own.toml"\ntask_digest = "{"0" * 64}"\n')
     assert levels(site)["task"] == "FAIL"
     site.write_text(f"{text}[accepts]\nepsilon = 1.0\n")
-    assert "runs of built-in tasks alone" in said(site, "task")
+    assert "only runs of built-in tasks" in said(site, "task")
 
 
 def test_rows_that_count_as_nothing_are_told_to_the_operator(site: Path) -> None:

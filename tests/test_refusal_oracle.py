@@ -116,7 +116,7 @@ def test_only_rows_of_which_each_stands_alone_are_read(
     (tmp_path / "rows" / "train.csv").write_text("text,label,diagnosis\na,0,x\n")
     said = answer_to(setting, str(tmp_path / "rows"), TEMPLATES["a field more"], tmp_path / "ledger")
     assert said == f"refuses: {UNFIT}"
-    assert "dp example reads rows from train.jsonl alone" in capsys.readouterr().err
+    assert "dp example reads rows only from train.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("canary", CANARIES.values(), ids=CANARIES)

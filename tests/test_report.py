@@ -228,7 +228,7 @@ def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
 def test_calibration_is_told_and_its_bytes_are_counted(tmp_path: Path) -> None:
     words = page_of(write_run(tmp_path / "run", clients=4, extreme=1)).words
     assert "calibration stopped 1 of 4 clients early (0)" in words
-    assert "It stopped 1 of the 1 that hold one label alone, and 0 of the others." in words
+    assert "It stopped 1 of the 1 that have only one label, and 0 of the others." in words
     # three of the four make 2 steps in each of 3 rounds and one makes 1: 21 steps up of 4 bytes, 60 before
     assert f"sent {60 * 4 + 21:,} bytes in all, 240 of them to calibrate" in words
     assert f"{(240 * 4 + 84 + 4 * 2 * 3 * 4) / 4:.0f} B" in words  # up and down, a client

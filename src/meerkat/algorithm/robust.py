@@ -58,7 +58,7 @@ class Aggregation:
 
     @property
     def weighs(self) -> bool:
-        """Whether clients may count by their rows: the mean alone does."""
+        """Whether clients may count by their rows: only in the mean."""
         return self.rule == "mean"
 
     def invited(self, _: int, available: Collection[int] | None) -> Collection[int] | None:
@@ -72,7 +72,7 @@ class Aggregation:
 
         Args:
             replies: g_k by client id, float32 [T_k, P] with T_k <= T.
-            weights: p_k, which the mean alone looks at.
+            weights: p_k, which only the mean looks at.
             shape: T, the most steps that a client was asked for, and P.
         """
         total = np.zeros(shape)

@@ -54,7 +54,7 @@ class _FromZero:
 
 
 def descent(theta: Tensor, update: Update, directions: Directions) -> Tensor:
-    """-D, float32 [n]; theta gives the shape and device alone."""
+    """-D, float32 [n]; theta gives only the shape and device."""
     return path.moved(torch.zeros_like(theta), update, directions)
 
 

@@ -48,7 +48,7 @@ class MaskedModel:
         return torch.cat([(t.reshape(-1) if at is None else t.reshape(-1)[at]).float() for t, (_, at) in entries])
 
     def parameters(self) -> list[Tensor]:
-        """The model's parameters that have moving entries, in theta's order; of quantised ones these entries alone."""
+        """The model's parameters that have moving entries, in theta's order; of quantised ones only these entries."""
         return self._moving
 
     def write_(self, theta: Tensor) -> None:

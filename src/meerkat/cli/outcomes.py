@@ -126,7 +126,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     parser.add_argument("--to", required=True, metavar="DIR", type=Path, help="folder to write; new or empty")
-    about = "a whole model, or mask and values alone [default: merged]"
+    about = "a whole model, or only the mask and its values [default: merged]"
     parser.add_argument("--form", default="merged", choices=["merged", "delta"], help=about)
 
 

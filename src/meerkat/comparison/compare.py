@@ -184,7 +184,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def without_idle(config: RunConfig) -> RunConfig:
-    """The settings, those without effect at their defaults: runs that differ in them alone are the same run."""
+    """The settings, those without effect at their defaults: runs that differ only in them are the same run."""
     chosen = config.recipe.moves not in ("full", "lora") and not config.mask
     unused = set() if chosen else {"density", "mask_scope", "exclude"}
     defaults = {name: RunConfig.model_fields[name].default for name in unused.union(config.idle())}

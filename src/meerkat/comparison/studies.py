@@ -109,7 +109,7 @@ class Comparison(Settings):
 
 
 def with_studies(comparison: Comparison, names: Sequence[str]) -> Comparison:
-    """A comparison with some of its studies alone, in the file's order.
+    """A comparison with only some of its studies, in the file's order.
 
     Raises:
         MeerkatError: it has no study of some name.

@@ -303,7 +303,7 @@ def site_task(site: SiteConfig) -> Results:
     """The task that the site pins, in the words that its rows are shown in."""
     if (task := site.known_task()) is None:
         if site.accepts.epsilon and not site.accepts.task_digest:
-            message = "none pinned: with an epsilon, runs of built-in tasks alone"
+            message = "none pinned: with an epsilon, only runs of built-in tasks"
             yield warn("task", message, "for another, give accepts.task the task's file, or accepts.task_digest")
         return
     yield ok("task", _task_in_words(task))

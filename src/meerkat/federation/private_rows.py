@@ -34,7 +34,7 @@ def read_alone(folder: Path, task: Task | None) -> list[Row | MeerkatError]:
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
-        raise MeerkatError(f"data '{file}': {error.strerror}; dp example reads rows from train.jsonl alone") from None
+        raise MeerkatError(f"data '{file}': {error.strerror}; dp example reads rows only from train.jsonl") from None
     rows = [_read_line(line, task, f"line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise MeerkatError(f"data '{file}': the file has no rows; give one JSON object a line")

@@ -213,7 +213,7 @@ def _require(name: str, asked: Any, allowed: Any, agreed: bool) -> None:
 
 @contextmanager
 def details_in_own_log(problem: str, kinds: type[Exception] = MeerkatError) -> Iterator[None]:
-    """Show an error here alone, as it may name the site's files or quote a row; the coordinator gets `problem`.
+    """Show an error only here, as it may name the site's files or quote a row; the coordinator gets `problem`.
 
     Args:
         kinds: the errors that are dealt with so.

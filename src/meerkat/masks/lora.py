@@ -128,7 +128,7 @@ def merge_lora_(model: nn.Module) -> nn.Module:
 
 
 def save_adapter(model: nn.Module, to: Path, base: str) -> None:
-    """Write the adapters alone to a folder, as `peft.PeftModel.from_pretrained` reads them.
+    """Write only the adapters to a folder, as `peft.PeftModel.from_pretrained` reads them.
 
     Args:
         to: gets adapter_model.safetensors and adapter_config.json; made if missing.

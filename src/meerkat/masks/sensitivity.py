@@ -209,7 +209,7 @@ def _backward(model: nn.Module, loss: Callable[[_Item], Tensor], sequences: Iter
 
 @contextmanager
 def _layers_recomputed(model: nn.Module) -> Iterator[None]:
-    """While open, a model's layers keep their inputs alone for backpropagation, which computes the rest again."""
+    """While open, a model's layers keep only their inputs for backpropagation, which computes the rest again."""
     layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
     own = [vars(layer).get("forward") for layer in layers]
     try:

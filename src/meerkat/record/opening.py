@@ -120,7 +120,7 @@ def check_format(first: Mapping[str, Any], log: Path) -> None:
 
 
 def meaning(config: RunConfig) -> str:
-    """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file the name alone.
+    """SHA-256 of the settings of `MEANING` as compact JSON in that order; of a task file only the name.
 
     Under FedDyn its alpha is among them: a scalar depends on it there.
     """

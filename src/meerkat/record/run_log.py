@@ -44,7 +44,7 @@ class LogReader:
         self.damage = ""
         """What is wrong after them; empty if nothing is."""
         self.torn = False
-        """Whether the damage is in the last line alone, as an interrupted write leaves it."""
+        """Whether the damage is only in the last line, as an interrupted write leaves it."""
         self.broken = b""
         """The damaged line's text, without its hash."""
 

@@ -44,7 +44,7 @@ class Group:
 
 
 def grouped(clients: Sequence[int], stopped: Sequence[int], extreme: Sequence[int] | None) -> list[Group]:
-    """Clients by whether they were stopped early and, where that is known, by whether they hold one label alone."""
+    """Clients by whether they were stopped early and, where that is known, by whether they have only one label."""
     early, one = set(stopped), set(extreme or ())
     known = "several labels, " if extreme is not None else ""
 

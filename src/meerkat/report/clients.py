@@ -44,7 +44,7 @@ def _data(page: Page, run: RunFacts) -> None:
     else:
         caption = "One bar a client, one colour a label: the more one colour fills a bar, the more skewed its data."
         if run.extreme:
-            caption += " Clients in bold orange hold one label alone."
+            caption += " Clients in bold orange have only one label."
     page.figures(CaptionedFigure("split", figure, "Labels of each client", caption))
 
 

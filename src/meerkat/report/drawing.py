@@ -125,7 +125,7 @@ def _with_unique_ids(text: str, name: str) -> str:
 
 
 def plain_log(axes: Axes, which: str) -> None:
-    """A log scale along "x" or "y" with plain numbers at 1, 2 and 5, or at decades alone where there are many."""
+    """A log scale along "x" or "y" with plain numbers at 1, 2 and 5, or only at decades where there are many."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}scale": "log"})
     low, high = axis.get_view_interval()

@@ -93,7 +93,7 @@ class RunFacts:
 
     @cached_property
     def extreme(self) -> tuple[int, ...] | None:
-        """Clients that hold one label alone; None where the split is not known."""
+        """Clients that have only one label; None where the split is not known."""
         return self.split and tuple(np.flatnonzero((self.split[1] > 0).sum(1) == 1).tolist())
 
     @cached_property

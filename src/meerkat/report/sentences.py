@@ -138,7 +138,7 @@ def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[
     """Which of so many clients a calibration stopped early, and how right that was.
 
     Args:
-        extreme: clients that hold one label alone; None where that is not known.
+        extreme: clients that have only one label; None where that is not known.
         round: rounds closed before it.
     """
     when = f"After {round:,} rounds" if round else "Before the first round"
@@ -150,9 +150,9 @@ def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[
     if extreme is None:
         return f"{text}."
     if not extreme:
-        return f"{text}. No client holds one label alone."
+        return f"{text}. No client has only one label."
     right = len(set(stopped) & set(extreme))
     return (
-        f"{text}. It stopped {right:,} of the {len(extreme):,} that hold one label alone, "
+        f"{text}. It stopped {right:,} of the {len(extreme):,} that have only one label, "
         f"and {len(stopped) - right:,} of the others."
     )

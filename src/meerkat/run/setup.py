@@ -61,7 +61,7 @@ def _server_lr(config: RunConfig) -> float | Auto:
 
 
 def resolve_model(config: RunConfig) -> RunConfig:
-    """The part of `resolve` that a mask alone needs."""
+    """The part of `resolve` that is enough for a mask."""
     own_model = config.problem == CLASSIFICATION and config.model != EMBEDDED
     if own_model and config.recipe.moves == "sensitivity" and not (config.text or config.mask):
         raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
@@ -148,7 +148,7 @@ PROBLEMS: dict[str, Callable[[RunConfig], Problem]] = {CLASSIFICATION: classific
 
 
 def open_problem(config: RunConfig, task: Task | None = None) -> Problem:
-    """The problem that the settings name, with its model loaded; torch's number of threads is set here alone.
+    """The problem that the settings name, with its model loaded; torch's number of threads is set only here.
 
     Args:
         task: as in `classification`.

@@ -1,7 +1,7 @@
 """`auto` in place of a number: the setting says that a fitting number is chosen when the run starts.
 
 A setting of type `float | Auto` holds the word as it was given. `run.setup.resolve` puts the number there, or, where it
-depends on the mask or on the rows, whatever starts the run does; config.toml has numbers alone.
+depends on the mask or on the rows, whatever starts the run does; config.toml has only numbers.
 """
 
 from typing import Final, Literal, TypeVar

@@ -111,7 +111,7 @@ def with_names_of_today(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     for older, name in OLDER_NAMES.items():
         if older in given and name in given:
-            raise MeerkatError(f"{older}: is an older name of {name}, which is given too; give {name} alone")
+            raise MeerkatError(f"{older}: is an older name of {name}, which is given too; give only {name}")
     return {OLDER_NAMES.get(name, name): value for name, value in given.items()}
 
 
