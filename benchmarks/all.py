@@ -38,14 +38,14 @@ class Program:
     """Whether another turn may give another figure."""
 
 
-def of_peers(found: Mapping[str, Any]) -> dict[str, float]:
+def of_peers(printed: Mapping[str, Any]) -> dict[str, float]:
     names = {"meerkat": "Meerkat", "mezo": "literal MeZO", "dense_z": "dense z", "lora": "LoRA, zeroth order"}
     figures: dict[str, float] = {}
-    for name, each in found["methods"].items():
+    for name, each in printed["methods"].items():
         figures[f"{names.get(name, name)}: a step over two forward passes"] = each["ratio"]
         figures[f"{names.get(name, name)}: peak memory of a step over inference"] = each["memory"]
-    figures["tokens a second that a Meerkat step forwards, both passes"] = found["tokens_per_s"]
-    for name, each in found["engines"].items():
+    figures["tokens a second that a Meerkat step forwards, both passes"] = printed["tokens_per_s"]
+    for name, each in printed["engines"].items():
         figures[f"tokens a second that {name} forwards"] = each["tokens_per_s"]
         figures[f"ours over {name}"] = each["ratio"]
     return figures
@@ -119,8 +119,8 @@ def outcome(program: Program) -> dict[str, Any] | str:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         return (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found
+    printed: dict[str, Any] = json.loads(ran.stdout)
+    return printed
 
 
 def in_words(value: float) -> str:
@@ -131,16 +131,18 @@ def table(chosen: list[Program], outcomes: Mapping[str, list[dict[str, Any] | st
     """A Markdown table: what, median, range over the turns, program."""
     lines = ["| what | median | range | program |", "| --- | --- | --- | --- |"]
     for program in chosen:
-        ran = [found for found in outcomes[program.name] if not isinstance(found, str)]
-        failed = [found for found in outcomes[program.name] if isinstance(found, str)]
-        turns = [program.figures(found) for found in ran]
+        ran = [printed for printed in outcomes[program.name] if not isinstance(printed, str)]
+        failed = [reason for reason in outcomes[program.name] if isinstance(reason, str)]
+        turns = [program.figures(printed) for printed in ran]
         for what in turns[0] if turns else ():
             values = [turn[what] for turn in turns]
             spread = f"{in_words(min(values))} to {in_words(max(values))}" if program.timed else "no clock"
             lines.append(f"| {what} | {in_words(statistics.median(values))} | {spread} | `{program.name}` |")
         lines += [f"| not run: {reason} | | | `{program.name}` |" for reason in dict.fromkeys(failed)]
-    ran_once = {name: found[0] for name, found in outcomes.items() if found and not isinstance(found[0], str)}
-    return "\n".join([*lines, "", *(f"- `{name}`: {found['measured_on']}" for name, found in ran_once.items())])
+    ran_once = {
+        name: each_turn[0] for name, each_turn in outcomes.items() if each_turn and not isinstance(each_turn[0], str)
+    }
+    return "\n".join([*lines, "", *(f"- `{name}`: {printed['measured_on']}" for name, printed in ran_once.items())])
 
 
 def main() -> None:

@@ -56,8 +56,8 @@ def main() -> None:
     packed = packs(model) and not arguments.padded
     rows = load_rows(arguments.data, "train")
     examples = encode(load_task(arguments.task), rows, tokenizer, 512)
-    held = partition("dirichlet:0.5", rows, CLIENTS, seed=1).rows
-    clients = [ClientRows(k, of_client, ROWS, seed=0) for k, of_client in enumerate(held)]
+    dealt = partition("dirichlet:0.5", rows, CLIENTS, seed=1).rows
+    clients = [ClientRows(k, of_client, ROWS, seed=0) for k, of_client in enumerate(dealt)]
 
     masked = MaskedModel(model, random_mask(model, 1e-3))
     engine = LocalEngine(

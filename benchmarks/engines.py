@@ -33,15 +33,15 @@ def engines(
         tokens: int64 [rows, length].
         gguf: the same model for llama.cpp; it is read in the precision of the file.
     """
-    found: dict[str, Read] = {}
+    installed: dict[str, Read] = {}
     if importlib.util.find_spec("openvino"):
         try:
-            found |= openvino(model(), tokens, threads)
+            installed |= openvino(model(), tokens, threads)
         except Exception as error:  # its converter raises many kinds, and takes not every architecture
             say(f"note: OpenVINO is left out: it cannot take this model ({in_short(error)})")
     if gguf and importlib.util.find_spec("llama_cpp"):
-        found[f"llama.cpp {gguf.stem}"] = llama_cpp(gguf, tokens, threads)
-    return found
+        installed[f"llama.cpp {gguf.stem}"] = llama_cpp(gguf, tokens, threads)
+    return installed
 
 
 class _LastLogits(nn.Module):

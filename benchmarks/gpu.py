@@ -191,17 +191,17 @@ def round_of_ten(model: Any, device: str) -> dict[str, Any]:
     for number, length in enumerate(rng.integers(8, LENGTH + 1, CLIENTS * ROWS)):
         candidates = tuple(Candidate(0, int(length) - 1, np.array([token])) for token in (1, 2))
         examples.append(Example((rng.integers(model.config.vocab_size, size=int(length)),), candidates, number % 2))
-    held = np.arange(len(examples)).reshape(CLIENTS, ROWS)
+    dealt = np.arange(len(examples)).reshape(CLIENTS, ROWS)
     masked = MaskedModel(model, scattered(model))
     tokens = TOKENS_PER_PASS["cpu" if device == "cpu" else "cuda"]
     engine = LocalEngine(
         masked,
         Directions(1, len(masked.mask), device),
-        batch_of=lambda client, _: held[client],
+        batch_of=lambda client, _: dealt[client],
         losses_of=client_losses(Classification(model, tokens_per_pass=tokens), examples),
     )
     theta, wait = masked.read(), synchronised(device)
-    batches = [collate([examples[row] for row in rows], device, sort=False) for rows in held]
+    batches = [collate([examples[row] for row in rows], device, sort=False) for rows in dealt]
 
     def separate(_: int) -> None:
         for batch in (*batches, *batches):
@@ -243,10 +243,10 @@ def server_work_on(device: str, entries: int, count: int = 20) -> dict[str, floa
 
 def shape(name: str, device: str) -> dict[str, Any]:
     model = random_model(name, device)
-    found = {"parameters": sum(p.numel() for p in model.parameters()), **steps(model, device)}
-    found["round"] = round_of_ten(model, device)
-    found["server_ms"] = server_work(model, device)
-    return found
+    figures = {"parameters": sum(p.numel() for p in model.parameters()), **steps(model, device)}
+    figures["round"] = round_of_ten(model, device)
+    figures["server_ms"] = server_work(model, device)
+    return figures
 
 
 # --- accuracy -------------------------------------------------------------------------------------
@@ -312,17 +312,17 @@ def table(result: dict[str, Any]) -> str:
     """All of it in words."""
     lines = [result["measured_on"], ""]
     lines += [f"{'the same bits' if same else 'OTHER BITS'}: {what}" for what, same in result["bits"].items()]
-    for name, found in result["shapes"].items():
-        if "missing" in found:
-            lines.append(f"\n{name}: {found['missing']}")
+    for name, figures in result["shapes"].items():
+        if "missing" in figures:
+            lines.append(f"\n{name}: {figures['missing']}")
             continue
-        lines.append(f"\n{name}, {found['parameters']:,} parameters: a forward pass of {ROWS} x {LENGTH} takes ")
-        lines[-1] += f"{found['forward_ms']} ms, inference {found['inference_mb'] or '?'} MiB"
+        lines.append(f"\n{name}, {figures['parameters']:,} parameters: a forward pass of {ROWS} x {LENGTH} takes ")
+        lines[-1] += f"{figures['forward_ms']} ms, inference {figures['inference_mb'] or '?'} MiB"
         for method in METHODS:
-            if each := found.get(method):
+            if each := figures.get(method):
                 memory = f", memory {each['memory']:.3f}" if each["memory"] else ""
                 lines.append(f"  {method:16} {each['ratio']} times two passes (spread {each['spread']}){memory}")
-        of_ten, server = found["round"], found["server_ms"]
+        of_ten, server = figures["round"], figures["server_ms"]
         lines.append(f"  ten clients      {of_ten['ms']} ms a round, {of_ten['ratio']} times 20 separate passes")
         for where in dict.fromkeys((result["device"], "cpu")):
             told = f"{server[where]['path']} ms a step for a client's path, {server[where]['gradip']} for GradIP"

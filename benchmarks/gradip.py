@@ -33,12 +33,12 @@ def measured(clients: int, gradient: torch.Tensor, directions: Directions) -> di
     once = time.perf_counter() - began
     tracemalloc.start()
     began = time.perf_counter()
-    found = gradip(scalars, inner)
+    traces = gradip(scalars, inner)
     each = time.perf_counter() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     z = directions(plan.place(STEPS - 1, 0))
-    assert np.isclose(found[0, -1], (gradient.double() * (scalars[0, -1, 0] * z.double())).sum().item())
+    assert np.isclose(traces[0, -1], (gradient.double() * (scalars[0, -1, 0] * z.double())).sum().item())
     return {"clients": clients, "once_s": once, "each_ns": each / clients / STEPS * 1e9, "all_s": each, "peak": peak}
 
 

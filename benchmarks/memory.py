@@ -53,8 +53,8 @@ def federation(model: Any, mask: SparseMask, clients: int) -> None:
     rows = torch.randint(0, model.config.vocab_size, (clients, SHORT)).numpy()
     candidates = tuple(Candidate(0, SHORT - 1, np.array([token])) for token in (5, 6))
     examples = [Example((row,), candidates, label=k % 2) for k, row in enumerate(rows)]
-    held = partition("iid", [{"label": example.label} for example in examples], clients, seed=0)
-    holders = [ClientRows(k, of_client, 1, seed=0) for k, of_client in enumerate(held.rows)]
+    split = partition("iid", [{"label": example.label} for example in examples], clients, seed=0)
+    holders = [ClientRows(k, of_client, 1, seed=0) for k, of_client in enumerate(split.rows)]
     engine = LocalEngine(
         masked,
         Directions(1, len(mask)),
@@ -108,29 +108,29 @@ def main() -> None:
     if arguments.case:
         peak_mb(arguments.case)
         return
-    found: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     for case in CASES:
         ran = subprocess.run(
             [sys.executable, __file__, "--case", case], capture_output=True, text=True, check=True, env=os.environ
         )
         peak, parameters = ran.stdout.split()
-        found[case] = round(float(peak), 1)
+        peaks[case] = round(float(peak), 1)
     weights = int(parameters) * 4 / 2**20
     largest = 768 * 32000 * 4 / 2**20
     result = {
         "name": "memory",
-        "ratio": round(found["step"] / found["inference"], 4),
-        "clients_1000_over_10": round(found["meerkat-1000"] / found["meerkat-10"], 4),
-        "clients_1000_over_10_full": round(found["full-1000"] / found["full-10"], 4),
-        "mask_mb_beyond_weights_and_accumulator": round(found["mask"] - found["load"] - weights, 1),
+        "ratio": round(peaks["step"] / peaks["inference"], 4),
+        "clients_1000_over_10": round(peaks["meerkat-1000"] / peaks["meerkat-10"], 4),
+        "clients_1000_over_10_full": round(peaks["full-1000"] / peaks["full-10"], 4),
+        "mask_mb_beyond_weights_and_accumulator": round(peaks["mask"] - peaks["load"] - weights, 1),
         "largest_gradient_mb": round(largest, 1),
-        "peak_mb": found,
+        "peak_mb": peaks,
         "measured_on": f"random Llama, {int(parameters):,} float32 parameters = {weights:.0f} MiB, one process a case",
     }
     if arguments.json:
         print(json.dumps(result))
     else:
-        for case, peak in found.items():
+        for case, peak in peaks.items():
             print(f"{peak:9.1f} MiB  {case}")
         print(f"a Meerkat step over inference: {result['ratio']}")
         print(

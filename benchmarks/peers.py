@@ -171,11 +171,11 @@ def peak_mb(arguments: argparse.Namespace) -> float:
 def peaks(names: Sequence[str]) -> dict[str, float]:
     """Each method's peak memory over inference, from a process each that is given this one's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--case"]
-    found = {
+    peak_of = {
         name: float(subprocess.run([*command, name], stdout=subprocess.PIPE, text=True, check=True).stdout)
         for name in names
     }
-    return {name: round(peak / found["inference"], 3) for name, peak in found.items()}
+    return {name: round(peak / peak_of["inference"], 3) for name, peak in peak_of.items()}
 
 
 @torch.no_grad()
@@ -260,13 +260,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    for name, found in methods.items():
-        memory = f", memory {found['memory']} times inference" if "memory" in found else ""
-        print(f"{name:16} {found['ratio']} times two forward passes (spread {found['spread']}){memory}")
+    for name, figures in methods.items():
+        memory = f", memory {figures['memory']} times inference" if "memory" in figures else ""
+        print(f"{name:16} {figures['ratio']} times two forward passes (spread {figures['spread']}){memory}")
     print(f"a Meerkat step forwards {result['tokens_per_s']:,} tokens a second, both passes counted")
-    for name, found in result["engines"].items():
-        ours = f"ours over it {found['ratio']} (spread {found['spread']}), logits alike {found['likeness']}"
-        print(f"{name:16} {found['tokens_per_s']:,} tokens a second; {ours}")
+    for name, figures in result["engines"].items():
+        ours = f"ours over it {figures['ratio']} (spread {figures['spread']}), logits alike {figures['likeness']}"
+        print(f"{name:16} {figures['tokens_per_s']:,} tokens a second; {ours}")
     print(result["measured_on"])
 
 

@@ -81,7 +81,7 @@ class Beside(MaskedModel):
 
 def errors(model: MaskedModel, theta: Tensor, batches: list[tuple[Tensor, Loss]]) -> list[float]:
     """The error of g over exact slopes at each eps."""
-    z, found = Directions(0, len(theta)), []
+    z, relative = Directions(0, len(theta)), []
     for eps in SIZES:
         off, of_all = 0.0, 0.0
         for number, (gradient, loss) in enumerate(batches):
@@ -90,8 +90,8 @@ def errors(model: MaskedModel, theta: Tensor, batches: list[tuple[Tensor, Loss]]
                 exact = float((gradient * along).sum(dtype=torch.float64))
                 g = float(slopes(model, theta, [along], eps, loss).g)
                 off, of_all = off + (g - exact) ** 2, of_all + exact**2
-        found.append((off / of_all) ** 0.5)
-    return found
+        relative.append((off / of_all) ** 0.5)
+    return relative
 
 
 def main() -> None:

@@ -157,12 +157,12 @@ def scores(ground: Ground, case: Case, trials: int) -> np.ndarray:
     """The attacker's score of every client, float64 [2, trials]: of those that hold the canary, and of the rest."""
     mechanism, z = case.mechanism, ground.directions
     places = np.arange(ROWS if case.others else 1)
-    held = np.isin(np.arange(ROWS), places) & np.ones((2 * trials, 1), bool)
-    held[trials:, 0] = False
+    holds = np.isin(np.arange(ROWS), places) & np.ones((2 * trials, 1), bool)
+    holds[trials:, 0] = False
 
     def batch_of(client: int, _: int) -> np.ndarray:
         sampled = mechanism.sample(np.arange(ROWS))
-        return sampled[held[client, sampled]]
+        return sampled[holds[client, sampled]]
 
     engine = LocalEngine(ground.model, z, batch_of, once(ground.losses_of), private=mechanism)
     server = ServerConfig(
@@ -171,27 +171,27 @@ def scores(ground: Ground, case: Case, trials: int) -> np.ndarray:
         directions=DIRECTIONS,
         lr=ground.lr,
         eps=ground.eps,
-        clients=len(held),
-        clients_per_round=len(held),
-        examples=dict.fromkeys(range(len(held)), ROWS),
+        clients=len(holds),
+        clients_per_round=len(holds),
+        examples=dict.fromkeys(range(len(holds)), ROWS),
     )
-    state, found = ServerState(Replica(0, ground.model.read())), np.zeros(len(held))
+    state, log_ratios = ServerState(Replica(0, ground.model.read())), np.zeros(len(holds))
     for _ in range(ROUNDS):
         plan = open_round(state, server)
         losses = ground.losses_of([places])
         of_rows, _ = slopes(ground.model, state.theta, plan, 0, losses, z)
         replies = engine.run(state, plan)
         sums = mechanism.expected * np.concatenate([reply.scalars for reply in replies]).astype(np.float64)
-        spread, sampled = mechanism.noise_multiplier * mechanism.clip, np.full(len(held), mechanism.rate(ROWS))
+        spread, sampled = mechanism.noise_multiplier * mechanism.clip, np.full(len(holds), mechanism.rate(ROWS))
         if case.noise:
             sums -= spread * case.noise.standard_normal(sums.shape)
             spread *= 1e-3  # far above what rounding leaves
         if case.sample:
-            sampled = (case.sample.random((len(held), ROWS))[:, 0] < sampled).astype(np.float64)
+            sampled = (case.sample.random((len(holds), ROWS))[:, 0] < sampled).astype(np.float64)
         contributions = clipped(of_rows, mechanism.clip)
-        found += evidence(sums, contributions[0], contributions[1:], mechanism.rate(ROWS), spread, sampled)
+        log_ratios += evidence(sums, contributions[0], contributions[1:], mechanism.rate(ROWS), spread, sampled)
         state, _ = close_round(state, plan, replies, server, z)
-    return found.reshape(2, trials)
+    return log_ratios.reshape(2, trials)
 
 
 def evidence(
@@ -215,8 +215,8 @@ def evidence(
     towards = np.linalg.solve(covariance, canary)
     ratio = (sums - rate * others.sum(0)) @ towards - canary @ towards / 2
     with np.errstate(divide="ignore"):  # a sample that is known
-        found: np.ndarray = np.logaddexp(np.log1p(-sampled), np.log(sampled) + ratio)
-    return found
+        log_ratios: np.ndarray = np.logaddexp(np.log1p(-sampled), np.log(sampled) + ratio)
+    return log_ratios
 
 
 def lower_bound(present: np.ndarray, absent: np.ndarray, delta: float, confidence: float = 0.95) -> float:
@@ -292,13 +292,15 @@ def chosen(count: int) -> list[Setting]:
     limits, rng = Accepts.model_validate({}), seeds.generator(SEED, "search")
     eps, clip = (limits.eps_minimum, limits.eps_maximum), (limits.dp_clip_minimum, limits.dp_clip_maximum)
     corners = itertools.product(MASKS, NEIGHBOURS, (QUIET, (eps[0], clip[0]), (eps[0], 1.0)))
-    found = [Setting(mask, *of, 1, neighbour, number) for number, (mask, neighbour, of) in enumerate(corners)]
-    while len(found) < count:
-        number = len(found)
+    settings = [Setting(mask, *of, 1, neighbour, number) for number, (mask, neighbour, of) in enumerate(corners)]
+    while len(settings) < count:
+        number = len(settings)
         between = [math.exp(rng.uniform(math.log(low), math.log(high))) for low, high in (eps, clip)]
         mask, neighbour = MASKS[rng.integers(len(MASKS))], NEIGHBOURS[number % len(NEIGHBOURS)]
-        found.append(Setting(mask, between[0], between[1], (1, 2, 5)[number % 3], neighbour, number, number % 2 == 0))
-    return found[:count]
+        settings.append(
+            Setting(mask, between[0], between[1], (1, 2, 5)[number % 3], neighbour, number, number % 2 == 0)
+        )
+    return settings[:count]
 
 
 class Searched:
@@ -316,13 +318,13 @@ class Searched:
         """Two data sets that differ by a row, and that row's number."""
         rng = seeds.generator(setting.seed, "rows")
         made = [self._row(rng, int(rng.integers(4, 114))) for _ in range(HELD)]
-        held = [made[0]] * HELD if setting.alike else sorted(made, key=lambda row: len(row["text"]))
+        rows = [made[0]] * HELD if setting.alike else sorted(made, key=lambda row: len(row["text"]))
         at = int(rng.integers(HELD))
         another = self._row(rng, 200 if "long" in setting.neighbour else 30)
         if setting.relation == "replace":
-            return held, [*held[:at], another, *held[at + 1 :]], at
-        whole = [*held[:at], another, *held[at:]]
-        return whole, held, at
+            return rows, [*rows[:at], another, *rows[at + 1 :]], at
+        whole = [*rows[:at], another, *rows[at:]]
+        return whole, rows, at
 
     def _row(self, rng: np.random.Generator, words: int) -> Row:
         first = int(rng.integers(len(self._words) - words))
@@ -389,8 +391,8 @@ def compare(ground: Searched, setting: Setting, losses: LossesOfRows, trials: in
 
     def answers(vectors: np.ndarray) -> np.ndarray:
         released = np.stack([mechanism.release(vectors) for _ in range(trials)])
-        found: np.ndarray = released.astype(np.float32).astype(np.float64) @ towards
-        return found
+        along: np.ndarray = released.astype(np.float32).astype(np.float64) @ towards
+        return along
 
     measured = 0.0
     for _ in range(2 if trials else 0):  # an excess must show in fresh trials too
@@ -418,18 +420,18 @@ def attack_on_sharing(ground: Searched, tries: int, trials: int) -> Found:
     return compare(ground, farthest, sharing, trials, 0.95)
 
 
-def summed_up(found: Sequence[Found]) -> dict[str, Any]:
+def summed_up(seen: Sequence[Found]) -> dict[str, Any]:
     """A search as one JSON object."""
     return {
-        "settings": len(found),
+        "settings": len(seen),
         "promised": BUDGET,
-        "measured": round(max(each.measured for each in found), 4),
-        "exceeding": sum(each.measured > BUDGET for each in found),
+        "measured": round(max(each.measured for each in seen), 4),
+        "exceeding": sum(each.measured > BUDGET for each in seen),
         "movement": {
-            relation: max((each.movement for each in found if each.setting.relation == relation), default=0.0)
+            relation: max((each.movement for each in seen if each.setting.relation == relation), default=0.0)
             for relation in ("add-or-remove", "replace")
         },
-        "others_moved": max(each.others for each in found),
+        "others_moved": max(each.others for each in seen),
     }
 
 
@@ -446,7 +448,7 @@ def main() -> None:
         with_canary, without = scores(ground, case, arguments.trials)
         measured[case.name] = lower_bound(with_canary, without, DELTA)
     searched, settings = Searched(), chosen(arguments.settings)
-    found = summed_up(search(searched, settings, arguments.trials // 2))
+    summary = summed_up(search(searched, settings, arguments.trials // 2))
     broken = attack_on_sharing(searched, arguments.settings, arguments.trials)
     measured["broken: rows share a pass"] = broken.measured
     result = {
@@ -454,7 +456,7 @@ def main() -> None:
         "ratio": round(next(iter(measured.values())) / most, 4),
         "promised": round(most, 4),
         "measured": {name: round(bound, 4) for name, bound in measured.items()},
-        "search": found,
+        "search": summary,
         "sharing": {"movement": broken.movement, "others_moved": broken.others, "measured": round(broken.measured, 4)},
         "measured_on": f"the embedded model, topics, {ROUNDS} rounds of T = 1, P = {DIRECTIONS}, "
         f"q = {MECHANISM.rate(ROWS):g}, sigma {MECHANISM.noise_multiplier:g}, delta {DELTA:g}, "
@@ -467,10 +469,10 @@ def main() -> None:
     for name, bound in measured.items():
         print(f"  {name:<40}{bound:.2f}")
     print(
-        f"searched: {found['settings']} settings that a site accepts, one answer each, promised at most {BUDGET:g}; "
-        f"measured: at most {found['measured']:.2f}, {found['exceeding']} exceed it; the clipped sum moves by at most "
-        f"{found['movement']['add-or-remove']:.4f} clips (a row left out) and {found['movement']['replace']:.4f} "
-        f"(replaced), other rows by {found['others_moved']:g}"
+        f"searched: {summary['settings']} settings that a site accepts, one answer each, promised at most {BUDGET:g}; "
+        f"measured: at most {summary['measured']:.2f}, {summary['exceeding']} exceed it; the clipped sum moves by "
+        f"at most {summary['movement']['add-or-remove']:.4f} clips (a row left out) and "
+        f"{summary['movement']['replace']:.4f} (replaced), other rows by {summary['others_moved']:g}"
     )
     print(f"where rows share a pass: the sum moves by {broken.movement:.2f} clips; {broken.setting}")
     print(result["measured_on"])

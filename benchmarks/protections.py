@@ -65,7 +65,7 @@ def main() -> None:
             for name, work in added.items():
                 ratios[name].append(seconds(work) / whole / (CLIENTS if name in rounds else 1))
         ledger.close()
-    shares = {name: statistics.median(found) for name, found in ratios.items()}
+    shares = {name: statistics.median(values) for name, values in ratios.items()}
     together = [name for name in shares if name not in ("client_privacy", "multi_krum")]
     result: dict[str, Any] = {
         "name": "protections",
@@ -149,7 +149,7 @@ def on_the_server() -> dict[str, Callable[[], object]]:
 
 def example_privacy(ledger: Ledger) -> dict[str, Callable[[], object]]:
     """A sample of a client's rows, and noise on their slopes; the ledger's lines apart."""
-    mechanism, held = Mechanism(1.0, 1.0, float(ROWS)), np.arange(ROWS_HELD)
+    mechanism, rows = Mechanism(1.0, 1.0, float(ROWS)), np.arange(ROWS_HELD)
     slopes = np.random.default_rng(0).normal(size=(ROWS, 1))
     private = make_config({"dp": "example", "dp_noise_multiplier": 1.0, "batch_size": ROWS})
     of_run = RunLedger(ledger, private, Accepts.model_validate({}), secrets.token_hex(8), 0, ROWS_HELD)
@@ -159,7 +159,7 @@ def example_privacy(ledger: Ledger) -> dict[str, Callable[[], object]]:
         of_run.answer("training", next(rounds), secrets.token_hex(32), secrets.token_hex(32), 1, lambda _: bytes(19))
 
     return {
-        "example_privacy": lambda: (mechanism.sample(held), mechanism.release(slopes)),
+        "example_privacy": lambda: (mechanism.sample(rows), mechanism.release(slopes)),
         "ledger": noted,
     }
 

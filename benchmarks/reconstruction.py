@@ -101,7 +101,7 @@ def open_bench(candidates: int) -> Bench:
         number(config.eps),
         number(config.lr),
         np.array([row["label"] for row in rows[:candidates]]),
-        tuple(ClientRows(k, held, BATCH, SEED) for k, held in enumerate(others)),
+        tuple(ClientRows(k, of_client, BATCH, SEED) for k, of_client in enumerate(others)),
     )
 
 
@@ -140,9 +140,9 @@ def gradient_attack(bench: Bench, ratios: tuple[float, ...]) -> list[dict[str, f
             truth = np.mean(truths, 0).T
             tried = [cosines(ridge(np.stack(known), np.stack(seen), size * by), truth) for by in REGULARISERS]
             kinds = {"": tried[0], ", best": np.max(tried, 0)} if lr else {"": tried[0]}
-            for kind, found in kinds.items():
-                lines[step][f"{name}, 1 row{kind}"] = float(found[:8].mean())
-                lines[step][f"{name}, {BATCH} rows{kind}"] = float(found[8:].mean())
+            for kind, per_victim in kinds.items():
+                lines[step][f"{name}, 1 row{kind}"] = float(per_victim[:8].mean())
+                lines[step][f"{name}, {BATCH} rows{kind}"] = float(per_victim[8:].mean())
         say(f"gradient, theta {name}: done")
     return list(lines.values())
 
@@ -171,22 +171,22 @@ def auc(of: np.ndarray, others: np.ndarray) -> float:
 
 
 def found_rows(
-    table: np.ndarray, held: int, noise: float, scalars: int, draws: np.random.Generator
+    table: np.ndarray, rows_each: int, noise: float, scalars: int, draws: np.random.Generator
 ) -> tuple[float, float]:
-    """AUC of membership, and the share of members among the `held` best scores; means over 20 clients.
+    """AUC of membership, and the share of members among the `rows_each` best scores; means over 20 clients.
 
-    Each client holds `held` of the candidates and takes 16 of them a step: all, or afresh each time.
+    Each client holds `rows_each` of the candidates and takes 16 of them a step: all, or afresh each time.
     """
     table, rows = table[:scalars], table.shape[1]
-    members = [draws.permutation(rows)[:held] for _ in range(20)]
+    members = [draws.permutation(rows)[:rows_each] for _ in range(20)]
     taken = np.stack([[draws.permutation(mine)[:BATCH] for mine in members] for _ in table])
     seen = np.take_along_axis(table[:, None], taken, 2).mean(2) + noise * draws.normal(size=(scalars, len(members)))
     middle = table.mean(1)[:, None]
     # the regulariser of who knows how many rows are held: variance of the noise over that of a row's weight
-    spread = table.var(1).mean() * (1 / BATCH - 1 / held) + noise**2 + 1e-9
-    scores = ridge(table - middle, seen - middle, spread * held * rows).T
+    spread = table.var(1).mean() * (1 / BATCH - 1 / rows_each) + noise**2 + 1e-9
+    scores = ridge(table - middle, seen - middle, spread * rows_each * rows).T
     areas = [auc(score[mine], np.delete(score, mine)) for score, mine in zip(scores, members, strict=True)]
-    shares = [np.isin(np.argsort(-score)[:held], mine).mean() for score, mine in zip(scores, members, strict=True)]
+    shares = [np.isin(np.argsort(-score)[:rows_each], mine).mean() for score, mine in zip(scores, members, strict=True)]
     return float(np.mean(areas)), float(np.mean(shares))
 
 
@@ -214,7 +214,7 @@ def row_attacks(bench: Bench, steps: int) -> dict[str, Any]:
             say(f"candidates: {step + 1} of {steps} steps")
     clip = float(np.median(np.abs(table)))
     counts = [2**i for i in range(steps.bit_length()) if 2**i <= steps]
-    found: dict[str, Any] = {"clip": clip, "identified": [], "members": [], "labels": []}
+    attacks: dict[str, Any] = {"clip": clip, "identified": [], "members": [], "labels": []}
     for sigma in SIGMAS:
         noise = (sigma or 0) * clip
         rows = table if sigma is None else table.clip(-clip, clip)
@@ -223,14 +223,14 @@ def row_attacks(bench: Bench, steps: int) -> dict[str, Any]:
             victims = predicted[:, : exact.shape[1]]
             heard = exact if sigma is None else victims + noise / size * draws.normal(size=victims.shape)
             told = {t: identified(heard, predicted[: len(heard)], t) for t in counts if t <= len(heard)}
-            found["identified"].append({"rows": size, "sigma": sigma, "found": told})
-        for held in (BATCH, min(10 * BATCH, count // 4)):
-            both = {t: found_rows(rows, held, noise / BATCH, t, draws) for t in counts}
-            found["members"].append({"rows": held, "sigma": sigma, "found": both})
+            attacks["identified"].append({"rows": size, "sigma": sigma, "found": told})
+        for rows_each in (BATCH, min(10 * BATCH, count // 4)):
+            both = {t: found_rows(rows, rows_each, noise / BATCH, t, draws) for t in counts}
+            attacks["members"].append({"rows": rows_each, "sigma": sigma, "found": both})
         told = {t: labels_told(rows, bench.labels, noise, t, draws) for t in counts}
-        found["labels"].append({"rows": 1, "sigma": sigma, "found": told})
-    found["label_by_chance"] = float(np.bincount(bench.labels).max() / count)
-    return found
+        attacks["labels"].append({"rows": 1, "sigma": sigma, "found": told})
+    attacks["label_by_chance"] = float(np.bincount(bench.labels).max() / count)
+    return attacks
 
 
 def plot(result: dict[str, Any], to: Path) -> None:

@@ -172,9 +172,11 @@ class Engine(RemoteEngine):
 def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple[Clock, list[float]]:
     """The times of rounds and of echoes, in seconds."""
     waiting = FederationConfig.model_validate({"clients_minimum": nodes})
-    held = Coordinator(keys, nodes, waiting, rounds)
-    engine = Engine(held.link, held.admission, held.settings, waiting, held.state, held.z, SCORES)
-    held.engine = engine
+    coordinator = Coordinator(keys, nodes, waiting, rounds)
+    engine = Engine(
+        coordinator.link, coordinator.admission, coordinator.settings, waiting, coordinator.state, coordinator.z, SCORES
+    )
+    coordinator.engine = engine
     spawn = multiprocessing.get_context("spawn")
     control, end = spawn.Pipe()
     pair = keys["server"].read_bytes(), keys["server key"].read_bytes()
@@ -182,8 +184,8 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
     processes[0].start()
     echo_port = control.recv()
     for client in range(nodes):
-        token = held.admission.token(f"node {client}")
-        arguments = (client, token, held.port, echo_port, held.authority)
+        token = coordinator.admission.token(f"node {client}")
+        arguments = (client, token, coordinator.port, echo_port, coordinator.authority)
         processes.append(spawn.Process(target=node, args=arguments, daemon=True))
         processes[-1].start()
     clock = engine.clock = Clock()
@@ -209,16 +211,16 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
         model=model,
         opening=absent,
         members=absent,
-        directions=held.z,
+        directions=coordinator.z,
         gradient=None,
-        settings=held.settings,
-        state=held.state,
+        settings=coordinator.settings,
+        state=coordinator.state,
         closed=False,
         lost=[],
     )
     run_rounds(run, engine, evaluate, attendance=engine)
     log.close()
-    held.close()
+    coordinator.close()
     control.send(0)
     for process in processes:
         process.join()
@@ -227,14 +229,14 @@ def measure(keys: dict[str, Path], nodes: int, rounds: int, root: Path) -> tuple
 
 def bytes_a_round(keys: dict[str, Path], rounds: int = 200) -> float:
     """TCP payload of a client and round, TLS and HTTP/2 in it, in the larger direction."""
-    held = Coordinator(keys, 1)
-    proxy = Proxy(held.port)
-    attending = held.attending(0, proxy.port)
-    list(held.rounds(20))
+    coordinator = Coordinator(keys, 1)
+    proxy = Proxy(coordinator.port)
+    attending = coordinator.attending(0, proxy.port)
+    list(coordinator.rounds(20))
     up, down = proxy.up, proxy.down
-    list(held.rounds(rounds))
+    list(coordinator.rounds(rounds))
     used = max(proxy.up - up, proxy.down - down) / rounds
-    held.close()
+    coordinator.close()
     attending.end()
     proxy.close()
     return used

@@ -365,14 +365,14 @@ def _resume(run: Run, out: Path) -> Result:
 def _compare(run: Run, out: Path) -> Result:
     """Every run of a comparison. Those on validation rows are the final ones, each at the rate that was chosen."""
     _command("compare", "--out", out, *run.words)
-    found: Result = {}
+    result: Result = {}
     for path in out.rglob("summary.json"):
-        held = json.loads(path.read_text(encoding="utf-8"))
-        name = f"{held['method']} seed {held['seed']} lr {held['lr']!r} on {held['evaluated_on']}"
-        found |= {f"{name}: {of}": value for of, value in _of_summary(held).items()}
-    if not found:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        name = f"{summary['method']} seed {summary['seed']} lr {summary['lr']!r} on {summary['evaluated_on']}"
+        result |= {f"{name}: {of}": value for of, value in _of_summary(summary).items()}
+    if not result:
         raise Failed(f"compare: no run in {out}")
-    return dict(sorted(found.items()))
+    return dict(sorted(result.items()))
 
 
 def _partition(run: Run, out: Path) -> Result:
@@ -384,19 +384,19 @@ def _partition(run: Run, out: Path) -> Result:
 
 def _outcome(folder: Path) -> Result:
     """What is compared of a run folder."""
-    found = _of_summary(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    result = _of_summary(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         metric = json.loads(line)
         if metric["kind"] == "calibration":
-            found |= {f"calibration {metric['round']}: {name}": repr(metric[name]) for name in OF_A_CALIBRATION}
-    return found
+            result |= {f"calibration {metric['round']}: {name}": repr(metric[name]) for name in OF_A_CALIBRATION}
+    return result
 
 
-def _of_summary(held: Mapping[str, Any]) -> Result:
-    found = {name: repr(held[name]) for name in OF_A_SUMMARY}
-    if held.get("privacy"):
-        found["epsilon"] = repr(held["privacy"]["epsilon"])
-    return found
+def _of_summary(summary: Mapping[str, Any]) -> Result:
+    result = {name: repr(summary[name]) for name in OF_A_SUMMARY}
+    if summary.get("privacy"):
+        result["epsilon"] = repr(summary["privacy"]["epsilon"])
+    return result
 
 
 MAKE = {"simulate": _simulate, "resume": _resume, "compare": _compare, "partition": _partition}
@@ -482,11 +482,11 @@ def _federate(run: Run, tree: Tree) -> Result:
     print(f"{tree.work.name}: federation, exit status {done.returncode}", file=sys.stderr, flush=True)
     if done.returncode:
         return {FAILED: f"exit status {done.returncode}: {done.stdout.strip().rpartition(chr(10))[2]}"}
-    found: Result = {}
+    result: Result = {}
     for folder, of in (("run", ""), ("simulated", "simulated ")):
-        held = json.loads((out / folder / "summary.json").read_text(encoding="utf-8"))
-        found |= {of + name: value for name, value in _of_summary(held).items()}
-    return found
+        summary = json.loads((out / folder / "summary.json").read_text(encoding="utf-8"))
+        result |= {of + name: value for name, value in _of_summary(summary).items()}
+    return result
 
 
 # --- what COMMIT gave, kept -----------------------------------------------------------------------
@@ -507,18 +507,18 @@ def kept(file: Path | None, commit: str, listed: Sequence[Run]) -> dict[str, Res
     """The results in a file that these runs of a commit would give again."""
     if file is None or not file.exists():
         return {}
-    held = json.loads(file.read_text(encoding="utf-8"))
-    if held["commit"] != commit or held["made_with"] != _place():
+    written = json.loads(file.read_text(encoding="utf-8"))
+    if written["commit"] != commit or written["made_with"] != _place():
         return {}
     words = {run.name: run.words for run in listed}
-    return {name: each["result"] for name, each in held["runs"].items() if words.get(name) == each["flags"]}
+    return {name: each["result"] for name, each in written["runs"].items() if words.get(name) == each["flags"]}
 
 
 def keep(file: Path, commit: str, listed: Sequence[Run], results: Mapping[str, Result]) -> None:
     """Write the results of runs that did not fail."""
     sound = [run for run in listed if run.name in results and FAILED not in results[run.name]]
-    held = {run.name: {"flags": run.words, "result": results[run.name]} for run in sound}
-    text = json.dumps({"commit": commit, "made_with": _place(), "runs": held}, indent=1)
+    records = {run.name: {"flags": run.words, "result": results[run.name]} for run in sound}
+    text = json.dumps({"commit": commit, "made_with": _place(), "runs": records}, indent=1)
     file.write_text(text + "\n", encoding="utf-8")
 
 
@@ -528,8 +528,8 @@ def keep(file: Path, commit: str, listed: Sequence[Run], results: Mapping[str, R
 def differences(then: Result, now: Result) -> dict[str, tuple[str, str]]:
     """Fields that are not equal, with both values; a run that failed in both trees has nothing that is equal."""
     names = dict.fromkeys([*then, *now])
-    found = {name: (then.get(name, "-"), now.get(name, "-")) for name in names}
-    return {name: pair for name, pair in found.items() if pair[0] != pair[1] or name == FAILED}
+    pairs = {name: (then.get(name, "-"), now.get(name, "-")) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] or name == FAILED}
 
 
 def shortened(result: Result) -> str:
@@ -547,10 +547,10 @@ def tell(listed: Sequence[Run], then: Mapping[str, Result], now: Mapping[str, Re
     lines = [f"{'run':<{width}}  {'':<9}  {'COMMIT':<12}  {'this tree':<12}"]
     for run in listed:
         here, there = now[run.name], then[run.name]
-        found = differences(there, here)
-        word = "DIFFERENT" if found else "equal"
+        differing = differences(there, here)
+        word = "DIFFERENT" if differing else "equal"
         lines.append(f"{run.name:<{width}}  {word:<9}  {shortened(there):<12}  {shortened(here):<12}")
-        lines += [f"    {name}: {one[:200]} | {other[:200]}" for name, (one, other) in found.items()]
+        lines += [f"    {name}: {one[:200]} | {other[:200]}" for name, (one, other) in differing.items()]
     return lines
 
 

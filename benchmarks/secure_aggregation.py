@@ -78,8 +78,8 @@ def a_round(scalars: np.ndarray, shares: int) -> tuple[np.ndarray, Nodes, float]
     began = time.process_time()
     SecAggPlusWorkflow(shares or 1.0, 0.6 if not shares else round(0.6 * shares), max_weight=1.0)(nodes, context)
     seconds = time.process_time() - began
-    held = compat.arrayrecord_to_parameters(context.state.array_records[MAIN_PARAMS_RECORD], True)
-    return parameters_to_ndarrays(held)[0], nodes, seconds
+    parameters = compat.arrayrecord_to_parameters(context.state.array_records[MAIN_PARAMS_RECORD], True)
+    return parameters_to_ndarrays(parameters)[0], nodes, seconds
 
 
 def measured(clients: int, steps: int, shares: int) -> dict[str, Any]:
@@ -107,18 +107,18 @@ def measured(clients: int, steps: int, shares: int) -> dict[str, Any]:
 def seeds() -> dict[str, float]:
     """Bits of a pairwise mask's seed that differ among 10,000 keys, and CPU time of a guess and of 2^28."""
     keys = [base64.urlsafe_b64encode(os.urandom(32)) for _ in range(10_000)]  # as generate_shared_key makes them
-    found = [np.bitwise_xor.reduce(np.frombuffer(key, "<u4")) for key in keys]  # as pseudo_rand_gen takes them
+    key_seeds = [np.bitwise_xor.reduce(np.frombuffer(key, "<u4")) for key in keys]  # as pseudo_rand_gen takes them
     assert all(
         pseudo_rand_gen(key, 1 << 32, [(4,)])[0].tolist()
         == np.random.RandomState(seed).randint(0, (1 << 32) - 1, (4,), dtype=np.int64).tolist()
-        for key, seed in zip(keys[:100], found[:100], strict=True)
+        for key, seed in zip(keys[:100], key_seeds[:100], strict=True)
     )
-    differing = np.bitwise_or.reduce(found) & ~np.bitwise_and.reduce(found)
+    differing = np.bitwise_or.reduce(key_seeds) & ~np.bitwise_and.reduce(key_seeds)
     generator, began = np.random.RandomState(), time.process_time()
-    for seed in found:
+    for seed in key_seeds:
         generator.seed(seed)
         generator.randint(0, (1 << 32) - 1, 2, dtype=np.int64)
-    guess_s = (time.process_time() - began) / len(found)
+    guess_s = (time.process_time() - began) / len(key_seeds)
     return {"bits": int(differing).bit_count(), "guess_us": guess_s * 1e6, "all_guesses_s": guess_s * 2**28}
 
 
@@ -133,12 +133,12 @@ def main() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0
     logging.getLogger("flwr").setLevel(logging.ERROR)
     rows = [measured(int(k), int(t), given.shares) for k in given.clients.split(",") for t in given.steps.split(",")]
-    found = seeds()
+    figures = seeds()
     result = {
         "name": "secure_aggregation",
         "ratio": rows[0]["up"] / (4 * rows[0]["steps"]),
         "rounds": rows,
-        "seed": found,
+        "seed": figures,
         "measured_on": "Flower's SecAgg+, its defaults but max_weight 1, scalars N(0, .5^2), in one process",
     }
     if given.json:
@@ -152,8 +152,8 @@ def main() -> None:
             f"{row['as_exact']:.2f} of the means are G's bits, {row['as_again']:.2f} the same when done again"
         )
     print(
-        f"of a pairwise mask's seed {found['bits']} bits differ; a guess takes {found['guess_us']:.1f} us, "
-        f"2^28 of them {found['all_guesses_s'] / 60:.0f} minutes"
+        f"of a pairwise mask's seed {figures['bits']} bits differ; a guess takes {figures['guess_us']:.1f} us, "
+        f"2^28 of them {figures['all_guesses_s'] / 60:.0f} minutes"
     )
     print(result["measured_on"])
 

@@ -61,8 +61,8 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
         labels = np.array([row["label"] for row in training])
     for count, at in enumerate(missing, 1):
         split, clients, seed = at
-        held = partition(split, training, clients, seed)
-        of_client = [ClientRows(k, rows, config.batch_size, seed) for k, rows in enumerate(held.rows)]
+        dealt = partition(split, training, clients, seed)
+        of_client = [ClientRows(k, rows, config.batch_size, seed) for k, rows in enumerate(dealt.rows)]
         z = Directions(run_key(seed), len(mask))
         server = ServerConfig(1, 1, 1, lr, number(config.eps), clients, clients, dict.fromkeys(range(clients), 1))
         state = ServerState(Replica(0, theta))
@@ -73,8 +73,8 @@ def calibrate(settings: dict[str, object], federations: Iterable[str], to: Path)
             files[at],
             g=scalars[..., 0],
             c=inner_products(mask.pretraining_gradient, plan, z)[:, 0],
-            extreme=np.array(held.extreme, dtype=int),
-            dist=np.stack([np.bincount(labels[rows], minlength=len(problem.labels)) for rows in held.rows]),
+            extreme=np.array(dealt.extreme, dtype=int),
+            dist=np.stack([np.bincount(labels[rows], minlength=len(problem.labels)) for rows in dealt.rows]),
         )
         say(f"{count} of {len(missing)}: {files[at].name}")
     return list(files.values())
@@ -89,18 +89,18 @@ def auc(extreme: list[float], others: list[float]) -> float:
 def judged(files: list[Path]) -> dict[str, Any]:
     """What both rules find, split by split, and the raw signals' areas."""
     rules = {"automatic": Vpcs(), "thresholds": Vpcs(rule="thresholds")}
-    found: dict[str, dict[str, Any]] = {}
+    splits: dict[str, dict[str, Any]] = {}
     signals: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("rho of |g|", "rho of GradIP")}
     skew: list[tuple[bool, float]] = []
     for file in files:
-        held = np.load(file)
+        arrays = np.load(file)
         split = file.name.split("-K")[0].partition("-")[2]
-        extreme, g = set(held["extreme"].tolist()), held["g"][..., None]
+        extreme, g = set(arrays["extreme"].tolist()), arrays["g"][..., None]
         traces = (
             {k: magnitude(row) for k, row in enumerate(g)},
-            {k: gradip(row, held["c"][:, None]) for k, row in enumerate(g)},
+            {k: gradip(row, arrays["c"][:, None]) for k, row in enumerate(g)},
         )
-        line = found.setdefault(split, {"federations": 0, "extreme": 0, "others": 0})
+        line = splits.setdefault(split, {"federations": 0, "extreme": 0, "others": 0})
         line["federations"] += 1
         line["extreme"] += len(extreme)
         line["others"] += len(g) - len(extreme)
@@ -114,10 +114,10 @@ def judged(files: list[Path]) -> dict[str, Any]:
                 for k, rho in zip(chosen.clients, chosen.rho_later, strict=True):
                     both[0 if k in extreme else 1].append(rho)
             if name == "automatic" and split.startswith("dirichlet"):
-                most = held["dist"].max(1) / held["dist"].sum(1)
+                most = arrays["dist"].max(1) / arrays["dist"].sum(1)
                 skew += [(k in flagged, float(most[k])) for k in range(len(g))]
     return {
-        "splits": found,
+        "splits": splits,
         "auc": {name: round(auc(*both), 4) for name, both in signals.items() if both[0]},
         "dirichlet": {
             "flagged": sum(is_flagged for is_flagged, _ in skew),
@@ -150,15 +150,15 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     federations, traces = arguments.pop("federations"), arguments.pop("traces")
     as_json = arguments.pop("json")
-    held = judged(calibrate(arguments, federations, traces))
-    splits = held["splits"]
+    figures = judged(calibrate(arguments, federations, traces))
+    splits = figures["splits"]
     result: dict[str, Any] = {
         "name": "selection",
         "ratio": rate(splits, "mixed", "automatic: found", "extreme"),
         "iid_flagged": rate(splits, "iid", "automatic: wrongly", "others"),
         "thresholds_found": rate(splits, "mixed", "thresholds: found", "extreme"),
         "thresholds_iid_flagged": rate(splits, "iid", "thresholds: wrongly", "others"),
-        **held,
+        **figures,
         "measured_on": f"{arguments.get('model', 'the embedded model')}, {len(splits)} kinds of split",
     }
     if as_json:
@@ -167,14 +167,14 @@ def main() -> None:
     print(f"single-label clients found, of those in mixed federations: {result['ratio']}")
     print(f"clients wrongly flagged, of those in IID federations:      {result['iid_flagged']}")
     print(f"the paper's rule at its defaults: {result['thresholds_found']} and {result['thresholds_iid_flagged']}")
-    print(f"area under the ROC curve, all mixed federations together: {held['auc']}")
+    print(f"area under the ROC curve, all mixed federations together: {figures['auc']}")
     for name, line in splits.items():
         print(
             f"  {name:>14}, {line['federations']:>2} federations: automatic {line['automatic: found']} of "
             f"{line['extreme']} found, {line['automatic: wrongly']} of {line['others']} others flagged; thresholds "
             f"{line['thresholds: found']} and {line['thresholds: wrongly']}"
         )
-    print(f"  under Dirichlet splits: {held['dirichlet']}")
+    print(f"  under Dirichlet splits: {figures['dirichlet']}")
 
 
 if __name__ == "__main__":

@@ -76,22 +76,22 @@ def main() -> None:
     memory, replies = [], 0
     with tempfile.TemporaryDirectory() as folder:
         keys = certify(Path(folder) / "keys", ["127.0.0.1"], nodes=0)
-        held = Coordinator(
+        coordinator = Coordinator(
             keys, count, FederationConfig.model_validate({"clients_minimum": count, "deadline_s": 300.0})
         )
-        tokens = [(client, held.admission.token(f"node {client}")) for client in range(count)]
+        tokens = [(client, coordinator.admission.token(f"node {client}")) for client in range(count)]
         spawn = multiprocessing.get_context("spawn")
         for first in range(arguments.processes):
-            own = (tokens[first :: arguments.processes], held.port, held.authority)
+            own = (tokens[first :: arguments.processes], coordinator.port, coordinator.authority)
             spawn.Process(target=sites, args=own, daemon=True).start()
-        list(held.rounds(1))
+        list(coordinator.rounds(1))
         began, cpu_began = time.perf_counter(), time.process_time()
         for _ in range(10):
-            replies += sum(len(record.scalars) for record in held.rounds(tenth))
+            replies += sum(len(record.scalars) for record in coordinator.rounds(tenth))
             memory.append(resident_mb())
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         files = len(list(Path("/proc/self/fd").iterdir()))
-        held.close()
+        coordinator.close()
         for process in multiprocessing.active_children():
             process.join()
     result = {

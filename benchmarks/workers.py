@@ -81,8 +81,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for batching in ("off", "auto"):
                 config = make_config(given | {"batching": batching})
-                found = measure(config, arguments.workers, arguments.repeats, Path(folder) / batching)
-                seconds |= {f"{way}, batching {batching}": times for way, times in found.items()}
+                by_way = measure(config, arguments.workers, arguments.repeats, Path(folder) / batching)
+                seconds |= {f"{way}, batching {batching}": times for way, times in by_way.items()}
     except MeerkatError as error:
         sys.exit(f"workers: {error}")
     medians = {way: statistics.median(times) for way, times in seconds.items()}

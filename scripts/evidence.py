@@ -58,10 +58,10 @@ this page from the runs in [docs/evidence/runs.csv](evidence/runs.csv), one line
   Where one setting is claimed to do as well as another, **holds** means that the whole interval is above -0.05,
   **fails** that it is below; `meerkat compare` is more lenient, and allows for the reference's own spread over seeds.
   *the same*: both sides are the same runs.
-- Intervals cover only what the seed changes: all runs of a model share their validation rows (300 rows give an accuracy to about
-  0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75). What
-  another factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)). Nothing
-  is corrected for the number of claims: among twenty intervals, one is off by chance. Numbers in brackets count
+- Intervals cover only what the seed changes: all runs of a model share their validation rows (300 rows give an accuracy
+  to about 0.05) and the rate that the first seed chose, among neighbours a factor apart (3; in sections 7 and 9 1.75).
+  What another factor would have chosen moves a mean by up to 0.3 on the topics and 0.06 on imdb-6m ([log](log.md)).
+  Nothing is corrected for the number of claims: among twenty intervals, one is off by chance. Numbers in brackets count
   settings.
 - Three seeds, 0 to 2, unless a table says otherwise; where there are more, both sides of a difference have them.
   `--seeds 0,1,2,3,4,5` makes their runs. Seeds were added where fewer had left claims undecided, and the intervals do

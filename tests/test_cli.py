@@ -81,6 +81,8 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--text-sequences", "1" + 30 * "0", "must be less than 2147483648"),
         ("--calibration-steps", "1" + 30 * "0", "must be less than 2147483648"),
         ("--max-length", "2", "leaves no prompt"),
+        ("--data", "/tmp/\udcff", "must be UTF-8; rename it"),
+        ("--sigma", "1e308", "--sigma 1e308: must be at most 1000000"),
         ("--chat-template", "yes", "--chat-template yes: must be 'off' or 'on'"),
         ("--chat-template", "on", "has no chat template; use off"),
         ("--held-back", "0.001", "leaves no rows on one side"),
@@ -100,7 +102,7 @@ def test_bad_values_are_told_in_one_line_and_nothing_is_written(
     [
         ("", "no rows"),
         ('{"sentence": "a", "label": 2}\n', "label 2 is out of range; task 'sst2' has labels 0 to 1"),
-        ('{"sentence": "a", "label": "great"}\n', "label 'great' is out of range"),
+        ('{"sentence": "a", "label": "great"}\n', "label 'great' must be a whole number, from 0 to 1"),
         ('{"text": "a", "label": 1}\n', "no field 'sentence', or no value in it (it has text, label)"),
         ("sentence\tlabel\n", "line 1: not JSON"),
     ],
@@ -287,6 +289,13 @@ def test_the_plan_is_told_in_plain_english(
     given = ["--clients", clients, "--rounds", "1", "--out", str(tmp_path / "run")]
     assert main([*simulate_arguments, *given]) == 0
     assert said in capsys.readouterr().err
+
+
+def test_text_with_a_zero_byte_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text('task = "a\\u0000b.toml"\n')
+    said = "task 'a\\x00b.toml': must be text in UTF-8, without zero bytes"
+    fails(["simulate", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run")], capsys, said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_survive_toml(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from federation import Setting
 from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
-from meerkat.algorithm.live_entries import count_live
+from meerkat.algorithm.live_entries import count_live, entries_that_move
+from meerkat.algorithm.precision import types_in_passes
+from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError
 from meerkat.federation.site_settings import Refused
 from meerkat.masks.baselines import magnitude_mask, random_mask
@@ -77,6 +79,16 @@ def test_entries_that_a_perturbation_leaves_as_they_are_do_not_count(
     with pytest.raises((Refused, MeerkatError)) as told:
         setting.site(0, data="no such folder", accepts={"mask_minimum": 50})
     assert ("not fit for the run" if taken else "were seen to change") in str(told.value)
+
+
+def test_entries_of_norms_move_in_half_precision_as_they_do_in_float32() -> None:
+    model = tiny_model("llama")
+    norms = {name: torch.arange(len(p)) for name, p in model.named_parameters() if p.dim() == 1}
+    mask = mask_of(model, norms)
+    theta = MaskedModel(model, mask).read()
+    moving = entries_that_move(mask, theta, 1e-3, types_in_passes(model, torch.bfloat16))
+    assert len(moving) == len(mask)
+    assert len(entries_that_move(mask, theta, 1e-3, dict.fromkeys(mask.entries, torch.bfloat16))) < len(mask)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.2, 5.0])

@@ -552,6 +552,15 @@ def test_a_given_mask_says_itself_how_it_was_chosen(
     assert not (tmp_path / "refused").exists()
 
 
+def test_exclude_is_the_same_in_any_order(arguments: list[str], tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    assert main(["mask", *_for_a_mask(arguments), "--exclude", "norms,embeddings", "--out", str(mask)]) == 0
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, exclude in zip(runs, ("embeddings,norms", "norms,embeddings,norms"), strict=True):
+        simulate(arguments, run, "--exclude", exclude, "--mask", str(mask), "--rounds", "1")
+    assert summary_of(runs[0])["theta_digest"] == summary_of(runs[1])["theta_digest"]
+
+
 def _for_a_mask(arguments: list[str]) -> list[str]:
     """Of a run's flags those that `meerkat mask` takes."""
     names = ("--model", "--text", "--density", "--text-sequences")

@@ -113,6 +113,30 @@ def scored(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[nn.Module, T
     return model, literal_scores(model, ROWS, tokenizer)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_padding_token_s_embedding_has_the_gradient_of_the_loss(
+    architecture: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Here, as in many models, the token that pads also begins every text."""
+    tiny_model(architecture).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    model = model.double()
+    ids, table = torch.tensor([[0, 5, 1, 9, 0]]), model.get_input_embeddings().weight.requires_grad_(True)
+    along = torch.zeros_like(table)
+    along[[0, 1]] = torch.randn(2, table.shape[1], generator=torch.Generator().manual_seed(0)).double()
+
+    def loss(by: float) -> Tensor:
+        with torch.no_grad():
+            table.add_(along, alpha=by)
+        value: Tensor = model(input_ids=ids).logits.logsumexp(-1).sum()
+        return value
+
+    (gradient,) = torch.autograd.grad(loss(0.0), table)
+    above, below = loss(1e-3), loss(-2e-3)
+    assert (gradient * along).sum().item() == pytest.approx((above - below).item() / 2e-3, rel=0.01)
+
+
 # --- scores ---
 
 

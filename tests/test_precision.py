@@ -17,7 +17,7 @@ from meerkat import seeds
 from meerkat.algorithm.directions import Directions, Place
 from meerkat.algorithm.estimators import PLAIN
 from meerkat.algorithm.perturbation import SIZES, PerturbationCurve, perturbation_curve
-from meerkat.algorithm.precision import cast_, weights_as
+from meerkat.algorithm.precision import cast_, types_in_passes, weights_as
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.cli import main
 from meerkat.export.model import apply_delta
@@ -89,6 +89,35 @@ def test_a_pass_is_autocast_but_for_its_logits(architecture: str) -> None:
     plain = model(input_ids=TOKENS[0][None]).logits
     assert 0 < (logits - plain).abs().max() < 0.05 * plain.abs().max()
     assert torch.equal(plain, tiny_model(architecture)(input_ids=TOKENS[0][None]).logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_the_output_layer_has_its_gradient_in_half_precision(architecture: str) -> None:
+    """It is widened for each pass, and backpropagation goes through what it is widened to."""
+    model = tiny_model(architecture).bfloat16()
+    exact, narrow = dict[str, Tensor](), dict[str, Tensor]()
+    for gradients, dtype in ((exact, torch.float32), (narrow, torch.bfloat16)):
+        with weights_as(model, dtype):
+            named = dict(model.named_parameters())
+            for parameter in named.values():
+                parameter.requires_grad_(True)
+            model(input_ids=TOKENS[0][None]).logits.square().mean().backward()
+            gradients.update(
+                {name: parameter.grad.float() for name, parameter in named.items() if parameter.grad is not None}
+            )
+            model.zero_grad()
+    assert exact.keys() == narrow.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in exact.items():
+        assert torch.cosine_similarity(gradient.flatten(), narrow[name].flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_types_in_passes_are_those_after_a_cast(architecture: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(architecture)
+        types = types_in_passes(model, dtype)
+        cast_(model, dtype)
+        assert types == {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

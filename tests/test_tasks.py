@@ -150,7 +150,7 @@ def with_eos(tokenizer: Any) -> Any:
 def without_bos(tokenizer: Any) -> Any:
     """The same tokenizer, putting nothing in front."""
     made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    made.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    made.post_processor = processors.processors.TemplateProcessing(single="$A", special_tokens=[])
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>", pad_token="<s>")
 
 
@@ -261,6 +261,14 @@ def test_a_prompt_is_the_user_s_message_and_the_label_begins_the_reply(chatty: A
         assert chatty.decode(candidate.targets) == label
 
 
+def test_an_empty_prompt_is_no_matter_of_length(tokenizer: Any) -> None:
+    bare = deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    task = Task("bare", "{text}{label}", ("yes", "no"), needs=("text",))
+    with pytest.raises(MeerkatError, match="a row of task 'bare' has an empty prompt; leave the row out"):
+        encode(task, [{"text": "", "label": 1}], bare, 128)
+
+
 def test_a_cut_leaves_what_the_chat_template_puts_around_the_message(chatty: Any) -> None:
     text = "the film it was " * 9
     [whole], [cut] = (encode(LETTERS, [{"text": text, "label": 0}], chatty, n, chat=True) for n in (500, 40))
@@ -333,6 +341,7 @@ LABELS = 'labels = ["a", "b"]\n'
         (LABELS + 'template = "{label} {text} {label}"', "once"),
         (LABELS + 'template = "{label!r} {text} {label}"', "template"),
         (LABELS + 'template = "{label:>9} {text} {label}"', "template"),
+        (LABELS + 'template = "{text} {label:} is {label}"', "names the field label twice"),
         (LABELS + 'template = "{text {label}"', "braces"),
         (LABELS + 'template = "text} {label}"', "braces"),
         (LABELS + 'template = "{text} {{label}"', "braces"),
@@ -389,6 +398,8 @@ def test_an_unknown_task_is_answered_with_those_there_are() -> None:
         ({"text": "x", "label": 1}, "it has text, label"),
         ({"sentence": "x", "label": 2}, "label 2 is out of range"),
         ({"sentence": "x", "label": -1}, "label -1 is out of range"),
+        ({"sentence": "x", "label": "1"}, "label '1' must be a whole number, from 0 to 1"),
+        ({"sentence": "x", "label": 1.0}, "label 1.0 must be a whole number"),
         ({"sentence": "x", "label": "1"}, "label '1'"),
         ({"sentence": "x", "label": "great"}, "label 'great'"),
         ({"sentence": "x", "label": True}, "label True"),

@@ -40,11 +40,11 @@ class Diagonal:
         squares, plan = torch.zeros_like(theta), update.plan
         for step, row in enumerate(update.aggregate):
             for z, g in zip(plan.along(step, directions), row, strict=True):
-                squares = squares + (z * float(g)) ** 2 / update.aggregate.size
+                squares = squares + (z * float(g)) ** 2 * (1 / update.aggregate.size)
         v = v * self.beta2 + squares * (1 - self.beta2)
         level = np.cumsum(v.cpu().numpy(), dtype=np.float64)[-1] / len(v)  # in one order: a device has its own
         descent = path.moved(torch.zeros_like(theta), update, directions)
-        return theta + descent / ((v / float(level)).sqrt() + self.tau), (v,)
+        return theta + descent / ((v * float(1 / level)).sqrt() + self.tau), (v,)
 
 
 def diagonal(settings: RunConfig) -> Diagonal:

@@ -27,6 +27,15 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErro
 """What a reader of a malformed file or message raises, wherever it first uses a value of the wrong kind."""
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8. Half a surrogate pair cannot: JSON allows it, tokenizers do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def in_short(error: Exception) -> str:
     """An error's type and message, in a line short enough to be quoted in another message."""
     text, kind = str(error), type(error).__name__

@@ -60,7 +60,8 @@ def stacked(losses: Sequence[Tensor]) -> Tensor:
     values = torch.stack(list(losses)).double().cpu()
     if not torch.isfinite(values).all():
         first = values.flatten()[~torch.isfinite(values.flatten())][0].item()
-        raise Diverged(f"the loss is {first} near theta; start a new run with a lower --lr, or with float32 weights")
+        cure = "start a new run with a lower --lr or --eps, or with float32 weights"
+        raise Diverged(f"the loss is {first} near theta; {cure}")
     return values
 
 

@@ -4,7 +4,7 @@ Some move none: a key's bias, in an attention layer without rotary positions, ad
 which softmax takes away again. A mask of many such entries and a few others is a mask of a few.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -25,15 +25,19 @@ _OPPOSITE = -0.5
 """The cosine below which two changes are opposite. By rounding alone it is near +.5: both share one term."""
 
 
-def entries_that_move(mask: SparseMask, theta: Tensor, eps: float, dtype: torch.dtype) -> SparseMask:
-    """The part of a mask that theta +- eps changes at all, once rounded to the type that the model multiplies in.
+def entries_that_move(mask: SparseMask, theta: Tensor, eps: float, types: Mapping[str, torch.dtype]) -> SparseMask:
+    """The part of a mask that theta +- eps changes at all, once rounded to the types that a pass computes with.
 
     Args:
         theta: the mask's values, float32 [n].
+        types: of each parameter, as `precision.types_in_passes` gives them.
     """
-    moves = ((theta + eps).to(dtype) != (theta - eps).to(dtype)).cpu()
-    parts = zip(mask.entries.items(), moves.split([count for _, count in mask.counts()]), strict=True)
-    entries = {name: (part.nonzero()[:, 0] if at is None else at[part]) for (name, at), part in parts if part.any()}
+    entries: dict[str, Tensor | None] = {}
+    parts = theta.split([count for _, count in mask.counts()])
+    for (name, at), values in zip(mask.entries.items(), parts, strict=True):
+        moves = ((values + eps).to(types[name]) != (values - eps).to(types[name])).cpu()
+        if moves.any():
+            entries[name] = moves.nonzero()[:, 0] if at is None else at[moves]
     shapes = {name: mask.shapes[name] for name in entries}
     return replace(mask, entries=entries, shapes=shapes, pretraining_gradient=None, theta_0=None)
 

@@ -32,9 +32,8 @@ def cast_(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ()) -> l
     Args:
         keep: names of weights that become float32, whatever the type.
     """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head, names = find_head() if find_head else None, {p: name for name, p in model.named_parameters()}
-    tables = {module for module in model.modules() if isinstance(module, nn.Embedding)} | ({head} if head else set())
+    head, tables = _tables(model)
+    names = {p: name for name, p in model.named_parameters()}
     in_tables = {parameter for module in tables for parameter in module.parameters()}
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -48,23 +47,45 @@ def cast_(model: nn.Module, dtype: torch.dtype, keep: Collection[str] = ()) -> l
     return [*widened, *_autocast(model, dtype), *(_autocast(head, dtype, enabled=False) if head else ())]
 
 
+def _tables(model: nn.Module) -> tuple[nn.Module | None, set[nn.Module]]:
+    """The output layer, None where there is none, and all tables of embeddings with it."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    return head, {module for module in model.modules() if isinstance(module, nn.Embedding)} | (
+        {head} if head else set()
+    )
+
+
+def types_in_passes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type that each parameter is rounded to in a pass, by name, once `cast_` has cast the model to `dtype`."""
+    of_tables = {parameter for table in _tables(model)[1] for parameter in table.parameters()}
+    types: dict[nn.Parameter, torch.dtype] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        multiplies = weight is not None and weight.dim() == 2
+        for parameter in module.parameters(recurse=False):
+            if dtype != torch.float32 and parameter in of_tables:
+                types[parameter] = parameter.dtype
+            else:
+                types.setdefault(parameter, dtype if multiplies else torch.float32)
+    return {name: types[parameter] for name, parameter in model.named_parameters()}
+
+
 def _widen(module: nn.Module) -> list[RemovableHandle]:
     """Read float32 from a table: embeddings are widened, the output layer for as long as its product takes."""
     if isinstance(module, nn.Embedding):
         return [module.register_forward_hook(lambda _, __, output: output.float())]
-    narrow: list[Any] = []
+    narrow: list[dict[str, nn.Parameter | None]] = []
 
     def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        narrow.append(
-            [(parameter, parameter.data) for parameter in module._parameters.values() if parameter is not None]
-        )
-        for parameter, data in narrow[-1]:
-            parameter.data = data.float()
+        narrow.append(dict(module._parameters))
+        for name, parameter in narrow[-1].items():
+            wide: Any = parameter if parameter is None else parameter.float()
+            module._parameters[name] = wide  # backpropagation goes through it
         return tuple(x.float() for x in inputs)
 
     def restore(*_: Any) -> None:
-        for parameter, data in narrow.pop():
-            parameter.data = data
+        module._parameters.update(narrow.pop())
 
     return [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
 

@@ -117,7 +117,8 @@ class FedDyn(_FromZero):
         (h,) = moments
         down = descent(theta, update, directions)
         h = h - down * (self.alpha * update.share)
-        return (theta + down) - h / self.alpha, (h,)
+        # by a tensor: on a GPU, to divide by a number is to multiply by its rounded reciprocal
+        return (theta + down) - h / torch.tensor(self.alpha, dtype=h.dtype, device=h.device), (h,)
 
 
 FEDAVG = FedAvg()

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from meerkat import __version__
 from meerkat.cli import outcomes, runs, sites
 from meerkat.cli.parser import Command, Parser, add_list
-from meerkat.errors import MeerkatError, RunFailed
+from meerkat.errors import MeerkatError, RunFailed, is_utf8
 
 ENTRY_POINTS = "meerkat.extensions"
 """The group of entry points by which installed packages name extensions."""
@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    for argument in sys.argv[1:] if argv is None else argv:
+        if not is_utf8(argument):
+            print(f"meerkat: argument {argument!r:.80}: must be UTF-8; rename it", file=sys.stderr)
+            return 2
     arguments = build_parser().parse_args(argv)
     status, message = 0, ""
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from meerkat.algorithm import path
 from meerkat.algorithm.client import local_steps
 from meerkat.algorithm.live_entries import entries_that_move
-from meerkat.algorithm.precision import DTYPES
+from meerkat.algorithm.precision import DTYPES, types_in_passes
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.zeroth_order import Loss, MaskedModel
@@ -72,8 +72,10 @@ class SiteClient:
         quantise_model(self.config, self._problem, self.mask)
         self.theta_0 = MaskedModel(self._problem.model, self.mask).read()
         if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
-            moving = entries_that_move(self.mask, self.theta_0, number(self.config.eps), DTYPES[self.config.dtype])
-            settings.check_live_entries(self.mask, moving, self._problem.model, _public_outputs(self._problem))
+            model = self._problem.model
+            types = types_in_passes(model, DTYPES[self.config.dtype])
+            moving = entries_that_move(self.mask, self.theta_0, number(self.config.eps), types)
+            settings.check_live_entries(self.mask, moving, model, _public_outputs(self._problem))
         if path.digest(self.theta_0) != offer.theta:
             raise MeerkatError(
                 f"model '{settings.model}': its values at the mask are not the coordinator's; use the same model"

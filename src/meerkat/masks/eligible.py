@@ -44,7 +44,8 @@ def largest(model: nn.Module, scores: Mapping[str, Tensor], density: float, scop
 
     Args:
         scores: of the eligible parameters, each of its parameter's shape.
-        scope: "global" takes ceil(u d) of them all, where d counts the whole model; "per-tensor" the share u of each.
+        scope: "global" takes ceil(u d) of them all, where d counts the whole model and u d is rounded as float64 is;
+            "per-tensor" takes the share u of each.
     """
     if scope == "global":
         total = sum(p.numel() for p in model.parameters())

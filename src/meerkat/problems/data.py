@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from meerkat.errors import DAMAGE, MeerkatError, in_short
+from meerkat.errors import DAMAGE, MeerkatError, in_short, is_utf8
 
 Row = Mapping[str, Any]
 """One row; where a problem has labels, its `label` is an index into them, counted from 0."""
@@ -50,15 +50,6 @@ def load_rows(source: str, split: str) -> list[Row]:
             f"data '{source}': no such folder; give one with train.jsonl and validation.jsonl, or a hub name"
         )
     return _from_hub(source, split)
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8. Half a surrogate pair cannot: JSON allows it, tokenizers do not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_jsonl(file: Path) -> list[Row]:

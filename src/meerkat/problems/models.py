@@ -61,9 +61,19 @@ def load_model(name: str, device: str = "cpu") -> tuple[nn.Module, Any]:
     except (RuntimeError, AssertionError) as error:
         raise MeerkatError(f"device '{device}': {str(error).splitlines()[0]}; use --device cpu") from None
     model.requires_grad_(False)
+    _learn_padding(model)
     if not _is_causal(model.eval(), name):
         raise MeerkatError(f"model '{name}': its tokens see later ones; give a causal language model")
     return model, tokenizer
+
+
+def _learn_padding(model: nn.Module) -> None:
+    """Let the padding token's embedding have a gradient: the same token often begins or ends a text, and moves."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            forward = type(module).forward
+            if forward is nn.Embedding.forward or "padding_idx" not in forward.__code__.co_names:
+                module.padding_idx = None
 
 
 def find_model(name: str) -> Source:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meerkat.errors import MeerkatError, in_short
-from meerkat.problems.data import Row, is_utf8
+from meerkat.errors import MeerkatError, in_short, is_utf8
+from meerkat.problems.data import Row
 
 Objective = Literal["classification", "language-modelling"]
 
@@ -148,6 +148,8 @@ def _fields(template: object, labels: object) -> tuple[str, ...]:
             raise ValueError(f"'{{{field}}}' in the template is not a field name")
         if spec or conversion:
             raise ValueError(f"field '{field}' of the template must stand alone in its braces")
+    if [field for _, field, _, _ in parts].count("label") != 1:
+        raise ValueError("the template names the field label twice; give it once, at the end")
     return tuple(dict.fromkeys(str(field) for _, field, _, _ in parts if field != "label"))
 
 
@@ -172,7 +174,11 @@ def check_rows(task: Task, rows: Sequence[Row], source: str) -> None:
         if odd := [field for field in task.needs if not _is_text(row[field])]:
             raise MeerkatError(f"{source}, row {number}: '{odd[0]}' must be text or a number, not {row[odd[0]]!r:.60}")
         label = row["label"]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(task.labels):
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise MeerkatError(
+                f"{source}, row {number}: label {label!r:.60} must be a whole number, from 0 to {len(task.labels) - 1}"
+            )
+        if not 0 <= label < len(task.labels):
             raise MeerkatError(
                 f"{source}, row {number}: label {label!r} is out of range; task '{task.name}' has labels "
                 f"0 to {len(task.labels) - 1} ({', '.join(task.labels)})"
@@ -289,6 +295,8 @@ def _cut_left(pieces: list[_LabelledText], max_length: int, task: Task) -> list[
         _LabelledText(p.ids[: p.start] + p.ids[p.start + excess :], p.start, p.end - excess, p.label_at - excess)
         for p in pieces
     ]
+    if not excess and any(p.label_at < 1 for p in cut):
+        raise MeerkatError(f"a row of task '{task.name}' has an empty prompt; leave the row out")
     if any(p.end <= p.start and excess for p in cut) or any(p.label_at < 1 for p in cut):
         raise MeerkatError(
             f"max_length {max_length} leaves no prompt before the labels of task '{task.name}'; use a larger one"

@@ -69,8 +69,9 @@ def given_mask(config: RunConfig, model: nn.Module) -> SparseMask:
             f"density {density:g}: mask '{config.mask}' has density {mask.density:g}; leave one of them out"
         )
     for name, chosen in chosen_by(mask).items():
-        if getattr(config, name) not in (chosen, RunConfig.model_fields[name].default):
-            asked, has = (_spelled(value) for value in (getattr(config, name), chosen))
+        given = getattr(config, name)
+        if given != RunConfig.model_fields[name].default and not _alike(given, chosen):
+            asked, has = _spelled(given), _spelled(chosen)
             raise MeerkatError(f"{name} {asked}: mask '{config.mask}' was made with {has}; leave one of them out")
     return mask
 
@@ -87,6 +88,10 @@ def chosen_by(mask: SparseMask) -> dict[str, Any]:
     if scope in get_args(Scope):
         chosen["mask_scope"] = scope
     return chosen
+
+
+def _alike(given: str | tuple[str, ...], chosen: str | tuple[str, ...]) -> bool:
+    return {*given} == {*chosen} if isinstance(given, tuple) else given == chosen
 
 
 def _spelled(value: str | tuple[str, ...]) -> str:

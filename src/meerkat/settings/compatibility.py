@@ -117,7 +117,13 @@ def idle(config: "RunConfig") -> dict[str, str]:
     cures: dict[str, str] = {}
     if config.attack == "none":
         cures |= dict.fromkeys(("attackers", "attack_scale"), "attack none; say which attack")
-    if config.stopping == "none" and config.dp != "example":
+    if config.attack == "label-flip":
+        cures["attack_scale"] = "attack label-flip; use another"
+    if config.recipe.moves in ("full", "lora"):
+        cures |= dict.fromkeys(("exclude", "mask_scope"), f"method {config.method}; use method meerkat")
+    if not config.recipe.sends_scalars:
+        cures["directions"] = f"method {config.method}; use one that sends scalars"
+    if config.stopping == "none":
         cures["missing_steps"] = "early_stop none; use method meerkat-vp"
     if config.dp == "none":
         cures |= dict.fromkeys(("dp_delta", "dp_clip", "dp_relation"), "dp none; use dp example or client")
@@ -127,7 +133,11 @@ def idle(config: "RunConfig") -> dict[str, str]:
     if config.clipping != "fixed":
         cures["clip_norm"] = f"clipping {config.clipping}; use clipping fixed"
     return {
-        name: f"{name} {value}: does nothing with {cure}, or leave it out"
+        name: f"{name} {_spelled(value)}: does nothing with {cure}, or leave it out"
         for name, cure in cures.items()
         if (value := getattr(config, name)) != type(config).model_fields[name].default
     }
+
+
+def _spelled(value: object) -> object:
+    return ",".join(value) or "none" if isinstance(value, tuple) else value

@@ -191,7 +191,7 @@ class CalibrationSettings(Settings):
     """rule thresholds: a client is extreme only if its ratio of initial to later mean |GradIP| is above this"""
     rho_quie: float = Field(0.5, ge=0, le=1)
     """rule thresholds: a client is extreme only if at least this share of its later steps is quiescent"""
-    sigma: _Positive = 0.25
+    sigma: Annotated[float, Field(gt=0, le=1e6)] = 0.25
     """rule thresholds: a step is quiescent under this share of clients' median initial mean |GradIP|"""
     missing_steps: MissingSteps = "zero"
     """what a client counts in local steps that it does not make: zero, as in the paper, which averages the clients'
@@ -219,7 +219,8 @@ class MachineSettings(Settings):
     micro_batch: int = Field(0, ge=0)
     """sequences in one forward pass, at most; 0 for any number"""
     tokens_per_pass: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """tokens in one forward pass, padded ones counted, at most; auto suits the device"""
+    """tokens in one forward pass, padded ones counted, at most; with batching off, of evaluations only; auto suits the
+    device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = AUTO
     """CPU threads of the forward passes; auto is torch's choice"""
     tracker: Literal["none", "tensorboard"] = "none"

@@ -5,16 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, is_utf8
 
 
 class Settings(BaseModel):
     """Settings from a file or from flags. A field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_written(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, str) and (not is_utf8(value) or "\0" in value):
+                raise ValueError(f"{name} {value!r:.80}: must be text in UTF-8, without zero bytes")
+        return values
 
 
 _M = TypeVar("_M", bound=BaseModel)
