@@ -73,7 +73,8 @@ class SiteClient:
         self.theta_0 = MaskedModel(self._problem.model, self.mask).read()
         if not goes_on and not settings.accepts.mask:  # one that the operator pinned is one they looked at
             model = self._problem.model
-            types = types_in_passes(model, DTYPES[self.config.dtype])
+            dtype = DTYPES[self.config.dtype]  # quantised layers multiply in it, and their weights are no parameters
+            types = dict.fromkeys(self.mask.entries, dtype) | types_in_passes(model, dtype)
             moving = entries_that_move(self.mask, self.theta_0, number(self.config.eps), types)
             settings.check_live_entries(self.mask, moving, model, _public_outputs(self._problem))
         if path.digest(self.theta_0) != offer.theta:
