@@ -92,7 +92,7 @@ def test_what_the_card_says_is_what_the_run_s_folder_says(run: Path, tmp_path: P
     assert tuned["base model"] == f"`model`, fingerprint `{mask.fingerprint}`"
     assert tuned["rounds"] == "6"
     assert tuned["local steps"] == "T = 2, P = 1 direction a step, batches of 4"
-    assert tuned["learning rate"] == "0.05, linear; perturbation 0.001"
+    assert (tuned["learning rate"], tuned["perturbation"]) == ("0.05, linear", "0.001")
     assert tuned["clients"] == "3, 3 asked each round"
     assert "Philox4x64-10" in tuned["directions"]
 
@@ -196,8 +196,27 @@ def test_a_lora_run_s_card(simulate_arguments: list[str], tmp_path: Path, form: 
     loaded = loaded_by_the_card(tmp_path / form, text)
     torch.testing.assert_close(loaded["logits"], logits_of(run), rtol=1e-4, atol=1e-4)
     assert ModelCard(text).data.library_name == library
+    assert "by zeroth-order federated fine-tuning of LoRA adapters with" in text
     assert facts(text, "The mask")["never moved"] == "`everything but the adapters`"
     assert ("fingerprint of the tuned model" in text) == (form == "merged")
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("fo-fedavg", "federated fine-tuning by backpropagation"),
+        ("full-fedzo", "zeroth-order federated fine-tuning"),
+        ("random-mask", "sparse zeroth-order federated fine-tuning"),
+    ],
+)
+def test_the_card_says_how_a_method_tunes(simulate_arguments: list[str], tmp_path: Path, method: str, way: str) -> None:
+    run = tmp_path / "run"
+    assert main([*simulate_arguments, "--method", method, "--rounds", "1", "--out", str(run)]) == 0
+    text = exported(run, tmp_path / "delta", "--form", "delta")
+    assert f"tuned for the task `sst2` by {way} with" in text.replace("\n", " ")
+    of_scalars = method != "fo-fedavg"
+    assert ("perturbation" in facts(text, "How it was tuned")) == of_scalars
+    assert ("zeroth-order-optimization" in (ModelCard(text).data.tags or [])) == of_scalars
 
 
 def test_the_embedded_model_s_card_loads_it_by_its_name(tmp_path: Path) -> None:

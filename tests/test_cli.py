@@ -1,9 +1,11 @@
 """What a person meets: help, errors in one line, exit statuses, JSON alone on standard output."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -289,6 +291,28 @@ def test_the_plan_is_told_in_plain_english(
     given = ["--clients", clients, "--rounds", "1", "--out", str(tmp_path / "run")]
     assert main([*simulate_arguments, *given]) == 0
     assert said in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_costs_no_outcome(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Sequence[Path], to: Path) -> list[Path]:
+        raise OSError(errno.ENOSPC, "No space left on device", str(to / "curves.png"))
+
+    monkeypatch.setattr("meerkat.report.draw_curves", full)
+    run = tmp_path / "run"
+    assert main([*simulate_arguments, "--rounds", "1", "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "A client sent at most 4 bytes a round, on average about 4 in all." in said
+    assert f"Picture: not written ({run / 'curves.png'}: No space left on device); 'meerkat report {run}'" in said
+
+
+def test_an_empty_list_of_signers_is_not_taken_for_none(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    fails(["verify", str(tmp_path / "run"), "--signers", ""], capsys, "--signers")
 
 
 def test_text_with_a_zero_byte_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

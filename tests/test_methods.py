@@ -552,6 +552,14 @@ def test_a_given_mask_says_itself_how_it_was_chosen(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_run_that_stops_otherwise_than_its_method_says_so(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As config.toml of another run asks: it has what `by-method` stood for there."""
+    simulate(arguments, tmp_path / "vp", "--rounds", "1", "--method", "meerkat-vp", "--early-stop", "none")
+    assert "note: early_stop is none as asked; method meerkat-vp by itself has vp" in capsys.readouterr().err
+
+
 def test_exclude_is_the_same_in_any_order(arguments: list[str], tmp_path: Path) -> None:
     mask = tmp_path / "mask.safetensors"
     assert main(["mask", *_for_a_mask(arguments), "--exclude", "norms,embeddings", "--out", str(mask)]) == 0

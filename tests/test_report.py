@@ -404,8 +404,10 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
         row(setting[0], [0.90, 0.92], rates=rates, best=True, wall_s=[4.0, 4.0]),
         *(row(setting[1], [0.80, None], rates=rates), row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
     ]
-    pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "verdict": "holds"}]
-    pairs.append({"setting": {"partition": "dirichlet:0.5"}, "mean": -0.02, "se": None, "verdict": "undecided"})
+    pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "limit": 0.01, "verdict": "holds"}]
+    pairs.append(
+        {"setting": {"partition": "dirichlet:0.5"}, "mean": -0.02, "se": None, "limit": None, "verdict": "undecided"}
+    )
     checks = [{"claim": "local_steps: 1 > 10", "verdict": "undecided", "differences": pairs}]
     checks[0] |= {"measure": "accuracy", "mean": 0.0042, "se": 0.011}
     for seed in range(2):

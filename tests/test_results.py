@@ -149,6 +149,7 @@ def test_a_claim_holds_fails_or_is_undecided_by_its_paired_differences(tmp_path:
     claim = verdict(tmp_path, [0.1, 0.2, 0.3])
     assert claim["mean"] == pytest.approx(0.2)
     assert claim["se"] == pytest.approx(0.1 / math.sqrt(3))
+    assert claim["limit"] == pytest.approx(2.920 * claim["se"], rel=1e-3)  # Student's t, two degrees of freedom
     assert claim["verdict"] == "holds"  # 0.2 > 2.92 * 0.0577
     assert verdict(tmp_path, [-0.1, -0.2, -0.3])["verdict"] == "fails"
     assert verdict(tmp_path, [0.1, 0.1, 0.4])["verdict"] == "undecided"  # 0.2 < 2.92 * 0.1

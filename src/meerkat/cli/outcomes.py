@@ -10,7 +10,7 @@ from meerkat.errors import MeerkatError
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     about = "public keys, a line each, that every reply must be signed with [default: the keys in the log]"
-    parser.add_argument("--signers", default="", metavar="FILE", help=about)
+    parser.add_argument("--signers", metavar="FILE", help=about)
     about = "a revoked key: its fingerprint, optionally with the round from which it is revoked, its .pub file, or a "
     add_list(parser, "--revoked", "KEY[@ROUND]|FILE", f"{about}file of such lines")
     about = "another folder of the same federation: is its log the same history, or do the two fork?"
@@ -25,7 +25,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     from meerkat.record.signatures import read_keys, read_revoked
     from meerkat.record.verification import verify
 
-    listed = read_keys(arguments.signers, "--signers") if arguments.signers else None
+    listed = read_keys(arguments.signers, "--signers") if arguments.signers is not None else None
     revoked = read_revoked(arguments.revoked, "--revoked")
     run = verify(arguments.folder, listed, revoked)
     if arguments.against is not None:

@@ -70,11 +70,15 @@ def _resuming(folder: Path) -> str:
 
 
 def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Path) -> None:
-    """Draw a finished run's picture and print its outcome."""
+    """Draw a finished run's picture and print its outcome, whether or not the picture can be written."""
     from meerkat.report import draw_curves, summary_in_words
 
-    picture, _ = draw_curves([folder], folder)
-    show(arguments, summary, summary_in_words(summary, folder), f"Picture: {picture}")
+    try:
+        drawn = f"Picture: {draw_curves([folder], folder)[0]}"
+    except OSError as error:
+        cure = f"'meerkat report {folder}' draws it again"
+        drawn = f"Picture: not written ({error.filename or folder}: {error.strerror or error}); {cure}"
+    show(arguments, summary, summary_in_words(summary, folder), drawn)
 
 
 # --- compare --------------------------------------------------------------------------------------

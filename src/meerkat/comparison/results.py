@@ -228,14 +228,16 @@ def _checked(check: Check, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _verdict(differences: Sequence[float], reference: Sequence[float] | None, check: Check) -> dict[str, Any]:
-    """Mean, standard error and verdict of paired differences. A run that diverged leaves it undecided.
+    """Mean, standard error, half of the 90% interval, and verdict of paired differences.
+
+    A run that diverged leaves it undecided.
 
     Args:
         reference: the reference's scores, seed by seed; None where several pairs are taken together.
     """
     if any(math.isnan(value) for value in differences) or len(differences) < 2:
         only = differences[0] if len(differences) == 1 and math.isfinite(differences[0]) else None
-        return {"mean": only, "se": None, "verdict": "undecided"}
+        return {"mean": only, "se": None, "limit": None, "verdict": "undecided"}
     level, error = mean(differences), stdev(differences) / math.sqrt(len(differences))
     limit = _T95.get(len(differences) - 1, 1.83) * error
     if check.equal:
@@ -243,7 +245,7 @@ def _verdict(differences: Sequence[float], reference: Sequence[float] | None, ch
         verdict = "holds" if abs(level) <= within else "fails" if abs(level) > limit else "undecided"
     else:
         verdict = "holds" if level > limit else "fails" if level < -limit else "undecided"
-    return {"mean": level, "se": error, "verdict": verdict}
+    return {"mean": level, "se": error, "limit": limit, "verdict": verdict}
 
 
 # --- the terminal ---------------------------------------------------------------------------------

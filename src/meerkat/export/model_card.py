@@ -26,6 +26,7 @@ from meerkat.run.metrics import EvaluationMetric
 from meerkat.run.sentences import clients_in_words, rate_in_words
 from meerkat.run.summary import without_budget
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
+from meerkat.settings.methods import Recipe
 
 Content = Literal["model", "delta", "adapters"]
 """What an exported folder holds besides its card."""
@@ -55,7 +56,7 @@ def model_card(
     kind = "a causal language model" if isinstance(problem, Classification) else "a torch module"
     opening = (
         f"# {base}, tuned for {task_name}\n\n"
-        f"{base} ({kind}), tuned for the task {task_name} by sparse zeroth-order federated fine-tuning with "
+        f"{base} ({kind}), tuned for the task {task_name} by {_way(run.config.recipe)} with "
         f"[Meerkat](https://arxiv.org/abs/2506.03337), method {_code(run.config.method)}. "
         f"This folder holds {_CONTENT_IN_WORDS[content]}. "
         f"Licence and languages are those of the base model and of the data; the run's record does not state them."
@@ -74,14 +75,23 @@ def model_card(
     return f"---\n{_front_matter(run, evaluations, content)}\n---\n\n{body}\n"
 
 
+def _way(recipe: Recipe) -> str:
+    """How a method tunes, in words."""
+    if not recipe.sends_scalars:
+        return "federated fine-tuning by backpropagation"
+    what = {"full": "zeroth-order federated fine-tuning", "lora": "zeroth-order federated fine-tuning of LoRA adapters"}
+    return what.get(recipe.moves, "sparse zeroth-order federated fine-tuning")
+
+
 def _front_matter(run: VerifiedRun, evaluations: Sequence[EvaluationMetric], content: Content) -> str:
     config = run.config
     data = "" if run.opening.federation else config.data.partition(":")[0]
     model = config.model if config.problem == CLASSIFICATION and config.model != EMBEDDED else ""
+    zeroth_order = ["zeroth-order-optimization"] if config.recipe.sends_scalars else []
     front_matter = ModelCardData(
         base_model=model if _is_hub_name(model) else None,
         library_name=_LIBRARIES[content],
-        tags=["meerkat", "federated-learning", "zeroth-order-optimization", f"method:{config.method}"],
+        tags=[*("meerkat", "federated-learning"), *zeroth_order, f"method:{config.method}"],
         datasets=[data] if _is_hub_name(data) else None,
         metrics=[one_line(evaluations[0].score)] if evaluations else None,
     )
@@ -169,7 +179,8 @@ def _tuning(run: VerifiedRun) -> str:
             "base model": f"{_base(config)}, fingerprint `{run.mask.fingerprint}`{adapters}",
             "rounds": f"{run.rounds:,}" + ("" if run.finished else f" of {config.rounds:,}: the run is not finished"),
             "local steps": f"T = {config.local_steps}, {steps}, batches of {config.batch_size}",
-            "learning rate": f"{rate_in_words(config)}, {config.lr_schedule}; perturbation {config.eps:g}",
+            "learning rate": f"{rate_in_words(config)}, {config.lr_schedule}",
+            "perturbation": f"{config.eps:g}" if zeroth_order else "",
             "weights' type": config.dtype,
             "frozen weights": ""
             if config.quantize == "none"

@@ -13,7 +13,7 @@ from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions, run_key
 from meerkat.algorithm.rounds import RoundRecord
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, UnknownName, in_short
-from meerkat.masks.sparse_mask import SparseMask
+from meerkat.masks.sparse_mask import MEASURED, SparseMask
 from meerkat.privacy.mechanism import Guarantee
 from meerkat.progress import one_line, track
 from meerkat.record.members import Members
@@ -66,6 +66,8 @@ class VerifiedRun:
     def not_checked(self, evaluated: bool = False) -> list[str]:
         """What stands in the folder and was not compared with anything; `evaluated`: scores were computed anew."""
         unchecked = ["metrics.jsonl", "pictures and reports"]
+        if {*MEASURED} & self.mask.facts.keys():
+            unchecked.append("what mask.safetensors says was measured")
         if self.opening.federation:
             unchecked.append("events.jsonl")
         if self.summary is None:

@@ -210,16 +210,16 @@ _VERDICTS = {"holds": (GREEN, "o"), "fails": (RED, "X"), "undecided": (MUTED, "s
 
 
 def differences(claim: Mapping[str, Any]) -> Figure:
-    """A claim's paired differences: a mark a setting, with two standard errors either way."""
+    """A claim's paired differences: a mark a setting, with its 90% interval."""
     pairs = [pair for pair in claim["differences"] if finite([pair["mean"]])]
     with drawing(4.4, 0.75 + 0.24 * max(len(pairs), 2)) as (figure, axes):
         axes.axvline(0, color=INK, lw=1)
         for place, pair in enumerate(pairs):
             colour, marker = _VERDICTS.get(pair["verdict"], _VERDICTS["undecided"])
-            error = 2 * sum(finite([pair["se"]]))
+            error = sum(finite([pair.get("limit")]))
             axes.errorbar(pair["mean"], place, xerr=error, color=colour, marker=marker, ms=5, lw=1.5, capsize=2.5)
         _rows_down(axes, [short(name, 34) for name in distinct_names([pair["setting"] for pair in pairs])])
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"difference in {claim['measure']}, two standard errors either way")
+        axes.set_xlabel(f"difference in {claim['measure']}, with its 90% interval")
     return figure

@@ -65,7 +65,7 @@ def _claim(page: Page, claim: Mapping[str, Any], name: str) -> None:
     if len(finite([pair["mean"] for pair in pairs])) < 2:
         page.add(html)
         return
-    caption = "One mark a setting, two standard errors either way; where these reach 0, there may be no difference."
+    caption = "One mark a setting, with its 90% interval (Student's t); where it reaches 0, there may be no difference."
     figure = CaptionedFigure(name, draw.differences(claim), "Differences", caption)
     page.figures(figure, before=f"<div>{html}</div>" if len(pairs) <= _FEW else "")
     if len(pairs) > _FEW:
@@ -164,6 +164,8 @@ def _curves(study: Study, panel: int, score: str) -> CaptionedFigure | None:
     several = max(len(row.get("runs", [])) for row in rows) > 1
     drawn = "lines are means over seeds, bands reach from the lowest to the highest" if several else "one run each"
     caption = f"{score.capitalize()} against rounds times T, without calibration: {drawn}."
+    if any(len(curve[1]) < len(row["seeds"]) for row in rows if (curve := study.curves(row, score)) is not None):
+        caption += " Some seeds are not drawn: their run folders are not here."
     title = _titled(f"{score.capitalize()} over local steps", name)
     return CaptionedFigure(f"{study.stem}-{file_name(score)}-{panel + 1}", figure, title, caption)
 

@@ -60,8 +60,8 @@ def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
             f"{summary['method']} on {summary['task'] or summary['problem']}: {score} {before} before, "
             f"{after} after {summary['rounds']} rounds, on {_EVALUATED_ON[summary['evaluated_on']]}.",
             _moved(summary),
-            f"Each client sent {summary['payload_bytes_up_per_client_round']} bytes a round, about {sent:,.0f} in "
-            f"all{calibration}. {_dense(summary)}",
+            f"A client sent at most {summary['payload_bytes_up_per_client_round']} bytes a round, on average about "
+            f"{sent:,.0f} in all{calibration}. {_dense(summary)}",
             *_privacy(summary),
             f"Run folder: {folder}",
         ]

@@ -95,6 +95,9 @@ def begin(config: RunConfig, out: Path, problem: Problem, sizes: Sequence[int] =
     """
     budget.check_countable(config)
     check_tracker(config.tracker)
+    if config.stopping != config.recipe.early_stop:
+        usual = f"method {config.method} by itself has {config.recipe.early_stop}"
+        say(f"note: early_stop is {config.stopping} as asked; {usual}")
     if config.stopping != "none" and config.local_steps == 1:
         say("note: at --local-steps 1 every client makes one step a round: nobody is calibrated or stopped early")
     mask = make_mask(config, problem)
