@@ -404,6 +404,22 @@ def test_attacks_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
         (("--dp-clip", "0.5"), "dp_clip 0.5: does nothing with dp none; use dp example or client, or leave it out"),
         (("--dp-delta", "1e-6"), "dp_delta 1e-06: does nothing with dp none"),
         (("--dp-relation", "replace"), "dp_relation replace: does nothing with dp none"),
+        (("--server-beta1", "0.5"), "server_beta1 0.5: does nothing with update_rule sgd; use adam, or leave it out"),
+        (
+            ("--update-rule", "momentum", "--server-tau", "1e-3"),
+            "server_tau 0.001: does nothing with update_rule momentum; use adam, or leave it out",
+        ),
+        (("--feddyn-alpha", "0.1"), "feddyn_alpha 0.1: does nothing with method meerkat; use method feddyn, or leave"),
+        (("--recalibrate-every", "2"), "recalibrate_every 2: does nothing with early_stop none; use method meerkat-vp"),
+        (("--rho-later", "3"), "rho_later 3.0: does nothing with early_stop none"),
+        (("--calibration-steps", "70"), "calibration_steps 70: does nothing with early_stop none"),
+        (
+            ("--method", "meerkat-vp", "--sigma", "0.5"),
+            "sigma 0.5: does nothing with vpcs_rule automatic; use thresholds, or leave it out",
+        ),
+        (("--method", "fo-fedavg", "--eps", "0.01"), "eps 0.01: does nothing with method fo-fedavg"),
+        (("--method", "fo-fedavg", "--max-step-norm", "5"), "max_step_norm 5.0: does nothing with method fo-fedavg"),
+        (("--method", "fo-fedavg", "--estimator", "one-sided"), "estimator one-sided: does nothing with method fo-"),
     ],
 )
 def test_a_new_run_with_a_setting_that_does_nothing_is_refused(
@@ -431,6 +447,12 @@ def test_a_setting_that_does_nothing_is_taken_at_its_default_and_of_a_run_that_h
     (tmp_path / "o" / "summary.json").unlink()
     for command in ("resume", "verify", "report"):
         assert main([command, str(tmp_path / "o")]) == 0
+
+
+def test_what_a_run_s_config_says_that_does_nothing_is_taken(simulate_arguments: list[str], tmp_path: Path) -> None:
+    exact = [*simulate_arguments, "--method", "fo-fedavg", "--dtype", "bfloat16", "--rounds", "1"]
+    assert main([*exact, "--out", str(tmp_path / "one")]) == 0
+    assert main(["simulate", str(tmp_path / "one" / "config.toml"), "--out", str(tmp_path / "two")]) == 0
 
 
 def test_a_run_says_who_attacks_and_how_replies_become_one(

@@ -315,6 +315,15 @@ def test_an_empty_list_of_signers_is_not_taken_for_none(
     fails(["verify", str(tmp_path / "run"), "--signers", ""], capsys, "--signers")
 
 
+def test_a_text_that_is_not_there_is_refused_where_a_mask_leaves_it_unread(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "one")]) == 0
+    again = [*simulate_arguments, "--mask", str(tmp_path / "one" / "mask.safetensors"), "--eps", "1e-3"]
+    fails([*again, "--text", "/no/text", "--out", str(tmp_path / "two")], capsys, "text '/no/text': No such file")
+    assert not (tmp_path / "two").exists()
+
+
 def test_text_with_a_zero_byte_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.toml").write_text('task = "a\\u0000b.toml"\n')
     said = "task 'a\\x00b.toml': must be text in UTF-8, without zero bytes"

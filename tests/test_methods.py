@@ -34,11 +34,9 @@ from meerkat.run.split import evenly, training_and_evaluation_rows
 from meerkat.settings.methods import METHODS
 
 ROUNDS, STEPS, CLIENTS, CALIBRATION = 3, 2, 3, 12
-SMALL = (
-    *("--rounds", str(ROUNDS), "--local-steps", str(STEPS), "--eval-every", "0", "--text-sequences", "3"),
-    *("--calibration-steps", str(CALIBRATION), "--initial-steps", "4", "--later-steps", "4"),
-)
-SOME = ("--vpcs-rule", "thresholds", "--rho-later", "0.62", "--rho-quie", "0")
+SMALL = ("--rounds", str(ROUNDS), "--local-steps", str(STEPS), "--eval-every", "0", "--text-sequences", "3")
+SHORT = ("--calibration-steps", str(CALIBRATION), "--initial-steps", "4", "--later-steps", "4")
+SOME = (*SHORT, "--vpcs-rule", "thresholds", "--rho-later", "0.62", "--rho-quie", "0")
 """A rule under which one of the three clients is extreme at first."""
 
 RUNS: dict[str, tuple[str, ...]] = {
@@ -53,7 +51,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fo-fedavg by adam": ("--method", "fo-fedavg", "--server-optimizer", "adam", "--lr", "0.1"),
     "feddyn that stops early": ("--method", "feddyn", "--early-stop", "vp", *SOME, "--clients-per-round", "2"),
     "vp that leaves missing steps out": ("--method", "meerkat-vp", *SOME, "--missing-steps", "left-out"),
-    "vp by momentum": ("--early-stop", "vp", "--server-optimizer", "momentum"),
+    "vp by momentum": ("--early-stop", "vp", *SHORT, "--server-optimizer", "momentum"),
 }
 
 
@@ -555,7 +553,6 @@ def test_a_given_mask_says_itself_how_it_was_chosen(
 def test_a_run_that_stops_otherwise_than_its_method_says_so(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As config.toml of another run asks: it has what `by-method` stood for there."""
     simulate(arguments, tmp_path / "vp", "--rounds", "1", "--method", "meerkat-vp", "--early-stop", "none")
     assert "note: early_stop is none as asked; method meerkat-vp by itself has vp" in capsys.readouterr().err
 

@@ -278,7 +278,7 @@ def test_the_scores_of_a_run_are_those_of_its_model(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("method", ["meerkat-vp", "weight-magnitude", "task-mask", "feddyn", "fo-fedavg"])
 def test_every_method_runs_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
-    options = ["--method", method, "--rounds", "2", "--local-steps", "2", "--calibration-steps", "60", "--lr", "1e-3"]
+    options = ["--method", method, "--rounds", "2", "--local-steps", "2", "--lr", "1e-3"]
     summary = simulated(capsys, tmp_path / "run", [*RUN, *options])
     assert main(["verify", str(tmp_path / "run")]) == 0
     assert summary["method"] == method

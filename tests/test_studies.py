@@ -146,6 +146,9 @@ SIX = ("clients", "local_steps", "directions", "batch_size", "micro_batch", "eva
         ("seeds = [1, 1]", "each seed may stand there once"),
         ("total_steps = 10\nlocal_steps = [1, 4]", "must be a multiple of every local_steps, such as 4"),
         ("total_steps = -1", "total_steps -1"),
+        ("total_steps = 0", "total_steps 0: must be at least 1"),
+        ('feddyn_alpha = 0.1\nmethod = ["meerkat", "lora-fedzo"]', "feddyn_alpha 0.1: does nothing with method"),
+        ("feddyn_alpha = [0.1, 0.001]", "feddyn_alpha 0.1: does nothing with method meerkat; use method feddyn"),
         ("total_steps = 10\nrounds = 5", "rounds and total_steps are given"),
         ("held_back = 0.3", "learning rates are chosen on held-back rows"),
         ("held_back = 0.3\nlr = ['search', 0.1]", "learning rates are chosen on held-back rows"),
@@ -179,6 +182,15 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path: Path, text: str, 
         read(tmp_path, text)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_setting_may_do_nothing_in_some_runs_and_a_file_s_own_in_all_that_flags_leave(tmp_path: Path) -> None:
+    text = 'feddyn_alpha = 0.1\nmethod = ["meerkat", "feddyn"]'
+    read(tmp_path, text)
+    read(tmp_path, text, method=["meerkat"])
+    read(tmp_path, '[[study]]\nname = "a"\n[[study]]\nname = "b"\nmethod = "feddyn"', feddyn_alpha="0.1")
+    with pytest.raises(MeerkatError, match=r"feddyn_alpha 0\.1: does nothing with method meerkat"):
+        read(tmp_path, text, method=["meerkat"], feddyn_alpha="0.1")
 
 
 def test_a_short_form_needs_saying_what_it_is(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Any setting of a run may be given as a list: it is then an axis, and a study's s
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ class Study(Settings):
     axes: dict[str, list[Any]]
     shared: dict[str, Any]
     """Settings of all cells."""
-    total_steps: int = Field(0, ge=0)
+    total_steps: int = Field(0, ge=1)
     check: list[Check] = Field([])
 
     def settings(self) -> list[Setting]:
@@ -149,15 +149,29 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
     comparison = validate(Comparison, {"studies": studies, **for_all}, f"config '{file}': " if file else "--")
     if len({study.name for study in studies}) < len(studies):
         raise MeerkatError(f"config '{file}': two studies have the same name; give each its own")
+    configs = []
     for study in studies:
         for setting in study.settings():
-            config = study.config(setting, comparison.seeds[0])
+            configs.append(config := study.config(setting, comparison.seeds[0]))
             if study.searches(setting) and config.held_back:
                 raise MeerkatError(
                     f"study '{study.name}': held_back {config.held_back:g}: learning rates are chosen on held-back "
                     "rows, which runs must not be judged on as well; leave it out ('search' says how many), or give lr"
                 )
+    _check_none_idle(configs, given)
     return comparison
+
+
+def _check_none_idle(configs: Sequence[RunConfig], flags: Collection[str]) -> None:
+    """Raise MeerkatError for a setting that no run uses. Flags may leave the file's own settings without use."""
+    idle = [config.idle() for config in configs]
+    for name, line in {name: line for lines in idle for name, line in lines.items()}.items():
+        default = RunConfig.model_fields[name].default
+        used = any(
+            getattr(config, name) != default for config, lines in zip(configs, idle, strict=True) if name not in lines
+        )
+        if not used and (name in flags or not flags):
+            raise MeerkatError(line)
 
 
 def _with_quick(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]:
@@ -176,7 +190,7 @@ def _of_studies(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Settings overridden by others; `rounds` and `total_steps` say the same thing, so that each overrides both."""
     lower, upper = with_names_of_today(lower), with_names_of_today(upper)
-    dropped = "rounds" if upper.get("total_steps") else "total_steps" if "rounds" in upper else None
+    dropped = "rounds" if "total_steps" in upper else "total_steps" if "rounds" in upper else None
     merged = {name: value for name, value in lower.items() if name != dropped} | upper
     if isinstance(lower.get("search"), dict) and isinstance(upper.get("search"), dict):
         merged["search"] = {**lower["search"], **upper["search"]}

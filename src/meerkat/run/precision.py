@@ -47,8 +47,9 @@ def with_precision(config: RunConfig, problem: Problem, mask: SparseMask) -> tup
         config = config.model_copy(update={"dtype": fitting_dtype(config, problem.model)})
     if config.eps != "auto":
         return config, without_curve(mask)
-    eps = config.recipe.eps if config.dtype == "float32" else _IN_HALF_PRECISION
-    public = problem.public() if config.recipe.sends_scalars else None
+    scalars = config.recipe.sends_scalars  # without them, eps is read by nobody
+    eps = config.recipe.eps if config.dtype == "float32" or not scalars else _IN_HALF_PRECISION
+    public = problem.public() if scalars else None
     if public is None or not public.rows:
         return config.model_copy(update={"eps": eps}), without_curve(mask)
     curve, mask = _measured(config, problem, mask, public.rows)

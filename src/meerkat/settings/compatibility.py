@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from meerkat.settings.auto import AUTO
+from meerkat.settings.groups import CalibrationSettings
 
 if TYPE_CHECKING:
     from meerkat.settings.config import RunConfig
@@ -122,9 +123,19 @@ def idle(config: "RunConfig") -> dict[str, str]:
     if config.recipe.moves in ("full", "lora"):
         cures |= dict.fromkeys(("exclude", "mask_scope"), f"method {config.method}; use method meerkat")
     if not config.recipe.sends_scalars:
-        cures["directions"] = f"method {config.method}; use one that sends scalars"
+        unused = ("estimator", "directions", "eps", "max_step_norm")
+        cures |= dict.fromkeys(unused, f"method {config.method}; use one that sends scalars")
+    if config.recipe.client != "feddyn":
+        cures["feddyn_alpha"] = f"method {config.method}; use method feddyn"
+    if config.update_rule == "momentum":
+        cures |= dict.fromkeys(("server_beta2", "server_tau"), "update_rule momentum; use adam")
+    if config.update_rule == "sgd":
+        cures |= dict.fromkeys(("server_beta1", "server_beta2", "server_tau"), "update_rule sgd; use adam")
+    if config.vpcs_rule == "automatic":
+        cures |= dict.fromkeys(("rho_later", "rho_quie", "sigma"), "vpcs_rule automatic; use thresholds")
     if config.stopping == "none":
-        cures["missing_steps"] = "early_stop none; use method meerkat-vp"
+        names = [name for name in CalibrationSettings.model_fields if name not in ("early_stop", "gradip")]
+        cures |= dict.fromkeys(names, "early_stop none; use method meerkat-vp")
     if config.dp == "none":
         cures |= dict.fromkeys(("dp_delta", "dp_clip", "dp_relation"), "dp none; use dp example or client")
     if not config.rule.needs_f:
@@ -132,10 +143,11 @@ def idle(config: "RunConfig") -> dict[str, str]:
         cures["byzantine"] = f"aggregation {config.aggregation} and mixing none; {rules}"
     if config.clipping != "fixed":
         cures["clip_norm"] = f"clipping {config.clipping}; use clipping fixed"
+    usual = {"eps": config.recipe.eps}  # which config.toml of a run has for auto
     return {
         name: f"{name} {_spelled(value)}: does nothing with {cure}, or leave it out"
         for name, cure in cures.items()
-        if (value := getattr(config, name)) != type(config).model_fields[name].default
+        if (value := getattr(config, name)) not in (type(config).model_fields[name].default, usual.get(name))
     }
 
 
