@@ -557,6 +557,19 @@ def test_a_run_that_stops_otherwise_than_its_method_says_so(
     assert "note: early_stop is none as asked; method meerkat-vp by itself has vp" in capsys.readouterr().err
 
 
+def test_another_method_than_a_run_s_stops_as_it_does_by_itself(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(arguments, tmp_path / "one", "--rounds", "1", "--local-steps", "2")
+    assert 'early_stop = "by-method"' in (tmp_path / "one" / "config.toml").read_text()
+    capsys.readouterr()
+    file = str(tmp_path / "one" / "config.toml")
+    assert main(["simulate", file, "--method", "meerkat-vp", "--out", str(tmp_path / "vp")]) == 0
+    said = capsys.readouterr().err
+    assert "calibrating 3 clients" in said
+    assert "early_stop" not in said
+
+
 def test_exclude_is_the_same_in_any_order(arguments: list[str], tmp_path: Path) -> None:
     mask = tmp_path / "mask.safetensors"
     assert main(["mask", *_for_a_mask(arguments), "--exclude", "norms,embeddings", "--out", str(mask)]) == 0

@@ -779,6 +779,10 @@ def test_what_is_left_open_again_is_what_the_run_began_with(tmp_path: Path) -> N
     _check_same(given, asked, folder)
     elsewhere = {"threads": 99, "tokens_per_pass": 7, "device": "cuda:3"}  # what another machine fills in
     _check_same(given, asked.model_copy(update=elsewhere), folder)
+    before = asked.model_copy(update={**numbers, "early_stop": "none"})  # as an earlier version wrote by-method down
+    _check_same(given, asked, RunFolder.create(tmp_path / "before", before))
+    with pytest.raises(MeerkatError, match="began with early_stop 'none', not 'vp'"):
+        _check_same(given, asked.model_copy(update={"early_stop": "vp"}), folder)
     changes = {**dict.fromkeys(left - {"dtype"}, 0.25), **elsewhere}
     for name, value in changes.items():
         with pytest.raises(MeerkatError, match=f"began with {name} .*, not {value!r}"):

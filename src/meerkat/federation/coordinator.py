@@ -103,7 +103,9 @@ def _outcome(folder: RunFolder) -> dict[str, Any] | None:
 
 def _check_same(given: RunConfig, config: RunConfig, folder: RunFolder) -> None:
     """Raise MeerkatError where a setting that is given, filled in in `config`, is not what the run began with."""
-    began, left_open = folder.config(), {name for name in _MAY_DIFFER if getattr(given, name) == AUTO}
+    # config.toml of an earlier version says what by-method stood for
+    config, began = (each.model_copy(update={"early_stop": each.stopping}) for each in (config, folder.config()))
+    left_open = {name for name in _MAY_DIFFER if getattr(given, name) == AUTO}
     for name, value in config.model_dump().items():
         if name not in ("density", "held_back", *left_open) and value != (then := getattr(began, name)):
             _refuse_change(folder, f"{name} {then!r}, not {value!r}")

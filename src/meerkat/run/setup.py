@@ -43,7 +43,6 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     filled = {
         "task": task,
         "clients_per_round": config.clients_per_round or config.clients,
-        "early_stop": config.stopping,
         "server_lr": _server_lr(config),
     }
     config = config.model_copy(update=filled)
