@@ -315,6 +315,31 @@ def test_an_empty_list_of_signers_is_not_taken_for_none(
     fails(["verify", str(tmp_path / "run"), "--signers", ""], capsys, "--signers")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["simulate", "--out", ""], "meerkat simulate: error: argument --out: is empty; give a value, or leave it out"),
+        (["simulate", "--mask="], "argument --mask: is empty"),
+        (["simulate", ""], "argument CONFIG.toml: is empty"),
+        (["compare", "--out", ""], "argument --out: is empty"),
+        (["compare", "--evidence", ""], "argument --evidence: is empty"),
+        (["export", "run", "--to", ""], "argument --to: is empty"),
+        (["certify", "--host", "a", "--out", ""], "argument --out: is empty"),
+        (["doctor", "site.toml", "--connect", ""], "argument --connect: is empty"),
+    ],
+)
+def test_nothing_empty_is_taken_for_a_default(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails(arguments, capsys, said)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_text_that_is_not_there_is_refused_where_a_mask_leaves_it_unread(
     simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +347,21 @@ def test_a_text_that_is_not_there_is_refused_where_a_mask_leaves_it_unread(
     again = [*simulate_arguments, "--mask", str(tmp_path / "one" / "mask.safetensors"), "--eps", "1e-3"]
     fails([*again, "--text", "/no/text", "--out", str(tmp_path / "two")], capsys, "text '/no/text': No such file")
     assert not (tmp_path / "two").exists()
+
+
+def test_an_interrupt_while_the_command_line_loads_ends_quietly() -> None:
+    program = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "meerkat.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from meerkat.__main__ import main
+sys.exit(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "meerkat: interrupted\n")
 
 
 def test_text_with_a_zero_byte_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

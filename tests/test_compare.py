@@ -395,14 +395,16 @@ def test_what_cannot_be_met_is_refused_before_anything_is_written(
     ("flags", "said"),
     [
         (["--methods", "meerkat,sgd"], "method sgd: must be 'meerkat'"),
-        (["--methods", ""], "must be 'meerkat'"),
-        (["--seeds", ""], "--seeds : must be whole numbers"),
+        (["--methods", ","], "must be 'meerkat'"),
+        (["--seeds", ","], "--seeds ,: must be whole numbers"),
         (["--seeds", "0;1"], "--seeds 0;1: must be whole numbers"),
         (["--seeds", "0,0"], "each seed may stand there once"),
         (["--local-steps", "1,3"], "must be a multiple of every local_steps, such as 3"),
         (["--jobs", "-1"], "--jobs -1: must be 1 or more"),
         (["--studies", "masks"], "--studies masks: no study is called 'masks'; give comparison"),
-        (["--studies", ""], "no study is called ''; give comparison"),
+        (["--studies", ","], "no study is called ''; give comparison"),
+        (["--total-steps", "0"], "total_steps 0: must be at least 1"),
+        (["--server-tau", "1e-3"], "server_tau 0.001: does nothing with update_rule sgd"),
     ],
 )
 def test_flags_that_cannot_be_met_are_refused(

@@ -68,13 +68,13 @@ def _keygen(arguments: argparse.Namespace) -> None:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="a site.toml or a federation.toml")
-    parser.add_argument("--connect", default="", metavar="HOST:PORT", help="for a site: try a TLS handshake there")
+    parser.add_argument("--connect", metavar="HOST:PORT", help="for a site: try a TLS handshake there")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from meerkat.federation.doctor import examine, in_lines, raise_if_failed
 
-    outcome = examine(arguments.file, arguments.connect)
+    outcome = examine(arguments.file, arguments.connect or "")
     show(arguments, outcome, *in_lines(outcome))
     raise_if_failed(outcome)
 
