@@ -1,5 +1,7 @@
 """Certificates and node keys: judged by real TLS handshakes, and by what a second authority makes of them."""
 
+import errno
+import os
 import socket
 import ssl
 import stat
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import full_disk
+from test_cli import fails
 
 pytest.importorskip("cryptography")
 
@@ -16,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from meerkat.cli import main
 from meerkat.errors import MeerkatError
 from meerkat.federation.certificates import (
     Pair,
@@ -136,6 +140,36 @@ def test_of_a_pair_of_which_one_is_there_neither_is_written(tmp_path: Path) -> N
     assert not (tmp_path / "site.key").exists()
     (tmp_path / "site.pub").unlink()
     assert make_signing_key(tmp_path / "site.key").public.exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_full_disk_cut_short_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    def full(_: Path) -> Pair:
+        assert (out / "server.key").exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "a" / "pki"
+    if there:
+        out.mkdir(parents=True)
+    arguments = ["certify", "--host", "localhost", "--nodes", "1", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr("meerkat.federation.certificates.make_node_key", full)
+        fails(arguments, capsys, f"{out}: No space left on device; make room, or give another --out", status=1)
+    assert [*tmp_path.rglob("*")] == ([tmp_path / "a", out] if there else [])
+    assert main(arguments) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    fails(
+        ["certify", "--host", "a", "--out", str(tmp_path / "file" / "x")], capsys, "cannot be written to; give another"
+    )
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    fails(["certify", "--host", "a", "--out", str(tmp_path / "x")], capsys, f"'{tmp_path}' cannot be written to")
 
 
 def test_of_a_pair_that_the_disk_refuses_nothing_is_left(tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ def test_another_file_is_refused_in_one_line_and_left_as_it_is(
 def test_a_file_in_no_folder_is_refused(federation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, settings(federation) + GRID, "--evidence", str(tmp_path / "no" / "runs.csv"))) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main(command(tmp_path, settings(federation) + GRID, "--evidence", str(tmp_path))) == 2
+    assert capsys.readouterr().err.endswith("is a folder; give a .csv file, which need not exist yet\n")
     assert not (tmp_path / "out").exists()
 
 

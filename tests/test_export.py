@@ -119,6 +119,12 @@ def test_an_export_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "taken" / "x").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_made_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["export", str(run), "--to", str(tmp_path / "file" / "x")]) == 2
+    assert f"'{tmp_path / 'file'}' cannot be written to; give another folder" in capsys.readouterr().err
+
+
 def test_evaluate_gives_accuracy_overall_and_per_class(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads((run / "summary.json").read_text())
     capsys.readouterr()

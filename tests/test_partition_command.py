@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import full_disk
 from test_cli import fails
 
 from meerkat.cli import main
@@ -68,3 +69,17 @@ def test_a_taken_folder_and_a_bad_split_are_told_in_one_line(
     out = tmp_path / "new"
     fails(["partition", "--partition", "mixed:99", "--out", str(out)], capsys, "1 to the number of clients")
     assert not out.exists()
+    beneath = tmp_path / "mine" / "new"
+    fails(["partition", "--out", str(beneath)], capsys, f"'{beneath}': '{tmp_path / 'mine'}' cannot be written to")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_full_disk_cut_short_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str], there: bool) -> None:
+    out = tmp_path / "a" / "sites"
+    if there:
+        out.mkdir(parents=True)
+    with full_disk() as fill:
+        fill(10_000)
+        fails(["partition", "--out", str(out)], capsys, "File too large; make room", status=1)
+    assert [*tmp_path.rglob("*")] == ([tmp_path / "a", out] if there else [])
+    assert main(["partition", "--out", str(out)]) == 0

@@ -220,6 +220,8 @@ def check_file(file: Path) -> None:
     """Raise MeerkatError unless runs can be read from a file and added to it, or it can be made."""
     if not file.parent.is_dir():
         raise MeerkatError(f"evidence '{file}': there is no folder '{file.parent}'; make it first")
+    if file.is_dir():
+        raise MeerkatError(f"evidence '{file}': is a folder; give a .csv file, which need not exist yet")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise MeerkatError(f"evidence '{file}': cannot be written here; give another file")
     if file.exists():

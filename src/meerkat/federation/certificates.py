@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meerkat.errors import MeerkatError
+from meerkat.record.files import filling
 from meerkat.settings.validation import check_new_folder
 
 _T = TypeVar("_T")
@@ -63,13 +64,15 @@ def certify(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) ->
 
     Raises:
         MeerkatError: the folder is not empty, or a host or a number is malformed.
+        RunFailed: the disk refused it; nothing is left there.
     """
     check_new_folder(folder)
     if nodes < 0:
         raise MeerkatError(f"{nodes} nodes: must be 0 or more")
     _names(hosts)  # before anything is written
-    pairs = {"authority": make_authority(folder, days), "server": issue_server_certificate(folder, hosts, days)}
-    pairs |= {f"site {site}": make_node_key(folder / f"site-{site}.key") for site in range(nodes)}
+    with filling(folder, "make room, or give another --out"):
+        pairs = {"authority": make_authority(folder, days), "server": issue_server_certificate(folder, hosts, days)}
+        pairs |= {f"site {site}": make_node_key(folder / f"site-{site}.key") for site in range(nodes)}
     files: dict[str, Path] = {}
     for name, pair in pairs.items():
         files |= {name: pair.public, f"{name} key": pair.private}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meerkat.errors import MeerkatError
 from meerkat.problems.partition import partition
-from meerkat.record.files import make_folder, write_text
+from meerkat.record.files import filling, make_folder, write_text
 from meerkat.run.setup import load_split, resolve
 from meerkat.run.split import training_rows
 from meerkat.settings.config import CLASSIFICATION, RunConfig
@@ -32,6 +32,7 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
 
     Raises:
         MeerkatError: the folder is not empty, or the rows cannot be loaded or split this way.
+        RunFailed: the disk refused it; nothing is left there.
     """
     check_new_folder(out)
     if config.problem != CLASSIFICATION:
@@ -39,10 +40,11 @@ def write_sites(config: RunConfig, out: Path) -> list[int]:
     config = resolve(config)
     training = training_rows(config, partial(load_split, config))
     split = partition(config.partition, training, config.clients, config.seed)
-    make_folder(out)
-    for client, rows in enumerate(split.rows):
-        folder = site_folder(out, client)
-        make_folder(folder)
-        lines = "".join(json.dumps(training[row]) + "\n" for row in rows)
-        write_text(folder / "train.jsonl", lines)
+    with filling(out, "make room, or give another --out"):
+        make_folder(out)
+        for client, rows in enumerate(split.rows):
+            folder = site_folder(out, client)
+            make_folder(folder)
+            lines = "".join(json.dumps(training[row]) + "\n" for row in rows)
+            write_text(folder / "train.jsonl", lines)
     return [len(rows) for rows in split.rows]

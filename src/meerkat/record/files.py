@@ -8,10 +8,11 @@ in it before anything of it is read.
 import errno
 import glob
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def write_atomically(path: Path, fill: Callable[[Path], Any], cure: str = "make 
 def write_text(path: Path, text: str, cure: str = "make room, or write elsewhere") -> None:
     """Write a text as UTF-8: see `write_atomically`."""
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"), cure)
+
+
+@contextmanager
+def filling(folder: Path, cure: str) -> Iterator[None]:
+    """Fill a folder that is new or empty whole or not at all: on an error, what was made is removed.
+
+    Raises:
+        RunFailed: the disk refused it; `cure` says what to do.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    with explain_disk_errors(folder, cure):
+        try:
+            yield
+        except BaseException:
+            for entry in folder.glob("*"):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for path in new:
+                with suppress(OSError):  # it was not made, or somebody else uses it
+                    path.rmdir()
+            raise
 
 
 def remove_leftovers(*paths: Path) -> None:

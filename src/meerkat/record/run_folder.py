@@ -28,6 +28,7 @@ from meerkat.record.files import (
 )
 from meerkat.record.run_log import append_line
 from meerkat.settings.config import SITES, RunConfig, make_config, read_toml
+from meerkat.settings.validation import check_writable
 
 Metric = Mapping[str, Any]
 
@@ -60,9 +61,7 @@ class RunFolder:
         if root.is_dir() and any(not is_leftover(entry.name) for entry in root.iterdir()):
             raise MeerkatError(f"run folder '{root}': is not empty; give an empty or new folder as --out")
         check_no_links(root)
-        nearest = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise MeerkatError(f"run folder '{root}': '{nearest}' cannot be written to; give another --out")
+        check_writable(root, f"run folder '{root}'", "another --out")
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> "RunFolder":

@@ -148,12 +148,12 @@ def verify(root: Path, listed: Collection[str] | None = None, revoked: Mapping[s
         revoked: fingerprint -> the round from which a key is revoked, in addition to the log's revocations.
 
     Raises:
-        MeerkatError: there is no run in the folder.
+        MeerkatError: there is no run in the folder, or keys are listed for a simulation's.
         RunFailed: something in it is damaged or inconsistent; the message names the first such record and its signers.
     """
     run = StoredRun.open(root, listed, revoked)
     if listed is not None and not run.opening.federation:
-        raise RunFailed(f"{root}: a simulation, whose replies are not signed; leave --signers out")
+        raise MeerkatError(f"{root}: a simulation, whose replies are not signed; leave --signers out")
     with _damage_explained(root):
         verified = _replayed(run)
     config, log, opening = run.config, run.folder.log_path, run.opening

@@ -84,9 +84,17 @@ def existing_path(file: Path, value: str) -> str:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise MeerkatError unless a folder is empty, or does not exist yet."""
+    """Raise MeerkatError unless a folder is empty, or does not exist yet, and can be written to."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MeerkatError(f"'{folder}': is not an empty folder; give a new or empty one")
+    check_writable(folder, f"'{folder}'", "another folder")
+
+
+def check_writable(folder: Path, what: str, cure: str) -> None:
+    """Raise MeerkatError unless a folder can be written to, or made; the message begins with `what`."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise MeerkatError(f"{what}: '{nearest}' cannot be written to; give {cure}")
 
 
 def _place(fields: Mapping[str, FieldInfo], location: tuple[int | str, ...]) -> tuple[str, Mapping[str, FieldInfo]]:
