@@ -1,5 +1,6 @@
 import hashlib
 import inspect
+import logging
 import math
 import random
 import sys
@@ -345,3 +346,11 @@ def test_without_peft_the_package_to_install_is_named(monkeypatch: pytest.Monkey
     with pytest.raises(MeerkatError) as refusal:
         add_lora(tiny_model(), 0)
     assert "pip install 'meerkat-fl[lora]'" in one_line(refusal)  # the distribution's name, as in pyproject.toml
+
+
+def test_a_library_that_peft_imports_advises_nobody() -> None:
+    """On some CPUs bitsandbytes, when it is imported, tells people to install kernels that are not used here."""
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.NOTSET)
+    add_lora(tiny_model("llama"), seed=0)
+    assert not logger.isEnabledFor(logging.WARNING)

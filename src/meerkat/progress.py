@@ -1,8 +1,11 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
 
+import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -19,6 +22,14 @@ def use_thread_lock() -> None:
 def say(text: str) -> None:
     """Show one line, above the progress bar if there is one; what a terminal would act on becomes spaces."""
     tqdm.write(_printable(text), file=sys.stderr)
+
+
+@contextmanager
+def imported_quietly() -> Iterator[None]:
+    """While a library is imported, silence its warnings, and what bitsandbytes, which PEFT imports, says of kernels."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about kernels that are not used here
+    with warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def one_line(text: object) -> str:

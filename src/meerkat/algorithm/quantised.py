@@ -9,8 +9,6 @@ and never read: theta is exact, and a layer is restored by writing theta again.
 Sources: Dettmers et al., "QLoRA" (arXiv 2305.14314), for nf4.
 """
 
-import logging
-import warnings
 from collections import Counter
 from typing import Any, Literal, cast
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.progress import imported_quietly
 
 Bits = Literal["int8", "nf4"]
 """Of a weight: 255 equidistant levels, or the 16 quantiles of a normal distribution."""
@@ -32,9 +31,8 @@ _AT_ONCE = 16_384
 
 def packing() -> Any:
     """The library's functions. Raises MeerkatError where it is not installed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with imported_quietly():
             from bitsandbytes import functional
     except ImportError:
         missing = "--quantize needs the 'bitsandbytes' package"

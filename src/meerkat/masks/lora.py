@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from meerkat import seeds
 from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
+from meerkat.progress import imported_quietly
 
 RANK = 8
 ALPHA = 16
@@ -29,7 +30,7 @@ _NAME = "default"
 
 def _peft() -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with imported_quietly():
             import peft
     except ImportError:
         raise MeerkatError("LoRA needs the 'peft' package; pip install 'meerkat-fl[lora]'") from None
