@@ -119,6 +119,22 @@ def test_what_the_card_says_is_what_the_run_s_folder_says(run: Path, tmp_path: P
 _JUDGED = (("accuracy_before", "loss_before"), ("accuracy", "loss"))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"quantize": "nf4"}, "with weights quantised to nf4; the model here may score otherwise."),
+        ({"dtype": "bfloat16"}, "with weights multiplied in bfloat16; the model here may score otherwise."),
+        ({"quantize": "int8", "dtype": "bfloat16"}, "with weights quantised to int8 and multiplied in bfloat16; the"),
+    ],
+)
+def test_the_card_says_which_model_was_evaluated(run: Path, given: dict[str, str], said: str) -> None:
+    replayed = verification.verify(run)
+    assert "Measured in the run" not in model_card(RunFolder(run), replayed, SST2, "model")
+    config = replayed.config.model_copy(update=given)
+    text = model_card(RunFolder(run), replace(replayed, config=config), SST2, "model")
+    assert f"round 0 is the base model. Measured in the run, {said}" in text
+
+
 def test_the_card_tells_neither_the_run_s_key_nor_where_data_lie(run: Path, tmp_path: Path) -> None:
     text = exported(run, tmp_path / "merged")
     config = RunFolder(run).config()

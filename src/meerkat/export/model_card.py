@@ -313,7 +313,15 @@ def _evaluation(run: VerifiedRun, evaluations: Sequence[EvaluationMetric]) -> st
     rows = "the sites' own validation rows" if last.rows is not None else rows
     exported = "" if last.round == run.rounds else f" The model here is the one after round {run.rounds:,}."
     source = "The run's folder says so; `meerkat verify --evaluate` computes the scores anew."
-    return f"On {rows}; round 0 is the base model.{exported} {source}\n\n" + "\n".join(lines)
+    return f"On {rows}; round 0 is the base model.{_computed(run.config)}{exported} {source}\n\n" + "\n".join(lines)
+
+
+def _computed(config: RunConfig) -> str:
+    """What the scores are of, where the run computed with other weights, or otherwise, than the exported model has."""
+    how = [f"quantised to {config.quantize}"] * (config.quantize != "none")
+    how += [f"multiplied in {config.dtype}"] * (config.dtype != "float32")
+    measured = f" Measured in the run, with weights {' and '.join(how)}; the model here may score otherwise."
+    return measured if how else ""
 
 
 def _digests(run: VerifiedRun, tuned_fingerprint: str) -> str:
