@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_model
@@ -293,18 +293,31 @@ def test_the_plan_is_told_in_plain_english(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.draws
 def test_a_picture_that_cannot_be_written_costs_no_outcome(
     simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Sequence[Path], to: Path) -> list[Path]:
-        raise OSError(errno.ENOSPC, "No space left on device", str(to / "curves.png"))
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("meerkat.report.draw_curves", full)
     run = tmp_path / "run"
-    assert main([*simulate_arguments, "--rounds", "1", "--out", str(run)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        assert main([*simulate_arguments, "--rounds", "1", "--out", str(run)]) == 0
     said = capsys.readouterr().out
     assert "A client sent at most 4 bytes a round, on average about 4 in all." in said
-    assert f"Picture: not written ({run / 'curves.png'}: No space left on device); 'meerkat report {run}'" in said
+    cure = f"make room, then 'meerkat resume {run}'"
+    assert f"Picture: not written ({run / 'curves.png'}: No space left on device; {cure})" in said
+    assert main(["resume", str(run)]) == 0
+    assert (run / "curves.svg").is_file()
+
+
+@pytest.mark.parametrize("command", ["resume", "verify", "evaluate", "export"])
+def test_a_comparison_is_told_from_a_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells").mkdir()
+    more = ["--to", str(tmp_path / "model")] if command == "export" else []
+    again = f"give the same 'meerkat compare' command again, with --out {tmp_path}"
+    fails([command, str(tmp_path), *more], capsys, "a comparison, whose runs are in its folder cells", again)
 
 
 def test_an_empty_list_of_signers_is_not_taken_for_none(

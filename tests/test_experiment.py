@@ -141,10 +141,12 @@ def test_a_torn_record_is_dropped_and_its_round_run_again(finished: Path, capsys
 
 
 def test_resuming_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (finished / "rounds.log").read_bytes()
+    written = {path: path.stat().st_mtime_ns for path in (finished, *finished.iterdir())}
     assert main(["resume", str(finished)]) == 0
-    assert "the run is finished, after 6 rounds" in capsys.readouterr().err
-    assert (finished / "rounds.log").read_bytes() == before
+    said = capsys.readouterr()
+    assert "the run is finished, after 6 rounds" in said.err
+    assert f"Picture: {finished / 'curves.png'}\n" in said.out
+    assert {path: path.stat().st_mtime_ns for path in (finished, *finished.iterdir())} == written
 
 
 # --- verify ---

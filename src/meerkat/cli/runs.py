@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.cli.parser import Command, add_run_settings, add_settings, given_settings, run_argument, show
-from meerkat.errors import MeerkatError
+from meerkat.errors import MeerkatError, RunFailed
 from meerkat.settings.config import make_config, read_toml, with_names_of_today
 
 MASK_SETTINGS = (
@@ -70,14 +70,15 @@ def _resuming(folder: Path) -> str:
 
 
 def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Path) -> None:
-    """Draw a finished run's picture and print its outcome, whether or not the picture can be written."""
+    """Draw a finished run's picture, unless it is there, and print its outcome, even if there is no room to draw."""
     from meerkat.report import draw_curves, summary_in_words
 
+    drawn = f"Picture: {folder / 'curves.png'}"
     try:
-        drawn = f"Picture: {draw_curves([folder], folder)[0]}"
-    except OSError as error:
-        cure = f"'meerkat report {folder}' draws it again"
-        drawn = f"Picture: not written ({error.filename or folder}: {error.strerror or error}); {cure}"
+        if not (folder / "curves.svg").exists():  # the last to be written
+            draw_curves([folder], folder)
+    except RunFailed as error:
+        drawn = f"Picture: not written ({error})"
     show(arguments, summary, summary_in_words(summary, folder), drawn)
 
 
