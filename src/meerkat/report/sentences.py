@@ -115,11 +115,14 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
     )
 
 
-def unfinished(rounds: int, planned: int) -> str:
-    """How far a run without an outcome got."""
+def unfinished(rounds: int, planned: int, diverged: str = "") -> str:
+    """How far a run without an outcome got; `diverged` says how it diverged, if it did."""
+    if diverged:
+        end = f"This run diverged after {rounds:,} of {planned:,} rounds ({diverged}). Resuming it would end the same way."
+        return f"{end} This page shows what there is."
     return (
         f"This run is not finished: it got to round {rounds:,} of {planned:,}. This page shows what there is so far; "
-        "It can be resumed."
+        "the run can be resumed."
     )
 
 

@@ -113,6 +113,9 @@ def run_rounds(run: Run, engine: Engine, evaluate: Evaluate, attendance: Attenda
                 loop.one_round(TRAINING)
                 if loop.evaluation_is_due():
                     loop.evaluate_now(run.state.theta, run.state.round)
+        except Diverged as error:
+            run.folder.append_metric({"kind": "diverged", "round": run.state.round, "why": str(error)})
+            raise
         finally:
             attendance.run_deferred()
     run.close()
@@ -209,6 +212,8 @@ def evaluation_of(problem: Problem, model: MaskedModel, batch: Any) -> Evaluate:
 
 def _is_past(metric: Metric, state: ServerState) -> bool:
     """Whether a metric is of something that the log has, up to a state."""
+    if metric["kind"] == "diverged":
+        return False
     if metric["kind"] == "calibration":
         return state.calibrated is not None and metric["round"] <= state.calibrated
     return _place(metric)[0] <= state.round
