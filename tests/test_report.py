@@ -281,6 +281,31 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
     assert "1 hold one label" in words  # from the split, as there is no summary
 
 
+def test_what_metrics_do_not_have_is_counted_from_the_log(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    facts = RunFacts.read(root)
+    payload, steps = facts.payload(), sum(m["steps"] for m in facts.of_kind("round"))
+    (root / "metrics.jsonl").write_bytes((root / "metrics.jsonl").read_bytes().splitlines(keepends=True)[1])
+    lost = RunFacts.read(root)
+    assert (lost.payload(), sum(m["steps"] for m in lost.of_kind("round"))) == (payload, steps)
+    words = page_of(root).words
+    assert f"sent {60 * 4 + 21:,} bytes in all, 240 of them to calibrate" in words
+    assert "wall time" not in words, "the log has no times"
+
+
+def test_a_run_that_diverged_is_not_said_to_go_on(
+    simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert main([*simulate_arguments, "--lr", "1e30", "--out", str(root)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1].removeprefix("meerkat: ")
+    words = page_of(root).words
+    assert f"This run diverged after 0 of 6 rounds ({error})." in words
+    assert "can be resumed" not in words
+    assert main(["resume", str(root)]) == 1
+    assert (root / "metrics.jsonl").read_text().count('"diverged"') == 1
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", make_config({"method": "meerkat-vp"} | RESOLVED))
     words = page_of(tmp_path / "run").words

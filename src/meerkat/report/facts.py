@@ -19,7 +19,7 @@ from meerkat.record import history
 from meerkat.record.files import check_no_links
 from meerkat.record.run_folder import Metric, RunFolder
 from meerkat.report.page import file_name
-from meerkat.run.metrics import EvaluationMetric
+from meerkat.run.metrics import EvaluationMetric, metric_of
 from meerkat.run.summary import without_budget
 from meerkat.settings.config import RunConfig
 
@@ -35,6 +35,7 @@ class RunFacts:
 
     config: RunConfig
     metrics: Sequence[Metric]
+    """Those of records that metrics.jsonl lacks are made from the log; they have no times."""
     summary: dict[str, Any] | None
     """None where the run is not finished."""
     mask: SparseMask | None
@@ -58,7 +59,11 @@ class RunFacts:
             cure = f"delete it, then {folder.resumption}"
             raise RunFailed(f"{folder.summary_path}: damaged ({error}); {cure}") from None
         mask = folder.mask() if folder.mask_path.is_file() else None
-        return cls(folder.config(), folder.metrics(), summary, mask, history.read(root), without_budget(folder))
+        records, metrics = history.read(root), folder.metrics()
+        noted = {(metric["kind"], metric["round"]) for metric in metrics}
+        every = (*records.rounds, *records.calibrations)
+        metrics += [metric_of(record, {}) for record in every if (record.kind, record.plan.round) not in noted]
+        return cls(folder.config(), metrics, summary, mask, records, without_budget(folder))
 
     @cached_property
     def rounds(self) -> int:

@@ -59,7 +59,8 @@ def _outcome(page: Page, run: RunFacts) -> None:
         sent = run.payload(("round",), ("up",)), run.payload(("calibration",), ("up",))
         page.add(paragraph(sentences.outcome(run.summary, *sent), "lead"))
     else:
-        page.add(paragraph(sentences.unfinished(run.rounds, run.config.rounds), "alert"))
+        why = "".join(m["why"] for m in run.of_kind("diverged")[-1:])
+        page.add(paragraph(sentences.unfinished(run.rounds, run.config.rounds, why), "alert"))
         page.add(paragraph(sentences.score_so_far(run.evaluations), "lead"))
     if defence := defence_in_words(run.config):
         page.add(paragraph(as_sentence(defence)))
@@ -85,9 +86,10 @@ def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
     if run.config.recipe.early_stop != "none" or run.stopped:
         known = "" if run.extreme is None else f"; {len(run.extreme):,} hold one label"
         numbers.append(("stopped early", f"{len(run.stopped):,}", f"of {run.config.clients:,} clients{known}"))
-    if (wall := sum(m.get("wall_s", 0.0) for m in run.metrics)) > 0:
+    walls = [m.get("wall_s") for m in run.metrics if m["kind"] in ("round", "calibration", "evaluation")]
+    if walls and all(walls):  # a round that was made again from the log has no time, or 0
         where = "over a network" if run.config.partition == SITES else "simulated on one machine"
-        numbers.append(("wall time", duration(wall), where))
+        numbers.append(("wall time", duration(sum(walls)), where))
     return numbers
 
 
