@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,9 +31,9 @@ from meerkat.report import clients, write_comparison_report, write_run_report
 from meerkat.report.client_figures import binned, grouped, running_mean, signal, split, thinned
 from meerkat.report.comparison_page import comparison_page
 from meerkat.report.facts import RunFacts
-from meerkat.report.run_figures import layer_and_kind
+from meerkat.report.run_figures import layer_and_kind, mask_map
 from meerkat.report.run_page import _training_loss, run_page
-from meerkat.report.sentences import data_size, percent
+from meerkat.report.sentences import data_size, percent, summary_in_words
 from meerkat.run.metrics import EvaluationMetric, metric_of, split_metric
 from meerkat.run.summary import evaluated
 from meerkat.settings.config import make_config
@@ -269,7 +270,8 @@ def test_one_client(tmp_path: Path) -> None:
     html = run_page(RunFacts.read(root)).html()
     assert html == run_page(RunFacts.read(root)).html()  # the same bytes each time
     words = checked(html).words
-    assert "1 client, mixed:1" in words
+    assert "1 client, mixed:1 · 3 rounds of 2 local steps" in words
+    assert "calibration stopped none of 1 client early" in words
     assert "There is only one client" in words
 
 
@@ -278,7 +280,25 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
     words = page_of(root).words
     assert "got to round 2 of 3" in words
     assert "Accuracy was 0.250 before training and 0.500 after 2 rounds." in words
-    assert "1 hold one label" in words  # from the split, as there is no summary
+    assert "of 4 clients; 1 holds one label" in words  # from the split, as there is no summary
+
+
+def test_one_round_is_no_rounds(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", rounds=1)
+    words = page_of(root).words
+    assert "1 round of 2 local steps" in words
+    assert "to 0.300 in 1 round, and the loss" in words
+    assert "after 1 round, on validation rows" in summary_in_words(RunFacts.read(root).summary or {}, root)
+
+
+@pytest.mark.draws
+def test_names_of_a_mask_s_tensors_do_not_meet() -> None:
+    parts = ("layernorm", "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm")
+    attention = (f"self_attn.{kind}" for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
+    figure = mask_map([(f"model.layers.0.{name}.weight", 1, 100) for name in (*parts, *attention)])
+    assert figure is not None
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 + 2 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_what_metrics_do_not_have_is_counted_from_the_log(tmp_path: Path) -> None:
@@ -427,7 +447,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     setting = [{"partition": p, "local_steps": t} for p in ("iid", "dirichlet:0.5") for t in (1, 10)]
     rows = [
         row(setting[0], [0.90, 0.92], rates=rates, best=True, wall_s=[4.0, 4.0]),
-        *(row(setting[1], [0.80, None], rates=rates), row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
+        *(row(setting[1], [0.80], rates=rates, diverged=[1]), row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
     ]
     pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "limit": 0.01, "verdict": "holds"}]
     pairs.append(
@@ -459,6 +479,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
         "1 > 10",
     ):
         assert said in words
+    assert "1 study, 8 runs" in words
     assert words.index("Claims") < words.index("Outcomes") < words.index("Final accuracy")
     assert '<tr class="best"><td class="t">iid</td>' in html
     assert "2.00\N{MULTIPLICATION SIGN} 4.0 s" in words

@@ -53,7 +53,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "privacy": None if run.guarantee is None else run.guarantee.to_json(),
         "not_checked": run.not_checked(arguments.evaluate),
     }
-    state = "finished" if run.finished else f"not finished: {run.rounds} of {run.config.rounds} rounds"
+    state = "finished" if run.finished else f"not finished: {run.rounds} of {number_of(run.config.rounds, 'round')}"
     signatures = "a simulation: no signatures"
     if run.opening.federation:
         signatures = f"{signed:,} of {run.replies:,} replies signed"
@@ -61,7 +61,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         known = "as listed" if listed is not None else "as the log has them; --signers checks them against a list"
         signatures += f", with {number_of(len(keys), 'key')} ({known})"
     private = "no differential privacy" if run.guarantee is None else run.guarantee.in_words()
-    replayed = f"{run.rounds} rounds replayed, theta {theta_digest[:16]}"
+    replayed = f"{number_of(run.rounds, 'round')} replayed, theta {theta_digest[:16]}"
     lines = [f"{arguments.folder}: sound, {state}; {replayed}; {signatures}; {private}"]
     lines += [f"  client {client}  {key}  {count:,} replies" for (client, key), count in keys]
     show(arguments, outcome, *lines, f"  not checked: {', '.join(run.not_checked(arguments.evaluate))}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.errors import DAMAGE, RunFailed, in_short
+from meerkat.progress import number_of
 from meerkat.report import comparison_figures as draw
 from meerkat.report.facts import Row, Study, distinct_names, finite, mean, read_comparison, value_in_words
 from meerkat.report.page import CaptionedFigure, Page, absent, escape, file_name, folded, paragraph, pill, table
@@ -33,10 +34,10 @@ def write_comparison_report(root: Path) -> Path:
 def comparison_page(root: Path) -> Page:
     """The page of a comparison."""
     content, studies = read_comparison(root)
-    runs = sum(len(row["seeds"]) for study in studies for row in study.rows)
+    runs = sum(len(row["seeds"]) + len(row.get("diverged", [])) for study in studies for row in study.rows)
     model, task = str(content["model"]), str(content["task"])
     parts = [Path(model).name or model] if model else []
-    parts += [Path(task).stem or task, f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {runs:,} runs"]
+    parts += [Path(task).stem or task, f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {number_of(runs, 'run')}"]
     page = Page(str(content["title"]) or "Comparison", " · ".join(parts))
     for place, study in enumerate(studies, 1):
         page.section(study.title or study.name, f"study-{place}-{study.stem}")

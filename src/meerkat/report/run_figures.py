@@ -1,6 +1,7 @@
 """Figures of a run as a whole: its scores over time, its bytes, its mask."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def draw_curves(folders: Sequence[Path], to: Path) -> list[Path]:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if score == "accuracy":
         both[0].set_ylim(0, 1)
-    both[0].legend(loc="lower right")
+    both[0].legend()
     paths = [to / "curves.png", to / "curves.svg"]
     for path in paths:
         save = partial(figure.savefig, format=path.suffix[1:], dpi=150)
@@ -184,7 +185,9 @@ def mask_map(counts: Sequence[tuple[str, int, int]]) -> Figure | None:
         if shares.size <= 130:
             _write_shares(axes, shares, norm)
         axes.grid(visible=False)
-        axes.set_xticks(range(len(kinds)), [kind.replace(".", ".\n", 1) for kind in kinds], fontsize=7.5)
+        # in two lines: broken at the first dot, or at the last underscore
+        names = [re.sub(r"\.|_(?=[^_.]*$)", r"\g<0>\n", kind, count=1) for kind in kinds]
+        axes.set_xticks(range(len(kinds)), names, fontsize=7.5)
         if len(kinds) > 6:
             axes.tick_params(axis="x", rotation=30 if len(kinds) > 10 else 0)
         axes.set_ylabel("layer")

@@ -44,7 +44,7 @@ def run_page(run: RunFacts) -> Page:
     parts = [Path(config.model).name or config.model] if config.problem == CLASSIFICATION else []
     parts += [
         f"{number_of(config.clients, 'client')}, {config.partition}",
-        f"{config.rounds:,} rounds of {number_of(config.local_steps, 'local step')}",
+        f"{number_of(config.rounds, 'round')} of {number_of(config.local_steps, 'local step')}",
         f"seed {config.seed}",
     ]
     page = Page(f"{config.method} on {Path(config.task).stem or config.problem}", " · ".join(parts))
@@ -84,8 +84,8 @@ def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
         included = ", calibration included" if run.of_kind("calibration") else ""
         numbers.append(("payload a client", data_size(run.payload()), f"up and down{included}"))
     if run.config.recipe.early_stop != "none" or run.stopped:
-        known = "" if run.extreme is None else f"; {len(run.extreme):,} hold one label"
-        numbers.append(("stopped early", f"{len(run.stopped):,}", f"of {run.config.clients:,} clients{known}"))
+        known = "" if run.extreme is None else f"; {len(run.extreme):,} hold{'s' * (len(run.extreme) == 1)} one label"
+        numbers.append(("stopped early", f"{len(run.stopped):,}", f"of {number_of(run.config.clients, 'client')}{known}"))
     walls = [m.get("wall_s") for m in run.metrics if m["kind"] in ("round", "calibration", "evaluation")]
     if walls and all(walls):  # a round that was made again from the log has no time, or 0
         where = "over a network" if run.config.partition == SITES else "simulated on one machine"
@@ -219,7 +219,7 @@ def _mask(page: Page, run: RunFacts) -> None:
     elif (figure := draw.mask_map(counts)) is not None:
         caption = (
             "One cell a tensor, layers downwards and kinds of tensor across; the stronger the blue, the larger the "
-            "share of that tensor that moves, on a log scale. In an empty cell nothing moves."
+            "share of that tensor that moves, on a log scale. In a cell without blue nothing moves."
         )
         figures.append(CaptionedFigure("mask-layers", figure, "Where the moving entries are", caption))
     points = json.loads(mask.facts.get("concentration", "[]"))

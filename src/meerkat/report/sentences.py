@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meerkat.progress import number_of
 from meerkat.run.metrics import EvaluationMetric
 from meerkat.settings.methods import METHODS
 
@@ -58,7 +59,7 @@ def summary_in_words(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(
         [
             f"{summary['method']} on {summary['task'] or summary['problem']}: {score} {before} before, "
-            f"{after} after {summary['rounds']} rounds, on {_EVALUATED_ON[summary['evaluated_on']]}.",
+            f"{after} after {number_of(summary['rounds'], 'round')}, on {_EVALUATED_ON[summary['evaluated_on']]}.",
             _moved(summary),
             f"A client sent at most {summary['payload_bytes_up_per_client_round']} bytes a round, on average about "
             f"{sent:,.0f} in all{calibration}. {_dense(summary)}",
@@ -104,7 +105,7 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
         [
             as_sentence(
                 f"{score} on {_EVALUATED_ON[summary['evaluated_on']]} went from {before} to {after} "
-                f"in {summary['rounds']:,} rounds{loss}"
+                f"in {number_of(summary['rounds'], 'round')}{loss}"
             ),
             _moved(summary),
             f"On average a client sent {sent + sent_to_calibrate:,.0f} bytes in all{calibration}, and at most "
@@ -118,8 +119,10 @@ def outcome(summary: Mapping[str, Any], sent: float, sent_to_calibrate: float) -
 def unfinished(rounds: int, planned: int, diverged: str = "") -> str:
     """How far a run without an outcome got; `diverged` says how it diverged, if it did."""
     if diverged:
-        end = f"This run diverged after {rounds:,} of {planned:,} rounds ({diverged}). Resuming it would end the same way."
-        return f"{end} This page shows what there is."
+        return (
+            f"This run diverged after {rounds:,} of {number_of(planned, 'round')} ({diverged}). This page shows what there "
+            "is. Resuming the run would end the same way."
+        )
     return (
         f"This run is not finished: it got to round {rounds:,} of {planned:,}. This page shows what there is so far; "
         "the run can be resumed."
@@ -134,7 +137,7 @@ def score_so_far(evaluations: Sequence[EvaluationMetric]) -> str:
     if len(evaluations) == 1:
         return f"Before the first round the model's {first.score} is {three_decimals(first.scores[first.score])}."
     before, after = (three_decimals(evaluation.scores[first.score]) for evaluation in (first, last))
-    return as_sentence(f"{first.score} was {before} before training and {after} after {last.round:,} rounds")
+    return as_sentence(f"{first.score} was {before} before training and {after} after {number_of(last.round, 'round')}")
 
 
 def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[int] | None, round: int) -> str:
@@ -144,9 +147,9 @@ def calibration_outcome(stopped: Sequence[int], clients: int, extreme: Sequence[
         extreme: clients that have only one label; None where that is not known.
         round: rounds closed before it.
     """
-    when = f"After {round:,} rounds" if round else "Before the first round"
+    when = f"After {number_of(round, 'round')}" if round else "Before the first round"
     count = f"{len(stopped):,}" if stopped else "none"
-    text = f"{when}, calibration stopped {count} of {clients:,} clients early"
+    text = f"{when}, calibration stopped {count} of {number_of(clients, 'client')} early"
     if stopped:
         named = f" ({', '.join(map(str, stopped))})" if len(stopped) <= 12 else ""
         text += f"{named}: from then on each makes one local step a round"

@@ -16,7 +16,7 @@ from meerkat.algorithm.zeroth_order import Loss, MaskedModel
 from meerkat.errors import Diverged, MeerkatError, RunFailed
 from meerkat.problems.partition import ClientRows
 from meerkat.problems.problem import Problem, client_losses
-from meerkat.progress import say
+from meerkat.progress import number_of, say
 from meerkat.record.members import Members
 from meerkat.record.opening import Opening, check_format
 from meerkat.record.replay import Replay, agree
@@ -77,7 +77,7 @@ def resume(root: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     except (LookupError, ValueError):
         summary = None  # it is made again from log and metrics
     if summary is not None and record.get("kind") == "close" and evaluations:
-        say(f"{root}: the run is finished, after {rounds} rounds")
+        say(f"{root}: the run is finished, after {number_of(rounds, 'round')}")
         return summary
     if (config := folder.config()).partition == SITES:
         raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")

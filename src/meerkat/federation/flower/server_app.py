@@ -20,7 +20,7 @@ from meerkat.federation.flower.stream import StreamLink
 from meerkat.federation.frames import longest_of_a_site
 from meerkat.federation.link import Link
 from meerkat.federation.offer import Offer
-from meerkat.progress import say
+from meerkat.progress import number_of, say
 from meerkat.run.sentences import scores_in_words
 from meerkat.settings.config import RunConfig
 
@@ -138,4 +138,4 @@ def main(grid: Grid, context: Context) -> None:
     config, federation = read_federation(Path(given["config"]))
     summary = coordinate(config, federation, Path(given["out"]), FlowerControl(grid, config, federation))
     scores = scores_in_words(summary["scores"])
-    say(f"finished after {summary['rounds']} rounds: {scores}, theta {summary['theta_digest']}")
+    say(f"finished after {number_of(summary['rounds'], 'round')}: {scores}, theta {summary['theta_digest']}")
