@@ -311,6 +311,7 @@ def test_what_metrics_do_not_have_is_counted_from_the_log(tmp_path: Path) -> Non
     words = page_of(root).words
     assert f"sent {60 * 4 + 21:,} bytes in all, 240 of them to calibrate" in words
     assert "wall time" not in words, "the log has no times"
+    assert "No labels by client: metrics.jsonl has none" in words
 
 
 def test_a_run_that_diverged_is_not_said_to_go_on(
@@ -322,6 +323,7 @@ def test_a_run_that_diverged_is_not_said_to_go_on(
     words = page_of(root).words
     assert f"This run diverged after 0 of 6 rounds ({error})." in words
     assert "can be resumed" not in words
+    assert re.search(r"accuracy\s*0\.\d{3} before the first round", words)
     assert main(["resume", str(root)]) == 1
     assert (root / "metrics.jsonl").read_text().count('"diverged"') == 1
 

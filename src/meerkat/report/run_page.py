@@ -73,8 +73,10 @@ def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
     numbers = []
     if run.evaluations:
         before, after = run.evaluations[0].scores, run.evaluations[-1].scores
-        scores = [(name, value) for name, value in after.items() if value is not None]
-        numbers = [(name, f"{value:.3f}", f"{three_decimals(before.get(name))} before") for name, value in scores]
+        remarks = {name: f"{three_decimals(before.get(name))} before" for name in after}
+        if len(run.evaluations) == 1:
+            remarks = dict.fromkeys(after, "before the first round")
+        numbers = [(name, f"{value:.3f}", remarks[name]) for name, value in after.items() if value is not None]
     if run.mask is not None:
         moving, total = len(run.mask), run.mask.total
         numbers.append(("parameters moved", f"{moving:,}", f"{percent(moving / total)} of {total:,}"))
