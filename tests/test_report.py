@@ -449,7 +449,8 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
     setting = [{"partition": p, "local_steps": t} for p in ("iid", "dirichlet:0.5") for t in (1, 10)]
     rows = [
         row(setting[0], [0.90, 0.92], rates=rates, best=True, wall_s=[4.0, 4.0]),
-        *(row(setting[1], [0.80], rates=rates, diverged=[1]), row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
+        row(setting[1], [0.80], rates=rates, diverged=[1]),
+        *(row(setting[2], [0.7, 0.72]), row(setting[3], [None, None])),
     ]
     pairs = [{"setting": {"partition": "iid"}, "mean": 0.0123, "se": 0.004, "limit": 0.01, "verdict": "holds"}]
     pairs.append(
@@ -481,7 +482,7 @@ def test_a_comparison_with_a_diverged_rate_and_seed(tmp_path: Path, capsys: pyte
         "1 > 10",
     ):
         assert said in words
-    assert "1 study, 8 runs" in words
+    assert "1 study · 8 runs" in words
     assert words.index("Claims") < words.index("Outcomes") < words.index("Final accuracy")
     assert '<tr class="best"><td class="t">iid</td>' in html
     assert "2.00\N{MULTIPLICATION SIGN} 4.0 s" in words

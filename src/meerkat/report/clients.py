@@ -31,7 +31,7 @@ def _data(page: Page, run: RunFacts) -> None:
     """Which labels each client holds."""
     page.section("Data", "data")
     if run.split is None:
-        page.add(absent("No labels by client: metrics.jsonl has none, as of rows without labels, or where a server does not know them."))
+        page.add(absent("No labels by client: metrics.jsonl has none. A server does not know them."))
         return
     labels, counts = run.split
     sizes = counts.sum(1)

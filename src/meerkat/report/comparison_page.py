@@ -37,7 +37,8 @@ def comparison_page(root: Path) -> Page:
     runs = sum(len(row["seeds"]) + len(row.get("diverged", [])) for study in studies for row in study.rows)
     model, task = str(content["model"]), str(content["task"])
     parts = [Path(model).name or model] if model else []
-    parts += [Path(task).stem or task, f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}, {number_of(runs, 'run')}"]
+    parts += [Path(task).stem or task, f"{len(studies)} stud{'y' if len(studies) == 1 else 'ies'}"]
+    parts.append(number_of(runs, "run"))
     page = Page(str(content["title"]) or "Comparison", " · ".join(parts))
     for place, study in enumerate(studies, 1):
         page.section(study.title or study.name, f"study-{place}-{study.stem}")

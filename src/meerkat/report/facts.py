@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from meerkat.algorithm.calibration import CalibrationRecord
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.comparison.results import FILE, FORMAT
 from meerkat.comparison.studies import spelled
 from meerkat.errors import MeerkatError, RunFailed
@@ -61,7 +63,7 @@ class RunFacts:
         mask = folder.mask() if folder.mask_path.is_file() else None
         records, metrics = history.read(root), folder.metrics()
         noted = {(metric["kind"], metric["round"]) for metric in metrics}
-        every = (*records.rounds, *records.calibrations)
+        every: list[RoundRecord | CalibrationRecord] = [*records.rounds, *records.calibrations]
         metrics += [metric_of(record, {}) for record in every if (record.kind, record.plan.round) not in noted]
         return cls(folder.config(), metrics, summary, mask, records, without_budget(folder))
 

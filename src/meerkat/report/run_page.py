@@ -87,8 +87,9 @@ def _key_numbers(run: RunFacts) -> list[tuple[str, str, str]]:
         numbers.append(("payload a client", data_size(run.payload()), f"up and down{included}"))
     if run.config.recipe.early_stop != "none" or run.stopped:
         known = "" if run.extreme is None else f"; {len(run.extreme):,} hold{'s' * (len(run.extreme) == 1)} one label"
-        numbers.append(("stopped early", f"{len(run.stopped):,}", f"of {number_of(run.config.clients, 'client')}{known}"))
-    walls = [m.get("wall_s") for m in run.metrics if m["kind"] in ("round", "calibration", "evaluation")]
+        remark = f"of {number_of(run.config.clients, 'client')}{known}"
+        numbers.append(("stopped early", f"{len(run.stopped):,}", remark))
+    walls = [m.get("wall_s", 0.0) for m in run.metrics if m["kind"] in ("round", "calibration", "evaluation")]
     if walls and all(walls):  # a round that was made again from the log has no time, or 0
         where = "over a network" if run.config.partition == SITES else "simulated on one machine"
         numbers.append(("wall time", duration(sum(walls)), where))

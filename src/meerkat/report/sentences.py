@@ -120,8 +120,8 @@ def unfinished(rounds: int, planned: int, diverged: str = "") -> str:
     """How far a run without an outcome got; `diverged` says how it diverged, if it did."""
     if diverged:
         return (
-            f"This run diverged after {rounds:,} of {number_of(planned, 'round')} ({diverged}). This page shows what there "
-            "is. Resuming the run would end the same way."
+            f"This run diverged after {rounds:,} of {number_of(planned, 'round')} ({diverged}). "
+            "This page shows what there is. Resuming the run would end the same way."
         )
     return (
         f"This run is not finished: it got to round {rounds:,} of {planned:,}. This page shows what there is so far; "
