@@ -208,7 +208,7 @@ def _agreement(page: Page, rounds: Sequence[RoundRecord], which: str) -> None:
     page.add(paragraph(text))
     caption = (
         f"Share of clients whose update has the federation's sign ({which}, in up to {POINTS} means); the dashed line "
-        "is the least that chance alone would give."
+        "is the least that chance alone gives on average."
     )
     page.figures(CaptionedFigure("agreement", draw.agreement(x, y), "Clients that agree", caption))
 
