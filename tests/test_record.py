@@ -49,7 +49,7 @@ def test_work_is_of_the_replies_that_came(sends: Any, up: int, down: int) -> Non
     scalars = {1: np.ones((3, 2), np.float32)} if sends == "scalars" else {}
     aggregate = np.ones((3, 2) if sends == "scalars" else 7, np.float32)
     unkept = {} if scalars else {1: 3}
-    record = RoundRecord(plan, {1: 1.0}, scalars, aggregate, "", np.zeros((0, 2)), unkept=unkept)
+    record = RoundRecord(plan, scalars, np.zeros((0, 2)), {1: 1.0}, aggregate, "", unkept=unkept)
     assert Work.of(record) == Work(up, down, 3)
 
 

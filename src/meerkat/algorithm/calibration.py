@@ -6,7 +6,7 @@ data pointer that moves on. A calibration's steps and bytes count like any other
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,39 +17,24 @@ from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.extreme_clients import Selection, select
 from meerkat.algorithm.gradip import gradip, inner_products, magnitude
 from meerkat.algorithm.replies import Reply, Scalars
-from meerkat.algorithm.rounds import RoundPlan, replies_from_json, replies_to_json, steps_of
+from meerkat.algorithm.rounds import RepliesRecord, RoundPlan, replies_from_json
 from meerkat.algorithm.server import ServerConfig, ServerState, counted, pointer_of, within_allowance
 
 
 @dataclass(frozen=True)
-class CalibrationRecord:
+class CalibrationRecord(RepliesRecord):
     """A calibration and what was decided on it: theta does not move."""
 
-    plan: RoundPlan
-    scalars: Mapping[int, np.ndarray]
-    """g_k: float32 [T_cali, P] by client id, ascending."""
-    inner: np.ndarray
-    """c^{t,p} = <grad_p, z^{t,p}>: float64 [T_cali, P], or empty."""
     selection: Selection
     early_stopped: tuple[int, ...]
     """Clients that make one step a round from now on: the extreme ones, or as many at random."""
-    pointers: Mapping[int, int] = field(default_factory=dict)
-    """As in `RoundRecord`."""
-    signatures: Mapping[int, bytes] = field(default_factory=dict)
-    """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
 
     kind: ClassVar[str] = "calibration"
-
-    @property
-    def made(self) -> Mapping[int, int]:
-        """Local steps that each client replied with, by client id, ascending."""
-        return steps_of(self.scalars)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return {
-            "kind": self.kind,
-            **replies_to_json(self.plan, self.made, self.pointers, self.scalars, self.inner, self.signatures),
+            **super().to_json(),
             "selection": asdict(self.selection),
             "early_stopped": list(self.early_stopped),
         }
@@ -122,7 +107,7 @@ def replay(state: ServerState, record: CalibrationRecord) -> ServerState:
     """The state after a calibration: theta is what it was."""
     return replace(
         state,
-        steps_made=counted(state, record.pointers, steps_of(record.scalars)),
+        steps_made=counted(state, record.pointers, record.made),
         early_stopped=frozenset(record.early_stopped),
         calibrated=record.plan.round,
     )

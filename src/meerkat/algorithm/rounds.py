@@ -68,25 +68,64 @@ class Update:
     """The weight of the clients that replied over that of all clients, in [0, 1]."""
 
 
+_PLAIN = ("phase", "round", "lr", "eps", "directions", "sends")
+"""The fields of a plan that are JSON values."""
+
+
 @dataclass(frozen=True)
-class RoundRecord:
-    """A closed round: with theta_0 and the run key, enough to rebuild theta and every client's path."""
+class RepliesRecord:
+    """What stays of a round and of a calibration alike: what was asked, and the replies that came."""
 
     plan: RoundPlan
-    weights: Mapping[int, float]
-    """p_k, renormalised over the clients that replied, by client id, ascending; float64."""
     scalars: Mapping[int, np.ndarray]
     """g_k: float32 [steps made, P] by client id, ascending. Clients that did not reply are not in it."""
+    inner: np.ndarray
+    """c^{t,p} = <grad_p, z^{t,p}>, float64 [T, P]: GradIP is a client's scalars times these. Empty without grad_p."""
+    pointers: Mapping[int, int] = field(default_factory=dict, kw_only=True)
+    """Local steps that each client had made before, by its own count, by the id of clients that replied."""
+    signatures: Mapping[int, bytes] = field(default_factory=dict, kw_only=True)
+    """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
+
+    kind: ClassVar[str]
+
+    @property
+    def made(self) -> Mapping[int, int]:
+        """Local steps that each client replied with, by client id, ascending."""
+        return {client: len(g) for client, g in self.scalars.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values, arrays as base64 of their little-endian bytes: see docs/formats.md.
+
+        `made` and `pointers` are 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is
+        empty where nobody signs.
+        """
+        plan, made = self.plan, self.made
+        none = np.zeros((0, plan.directions), np.float32)
+        replies = [none, *(self.scalars.get(client, none) for client in plan.steps)]
+        signatures = [base64.b64encode(self.signatures.get(client, b"")).decode() for client in self.scalars]
+        return {
+            "kind": self.kind,
+            **{name: getattr(plan, name) for name in _PLAIN},
+            "clients": list(plan.steps),
+            "steps": list(plan.steps.values()),
+            "made": [made.get(client, 0) for client in plan.steps],
+            "pointers": [self.pointers.get(client, 0) for client in plan.steps],
+            "scalars": None if made and not self.scalars else pack(np.concatenate(replies)),
+            "inner": pack(self.inner, "<f8"),
+            "signatures": signatures if self.signatures else [],
+        }
+
+
+@dataclass(frozen=True)
+class RoundRecord(RepliesRecord):
+    """A closed round: with theta_0 and the run key, enough to rebuild theta and every client's path."""
+
+    weights: Mapping[int, float]
+    """p_k, renormalised over the clients that replied, by client id, ascending; float64."""
     aggregate: np.ndarray
     """As in `Update`."""
     theta_digest: str
     """SHA-256 of theta after the round."""
-    inner: np.ndarray
-    """c^{t,p} = <grad_p, z^{t,p}>, float64 [T, P]: GradIP is a client's scalars times these. Empty without grad_p."""
-    pointers: Mapping[int, int] = field(default_factory=dict)
-    """Local steps that each client had made before, by its own count, by the id of clients that replied."""
-    signatures: Mapping[int, bytes] = field(default_factory=dict)
-    """Of the replies, 64 bytes each, by client id. Clients that do not sign are not in it."""
     unkept: Mapping[int, int] = field(default_factory=dict)
     """Steps of replies that are not kept themselves, by client id, ascending: deltas, and those of hidden clients."""
 
@@ -95,13 +134,12 @@ class RoundRecord:
     @property
     def made(self) -> Mapping[int, int]:
         """Local steps that each client replied with, by client id, ascending."""
-        return self.unkept or steps_of(self.scalars)
+        return self.unkept or super().made
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; arrays as base64 of their little-endian bytes."""
+        """The record as JSON values."""
         return {
-            "kind": self.kind,
-            **replies_to_json(self.plan, self.made, self.pointers, self.scalars, self.inner, self.signatures),
+            **super().to_json(),
             "weights": list(self.weights.values()),
             "aggregate": pack(self.aggregate),
             "theta": self.theta_digest,
@@ -122,47 +160,11 @@ class RoundRecord:
         return cls(**replies, weights=weights, aggregate=aggregate, theta_digest=values["theta"])
 
 
-def steps_of(scalars: Mapping[int, np.ndarray]) -> dict[int, int]:
-    """How many local steps each client's scalars, float32 [T_k, P], are of."""
-    return {client: len(g) for client, g in scalars.items()}
-
-
-_PLAIN = ("phase", "round", "lr", "eps", "directions", "sends")
-"""The fields of a plan that are JSON values."""
-
-
-def replies_to_json(
-    plan: RoundPlan,
-    made: Mapping[int, int],
-    pointers: Mapping[int, int],
-    scalars: Mapping[int, np.ndarray],
-    inner: np.ndarray,
-    signatures: Mapping[int, bytes],
-) -> dict[str, Any]:
-    """What was asked and what came, as JSON values: see docs/formats.md.
-
-    `made` and `pointers` are 0 where no reply came; `scalars` is null where replies are not kept; `signatures` is empty
-    where nobody signs.
-    """
-    none = np.zeros((0, plan.directions), np.float32)
-    replies = [none, *(scalars.get(client, none) for client in plan.steps)]
-    return {
-        **{name: getattr(plan, name) for name in _PLAIN},
-        "clients": list(plan.steps),
-        "steps": list(plan.steps.values()),
-        "made": [made.get(client, 0) for client in plan.steps],
-        "pointers": [pointers.get(client, 0) for client in plan.steps],
-        "scalars": None if made and not scalars else pack(np.concatenate(replies)),
-        "inner": pack(inner, "<f8"),
-        "signatures": [base64.b64encode(signatures.get(client, b"")).decode() for client in scalars if signatures],
-    }
-
-
 def replies_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields `plan`, `scalars`, `inner`, `pointers`, `signatures` and `unkept`, as `replies_to_json` had them.
+    """The fields `plan`, `scalars`, `inner`, `pointers`, `signatures` and `unkept`, as `to_json` had them.
 
     Raises:
-        KeyError, TypeError, ValueError: `replies_to_json` did not write it.
+        KeyError, TypeError, ValueError: `to_json` did not write it.
     """
     directions = values["directions"]
     counts = (values["round"], directions, *values["clients"], *values["steps"], *values["made"])
