@@ -12,11 +12,13 @@ from torch import Tensor
 
 from meerkat.algorithm import zeroth_order
 from meerkat.algorithm.directions import Directions, Law
-from meerkat.algorithm.estimators import PLAIN, Estimator, Slopes, estimator, stacked
+from meerkat.algorithm.estimators import PLAIN, Estimator, Slopes, stacked
 from meerkat.algorithm.replica import Replica
 from meerkat.algorithm.rounds import RoundPlan
 from meerkat.algorithm.server import ServerState, open_round
 from meerkat.errors import Diverged, MeerkatError
+from meerkat.settings.algorithm import estimator
+from meerkat.settings.config import RunConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "extending"))
 from estimator import ESTIMATORS as EXAMPLES
@@ -68,9 +70,9 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
 
 
 def test_an_unknown_estimator_says_where_it_may_come_from() -> None:
-    assert estimator("plain") is PLAIN
+    assert estimator(RunConfig()) is PLAIN
     with pytest.raises(MeerkatError, match=r"estimator 'nowhere': not known here, only plain.*--extension"):
-        estimator("nowhere")
+        estimator(RunConfig(estimator="nowhere"))
 
 
 @pytest.mark.parametrize("chosen", [PLAIN, ONE_SIDED], ids=lambda chosen: chosen.name)

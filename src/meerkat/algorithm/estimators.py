@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meerkat.algorithm.directions import NORMAL, Law
-from meerkat.errors import Diverged, UnknownName
+from meerkat.errors import Diverged
 
 LossAt = Callable[[Tensor], Tensor]
 """theta, float32 [n] -> the loss there on the step's batch: float [], or [K] for K clients or rows."""
@@ -69,12 +69,3 @@ PLAIN = Estimator("plain", two_sided, passes=lambda directions: 2 * directions)
 
 ESTIMATORS: dict[str, Estimator] = {PLAIN.name: PLAIN}
 """By the name that --estimator takes. An extension adds to it: see `meerkat.extensions`."""
-
-
-def estimator(name: str) -> Estimator:
-    """An estimator by its name. Raises MeerkatError: nobody here knows it."""
-    if name not in ESTIMATORS:
-        raise UnknownName(
-            f"estimator '{name}': not known here, only {', '.join(ESTIMATORS)}; name its extension with --extension"
-        )
-    return ESTIMATORS[name]

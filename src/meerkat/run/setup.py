@@ -8,7 +8,7 @@ import torch
 
 from meerkat import demo
 from meerkat.algorithm.quantised import packing
-from meerkat.errors import MeerkatError, UnknownName
+from meerkat.errors import MeerkatError
 from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
@@ -17,7 +17,7 @@ from meerkat.problems.models import load_model
 from meerkat.problems.packing import packs
 from meerkat.problems.problem import Problem, Split
 from meerkat.problems.tasks import TASKS, Task, load_task
-from meerkat.settings.algorithm import estimator, rules
+from meerkat.settings.algorithm import estimator, look_up, rules
 from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
@@ -157,12 +157,7 @@ def open_problem(config: RunConfig, task: Task | None = None) -> Problem:
     Raises:
         MeerkatError: there is no such problem, or its model or data cannot be loaded.
     """
-    make = PROBLEMS.get(config.problem)
-    if make is None:
-        raise UnknownName(
-            f"problem '{config.problem}': not known here, only {', '.join(PROBLEMS)}; "
-            "name the extension that it comes from with --extension"
-        )
+    make = look_up(PROBLEMS, "problem", config.problem)
     if config.quantize != "none":
         packing()  # what is missing is missed before a mask is made
     torch.set_num_threads(number(config.threads))

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from meerkat.algorithm import estimators
 from meerkat.algorithm.aggregation import Aggregator, Hidden
 from meerkat.algorithm.client_rules import FIRST_ORDER, ZEROTH_ORDER, ClientRule, FedDynClient
 from meerkat.algorithm.directions import Directions, run_key
-from meerkat.algorithm.estimators import Estimator
+from meerkat.algorithm.estimators import ESTIMATORS, Estimator
 from meerkat.algorithm.extreme_clients import Vpcs
 from meerkat.algorithm.replica import Rules
 from meerkat.algorithm.robust import norm
@@ -20,6 +20,8 @@ from meerkat.errors import UnknownName
 from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
+
+_T = TypeVar("_T")
 
 UPDATE_RULES: dict[str, Callable[[RunConfig], UpdateRule]] = {
     "sgd": lambda _: FedAvg(),
@@ -37,9 +39,18 @@ CLIENT_RULES: dict[str, Callable[[RunConfig], ClientRule]] = {
 """By what a method's recipe says of its clients."""
 
 
+def look_up(table: Mapping[str, _T], what: str, name: str) -> _T:
+    """The entry of a table that extensions add to. Raises UnknownName: nobody here knows it."""
+    if name not in table:
+        raise UnknownName(
+            f"{what} '{name}': not known here, only {', '.join(table)}; name its extension with --extension"
+        )
+    return table[name]
+
+
 def estimator(config: RunConfig) -> Estimator:
     """How slopes are estimated. Raises MeerkatError for an unknown name."""
-    return estimators.estimator(config.estimator)
+    return look_up(ESTIMATORS, "estimator", config.estimator)
 
 
 def directions(config: RunConfig, count: int, device: torch.device | str = "cpu") -> Directions:
@@ -50,11 +61,7 @@ def directions(config: RunConfig, count: int, device: torch.device | str = "cpu"
 def rules(config: RunConfig) -> Rules:
     """How theta moves. Raises MeerkatError for an unknown update rule."""
     name = config.recipe.update_rule or config.update_rule
-    if name not in UPDATE_RULES:
-        raise UnknownName(
-            f"update rule '{name}': not known here, only {', '.join(UPDATE_RULES)}; name its extension with --extension"
-        )
-    return Rules(UPDATE_RULES[name](config), CLIENT_RULES[config.recipe.client](config))
+    return Rules(look_up(UPDATE_RULES, "update rule", name)(config), CLIENT_RULES[config.recipe.client](config))
 
 
 def aggregator(config: RunConfig) -> Aggregator:
