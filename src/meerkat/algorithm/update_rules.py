@@ -33,7 +33,8 @@ class UpdateRule(Protocol):
         """How many vectors of n floats it carries from round to round."""
 
     def init(self, theta: Tensor) -> Moments:
-        """What it carries before the first round: `carried` vectors."""
+        """What it carries before the first round, `carried` vectors: zeros, unless a rule says otherwise."""
+        return tuple(torch.zeros_like(theta) for _ in range(self.carried))
 
     def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
         """theta (float32 [n]) and moments after a round, as new tensors, to the same bits on every machine.
@@ -43,23 +44,13 @@ class UpdateRule(Protocol):
         """
 
 
-class _FromZero:
-    """A rule whose moments are zero at first."""
-
-    carried: ClassVar[int]
-
-    def init(self, theta: Tensor) -> Moments:
-        """Zeros."""
-        return tuple(torch.zeros_like(theta) for _ in range(self.carried))
-
-
 def descent(theta: Tensor, update: Update, directions: Directions) -> Tensor:
     """-D, float32 [n]; theta gives only the shape and device."""
     return path.moved(torch.zeros_like(theta), update, directions)
 
 
 @dataclass(frozen=True)
-class FedAvg(_FromZero):
+class FedAvg(UpdateRule):
     """The plain step."""
 
     carried: ClassVar[int] = 0
@@ -70,7 +61,7 @@ class FedAvg(_FromZero):
 
 
 @dataclass(frozen=True)
-class FedAvgM(_FromZero):
+class FedAvgM(UpdateRule):
     """Server momentum."""
 
     lr: float
@@ -86,7 +77,7 @@ class FedAvgM(_FromZero):
 
 
 @dataclass(frozen=True)
-class FedAdam(_FromZero):
+class FedAdam(UpdateRule):
     """Adam on the server."""
 
     lr: float
@@ -106,7 +97,7 @@ class FedAdam(_FromZero):
 
 
 @dataclass(frozen=True)
-class FedDyn(_FromZero):
+class FedDyn(UpdateRule):
     """The server's half of FedDyn; the other is `client_rules.FedDynClient`."""
 
     alpha: float
