@@ -218,7 +218,7 @@ def coordinator_settings(config: RunConfig) -> Results:
     size = f"{number_of(config.clients, 'client')}, {number_of(config.rounds, 'round')}"
     yield ok("settings", f"a coordinator's: {config.method} on {config.task}, {size}; threads: {config.threads}")
     if config.problem == CLASSIFICATION:
-        yield ok("task", _task_in_words(open_task(config)))
+        yield ok("task", _task_in_words(open_task(config.task)))
     for line in config.idle().values():
         yield warn("settings", line, "a new run is refused with it")
 

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from meerkat import demo
 from meerkat.errors import DAMAGE, MeerkatError
 from meerkat.federation.frames import VERSION
 from meerkat.masks.sparse_mask import SparseMask
-from meerkat.problems.tasks import TASKS, Task, parse_task, read_task_file
+from meerkat.problems.tasks import Task, parse_task, read_task_file
 from meerkat.record.opening import Opening
+from meerkat.run.setup import BUILT_IN_TASKS, open_task
 from meerkat.settings.config import CLASSIFICATION, RunConfig, make_config
 from meerkat.settings.groups import MachineSettings
 
@@ -62,7 +62,7 @@ class Offer:
     @classmethod
     def of(cls, config: RunConfig, mask: SparseMask, opening: Opening, stream: str, patience_s: float) -> "Offer":
         """A run's offer, without a token yet. Raises MeerkatError if the run's task cannot be read."""
-        built_in = config.problem != CLASSIFICATION or _is_built_in(config.task)
+        built_in = config.problem != CLASSIFICATION or config.task in BUILT_IN_TASKS
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in LOCAL_SETTINGS}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mask.safetensors"
@@ -115,13 +115,11 @@ class Offer:
         """The run's task. Raises MeerkatError if it is unknown here, or its text is malformed."""
         if self.task_text:
             task = parse_task(self.task_text, self.task)
-            if _is_built_in(task.name):  # a site that accepts this name means the built-in task
+            if task.name in BUILT_IN_TASKS:  # a site that accepts this name means the built-in task
                 raise MeerkatError(f"task '{task.name}': is built in; give the task file another name")
             return task
-        if self.task in demo.TASKS:
-            return demo.load_task(self.task)
-        if self.task in TASKS:
-            return TASKS[self.task]
+        if self.task in BUILT_IN_TASKS:
+            return open_task(self.task)
         raise MeerkatError(f"task '{self.task}': unknown here; use the same version of meerkat as the coordinator")
 
     def load_mask(self) -> SparseMask:
@@ -133,7 +131,3 @@ class Offer:
                 return SparseMask.load(path)
             except MeerkatError:  # its message names a temporary file
                 raise MeerkatError("the offered mask is damaged; use the same version of meerkat on both") from None
-
-
-def _is_built_in(task: str) -> bool:
-    return task in TASKS or task in demo.TASKS

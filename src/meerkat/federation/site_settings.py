@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from meerkat import demo, extensions
+from meerkat import extensions
 from meerkat.algorithm.live_entries import count_live
 from meerkat.errors import MeerkatError, RunFailed, in_short
 from meerkat.federation.address import host_and_port
@@ -20,9 +20,10 @@ from meerkat.masks.eligible import eligible_parameters
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.privacy.accounting import SMALLEST_DELTA
 from meerkat.privacy.mechanism import Relation
-from meerkat.problems.tasks import TASKS, Task, load_task
+from meerkat.problems.tasks import Task
 from meerkat.progress import say
 from meerkat.record.signatures import SigningKey
+from meerkat.run.setup import BUILT_IN_TASKS, open_task
 from meerkat.settings import budget
 from meerkat.settings.auto import number
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig, read_toml
@@ -171,9 +172,7 @@ class SiteConfig(Settings):
             MeerkatError: the file cannot be read, or is no task's.
         """
         name = self.accepts.task
-        if name in demo.TASKS:
-            return demo.load_task(name)
-        return load_task(name) if name in TASKS or name.endswith(".toml") else None
+        return open_task(name) if name in BUILT_IN_TASKS or name.endswith(".toml") else None
 
     def check_mask(self, mask: SparseMask, model: nn.Module) -> None:
         """Raise Refused unless the site agrees to what would move in its model."""

@@ -21,6 +21,8 @@ from meerkat.settings.algorithm import estimator, look_up, rules
 from meerkat.settings.auto import AUTO, Auto, number, number_or
 from meerkat.settings.config import CLASSIFICATION, EMBEDDED, RunConfig
 
+BUILT_IN_TASKS = TASKS.keys() | demo.TASKS.keys()
+
 
 def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
     """Fill in the settings that were left open, and make local paths absolute, so that a run can be resumed anywhere.
@@ -78,7 +80,7 @@ def resolve_machine(config: RunConfig) -> RunConfig:
         "threads": number_or(config.threads, torch.get_num_threads()),
         "tokens_per_pass": number_or(config.tokens_per_pass, tokens),
     }
-    named = {"model": {EMBEDDED}, "task": TASKS.keys() | demo.TASKS.keys()}
+    named = {"model": {EMBEDDED}, "task": BUILT_IN_TASKS}
     for name in ("model", "task", "data", "text", "mask"):
         value = getattr(config, name)
         if value and value not in named.get(name, ()) and Path(value).exists():
@@ -95,14 +97,14 @@ def has_device(name: str) -> bool:
     return True
 
 
-def open_task(config: RunConfig) -> Task:
-    """The task of a run that classifies."""
-    return demo.load_task(config.task) if config.task in demo.TASKS else load_task(config.task)
+def open_task(name: str) -> Task:
+    """A built-in task by its name, or a user's from a TOML file. Raises MeerkatError: see `tasks.load_task`."""
+    return demo.load_task(name) if name in demo.TASKS else load_task(name)
 
 
 def load_split(config: RunConfig, split: Split) -> list[Row]:
     """The rows of one split of a run that classifies, without its model."""
-    return task_rows(open_task(config), _data(config), split)
+    return task_rows(open_task(config.task), _data(config), split)
 
 
 def _data(config: RunConfig) -> str:
@@ -119,7 +121,7 @@ def classification(config: RunConfig, task: Task | None = None) -> Classificatio
         MeerkatError: task or model cannot be loaded.
     """
     embedded = config.model == EMBEDDED
-    task = task or (open_task(config) if config.task else NO_TASK)
+    task = task or (open_task(config.task) if config.task else NO_TASK)
     model, tokenizer = load_model(str(demo.MODEL) if embedded else config.model, config.device)
     chat = config.chat_template == "on"
     if chat and not tokenizer.chat_template:
