@@ -5,7 +5,7 @@ It knows no network. What the site agrees to stands in `site_settings`, what it 
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -249,22 +249,22 @@ class Site:
             scalars = self._client.steps(self._replica, plan, pointer, self._ledger.mechanism)
             return Answer(work.phase, pointer, scalars).encode()
 
-        question = self._question(work.phase, work.steps, work.lr)
-        reply = self._ledger.answer(
-            work.phase, self.round, question, self._replica.digest, work.steps, compute, self._client.files_digest
-        )
+        reply = self._reply(work.phase, compute, work.steps, work.lr)
         if self._signer is None:
             return self._frame(Kind.REPLY, reply)
         _, pointer, scalars = Answer.decode(reply)
         return self._frame(Kind.SIGNED, self._signer.sign(plan, self._digest, pointer, scalars) + reply)
 
-    def _question(self, phase: Phase | Literal["evaluation"], steps: int = 0, lr: float = 0.0) -> str:
-        """SHA-256 of all that a reply follows from, hexadecimal."""
+    def _reply(
+        self, phase: Phase | Literal["evaluation"], compute: Callable[[int], bytes], steps: int = 0, lr: float = 0.0
+    ) -> bytes:
+        """The reply to a question, which is known by the SHA-256 of all that its reply follows from."""
         h = self._replica.h
         carried = bytes(32) if h is None or not h.any() else bytes.fromhex(path.digest(h))
         number = 255 if phase == EVALUATION else PHASES[phase]  # an evaluation has no directions
         facts = (self._charter, self._client.rows_digest, self._digest, carried, number, self.round, steps, lr)
-        return hashlib.sha256(_QUESTION.pack(*facts)).hexdigest()
+        question, files = hashlib.sha256(_QUESTION.pack(*facts)).hexdigest(), self._client.files_digest
+        return self._ledger.answer(phase, self.round, question, self._replica.digest, steps, compute, files)
 
     def _check_asked(self, work: Work) -> None:
         """Raise BadFrame unless so many steps were agreed to."""
@@ -284,10 +284,7 @@ class Site:
         def compute(_: int) -> bytes:
             return frames.encode_score(*self._client.evaluate(self._replica))
 
-        question = self._question(EVALUATION)
-        files = self._client.files_digest
-        reply = self._ledger.answer(EVALUATION, self.round, question, self._replica.digest, 0, compute, files)
-        return self._frame(Kind.SCORE, reply)
+        return self._frame(Kind.SCORE, self._reply(EVALUATION, compute))
 
     def _frame(self, kind: Kind, body: bytes = b"") -> bytes:
         return Frame(kind, self._run, self.client, self.round, self._digest, body).encode()
