@@ -98,7 +98,7 @@ def sensitivity_mask(
     mask = SparseMask.of(model, entries, kind, density, made)
     if kind == "task" or not with_gradient:
         return mask
-    gradient = pretraining_gradient(model, mask, sequences, loss, track=track)
+    gradient = pretraining_gradient(model, mask, track(sequences, "pre-training gradient"), loss)
     return replace(mask, pretraining_gradient=gradient)
 
 
@@ -153,12 +153,7 @@ class _InFiles(Mapping[str, Tensor]):
 
 
 def pretraining_gradient(
-    model: nn.Module,
-    mask: SparseMask,
-    sequences: Sequence[_Item],
-    loss: Callable[[_Item], Tensor],
-    *,
-    track: Callable[[Sequence[_Item], str], Iterable[_Item]] = _untracked,
+    model: nn.Module, mask: SparseMask, sequences: Iterable[_Item], loss: Callable[[_Item], Tensor]
 ) -> Tensor:
     """grad_p: the mean gradient of the loss over the sequences, at the moving entries: float32 [n], on the CPU."""
     devices = {name: p.device for name, p in model.named_parameters()}
@@ -170,7 +165,7 @@ def pretraining_gradient(
         sums[name] += flat if at is None else flat[at]
 
     with stream_gradients(model, sums, add):
-        count = _backward(model, loss, track(sequences, "pre-training gradient"))
+        count = _backward(model, loss, sequences)
     return torch.cat([sums[name].cpu() for name in mask.entries]) / count
 
 

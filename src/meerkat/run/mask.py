@@ -48,7 +48,7 @@ def make_mask(config: RunConfig, problem: Problem) -> SparseMask:
         if mask.pretraining_gradient is not None or (public := problem.public()) is None:
             return mask
         # not part of the method's choice, but GradIP needs it
-        gradient = pretraining_gradient(model, mask, public.examples, public.loss, track=track)
+        gradient = pretraining_gradient(model, mask, track(public.examples, "pre-training gradient"), public.loss)
         return replace(mask, pretraining_gradient=gradient)
 
 
