@@ -141,7 +141,7 @@ class _Loop:
         facts = {"forward_s": 0.0, **present.facts(), "wall_s": time.perf_counter() - began}
         # not synced: lines that are lost with the machine are made again from the log
         present.defer(lambda: run.folder.append_metric(metric_of(record, facts, replies), sync=False))
-        run.append(record)
+        run.log.append(record.to_json())
         present.logged(record)
         if isinstance(record, CalibrationRecord):
             say(stopped_in_words(record.early_stopped, run.config.clients))

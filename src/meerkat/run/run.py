@@ -15,9 +15,7 @@ import transformers
 from torch import Tensor
 
 from meerkat.algorithm import path
-from meerkat.algorithm.calibration import CalibrationRecord
 from meerkat.algorithm.directions import Directions
-from meerkat.algorithm.rounds import RoundRecord
 from meerkat.algorithm.server import ServerConfig, ServerState
 from meerkat.algorithm.zeroth_order import MaskedModel
 from meerkat.errors import MeerkatError
@@ -71,10 +69,6 @@ class Run:
         for member in members:
             self.log.append(member.to_json())
             self.settings = member.added_to(self.settings)
-
-    def append(self, record: RoundRecord | CalibrationRecord) -> None:
-        """Put a closed round on the disk."""
-        self.log.append(record.to_json())
 
     def close(self) -> None:
         """End the log, unless it has its end."""
