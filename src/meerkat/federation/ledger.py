@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from meerkat.errors import DAMAGE, MeerkatError, RunFailed, in_short
-from meerkat.privacy.accounting import Charge, epsilon, steps_within
+from meerkat.privacy.accounting import Charge, steps_within
 from meerkat.privacy.mechanism import Relation
 from meerkat.progress import say
 from meerkat.record.run_log import LogReader, RunLog
@@ -241,16 +241,13 @@ class Ledger:
         """Scalars that were sent, in all runs."""
         return sum(record.scalars for record in self._records.values())
 
-    def spent(self, budget: Budget) -> float:
-        """The epsilon of everything charged so far that counts against a budget."""
-        return epsilon([*self._charges_against(budget)], budget.delta, budget.relation)
-
     def steps_left(self, budget: Budget, rate: float, noise_multiplier: float, most: int) -> int:
         """How many more steps of a mechanism a budget allows; counts up to `most`."""
-        spent = [*self._charges_against(budget)]
+        spent = [*self.charges_against(budget)]
         return steps_within(budget.epsilon, budget.delta, rate, noise_multiplier, budget.relation, most, spent)
 
-    def _charges_against(self, budget: Budget) -> Iterator[Charge]:
+    def charges_against(self, budget: Budget) -> Iterator[Charge]:
+        """All that was charged so far and counts against a budget."""
         for (run, _), record in self._records.items():
             if budget.run in ("", run):
                 yield from record.charges
