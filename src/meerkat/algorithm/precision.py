@@ -51,9 +51,7 @@ def _tables(model: nn.Module) -> tuple[nn.Module | None, set[nn.Module]]:
     """The output layer, None where there is none, and all tables of embeddings with it."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None
-    return head, {module for module in model.modules() if isinstance(module, nn.Embedding)} | (
-        {head} if head else set()
-    )
+    return head, {module for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
 
 
 def types_in_passes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -301,7 +301,6 @@ def spelled(setting: Setting) -> dict[str, Any]:
         values["exclude"] = ",".join(values["exclude"]) or "none"
     if "mask" in values:
         parts = Path(values["mask"]).parts
-        values["mask"] = "/".join(
-            parts[-2:] if parts[-1:] == ("mask.safetensors",) else parts[-1:]
-        )  # as runs call theirs
+        of_a_run = parts[-1:] == ("mask.safetensors",)  # as runs call theirs
+        values["mask"] = "/".join(parts[-2:] if of_a_run else parts[-1:])
     return values

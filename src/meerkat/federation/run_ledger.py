@@ -52,11 +52,8 @@ class RunLedger:
         self._steps_left: list[int] = []
         """Steps that each budget still allows, up to the most that the run can ask for."""
         if self.mechanism is not None:
-            rate, noise, most = (
-                self.mechanism.rate(rows),
-                self.mechanism.noise_multiplier,
-                run_budget.steps_asked(config),
-            )
+            rate, noise = self.mechanism.rate(rows), self.mechanism.noise_multiplier
+            most = run_budget.steps_asked(config)
             self._price = {"rate": rate, "noise_multiplier": noise}
             of_run = Budget(config.dp_epsilon, config.dp_delta, config.dp_relation, run)
             of_site = Budget(accepts.epsilon, accepts.delta, accepts.relation)

@@ -186,9 +186,8 @@ class SparseMask:
         )
         mask.check_form()
         expected, metadata = mask._as_file()
-        if meta != metadata or {name: t.dtype for name, t in tensors.items()} != {
-            n: t.dtype for n, t in expected.items()
-        }:
+        types, expected_types = ({name: t.dtype for name, t in each.items()} for each in (tensors, expected))
+        if meta != metadata or types != expected_types:
             raise ValueError("it is not written as this version writes a mask, with nothing added")
         return replace(mask, entries={name: None if at is None else at.long() for name, at in mask.entries.items()})
 
