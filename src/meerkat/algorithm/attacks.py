@@ -61,8 +61,7 @@ def sign_flip(honest: np.ndarray, seen: Seen) -> np.ndarray:
 
 def gaussian(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """N(0, s^2) in each entry (Blanchard et al. 2017)"""
-    sent: np.ndarray = (seen.scale or 200.0) * seen.noise.standard_normal(honest.shape)
-    return sent
+    return (seen.scale or 200.0) * seen.noise.standard_normal(honest.shape)
 
 
 def scaled(honest: np.ndarray, seen: Seen) -> np.ndarray:
@@ -96,8 +95,7 @@ def collusion(honest: np.ndarray, seen: Seen) -> np.ndarray:
 def forged_trace(honest: np.ndarray, seen: Seen) -> np.ndarray:
     """Noise of the level that honest clients have on average, step by step."""
     level: np.ndarray = np.sqrt((seen.mean**2 + seen.deviation**2).mean(1, keepdims=True))[: len(honest)]
-    sent: np.ndarray = (seen.scale or 1.0) * level * seen.noise.standard_normal(honest.shape)
-    return sent
+    return (seen.scale or 1.0) * level * seen.noise.standard_normal(honest.shape)
 
 
 IN_ROUNDS: Mapping[Attack, Craft] = {

@@ -130,8 +130,7 @@ def clipped(vectors: np.ndarray, clip: float) -> np.ndarray:
     lengths = np.array([math.hypot(*vector) for vector in vectors]).reshape(-1, 1)
     vectors = np.where(np.isfinite(lengths), vectors, 0.0)
     longer = np.isfinite(lengths) & (lengths > clip)
-    scaled: np.ndarray = np.where(longer, vectors / np.where(longer, lengths, 1.0) * clip, vectors)
-    return scaled
+    return np.where(longer, vectors / np.where(longer, lengths, 1.0) * clip, vectors)
 
 
 def gaussian(count: int) -> np.ndarray:

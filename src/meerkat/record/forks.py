@@ -60,9 +60,7 @@ def _signed(records: list[dict[str, Any]]) -> dict[tuple[int, str, int], tuple[s
 
     Not the signatures: a site that rotated its key may sign the same reply again.
     """
-    kinds: dict[str, type[RoundRecord] | type[CalibrationRecord]] = {
-        kind.kind: kind for kind in (RoundRecord, CalibrationRecord)
-    }
+    kinds = {kind.kind: kind for kind in (RoundRecord, CalibrationRecord)}
     signed: dict[tuple[int, str, int], tuple[str, int, bytes]] = {}
     theta = records[0]["theta"]
     for values in records:
