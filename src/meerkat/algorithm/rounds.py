@@ -147,11 +147,7 @@ class RoundRecord(RepliesRecord):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RoundRecord":
-        """The record that `to_json` wrote, to the bit.
-
-        Raises:
-            KeyError, TypeError, ValueError: `to_json` did not write it.
-        """
+        """The record that `to_json` wrote. Raises KeyError, TypeError, ValueError: `to_json` did not write it."""
         replies = replies_from_json(values)
         plan, aggregate = replies["plan"], unpack(values["aggregate"])
         if plan.sends == "scalars":

@@ -47,11 +47,7 @@ def search_lowest(loss_at: Callable[[int], float], trials: int) -> dict[int, flo
 
 
 def best_rate(rates: Sequence[tuple[float, float]], config: RunConfig) -> float:
-    """The rate of the lowest loss, of equal ones the lower.
-
-    Raises:
-        RunFailed: every rate diverged.
-    """
+    """The rate of the lowest loss, of equal ones the lower. Raises RunFailed: every rate diverged."""
     converged = [(loss, rate) for rate, loss in rates if not math.isnan(loss)]
     if not converged:
         raise RunFailed(

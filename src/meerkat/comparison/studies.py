@@ -109,11 +109,7 @@ class Comparison(Settings):
 
 
 def with_studies(comparison: Comparison, names: Sequence[str]) -> Comparison:
-    """A comparison with only some of its studies, in the file's order.
-
-    Raises:
-        MeerkatError: it has no study of some name.
-    """
+    """A comparison with only some of its studies, in the file's order. Raises MeerkatError: it has no such study."""
     known = [study.name for study in comparison.studies]
     if unknown := [name for name in names if name not in known]:
         raise MeerkatError(f"--studies {','.join(names)}: no study is called '{unknown[0]}'; give {', '.join(known)}")

@@ -136,11 +136,7 @@ def make_signing_key(path: Path) -> Pair:
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """Read a certificate, PEM.
-
-    Raises:
-        MeerkatError: no such file, or it is not a certificate.
-    """
+    """Read a certificate, PEM. Raises MeerkatError: no such file, or it is not a certificate."""
     return _read(path, x509.load_pem_x509_certificate, "a PEM certificate")
 
 

@@ -174,11 +174,7 @@ class Ledger:
     """An open ledger. Only one process at a time can have it open."""
 
     def __init__(self, path: Path) -> None:
-        """Open a ledger, or create it.
-
-        Raises:
-            RunFailed: it is damaged, cannot be written, or is open in another process.
-        """
+        """Open or make a ledger. Raises RunFailed: it is damaged, cannot be written, or is open in another process."""
         # where the machine tells no start from another, every process counts as one
         self.path, self.boot = path, _boot_id() or f"process {os.urandom(8).hex()}"
         self._records: dict[tuple[str, int], ClientRecord] = {}

@@ -101,11 +101,7 @@ class Offer:
             raise MeerkatError("the coordinator's offer cannot be read: use the same version of meerkat") from None
 
     def config(self, local: dict[str, Any]) -> RunConfig:
-        """The run's settings, with a site's `LOCAL_SETTINGS`.
-
-        Raises:
-            MeerkatError: a setting is unknown, or its value is not allowed.
-        """
+        """The run's settings, with a site's `LOCAL_SETTINGS`. Raises MeerkatError: one is unknown, or not allowed."""
         offered = {name: value for name, value in self.settings.items() if name not in LOCAL_SETTINGS}
         config = make_config({**offered, "task": self.task, **local}, where="the offered ")
         config.check_resolved("the offered ", but=MachineSettings.model_fields.keys() - {"dtype"})

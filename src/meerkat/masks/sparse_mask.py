@@ -144,11 +144,7 @@ class SparseMask:
 
     @classmethod
     def load(cls, path: Path) -> "SparseMask":
-        """Read a mask.
-
-        Raises:
-            MeerkatError: there is no such file, it holds no mask, or one of another format version.
-        """
+        """Read a mask. Raises MeerkatError: no such file, or it holds no mask, or one of another format version."""
         path = Path(path)
         if not path.is_file():
             raise MeerkatError(f"mask '{path}': no such file; make one with 'meerkat mask'")

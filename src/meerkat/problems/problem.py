@@ -80,11 +80,7 @@ class Problem(Protocol):
         """The labels' names; empty where rows have none."""
 
     def rows(self, split: Split) -> list[Row]:
-        """The rows of one split, at least one.
-
-        Raises:
-            MeerkatError: there is no such split, or its rows are not the problem's.
-        """
+        """Rows of one split, at least one. Raises MeerkatError: no such split, or its rows are not the problem's."""
 
     def prepare(self, rows: Sequence[Row]) -> list[Any]:
         """Rows as the model sees them, an example each."""

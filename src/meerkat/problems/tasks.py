@@ -102,11 +102,7 @@ def read_task_file(name: str) -> str:
 
 
 def parse_task(text: str, name: str) -> Task:
-    """A task from the text of its file; `name` is the file's.
-
-    Raises:
-        MeerkatError: the text does not describe a task.
-    """
+    """A task from its file's text; `name` is the file's. Raises MeerkatError: the text does not describe a task."""
     try:
         settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, as are numbers too long for Python

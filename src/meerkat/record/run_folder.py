@@ -65,11 +65,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> "RunFolder":
-        """Make a run folder with the run's settings in it.
-
-        Raises:
-            MeerkatError: the folder holds something, or cannot be made.
-        """
+        """Make a run folder with the run's settings in it. Raises MeerkatError: it is not free, or cannot be made."""
         cls.check_free(root)
         try:
             make_folder(root)

@@ -91,11 +91,7 @@ class Summary:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The summary that `to_json` wrote, checked in itself.
-
-        Raises:
-            ValueError: `to_json` did not write it.
-        """
+        """The summary that `to_json` wrote, checked in itself. Raises ValueError: `to_json` did not write it."""
         own = {name: values[name] for name in values if name in {field.name for field in fields(cls)} - {"network"}}
         network = {name: values[name] for name in _NETWORK if name in values}
         try:

@@ -62,11 +62,7 @@ def for_gradients(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def runnable_model(config: RunConfig, problem: Problem, mask: SparseMask) -> MaskedModel:
-    """A problem's model as the run computes with it: quantised and cast, in place.
-
-    Raises:
-        MeerkatError: it cannot be quantised.
-    """
+    """A problem's model as the run has it: quantised and cast in place. Raises MeerkatError: it cannot be quantised."""
     quantise_model(config, problem, mask)
     return cast_model(config, problem, mask)
 

@@ -46,11 +46,7 @@ class Ranks:
         self._broadcast(0, [asks, message])
 
     def answers(self) -> list[Any]:
-        """What the other ranks answer, by rank.
-
-        Raises:
-            Diverged, RunFailed: one could not do what it was asked.
-        """
+        """What the other ranks answer, by rank. Raises Diverged, RunFailed: one could not do what it was asked."""
         answers = [self._broadcast(rank) for rank in range(1, self.size)]
         for rank, (failure, text) in enumerate(answers, 1):
             if failure is not None:

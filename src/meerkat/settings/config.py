@@ -104,11 +104,7 @@ class RunConfig(  # pydantic takes the fields of the last base first
 
 
 def with_names_of_today(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with older spellings of their names replaced.
-
-    Raises:
-        MeerkatError: a setting is given by both of its names.
-    """
+    """Settings with older spellings of names replaced. Raises MeerkatError: one is given by both of its names."""
     for older, name in OLDER_NAMES.items():
         if older in given and name in given:
             raise MeerkatError(f"{older}: is an older name of {name}, which is given too; give only {name}")
@@ -143,11 +139,7 @@ def may_be_auto(name: str) -> bool:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, not validated yet.
-
-    Raises:
-        MeerkatError: no such file, or not TOML.
-    """
+    """The settings in a TOML file, not validated yet. Raises MeerkatError: no such file, or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

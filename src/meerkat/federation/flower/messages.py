@@ -132,11 +132,7 @@ def offer_record(offer: Offer, token: str) -> ConfigRecord:
 
 
 def offer_in(content: Mapping[str, Any]) -> Offer:
-    """The offer in an invitation's content, or in a site's state.
-
-    Raises:
-        MeerkatError: it is malformed, or of another version.
-    """
+    """The offer in an invitation, or in a site's state. Raises MeerkatError: it is malformed, or of another version."""
     text, mask = (_value(content, "offer", name) for name in ("offer", "mask"))
     if not isinstance(text, str) or not isinstance(mask, bytes):
         raise MeerkatError("the invitation's offer is malformed; use the same version of meerkat")
