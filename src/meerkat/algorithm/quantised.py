@@ -44,11 +44,7 @@ class QuantisedLinear(nn.Module):
     """An nn.Linear whose weight is frozen in few bits, but for the entries that move."""
 
     def __init__(self, linear: nn.Linear, at: Tensor | None, bits: Bits) -> None:
-        """Pack a layer's weight.
-
-        Args:
-            at: flat indices of the entries that move, int64 [k]; None for none.
-        """
+        """Pack a layer's weight; `at` are the flat indices of the entries that move, int64 [k], None for none."""
         super().__init__()
         library, weight = packing(), linear.weight.detach()
         at = torch.empty(0, dtype=torch.int64) if at is None else at

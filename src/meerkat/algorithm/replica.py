@@ -56,11 +56,7 @@ class Replica:
     def follow(
         self, update: Update, rules: Rules, directions: Directions, scalars: np.ndarray | None = None
     ) -> "Replica":
-        """The replica after a round.
-
-        Args:
-            scalars: a client's own, float32 [T_k, P], where they counted in the round.
-        """
+        """The replica after a round; `scalars` are a client's own, float32 [T_k, P], where they counted in it."""
         moments = self.moments or rules.update.init(self.theta)
         theta, moments = rules.update.apply(self.theta, moments, update, directions)
         h = self.h

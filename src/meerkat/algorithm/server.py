@@ -85,11 +85,7 @@ class ServerState:
 
 
 def open_round(state: ServerState, config: ServerConfig, available: Collection[int] | None = None) -> RoundPlan:
-    """Who takes part in the next round, how many steps each makes, and at what rate.
-
-    Args:
-        available: the clients that can take part; None for all, as in a simulation.
-    """
+    """Whom of those `available` (None: of all) the next round asks, for how many steps each, and at what rate."""
     share = SCHEDULES[config.lr_schedule](state.round / config.rounds)
     among = range(config.clients) if available is None else available
     # hidden clients were drawn before, and all of them are asked

@@ -104,11 +104,7 @@ class Members:
     """The clients of a federation that sign, with their keys, and the revoked keys."""
 
     def __init__(self, identity: RunIdentity, listed: Collection[str] | None = None) -> None:
-        """Nobody has joined, and no key is revoked.
-
-        Args:
-            listed: fingerprints of the only keys that may sign; None to allow any.
-        """
+        """Nobody has joined, no key is revoked; `listed`: fingerprints of the only keys that may sign, None for any."""
         self.identity = identity
         self.listed = listed
         self.revoked: dict[str, int] = {}

@@ -106,11 +106,7 @@ def split_metric(labels: Sequence[str], counts: np.ndarray) -> Metric:
 def metric_of(
     record: RoundRecord | CalibrationRecord, facts: Mapping[str, Any], replies: Sequence[Reply] = ()
 ) -> Metric:
-    """The line of a record; a round's training loss is None without replies.
-
-    Args:
-        facts: written beside the rest: seconds, and what a federation notes of a round.
-    """
+    """The line of a record, with `facts` such as seconds; a round's training loss is None without replies."""
     work = {"kind": record.kind, "round": record.plan.round, **asdict(Work.of(record)), **_traces(record)}
     if isinstance(record, RoundRecord):
         return {**work, "loss": _mean_loss(record, replies), "lr": record.plan.lr, **facts}
