@@ -162,7 +162,8 @@ class Admission:
             if hello.get(name) != value:
                 raise Refused(f"the {name} is not this run's ({value[:12]}...); use the same {name}")
         member = self._member(client, node, hello)
-        self._check_rows(member)
+        if member.examples > (most := self.rows_maximum(client)):
+            raise Refused(f"client {client}: more than {most:,} rows, the coordinator's 'rows_maximum' for it")
         self._nodes[client] = node
         if not session:
             secret = secrets.token_bytes(_SECRET)
@@ -203,11 +204,6 @@ class Admission:
             held = f"the coordinator holds {bound} for it, which has not handed over"
             raise Refused(f"key {lineage[0]} of client {client}: {held}; use that key, or 'signing_key_before'")
         return member
-
-    def _check_rows(self, member: Member) -> None:
-        """Raise Refused where a site claims more rows than it may."""
-        if member.examples > (most := self.rows_maximum(member.client)):
-            raise Refused(f"client {member.client}: more than {most:,} rows, the coordinator's 'rows_maximum' for it")
 
     def refusal(self, why: str, client: int = 0) -> bytes:
         """The frame that refuses a site."""
