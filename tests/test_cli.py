@@ -53,6 +53,7 @@ def with_flag(arguments: list[str], flag: str, value: str) -> list[str]:
         ("--density", "0", "--density 0: must be greater than 0"),
         ("--density", "1.5", "--density 1.5: must be at most 1"),
         ("--density", "many", "must be a valid number"),
+        ("--lr", "many", "--lr many: must be a valid number, or 'auto'"),
         ("--eps", "1e-7", "--eps 1e-7: must be at least 0.000001, or 'auto'"),
         ("--eps", "nan", "--eps nan"),
         ("--lr", "inf", "--lr inf"),
@@ -215,6 +216,12 @@ def test_out_with_a_run_or_anything_else_in_it_is_refused(
 def test_commands_on_a_run_need_one(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--to", str(tmp_path / "to")] if command == "export" else []
     fails([command, str(tmp_path / "nothing"), *more], capsys, "no run in it")
+    (tmp_path / "file").touch()
+    fails([command, str(tmp_path / "file"), *more], capsys, "is a file; give the folder of a run")
+
+
+def test_an_unknown_task_is_told_before_missing_data(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(["simulate", "--task", "sst3"], capsys, "task 'sst3': must be one of sst2")
 
 
 @pytest.mark.parametrize("missing", ["--task", "--data", "--text"])

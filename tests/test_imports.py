@@ -1,9 +1,12 @@
 """The order of the packages is the architecture: each imports only from those before it."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import meerkat
 
@@ -81,3 +84,21 @@ def test_the_core_loads_without_transformers() -> None:
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", core], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_soon_give_their_core_away_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if "GOMP" not in name and "OMP" not in name}
+    shown = subprocess.run(
+        [sys.executable, "-c", "import meerkat, torch"],
+        env={**inherited, "OMP_DISPLAY_ENV": "verbose", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    if "GOMP_SPINCOUNT" not in shown:
+        pytest.skip("torch's threads are not libgomp's here")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in shown

@@ -1,6 +1,6 @@
 """A problem: a small vision network that learns which way generated stripes run.
 
-    meerkat simulate --extension examples/extending/problem.py --problem stripes --density 0.1 --lr 0.3
+    meerkat simulate --extension examples/extending/problem.py --problem stripes --density 0.1 --lr 0.1
 
 The network is pre-trained on sharp stripes, which are public; the clients' are noisy. The mask comes from the former.
 """

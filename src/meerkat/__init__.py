@@ -3,6 +3,7 @@
 What stands here loads when it is first used, so that importing the package takes no time.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from meerkat.masks.sparse_mask import SparseMask
     from meerkat.record import history as history
     from meerkat.run.local_engine import LocalEngine
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # torch's threads wait for each other by spinning, for milliseconds: on a busy machine that takes the cores from those
+    # that they wait for. It reads this when it is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 

@@ -79,6 +79,8 @@ class RunFolder:
     def open(cls, root: Path) -> "RunFolder":
         """The folder of a run that was started. Raises MeerkatError: there is no run in it, or a link."""
         folder = cls(root)
+        if root.is_file():
+            raise MeerkatError(f"run folder '{root}': is a file; give the folder of a run")
         if not folder.config_path.is_file() and (root / "cells").is_dir():
             raise MeerkatError(
                 f"'{root}': a comparison, whose runs are in its folder cells; to continue it, give the same "

@@ -39,6 +39,7 @@ def resolve(config: RunConfig, rows: bool = True) -> RunConfig:
         if not task:
             raise MeerkatError("--task: needed with a model of your own; sst2, for instance, or a .toml file")
         if rows and not config.data and task not in demo.TASKS:
+            load_task(task)  # rather say that there is no such task
             raise MeerkatError(
                 f"--data: needed with task '{task}'; a folder with train.jsonl and validation.jsonl, or a hub name"
             )

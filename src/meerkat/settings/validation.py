@@ -72,7 +72,7 @@ def validate(model: type[_M], values: Mapping[str, Any], where: str = "--") -> _
 
 def requirement(message: str) -> str:
     """A message of pydantic's, reworded to follow the value that was received: `must be greater than 0`."""
-    message = message.removeprefix("Value error, ").replace("Input should ", "must ", 1)
+    message = message.removeprefix("Value error, ").replace("Input should ", "must ", 1).split(", unable to parse")[0]
     message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     return message[:1].lower() + message[1:]
 
