@@ -592,7 +592,7 @@ def _masks(evidence: Path) -> Iterator[str]:
 
 
 def _peers(evidence: Path) -> Iterator[str]:
-    """What DeComFL's and HiSo's own programs reach, at the rate of the lowest held-back loss."""
+    """What peers' own programs reach, at the rate of the lowest held-back loss."""
     runs, rows = _of_programs(evidence), []
     for form in dict.fromkeys(map(_form, runs)):
         of_form = {(run["lr"], run["seed"], run["held_back"]): run for run in runs if _form(run) == form}.values()
@@ -602,14 +602,15 @@ def _peers(evidence: Path) -> Iterator[str]:
             shown = [_spread([run["scores"][name] for run in seeds]) for name in ("accuracy", "loss")]
             rows.append([*form, f"{lr:g}", f"{len(trials)}", *shown, f"{seeds[0]['rows_forwarded']:,}"])
     if rows:
-        yield "## DeComFL's and HiSo's own programs"
+        yield "## DeComFL's, HiSo's and MeZO's own programs"
         yield (
             "All parameters in float32, on the same rows, after as many forward passes of a row as in sections 1 and "
             "6. They train on their own template and are judged by our evaluation; rates were tried by hand, on "
-            "held-back rows. MeZO's program was not run: [why](../benchmarks/peers/README.md)."
+            "held-back rows. MeZO has all rows at one site. [What is run of each](../benchmarks/peers/README.md)."
         )
-        options = "--model MODEL --data DATA --lr LR [--hiso] [--iid] [--held-back 0.1] [--seed N]"
-        yield f"    python benchmarks/peers/decomfl.py CHECKOUT {options} >> docs/evidence/decomfl.jsonl"
+        options = "--model MODEL --data DATA --lr LR [--held-back 0.1] [--seed N]"
+        commands = f"decomfl.py CHECKOUT {options} [--hiso] [--iid]", f"mezo.py CHECKOUT {options}"
+        yield "\n".join(f"    python benchmarks/peers/{one} >> docs/evidence/programs.jsonl" for one in commands)
         head = [
             "program",
             "model",
@@ -625,8 +626,8 @@ def _peers(evidence: Path) -> Iterator[str]:
 
 
 def _of_programs(evidence: Path) -> list[Mapping[str, Any]]:
-    """Runs of DeComFL's and HiSo's own programs."""
-    file = evidence / "decomfl.jsonl"
+    """Runs of peers' own programs."""
+    file = evidence / "programs.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 

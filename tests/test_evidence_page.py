@@ -282,7 +282,7 @@ def test_a_peer_is_shown_at_the_rate_of_its_lowest_held_back_loss(tmp_path: Path
     runs += [{**runs[0], "lr": 4, "scores": {"accuracy": 0.5, "loss": math.nan}}, {**runs[0], "model": "trials alone"}]
     final = {**same, "held_back": 0.0, "scores": {"accuracy": 0.6, "loss": 0.5}}
     runs += [{**final, "lr": lr, "seed": seed} for lr, seed in ((1, 0), (1, 1), (1, 1), (2, 0))]
-    (tmp_path / "decomfl.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     page = script.page(tmp_path / "claims", tmp_path)
     assert "| DeComFL | m | iid | 2 of 16 rows, 60 | 1 | 4 | 0.600 ± 0.000 | 0.500 ± 0.000 | 3,840 |" in page
     assert "trials alone" not in page

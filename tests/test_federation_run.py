@@ -32,7 +32,7 @@ def run() -> Any:
     [
         ([], "the following arguments are required: --out"),
         (["--out", "{here}"], "is not an empty folder"),
-        (["--out", "{here}/mine/new"], "Not a directory"),
+        (["--out", "{here}/mine/new"], "cannot be written to; give another folder"),
         (["--out", "{here}/it's"], "no path with a quote"),
         (["--out", "{here}/new", "--rounds", "0"], "--rounds 0: must be"),
         (["--out", "{here}/new", "--sites", "many"], "--sites many: must be"),

@@ -90,7 +90,7 @@ def test_the_core_loads_without_transformers() -> None:
     ("given", "expected"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
 )
-def test_threads_that_wait_soon_give_their_core_away_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+def test_waiting_threads_soon_give_their_core_away_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
     inherited = {name: value for name, value in os.environ.items() if "GOMP" not in name and "OMP" not in name}
     shown = subprocess.run(
         [sys.executable, "-c", "import meerkat, torch"],

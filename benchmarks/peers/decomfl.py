@@ -7,21 +7,16 @@ of JSON.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
 import types
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+import judge
 import torch
-
-from meerkat.run.setup import open_problem, resolve
-from meerkat.run.split import training_and_evaluation_rows
-from meerkat.settings.config import make_config
 
 NAME = "smollm3-3b"
 """A model that DeComFL knows by name, in whose place ours is loaded."""
@@ -29,49 +24,31 @@ NAME = "smollm3-3b"
 
 def main() -> None:
     """Run it once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--lr", type=float, required=True)
+    parser = judge.parser(__doc__)
     parser.add_argument(
         "--hiso", action="store_true", help="HiSo's directions and steps: --estimator-type adam_forward"
     )
-    parser.add_argument("--mu", type=float, default=1e-3, help="size of a perturbation [default: 1e-3, DeComFL's]")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
     parser.add_argument("--iid", action="store_true", help="no Dirichlet split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-back", type=float, default=0.0, help="share of the training rows to judge on")
-    parser.add_argument("--max-eval-samples", type=int, default=300)
     given = parser.parse_args()
-    settings = {"model": given.model, "data": given.data, "task": "sst2", "method": "full-fedzo", "threads": 1}
-    settings |= {name: getattr(given, name) for name in ("held_back", "max_eval_samples", "seed")}
-    config = resolve(make_config(settings))
-    problem = open_problem(config)
-    training, evaluated = training_and_evaluation_rows(config, problem.rows)
-    batch = problem.batch(problem.prepare(evaluated), "evaluation")
-    before = problem.evaluate(batch).scores
-    server = _server(given, training)
+    judged = judge.Judge(given)
+    server = _server(given, judged.training)
     began = time.perf_counter()
     with torch.no_grad():
         for round_ in range(given.rounds):
             server.train_one_step(round_)
     seconds = time.perf_counter() - began
-    problem.model.load_state_dict(server.server_model.state_dict())
+    judged.problem.model.load_state_dict(server.server_model.state_dict())
     print(
-        json.dumps(
-            {
-                "program": "HiSo" if given.hiso else "DeComFL",
-                **{name: getattr(given, name) for name in ("lr", "mu", "clients", "batch_size", "rounds", "seed")},
-                **{"held_back": given.held_back, "partition": "iid" if given.iid else f"dirichlet:{given.alpha:g}"},
-                **{"model": Path(given.model).name, "before": before},
-                "scores": problem.evaluate(batch).scores,
-                "seconds": seconds,
-                "rows_forwarded": 2 * given.rounds * given.clients * given.batch_size,
-            }
+        judged.line(
+            "HiSo" if given.hiso else "DeComFL",
+            **{name: getattr(given, name) for name in ("clients", "batch_size", "rounds")},
+            partition="iid" if given.iid else f"dirichlet:{given.alpha:g}",
+            seconds=seconds,
+            rows_forwarded=2 * given.rounds * given.clients * given.batch_size,
         )
     )
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from meerkat.run.local_engine import LocalEngine
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # torch's threads wait for each other by spinning, for milliseconds: on a busy machine that takes the cores from those
-    # that they wait for. It reads this when it is first imported.
+    # Torch's threads wait for each other by spinning, for milliseconds. On a busy machine that takes the cores from
+    # those that they wait for. Torch reads this when it is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"

@@ -36,14 +36,15 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and that takes -1e-5 for a value, but nothing empty."""
+    """A parser whose errors are one line, and that takes -1e-5 for a value, but nothing empty, except for a setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-[\d.]")  # -1e-5 too is a value, and no flag
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if not arg_string and action.nargs != argparse.PARSER:  # a command's own arguments are for its own parser
+        is_setting = action.default is argparse.SUPPRESS  # such as --mask "", which overrides a file's mask
+        if not arg_string and not is_setting and action.nargs != argparse.PARSER:  # that has a parser of its own
             raise argparse.ArgumentError(action, "is empty; give a value, or leave it out")
         return super()._get_value(action, arg_string)
 
