@@ -60,7 +60,8 @@ def _trainer(given: argparse.Namespace, judged: judge.Judge, folder: str) -> Any
     import tasks
     import utils
 
-    model, tokenizer = judged.problem.model, judged.problem.tokenizer
+    problem: Any = judged.problem  # a classification
+    model, tokenizer = problem.model, problem.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.add_bos_token = getattr(tokenizer, "add_bos_token", False)
