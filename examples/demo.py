@@ -30,7 +30,7 @@ def main() -> int:
         say(f"make demo: {error}")
         return 1 if isinstance(error, RunFailed) else 2
     except KeyboardInterrupt:
-        say(f"make demo: interrupted; 'meerkat resume RUN' continues a run that is in {out}")
+        say(f"make demo: interrupted; if {out} is there, 'meerkat resume {out}/METHOD' continues a run")
         return 130
     return 0
 

@@ -31,7 +31,7 @@ def closed(scalars: Mapping[int, np.ndarray], directions: int, lr: float = 0.3) 
     plan = RoundPlan(2, lr, 1e-3, directions, {k: len(g) for k, g in scalars.items()})
     weights = dict.fromkeys(scalars, 1 / len(scalars))
     total = aggregate([Scalars(k, g) for k, g in scalars.items()], weights, plan)
-    return RoundRecord(plan, scalars, np.zeros((0, directions)), weights, total, "")
+    return RoundRecord(plan, scalars, np.zeros((0, directions)), weights=weights, aggregate=total, theta_digest="")
 
 
 def literal(record: RoundRecord, count: int) -> dict[int, tuple[float, float]]:
@@ -85,7 +85,9 @@ def test_where_the_federation_stands_still_nobody_has_a_cosine() -> None:
 
 def test_a_first_order_round_has_no_alignment() -> None:
     plan = RoundPlan(0, 0.1, 1e-3, 1, {0: 2}, sends="delta")
-    record = RoundRecord(plan, {}, np.zeros((0, 1)), {0: 1.0}, np.ones(9, np.float32), "", unkept={0: 2})
+    record = RoundRecord(
+        plan, {}, np.zeros((0, 1)), weights={0: 1.0}, aggregate=np.ones(9, np.float32), theta_digest="", unkept={0: 2}
+    )
     assert alignments(record, Directions(KEY, 9)) == {}
 
 

@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 from meerkat.cli import main
 from meerkat.errors import MeerkatError
+from meerkat.record.run_folder import RunFolder
 from meerkat.run.setup import has_device
 from meerkat.settings import config
 from meerkat.settings.config import RunConfig, make_config
@@ -324,7 +325,7 @@ def test_a_comparison_is_told_from_a_run(command: str, tmp_path: Path, capsys: p
     (tmp_path / "cells").mkdir()
     more = ["--to", str(tmp_path / "model")] if command == "export" else []
     again = f"give the same 'meerkat compare' command again, with --out {tmp_path}"
-    fails([command, str(tmp_path), *more], capsys, "a comparison, whose runs are in its folder cells", again)
+    fails([command, str(tmp_path), *more], capsys, "a comparison; give one of its runs, such as", again)
 
 
 def test_an_empty_list_of_signers_is_not_taken_for_none(
@@ -359,12 +360,19 @@ def test_nothing_empty_is_taken_for_a_default(
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_text_that_is_not_there_is_refused_where_a_mask_leaves_it_unread(
+def test_flags_may_leave_a_file_s_settings_without_use(
     simulate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*simulate_arguments, "--rounds", "1", "--out", str(tmp_path / "one")]) == 0
-    again = [*simulate_arguments, "--mask", str(tmp_path / "one" / "mask.safetensors"), "--eps", "1e-3"]
-    fails([*again, "--text", "/no/text", "--out", str(tmp_path / "two")], capsys, "text '/no/text': No such file")
+    file = tmp_path / "vp.toml"
+    file.write_text('method = "meerkat-vp"\ncalibration_steps = 80\neps = 3e-3\n')
+    run = ["simulate", str(file), *simulate_arguments[1:], "--rounds", "1", "--method", "fo-fedavg"]
+    eps = run.index("--eps")
+    assert main([*run[:eps], *run[eps + 2 :], "--out", str(tmp_path / "one")]) == 0
+    assert RunFolder(tmp_path / "one").config().calibration_steps == RunConfig().calibration_steps
+    given = [*run, "--calibration-steps", "50", "--out", str(tmp_path / "two")]
+    fails(given, capsys, "calibration_steps 50: does nothing with early_stop none; use method meerkat-vp")
+    file.write_text('method = "meerkat"\ncalibration_steps = 80\n')
+    fails([*run[:eps], *run[eps + 2 :], "--out", str(tmp_path / "two")], capsys, "calibration_steps 80: does nothing")
     assert not (tmp_path / "two").exists()
 
 

@@ -36,7 +36,9 @@ def records(rounds: int, steps: int = 3, directions: int = 2, share: float = 1.0
     for r in range(rounds):
         g = rng.normal(size=(steps, directions)).astype(np.float32)
         plan = RoundPlan(r, 0.3 / (r + 1), 1e-3, directions, {0: steps})
-        made.append(RoundRecord(plan, {0: g}, np.zeros((0, directions)), {0: share}, g, ""))
+        made.append(
+            RoundRecord(plan, {0: g}, np.zeros((0, directions)), weights={0: share}, aggregate=g, theta_digest="")
+        )
     return made
 
 
@@ -299,7 +301,9 @@ def test_a_round_of_many_clients_weighs_them_once_not_once_each(monkeypatch: pyt
     scalars = {k: np.ones((3, 2), np.float32) for k in range(many)}
     plan = RoundPlan(0, 0.1, 1e-3, 2, dict.fromkeys(range(many), 3))
     weights, pointers = dict.fromkeys(range(many), 1 / many), dict.fromkeys(range(many), 0)
-    record = RoundRecord(plan, scalars, np.zeros((0, 2)), weights, scalars[0], "", pointers=pointers)
+    record = RoundRecord(
+        plan, scalars, np.zeros((0, 2)), weights=weights, aggregate=scalars[0], theta_digest="", pointers=pointers
+    )
     calls = 0
 
     def counted(*arguments: object) -> dict[int, float]:

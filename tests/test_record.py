@@ -49,7 +49,9 @@ def test_work_is_of_the_replies_that_came(sends: Any, up: int, down: int) -> Non
     scalars = {1: np.ones((3, 2), np.float32)} if sends == "scalars" else {}
     aggregate = np.ones((3, 2) if sends == "scalars" else 7, np.float32)
     unkept = {} if scalars else {1: 3}
-    record = RoundRecord(plan, scalars, np.zeros((0, 2)), {1: 1.0}, aggregate, "", unkept=unkept)
+    record = RoundRecord(
+        plan, scalars, np.zeros((0, 2)), weights={1: 1.0}, aggregate=aggregate, theta_digest="", unkept=unkept
+    )
     assert Work.of(record) == Work(up, down, 3)
 
 

@@ -147,7 +147,7 @@ def write_run(
         for own in scalars.values():
             total[: len(own)] += own / clients
         inner = rng.normal(size=(len(total), 1)) if gradient else np.zeros((0, 1))
-        record = RoundRecord(plan, scalars, inner, weights, total, "a" * 64)
+        record = RoundRecord(plan, scalars, inner, weights=weights, aggregate=total, theta_digest="a" * 64)
         log.append(record.to_json())
         replies = [Scalars(k, g, 1.4) for k, g in scalars.items()]
         folder.append_metric(metric_of(record, {"forward_s": 0.1}, replies))

@@ -196,7 +196,7 @@ def test_the_update_is_the_contract_s_arithmetic() -> None:
             c = np.float32(np.float32(0.0123 / 3) * scalars[t, p])
             step = (c * z(plan.place(t, p)).numpy()).astype(np.float32)
             expected = (expected - step).astype(np.float32)
-    record = RoundRecord(plan, {0: scalars}, NO_INNER, {0: 1.0}, scalars, "")
+    record = RoundRecord(plan, {0: scalars}, NO_INNER, weights={0: 1.0}, aggregate=scalars, theta_digest="")
     assert np.array_equal(path.moved(theta, Update(record.plan, record.aggregate), z).numpy(), expected)
 
 
@@ -205,7 +205,7 @@ def test_the_update_has_the_same_bits_on_a_gpu() -> None:
     theta = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     plan = RoundPlan(2, lr=0.0123, eps=1e-3, directions=3, steps={0: 2})
     scalars = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
-    record = RoundRecord(plan, {0: scalars}, NO_INNER, {0: 1.0}, scalars, "")
+    record = RoundRecord(plan, {0: scalars}, NO_INNER, weights={0: 1.0}, aggregate=scalars, theta_digest="")
     on_gpu = path.moved(theta.cuda(), Update(record.plan, record.aggregate), Directions(KEY, 100_000, "cuda"))
     assert torch.equal(on_gpu.cpu(), path.moved(theta, Update(record.plan, record.aggregate), Directions(KEY, 100_000)))
 

@@ -189,8 +189,11 @@ def test_a_setting_may_do_nothing_in_some_runs_and_a_file_s_own_in_all_that_flag
     read(tmp_path, text)
     read(tmp_path, text, method=["meerkat"])
     read(tmp_path, '[[study]]\nname = "a"\n[[study]]\nname = "b"\nmethod = "feddyn"', feddyn_alpha="0.1")
-    with pytest.raises(MeerkatError, match=r"feddyn_alpha 0\.1: does nothing with method meerkat"):
+    read(tmp_path, f'{text}\n[quick]\nmethod = ["meerkat"]', quick=True)
+    with pytest.raises(MeerkatError, match=r"^feddyn_alpha 0\.1: does nothing with method meerkat"):
         read(tmp_path, text, method=["meerkat"], feddyn_alpha="0.1")
+    with pytest.raises(MeerkatError, match=r"^config '.*': feddyn_alpha 0\.1: does nothing with method meerkat"):
+        read(tmp_path, "feddyn_alpha = 0.1")
 
 
 def test_a_short_form_needs_saying_what_it_is(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class RepliesRecord:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord(RepliesRecord):
     """A closed round: with theta_0 and the run key, enough to rebuild theta and every client's path."""
 

@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from meerkat.cli.parser import Command, add_run_settings, add_settings, given_settings, run_argument, show
 from meerkat.errors import MeerkatError, RunFailed
-from meerkat.settings.config import make_config, read_toml, with_names_of_today
+from meerkat.settings.config import RunConfig, make_config, read_toml, with_names_of_today
 
 MASK_SETTINGS = (
     *("problem", "model", "text", "method", "density", "mask_scope", "exclude", "text_sequences", "text_length"),
@@ -39,7 +40,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 def _simulate(arguments: argparse.Namespace) -> None:
     given = with_names_of_today(read_toml(Path(arguments.config))) if arguments.config else {}
-    config = make_config(given | given_settings(arguments))
+    config = _overridden(given, given_settings(arguments))
     from meerkat.cli.workers import sharing
     from meerkat.run.simulation import simulate
 
@@ -48,6 +49,17 @@ def _simulate(arguments: argparse.Namespace) -> None:
     with sharing(arguments.workers) as ranks:
         summary = simulate(config, out, ranks)
     _show_run(arguments, summary, out)
+
+
+def _overridden(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
+    """A file's settings and flags. What these leave without use, such as another method's settings, is left out."""
+    config = make_config({**file, **flags})
+    try:
+        idle_by_itself = make_config(file).idle()
+    except MeerkatError:  # the file needs the flags
+        idle_by_itself = {}
+    unused = config.idle().keys() - flags.keys() - idle_by_itself.keys()
+    return config.model_copy(update={name: RunConfig.model_fields[name].default for name in unused})
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +87,7 @@ def _show_run(arguments: argparse.Namespace, summary: dict[str, Any], folder: Pa
 
     drawn = f"Picture: {folder / 'curves.png'}"
     try:
-        if not (folder / "curves.svg").exists():  # the last to be written
+        if not all((folder / name).exists() for name in ("curves.png", "curves.svg")):
             draw_curves([folder], folder)
     except RunFailed as error:
         drawn = f"Picture: not written ({error})"

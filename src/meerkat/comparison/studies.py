@@ -154,20 +154,25 @@ def read_comparison(file: Path | None, given: Mapping[str, Any], quick: bool = F
                     f"study '{study.name}': held_back {config.held_back:g}: learning rates are chosen on held-back "
                     "rows, which runs must not be judged on as well; leave it out ('search' says how many), or give lr"
                 )
-    _check_none_idle(configs, given)
+    _check_none_idle(configs, given if given or quick else None, f"config '{file}': ")
     return comparison
 
 
-def _check_none_idle(configs: Sequence[RunConfig], flags: Collection[str]) -> None:
-    """Raise MeerkatError for a setting that no run uses. Flags may leave the file's own settings without use."""
+def _check_none_idle(configs: Sequence[RunConfig], flags: Collection[str] | None, where: str) -> None:
+    """Raise MeerkatError for a setting that no run uses.
+
+    Args:
+        flags: settings that were given beside the file, which may leave its own without use; None for the file alone.
+        where: stands before what is said of the file.
+    """
     idle = [config.idle() for config in configs]
     for name, line in {name: line for lines in idle for name, line in lines.items()}.items():
         default = RunConfig.model_fields[name].default
         used = any(
             getattr(config, name) != default for config, lines in zip(configs, idle, strict=True) if name not in lines
         )
-        if not used and (name in flags or not flags):
-            raise MeerkatError(line)
+        if not used and (flags is None or name in flags):
+            raise MeerkatError(line if flags else where + line)
 
 
 def _with_quick(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def read_texts(source: str) -> Iterator[str]:
         MeerkatError: there is no such text, or a row without one.
     """
     path = Path(source)
-    if _is_data_set(source):
+    may_be_hub_name = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
+    if path.is_dir() or (may_be_hub_name and not path.exists()):
         yield from _hub_texts(source)
         return
     try:
@@ -103,19 +104,6 @@ def read_texts(source: str) -> Iterator[str]:
         ) from None
     except UnicodeDecodeError:
         raise MeerkatError(f"text '{source}': not UTF-8 text") from None
-
-
-def check_text(source: str) -> None:
-    """Raise MeerkatError where a text is in a file that is not there, or that does not begin with one."""
-    if not _is_data_set(source):
-        next(read_texts(source), None)
-
-
-def _is_data_set(source: str) -> bool:
-    """Whether texts are in a folder, or on the hub, where nothing here has the name."""
-    path = Path(source)
-    may_be_hub_name = path.suffix not in (".jsonl", ".txt") and not path.is_absolute() and source[:1] != "."
-    return path.is_dir() or (may_be_hub_name and not path.exists())
 
 
 def _text_of(line: str, where: str) -> str:

@@ -77,12 +77,14 @@ def filling(folder: Path, cure: str) -> Iterator[None]:
         RunFailed: the disk refused it; `cure` says what to do.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = {*folder.glob("*")}  # somebody may have put something there since it was checked
     with explain_disk_errors(folder, cure):
         try:
             yield
         except BaseException:
-            for entry in folder.glob("*"):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for entry in {*folder.glob("*")} - before:
+                with suppress(OSError):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             for path in new:
                 with suppress(OSError):  # it was not made, or somebody else uses it
                     path.rmdir()

@@ -83,8 +83,8 @@ class RunFolder:
             raise MeerkatError(f"run folder '{root}': is a file; give the folder of a run")
         if not folder.config_path.is_file() and (root / "cells").is_dir():
             raise MeerkatError(
-                f"'{root}': a comparison, whose runs are in its folder cells; to continue it, give the same "
-                f"'meerkat compare' command again, with --out {root}"
+                f"'{root}': a comparison; give one of its runs, such as {root}/cells/NAME, or, to continue it, "
+                f"give the same 'meerkat compare' command again, with --out {root}"
             )
         if not folder.config_path.is_file():
             raise MeerkatError(

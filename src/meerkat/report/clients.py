@@ -31,7 +31,9 @@ def _data(page: Page, run: RunFacts) -> None:
     """Which labels each client holds."""
     page.section("Data", "data")
     if run.split is None:
-        page.add(absent("No labels by client: metrics.jsonl has none. A server does not know them."))
+        page.add(
+            absent("No labels by client: metrics.jsonl has none, and the server of a federation does not know them.")
+        )
         return
     labels, counts = run.split
     sizes = counts.sum(1)

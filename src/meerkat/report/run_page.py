@@ -59,7 +59,7 @@ def _outcome(page: Page, run: RunFacts) -> None:
         sent = run.payload(("round",), ("up",)), run.payload(("calibration",), ("up",))
         page.add(paragraph(sentences.outcome(run.summary, *sent), "lead"))
     else:
-        why = "".join(m["why"] for m in run.of_kind("diverged")[-1:])
+        why = "".join(m.get("why", "it does not say how") for m in run.of_kind("diverged")[-1:])
         page.add(paragraph(sentences.unfinished(run.rounds, run.config.rounds, why), "alert"))
         page.add(paragraph(sentences.score_so_far(run.evaluations), "lead"))
     if defence := defence_in_words(run.config):

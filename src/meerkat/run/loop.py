@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -114,7 +115,9 @@ def run_rounds(run: Run, engine: Engine, evaluate: Evaluate, attendance: Attenda
                 if loop.evaluation_is_due():
                     loop.evaluate_now(run.state.theta, run.state.round)
         except Diverged as error:
-            run.folder.append_metric({"kind": "diverged", "round": run.state.round, "why": str(error)})
+            attendance.run_deferred()  # the lines of the rounds before
+            with suppress(RunFailed):  # a full disk hides nothing
+                run.folder.append_metric({"kind": "diverged", "round": run.state.round, "why": str(error)})
             raise
         finally:
             attendance.run_deferred()

@@ -12,7 +12,7 @@ from meerkat.errors import MeerkatError
 from meerkat.masks.lora import add_lora
 from meerkat.problems import causal_lm
 from meerkat.problems.classification import NO_TASK, Classification, task_rows
-from meerkat.problems.data import Row, check_text
+from meerkat.problems.data import Row
 from meerkat.problems.models import load_model
 from meerkat.problems.packing import packs
 from meerkat.problems.problem import Problem, Split
@@ -63,12 +63,10 @@ def _server_lr(config: RunConfig) -> float | Auto:
 
 
 def resolve_model(config: RunConfig) -> RunConfig:
-    """The part of `resolve` that is enough for a mask. A text is looked for even where a mask leaves it unread."""
+    """The part of `resolve` that is enough for a mask."""
     own_model = config.problem == CLASSIFICATION and config.model != EMBEDDED
     if own_model and config.recipe.moves == "sensitivity" and not (config.text or config.mask):
         raise MeerkatError("--text: needed to make a sensitivity mask: pre-training text, .jsonl or plain")
-    if config.problem == CLASSIFICATION and config.text:
-        check_text(config.text)
     return resolve_machine(config)
 
 

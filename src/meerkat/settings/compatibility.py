@@ -113,6 +113,10 @@ def _in_calibration(config: "RunConfig") -> Iterator[str]:
         yield "gradip off: vpcs_rule thresholds reads GradIP; use on, or vpcs_rule automatic"
 
 
+_BUILT_IN_RULES = ("sgd", "momentum", "adam")
+"""Update rules whose settings are known; an extension's may read any."""
+
+
 def idle(config: "RunConfig") -> dict[str, str]:
     """Settings that are not at their defaults and do nothing beside the others, each with a line that says so."""
     cures: dict[str, str] = {}
@@ -125,17 +129,19 @@ def idle(config: "RunConfig") -> dict[str, str]:
     if not config.recipe.sends_scalars:
         unused = ("estimator", "directions", "eps", "max_step_norm")
         cures |= dict.fromkeys(unused, f"method {config.method}; use one that sends scalars")
-    if config.recipe.client != "feddyn":
+    if config.recipe.client != "feddyn" and config.update_rule in _BUILT_IN_RULES:
         cures["feddyn_alpha"] = f"method {config.method}; use method feddyn"
     if config.update_rule == "momentum":
         cures |= dict.fromkeys(("server_beta2", "server_tau"), "update_rule momentum; use adam")
     if config.update_rule == "sgd":
-        cures |= dict.fromkeys(("server_beta1", "server_beta2", "server_tau"), "update_rule sgd; use adam")
+        cure = "update_rule sgd; use adam" if not config.recipe.update_rule else f"method {config.method}; use another"
+        cures |= dict.fromkeys(("server_beta1", "server_beta2", "server_tau"), cure)
     if config.vpcs_rule == "automatic":
         cures |= dict.fromkeys(("rho_later", "rho_quie", "sigma"), "vpcs_rule automatic; use thresholds")
     if config.stopping == "none":
         names = [name for name in CalibrationSettings.model_fields if name not in ("early_stop", "gradip")]
-        cures |= dict.fromkeys(names, "early_stop none; use method meerkat-vp")
+        cure = "early_stop vp" if config.early_stop == "none" else "method meerkat-vp"
+        cures |= dict.fromkeys(names, f"early_stop none; use {cure}")
     if config.dp == "none":
         cures |= dict.fromkeys(("dp_delta", "dp_clip", "dp_relation"), "dp none; use dp example or client")
     if not config.rule.needs_f:
