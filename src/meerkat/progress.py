@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
+"""Progress of long work, on standard error: a bar on a terminal, plain lines elsewhere; no chatter of libraries."""
 
 import logging
 import sys
