@@ -379,6 +379,7 @@ def test_flags_may_leave_a_file_s_settings_without_use(
 def test_an_interrupt_while_the_command_line_loads_ends_quietly() -> None:
     program = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 class Interrupting:
     def find_spec(self, name, *_):
         if name == "meerkat.cli":
