@@ -1,4 +1,4 @@
-"""benchmarks/peers/steps.py: R-AdaZO, FZOO and SubZero+ against their papers' formulas, in float64."""
+"""benchmarks/peers/steps.py: R-AdaZO, FZOO, SubZero+ and HiSo against their papers' formulas, in float64."""
 
 import dataclasses
 import importlib.util
@@ -99,6 +99,24 @@ def test_subzeros_slopes_are_those_inside_and_its_steps_are_adam_in_few_dimensio
         theta64 = theta64 + 0.05 * record.plan.lr * m / (torch.sqrt(v) + 1e-9)
         torch.testing.assert_close(after.double(), theta64, rtol=0, atol=5e-5)
     assert steps.adam_with_subzero(make_config({})) == steps.FedAvg()
+
+
+def test_hisos_slopes_and_steps_are_along_directions_scaled_by_earlier_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "KEPT", 6)
+    config = make_config({"update_rule": "momentum"}).model_copy(update={"estimator": "hiso", "update_rule": "hiso"})
+    rounds = records(6)
+    start, *ours = after_each(steps.hiso(config), rounds)
+    theta, k, target = start.double(), torch.ones(WIDTH).double(), torch.linspace(-1, 1, WIDTH)
+    z = torch.linspace(2, -1, WIDTH)
+    for before, after, record in zip([start, *ours], ours, rounds, strict=False):
+        slopes = steps.two_sided_scaled(lambda at: ((at - target) ** 2).sum() / 2, before, [z], 1e-2)
+        assert slopes.g.item() == pytest.approx(((before - target).double() @ (z.double() / k.sqrt())).item(), rel=1e-3)
+        step = -moved_by(record, WIDTH) / record.plan.lr / k.sqrt()
+        theta, k = theta - record.plan.lr * step, 0.95 * k + 0.05 * step**2
+        torch.testing.assert_close(after.double(), theta, rtol=0, atol=5e-6)
+    assert steps.hiso(make_config({})) == steps.FedAvg()
+    with pytest.raises(MeerkatError, match="give --local-steps 1"):
+        steps.hiso(config.model_copy(update={"local_steps": 2}))
 
 
 def test_fzoo_needs_a_spread() -> None:

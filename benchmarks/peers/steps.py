@@ -7,15 +7,17 @@ squares of the first moment, not of the gradient. FZOO ("Fast Zeroth-Order Optim
 standard deviation of the losses along its directions; these are Rademacher's, and share a baseline (the estimator
 `one-sided` of examples/extending/estimator.py). SubZero+ (arXiv 2608.15665) perturbs and steps, by Adam, inside one
 fixed random space of few dimensions; at T = 1 this is the estimator `subzero` with the update rule
-`adam-with-subzero`. Its slopes are not <grad, z>, so `--eps auto` cannot measure them: give a number. All are written
-from their papers. In a federation the losses' differences are G, the aggregate of the clients' scalars, which everyone
-has.
+`adam-with-subzero`. Its slopes are not <grad, z>, so `--eps auto` cannot measure them: give a number. HiSo (arXiv
+2506.02370) divides directions and steps by the root of a moving average of squared steps: the estimator `hiso` with the
+update rule `hiso`, at T = 1. All are written from their papers. In a federation the losses' differences are G, the
+aggregate of the clients' scalars, which everyone has.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import stdev
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from meerkat.algorithm import path
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.estimators import Estimator, LossAt, Slopes, two_sided
 from meerkat.algorithm.rounds import Update
-from meerkat.algorithm.update_rules import FedAdam, FedAvg, Moments, descent
+from meerkat.algorithm.update_rules import FedAdam, FedAvg, Moments, UpdateRule, descent
 from meerkat.errors import MeerkatError
 from meerkat.settings.auto import number
 from meerkat.settings.config import RunConfig
@@ -98,6 +100,43 @@ class FZOO(FedAvg):
         return path.moved(theta, replace(update, aggregate=update.aggregate * over), directions), moments
 
 
+SMOOTHING = 0.95
+"""How slowly HiSo's K follows, as in its program."""
+
+_ROOTS: dict[str, Tensor] = {}
+"""theta's digest -> HiSo's sqrt(K) there, of the last thetas: estimators see theta, not what rules carry."""
+KEPT = 4
+
+
+@dataclass(frozen=True)
+class HiSo(UpdateRule):
+    """Steps along z / sqrt(K), whose slopes its estimator takes. K follows the squares of unscaled steps, from 1 on."""
+
+    carried: ClassVar[int] = 1
+
+    def init(self, theta: Tensor) -> Moments:
+        """K = 1"""
+        return (torch.ones_like(theta),)
+
+    def apply(self, theta: Tensor, moments: Moments, update: Update, directions: Directions) -> tuple[Tensor, Moments]:
+        """theta - eta s,   s = (1 / P) sum_p G^p z^p / sqrt(K),   K = .95 K + .05 s^2"""
+        (k,) = moments
+        unscaled = replace(update, plan=replace(update.plan, lr=1.0))
+        step = descent(theta, unscaled, directions) / k.sqrt()
+        theta = theta + step * update.plan.lr
+        k = (k * SMOOTHING) + ((step * step) * (1 - SMOOTHING))
+        _ROOTS[path.digest(theta)] = k.sqrt()
+        if len(_ROOTS) > KEPT:
+            del _ROOTS[next(iter(_ROOTS))]
+        return theta, (k,)
+
+
+def two_sided_scaled(loss_at: LossAt, theta: Tensor, directions: Iterable[Tensor], eps: float) -> Slopes:
+    """g = (f(theta + eps z / sqrt(K)) - f(theta - eps z / sqrt(K))) / (2 eps); K = 1 where no HiSo step led to theta"""
+    root = _ROOTS.get(path.digest(theta))
+    return two_sided(loss_at, theta, directions if root is None else (z / root for z in directions), eps)
+
+
 def r_adazo(settings: RunConfig) -> RAdaZO:
     """R-AdaZO, with Adam's settings; eta_s is a hundredth of server_lr, and zeta is server_tau squared."""
     return RAdaZO(
@@ -120,5 +159,17 @@ def adam_with_subzero(settings: RunConfig) -> FedAvg | SubZero:
     return SubZero(number(settings.server_lr) / 100, settings.server_beta1, settings.server_beta2, tau)
 
 
-UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo, "adam-with-subzero": adam_with_subzero}
-ESTIMATORS = {"subzero": Estimator("subzero", two_sided_inside, passes=lambda count: 2 * count)}
+def hiso(settings: RunConfig) -> FedAvg | HiSo:
+    """HiSo's steps with its estimator, plain ones with any other. Raises MeerkatError: a second local step is plain."""
+    if settings.estimator != "hiso":
+        return FedAvg()
+    if settings.local_steps != 1:
+        raise MeerkatError(f"update rule hiso: local_steps is {settings.local_steps}; give --local-steps 1")
+    return HiSo()
+
+
+UPDATE_RULES = {"r-adazo": r_adazo, "fzoo": fzoo, "adam-with-subzero": adam_with_subzero, "hiso": hiso}
+ESTIMATORS = {
+    "subzero": Estimator("subzero", two_sided_inside, passes=lambda count: 2 * count),
+    "hiso": Estimator("hiso", two_sided_scaled, passes=lambda count: 2 * count),
+}
