@@ -136,7 +136,9 @@ def test_a_coordinator_learns_nothing_of_why_a_connection_failed(
             (folder := tmp_path / own.replace(":", "_")).mkdir()
             told = session(monkeypatch, folder, offered, coordinator=own)
             assert told == {"why": stream._UNREACHED, "again": True}
-            assert f"coordinator {own}: no stream for 0.3 s (UNAVAILABLE: " in capsys.readouterr().err
+            log = capsys.readouterr().err
+            assert f"meerkat: coordinator {own}: no stream for 0.3 s (UNAVAILABLE: " in log
+            assert "the site's own log" not in log
 
 
 def test_a_site_without_a_coordinator_of_its_own_goes_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

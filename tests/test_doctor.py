@@ -169,6 +169,12 @@ def test_a_pinned_model_must_be_the_one(site: Path) -> None:
     assert levels(site)["model"] == "FAIL"
 
 
+def test_the_bounds_that_a_site_gives_are_shown(site: Path) -> None:
+    assert "a site's: client 1; accepts any run within the defaults" in said(site, "settings")
+    site.write_text(f'{site.read_text()}[accepts]\nlocal_steps = 5\ntask = "reviews"\nembeddings = true\n')
+    assert 'accepts task = "reviews", embeddings = true, local_steps = 5' in said(site, "settings")
+
+
 def test_rows_are_read_and_fit_the_pinned_task(site: Path) -> None:
     site.write_text(site.read_text() + 'evaluate = true\n[accepts]\ntask = "topics"\n')
     assert levels(site)["data"] == "FAIL"

@@ -6,6 +6,7 @@ Hub names are looked up in the local cache only: nothing leaves this machine but
 
 import errno
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -33,7 +34,7 @@ from meerkat.federation.address import host_and_port
 from meerkat.federation.coordinator_settings import FederationConfig, read_federation
 from meerkat.federation.ledger import Ledger
 from meerkat.federation.private_rows import read_alone
-from meerkat.federation.site_settings import SiteConfig
+from meerkat.federation.site_settings import Accepts, SiteConfig
 from meerkat.masks import sparse_mask
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.problems.data import load_rows, read_texts
@@ -133,7 +134,7 @@ def _results(name: str, check: Results) -> Results:
 def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Results]:
     site = SiteConfig.load(file)
     return {
-        "settings": iter([ok("settings", f"a site's: client {site.client}")]),
+        "settings": iter([ok("settings", f"a site's: client {site.client}; accepts {_bounds(site.accepts)}")]),
         "model": model(site.model, site.device, site.accepts.model),
         "task": site_task(site),
         "data": site_rows(site),
@@ -143,6 +144,12 @@ def _site_checks(file: Path, address: tuple[str, int] | None) -> dict[str, Resul
         "signing_key": site_keys(site),
         "connection": connection(address, site.certificate_authority) if address else iter(()),
     }
+
+
+def _bounds(accepts: Accepts) -> str:
+    """Those that are not the defaults."""
+    bounds = {name: value for name, value in accepts if value != Accepts.model_fields[name].default}
+    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in bounds.items()) or "any run within the defaults"
 
 
 def _coordinator_checks(file: Path) -> dict[str, Results]:

@@ -327,10 +327,11 @@ class RemoteEngine(Attendance):
         late = [client for client in present if self.sessions.by_client[client].asked is not None]
         slow = f", {clients_in_words(late)} late" if late else ""
         sent, received = self.link.bytes_sent, self.link.bytes_received
+        took = f"{self._round_s:.3g} s" if self._round_s >= 1 else f"{1e3 * self._round_s:.3g} ms"
         say(
             f"round {self.sessions.recent.round} of {self.settings.rounds}: "
             f"{number_of(len(present), 'client')} here{slow}; "
-            f"{1e3 * self._round_s:.3g} ms a round, {sent:,} bytes sent, {received:,} received"
+            f"{took} a round, {sent:,} bytes sent, {received:,} received"
         )
 
     def outcome(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def resume(root: Path, ranks: Ranks | None = None) -> dict[str, Any]:
         say(f"{root}: the run is finished, after {number_of(rounds, 'round')}")
         return summary
     if (config := folder.config()).partition == SITES:
-        raise MeerkatError(f"{root}: a federation's run: start its coordinator again with the same run folder to go on")
+        raise MeerkatError(f"{root}: a federation's run: start its coordinator again, by the same 'flwr run'")
     if not has_device(config.device):
         cure = "resume it on one that has it"
         raise MeerkatError(f"{root}: was begun on {config.device}, which this machine does not have; {cure}")

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from meerkat.errors import MeerkatError, RunFailed
 from meerkat.federation.flower.messages import offer_in, pack, unpack
-from meerkat.federation.flower.stream import attend
+from meerkat.federation.flower.stream import StreamLost, attend
 from meerkat.federation.frames import BadFrame
 from meerkat.federation.offer import Offer
 from meerkat.federation.site import Site
@@ -42,7 +42,9 @@ def _answer(message: Message, act: Callable[[], RecordDict]) -> Message:
     """The answer to a message. An error becomes one line, in the site's own log and in the answer."""
     try:
         content = act()
-    except RunFailed as error:  # a stream that broke, a machine out of memory or disk: another attempt may succeed
+    except StreamLost as error:
+        content = _session_end(str(error), again=True, logged=True)
+    except RunFailed as error:  # such as a machine out of memory or disk: another attempt may succeed
         content = _session_end(str(error), again=True)
     except MeerkatError as error:
         content = _session_end(str(error), again=False)
@@ -55,8 +57,9 @@ def _answer(message: Message, act: Callable[[], RecordDict]) -> Message:
     return Message(content, reply_to=message)
 
 
-def _session_end(why: str, again: bool) -> RecordDict:
-    say(f"meerkat: {why}")
+def _session_end(why: str, again: bool, logged: bool = False) -> RecordDict:
+    if not logged:
+        say(f"meerkat: {why}")
     return RecordDict({"session": ConfigRecord({"why": why, "again": again})})
 
 

@@ -343,6 +343,10 @@ def _is_no_broken_call(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("ExecuteBatchError raised in core by servicer method")
 
 
+class StreamLost(RunFailed):
+    """A session ended without its stream. The message is fit for the coordinator; the site's own log has the reason."""
+
+
 def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s: float = IDLE_S) -> None:
     """A site's whole session: call the coordinator, answer its frames, and call again when the stream breaks.
 
@@ -354,8 +358,8 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
 
     Raises:
         Refused: the coordinator refuses the site.
-        RunFailed: the stream broke, and the coordinator could not be reached again. The message is fit for the
-            coordinator to see; the site's own log says more.
+        StreamLost: the stream broke, and the coordinator could not be reached again.
+        RunFailed: no frame came for idle_s.
         BadFrame: the coordinator sent a malformed frame, or one that may not come now; it was informed.
     """
     credentials = grpc.ssl_channel_credentials(authority)
@@ -386,8 +390,11 @@ def attend(site: Site, address: str, authority: bytes, patience_s: float, idle_s
         if frames_read > 1 or (frames_read and time.monotonic() - called_at > _STABLE_S):
             connected_at, pause = time.monotonic(), 0.1
         if time.monotonic() - connected_at > patience_s:
-            say(f"coordinator {address}: no stream for {patience_s:g} s ({reason}); the site ends its session")
-            raise RunFailed(_UNREACHED)
+            say(
+                f"meerkat: coordinator {address}: no stream for {patience_s:g} s ({reason}); the run was stopped, or "
+                "the coordinator is down or out of reach; the site ends its session"
+            )
+            raise StreamLost(_UNREACHED)
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
     if site.refused and not site.welcomed and calls > 1:
