@@ -104,7 +104,7 @@ SMOOTHING = 0.95
 """How slowly HiSo's K follows, as in its program."""
 
 _ROOTS: dict[str, Tensor] = {}
-"""theta's digest -> HiSo's sqrt(K) there, of the last thetas: estimators see theta, not what rules carry."""
+"""theta's digest -> HiSo's sqrt(K) there, of the last `KEPT` thetas: estimators see theta, not what rules carry."""
 KEPT = 4
 
 

@@ -327,7 +327,7 @@ class RemoteEngine(Attendance):
         late = [client for client in present if self.sessions.by_client[client].asked is not None]
         slow = f", {clients_in_words(late)} late" if late else ""
         sent, received = self.link.bytes_sent, self.link.bytes_received
-        took = f"{self._round_s:.3g} s" if self._round_s >= 1 else f"{1e3 * self._round_s:.3g} ms"
+        took = f"{1e3 * self._round_s:.3g} ms" if self._round_s < 0.999 else f"{self._round_s:,.2f} s"
         say(
             f"round {self.sessions.recent.round} of {self.settings.rounds}: "
             f"{number_of(len(present), 'client')} here{slow}; "
