@@ -8,9 +8,10 @@ standard deviation of the losses along its directions; these are Rademacher's, a
 `one-sided` of examples/extending/estimator.py). SubZero+ (arXiv 2608.15665) perturbs and steps, by Adam, inside one
 fixed random space of few dimensions; at T = 1 this is the estimator `subzero` with the update rule
 `adam-with-subzero`. Its slopes are not <grad, z>, so `--eps auto` cannot measure them: give a number. HiSo (arXiv
-2506.02370) divides directions and steps by the root of a moving average of squared steps: the estimator `hiso` with the
-update rule `hiso`, at T = 1. All are written from their papers. In a federation the losses' differences are G, the
-aggregate of the clients' scalars, which everyone has.
+2506.02370) divides directions and steps by the root of a moving average of squared steps: the estimator `hiso` with
+the update rule `hiso`, at T = 1, in simulations: a site that takes over a whole state does not know K in its first
+round. All are written from their papers. In a federation the losses' differences are G, the aggregate of the clients'
+scalars, which everyone has.
 """
 
 from collections.abc import Iterable
