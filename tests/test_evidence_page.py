@@ -224,7 +224,7 @@ def test_bytes_are_counted_to_the_end_of_the_shortest_runs_that_gain_enough() ->
     assert "| all parameters | 8,000 |" in page
     assert "| the mask's entries | 80 |" in page
     assert "| LoRA's adapters | 80 |" in page
-    assert "| lora-fedzo | +0.1 | 40 (5 rounds) |" in page
+    assert "| lora-fedzo | +0.1 | 40 (5 rounds, the only length tried) |" in page
     one_length = [line for line in lines if line.setting["rounds"] == 5]
     assert not script._is_compared(study, one_length)
     assert script._is_compared(study, lines)
@@ -284,8 +284,68 @@ def test_a_peer_is_shown_at_the_rate_of_its_lowest_held_back_loss(tmp_path: Path
     runs += [{**final, "lr": lr, "seed": seed} for lr, seed in ((1, 0), (1, 1), (1, 1), (2, 0))]
     (tmp_path / "programs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     page = script.page(tmp_path / "claims", tmp_path)
-    assert "| DeComFL | m | iid | 2 of 16 rows, 60 | 1 | 4 | 0.600 ± 0.000 | 0.500 ± 0.000 | 3,840 |" in page
+    assert "| DeComFL | m | iid | 2 of 16 rows, 60 | 1 | 4 | 0.600 ± 0.000 | 0.500 ± 0.000 |  |  |" in page
     assert "trials alone" not in page
+
+
+MEERKAT = ("meerkat", "1", 0.0)
+"""Method, T and share of held-back rows of Meerkat's own runs at T = 1."""
+
+
+def _is(row: dict[str, str]) -> tuple[str, str, float]:
+    return row["method"], row["local_steps"], float(row["held_back"])
+
+
+def test_a_peer_s_runs_are_paired_with_meerkat_s_in_the_same_form(folder: Path, tmp_path: Path) -> None:
+    """Its losses are .1 and .3 higher."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    with (folder / "evidence" / "runs.csv").open(newline="") as rows:
+        ours = [row for row in csv.DictReader(rows) if _is(row) == MEERKAT]
+    same = {"program": "Peer", "model": ours[0]["model"], "partition": "iid", "lr": 1.0, "rows_forwarded": 96}
+    same |= {"clients": 3, "batch_size": 4, "rounds": 4}
+    runs = [
+        same | {"seed": i, "held_back": held_back, "scores": {"accuracy": 0.5, "loss": float(row["loss"]) + more}}
+        for i, (row, more) in enumerate(zip(ours, (0.1, 0.3), strict=True))
+        for held_back in (0.0, 0.1)
+    ]
+    (tmp_path / "evidence" / "programs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (line,) = (line for line in _page(tmp_path).splitlines() if line.startswith("| Peer | "))
+    assert "| **undecided** +0.200 (-1.071 to +1.471); 2 seeds; needs 5 seeds |" in line
+
+
+def _at_rate(row: dict[str, str], lr: float, more: float) -> dict[str, str]:
+    summary = json.loads(row["summary"])
+    summary["lr"] = lr
+    summary["loss"] += more
+    summary["scores"]["loss"] += more
+    settings = json.dumps({**json.loads(row["settings"]), "lr": lr})
+    return row | {"lr": str(lr), "settings": settings, "loss": str(summary["loss"]), "summary": json.dumps(summary)}
+
+
+def test_what_another_search_s_better_rate_would_change_is_told(folder: Path, tmp_path: Path) -> None:
+    """A second file has the same settings, but a finer search, whose rate is better on held-back rows."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    toml, file = tmp_path / "claims" / "masks.toml", tmp_path / "evidence" / "runs.csv"
+    finer = toml.read_text().replace("trials = 3", "trials = 3, factor = 1.5").replace("What moves", "Finer")
+    (tmp_path / "claims" / "finer.toml").write_text(finer)
+    assert "; at best rates" not in _page(tmp_path)
+    with file.open(newline="") as rows:
+        runs = list(csv.DictReader(rows))
+    (measured,) = (r for r in runs if _is(r)[:2] == MEERKAT[:2] and _is(r)[2] and "lr" not in json.loads(r["settings"]))
+    lower, lowest = (float(f"{float(measured['lr']) / 1.5**places:.3g}") for places in (1, 2))
+    made = [_at_rate(measured, lower, -0.5), _at_rate(measured, lowest, 1.0)]
+    made += [
+        _at_rate(row, lower, more) for row, more in zip([r for r in runs if _is(r) == MEERKAT], (-9, -9), strict=True)
+    ]
+    with file.open("a", newline="") as out:
+        csv.DictWriter(out, runs[0], lineterminator="\n").writerows(made)
+    page = _page(tmp_path)
+    of_masks = page.split("## What moves")[1].split("\n## ")[0]
+    (line,) = (line for line in of_masks.splitlines() if line.startswith("| it wins | T = 1 | "))
+    before, after = line.split("; at best rates ")
+    assert before.split("**")[1] == "undecided"
+    assert after.split("**")[1] == "holds"
+    assert r"| it wins | undecided (1), undecided\* (1) |" in page
 
 
 @given(st.floats(-2, 2), st.floats(1e-3, 2), st.integers(2, 9))
@@ -315,7 +375,9 @@ def test_how_many_seeds_would_settle_it() -> None:
     assert verdict.words.endswith("; needs 7 seeds")
     assert script.Verdict("c", {}, "", "b", "loss", 0.001, 5.0, 3).words.endswith("; needs more than 100 seeds")
     assert script.Verdict("c", {}, "", "b", "loss", math.nan, math.nan, 3).words == "a run diverged"
-    assert script.Verdict("c", {}, "", "b", "loss", math.nan, math.nan, 3).word == "undecided"
+    assert script.Verdict("c", {}, "", "b", "loss", math.nan, math.nan, 3).word == "a run diverged"
+    as_well = script.Verdict("c", {}, "", "b", "loss", 0.95, 4.303 / math.sqrt(3), 3, as_well=True)
+    assert as_well.words.endswith("; needs 7 seeds")
 
 
 def test_the_page_is_that_of_its_files(tmp_path: Path) -> None:
