@@ -1,4 +1,6 @@
 import json
+import math
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,9 @@ import pytest
 from conftest import SHARED
 
 from meerkat import demo
+from meerkat.algorithm.rounds import RoundRecord
 from meerkat.cli import main
+from meerkat.record.run_log import LogReader
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -50,6 +54,24 @@ def test_every_benchmark_gives_its_headline(name: str, options: list[str], tmp_p
     assert result["name"] == name
     assert result["share_percent" if name == "protections" else "ratio"] > 0
     assert result["measured_on"]
+
+
+@pytest.mark.slow
+def test_drift_is_that_of_the_scalars_where_rounds_have_one_step(tmp_path: Path) -> None:
+    """All clients move along one z then, each by its scalar."""
+    run = tmp_path / "run"
+    of_a_run = ["--rounds", "1", "--local-steps", "1", "--clients", "3", "--text-sequences", "8", "--gradip", "off"]
+    assert main(["simulate", *of_a_run, "--lr", "0.1", "--eps", "1e-3", "--out", str(run)]) == 0
+    (values,) = (one for one in LogReader(run / "rounds.log") if one["kind"] == "round")
+    record = RoundRecord.from_json(values)
+    p = list(record.weights.values())
+    g = [float(scalars[0, 0]) for scalars in record.scalars.values()]
+    mean = sum(map(operator.mul, p, g))
+    expected = math.sqrt(sum(share * (one - mean) ** 2 for share, one in zip(p, g, strict=True))) / abs(mean)
+    command = [sys.executable, str(BENCHMARKS / "drift.py"), "--json", str(run)]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["runs"]["run"] == [pytest.approx(expected), 1]
+    assert result["ratio"] == result["runs"]["run"][0]
 
 
 ROUND_LATENCY = {"median_ms", "fsync_ms", "echo_ms", "bytes", "metrics_ms", "flower_messages_ms"}
