@@ -2,9 +2,10 @@
 
     python benchmarks/drift.py [--json] RUN ...
 
-RUN is a run folder of plain steps. Its figure is the root of sum_k p_k |x_k - m|^2 over |m - x|^2, summed over rounds:
-x is the model that a round begins with, x_k that of client k at its end, and m = sum_k p_k x_k, which plain averaging
-makes the next model. 0 means that all clients go the same way, 1 that they end as far from their mean as it has moved.
+RUN is a run folder whose clients send scalars of the plain estimator. Its figure is the root of
+sum_k p_k |x_k - m|^2 over |m - x|^2, each summed over rounds: x is the model that a round begins with, x_k that of
+client k at its end, and m = sum_k p_k x_k, which plain averaging makes the next model. 0 means that all clients go the
+same way, 1 that they end as far from their mean as it has moved.
 """
 
 import argparse
@@ -16,18 +17,31 @@ import torch
 
 from meerkat.algorithm.directions import Directions
 from meerkat.algorithm.rounds import RoundRecord
+from meerkat.errors import MeerkatError
 from meerkat.masks.sparse_mask import SparseMask
 from meerkat.record.run_log import LogReader
 
 
 def drift(run: Path) -> tuple[float, int]:
-    """The figure of one run, and its longest round's number of local steps."""
+    """The figure of one run, and its longest round's number of local steps.
+
+    Raises:
+        MeerkatError: it is no such run folder.
+    """
     records = iter(LogReader(run / "rounds.log"))
-    directions = Directions(int(next(records)["run_key"], 16), len(SparseMask.load(run / "mask.safetensors")))
+    if (opening := next(records, None)) is None:
+        raise MeerkatError(f"'{run}': is no run folder; give folders with a rounds.log, as meerkat simulate makes them")
+    if opening["estimator"] != "plain":
+        raise MeerkatError(f"'{run}': has the estimator {opening['estimator']}; drift can be rebuilt for plain alone")
+    directions = Directions(int(opening["run_key"], 16), len(SparseMask.load(run / "mask.safetensors")))
     apart, moved, longest = 0.0, 0.0, 0
     for values in records:
         if values["kind"] == "round":
             record = RoundRecord.from_json(values)
+            if record.unkept:
+                raise MeerkatError(
+                    f"'{run}': its log has no client's scalars; give a run whose clients send them openly"
+                )
             weights = torch.tensor(list(record.weights.values()), dtype=torch.float64)
             offsets = local_offsets(record, directions)
             mean = weights @ offsets
@@ -53,7 +67,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    figures = {run.name: drift(run) for run in arguments.runs}
+    try:
+        figures = {run.name: drift(run) for run in arguments.runs}
+    except MeerkatError as error:
+        parser.exit(2, f"drift: {error}\n")
     if arguments.json:
         ratios = [ratio for ratio, _ in figures.values()]
         headline = {"name": "drift", "ratio": ratios[0], "spread": [min(ratios), max(ratios)]}

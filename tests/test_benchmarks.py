@@ -74,6 +74,27 @@ def test_drift_is_that_of_the_scalars_where_rounds_have_one_step(tmp_path: Path)
     assert result["ratio"] == result["runs"]["run"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "is no run folder; give folders with a rounds.log"),
+        (["--method", "fo-fedavg"], "its log has no client's scalars; give a run whose clients send them openly"),
+        (["--estimator", "one-sided"], "has the estimator one-sided; drift can be rebuilt for plain alone"),
+    ],
+)
+def test_what_drift_cannot_rebuild_is_refused_in_one_line(flags: list[str], said: str, tmp_path: Path) -> None:
+    run, extension = tmp_path / "run", BENCHMARKS.parent / "examples" / "extending" / "estimator.py"
+    if flags:
+        small = ["--rounds", "1", "--clients", "3", "--text-sequences", "8", "--gradip", "off", "--lr", "0.1"]
+        assert main(["simulate", *small, "--extension", str(extension), *flags, "--out", str(run)]) == 0
+    command = [sys.executable, str(BENCHMARKS / "drift.py"), str(run)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line == f"drift: '{run}': {said}" + ", as meerkat simulate makes them" * (not flags)
+
+
 ROUND_LATENCY = {"median_ms", "fsync_ms", "echo_ms", "bytes", "metrics_ms", "flower_messages_ms"}
 
 
